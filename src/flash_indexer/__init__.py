@@ -1,0 +1,15 @@
+"""flash-indexer: training operators for the lightning indexer of DeepSeek Sparse Attention."""
+
+from flash_indexer.intervals import causal_intervals, check_intervals
+from flash_indexer.modules import LightningIndexer
+from flash_indexer.ops import IndexerKL, indexer_kl, indexer_scores
+
+__all__ = [
+    "IndexerKL",
+    "LightningIndexer",
+    "causal_intervals",
+    "check_intervals",
+    "indexer_kl",
+    "indexer_scores",
+]
+__version__ = "0.1.0"

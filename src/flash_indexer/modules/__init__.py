@@ -1,0 +1,5 @@
+"""Trainable modules: the lightning indexer."""
+
+from flash_indexer.modules.indexer import LightningIndexer
+
+__all__ = ["LightningIndexer"]

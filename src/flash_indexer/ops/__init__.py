@@ -1,0 +1,16 @@
+"""The torch boundary: checks, chunking, the three stages, and the custom operators with their fakes and autograd."""
+
+from flash_indexer.ops.cpu import index_gradients, index_scores, kl_rows, teacher_lse, teacher_scores
+from flash_indexer.ops.indexer_kl import IndexerKL, indexer_kl
+from flash_indexer.ops.indexer_scores import indexer_scores
+
+__all__ = [
+    "IndexerKL",
+    "index_gradients",
+    "index_scores",
+    "indexer_kl",
+    "indexer_scores",
+    "kl_rows",
+    "teacher_lse",
+    "teacher_scores",
+]

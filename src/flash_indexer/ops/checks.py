@@ -1,0 +1,128 @@
+"""Checks of shape, dtype and device: the one place where the operators' tensors are checked."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+TARGETS = ("mean", "per_head", "sum_logits")
+_TOKEN_INPUTS = ("lse", "token_weight")
+
+
+class Sizes(NamedTuple):
+    """The sizes of one call, by the shape legend."""
+
+    T: int
+    S: int
+    H: int
+    G: int
+    D: int
+    I: int
+    E: int
+
+
+def check_index_inputs(
+    op: str, index_q: Tensor, index_k: Tensor, index_weights: Tensor
+) -> tuple[int, int, int, int]:
+    """Checks index_q [T, I, E], index_k [S, E], index_weights [T, I]; returns T, S, I, E."""
+    _rank(op, "index_q", index_q, "[T, I, E]", 3)
+    T, I, E = index_q.shape
+    _rank(op, "index_k", index_k, "[S, E]", 2)
+    S = index_k.shape[0]
+    _shape(op, "index_k", index_k, "[S, E]", (S, E), free=1)
+    _shape(op, "index_weights", index_weights, "[T, I]", (T, I))
+    return T, S, I, E
+
+
+def check_indexer_kl(
+    tensors: dict[str, Tensor | None], key_start: Tensor, key_end: Tensor, target: str, softmax_scale: float
+) -> Sizes:
+    """Checks every argument of `indexer_kl`; tensors holds q, k, index_q, index_k, index_weights, lse, token_weight."""
+    op = "indexer_kl"
+    given = {name: x for name, x in tensors.items() if x is not None}
+    q, k, index_q, index_k = (given[name] for name in ("q", "k", "index_q", "index_k"))
+    if target not in TARGETS:
+        raise ValueError(f"{op}: target must be one of {', '.join(map(repr, TARGETS))}, got {target!r}")
+    _rank(op, "q", q, "[T, H, D]", 3)
+    T, H, D = q.shape
+    _rank(op, "k", k, "[S, G, D]", 3)
+    S, G = k.shape[:2]
+    _shape(op, "k", k, "[S, G, D]", (S, G, D), free=2)
+    if G == 0 or H % G:
+        raise ValueError(f"{op}: q's head count must be a multiple of k's: H % G == 0, got H={H}, G={G}")
+    _, _, I, E = check_index_inputs(op, index_q, index_k, given["index_weights"])
+    _shape(op, "index_q", index_q, "[T, I, E]", (T, I, E))
+    _shape(op, "index_k", index_k, "[S, E]", (S, E))
+    if target == "per_head" and I != H:
+        raise ValueError(
+            f'{op}: target="per_head" needs as many index heads as teacher heads: I == H, got I={I}, H={H}'
+        )
+    if "lse" in given:
+        if target == "sum_logits":
+            raise ValueError(f'{op}: lse is not used by target="sum_logits"; pass lse=None')
+        _shape(op, "lse", given["lse"], "[T, H]", (T, H))
+    if "token_weight" in given:
+        _shape(op, "token_weight", given["token_weight"], "[T]", (T,))
+    check_interval_tensors(op, key_start, key_end, T, q.device)
+    check_dtypes(op, given)
+    for name in ("q", "k", "lse", "token_weight"):
+        if name in given and given[name].requires_grad:
+            raise ValueError(
+                f"{op}: {name} is a constant but requires grad; detach: the main model is frozen"
+            )
+    if not softmax_scale > 0:
+        raise ValueError(
+            f"{op}: softmax_scale must be positive (the model's own, e.g. D ** -0.5), got {softmax_scale}"
+        )
+    return Sizes(T, S, H, G, D, I, E)
+
+
+def check_interval_tensors(
+    op: str, key_start: Tensor, key_end: Tensor, num_queries: int, device: torch.device
+) -> None:
+    """Checks key_start and key_end: int32 [T] on the queries' device. Their contents are `check_intervals`' part."""
+    for name, x in (("key_start", key_start), ("key_end", key_end)):
+        _shape(op, name, x, "[T]", (num_queries,))
+        if x.dtype != torch.int32:
+            raise TypeError(f"{op}: {name} must be int32, got {x.dtype}; use {name}.int()")
+        if x.device != device:
+            raise ValueError(f"{op}: {name} must be on {device} like the queries, got {x.device}")
+
+
+def check_dtypes(op: str, tensors: dict[str, Tensor]) -> None:
+    """float32 or float64 throughout on the CPU; elsewhere bfloat16 vectors and float32 weights, lse and token_weight."""
+    reference_name, reference = next(iter(tensors.items()))
+    on_cpu = reference.device.type in ("cpu", "meta")
+    for name, x in tensors.items():
+        if x.device != reference.device:
+            raise ValueError(
+                f"{op}: {name} must be on {reference.device} like {reference_name}, got {x.device}"
+            )
+        if on_cpu and reference.dtype in (torch.float32, torch.float64):
+            if x.dtype != reference.dtype:
+                raise TypeError(
+                    f"{op}: {name} must be {reference.dtype} like {reference_name}, got {x.dtype}; "
+                    "on the CPU use float32 throughout or float64 throughout"
+                )
+            continue
+        if reference.device.type == "cpu":
+            raise TypeError(
+                f"{op}: {name} must be float32 or float64 on the CPU, got {x.dtype}; convert with {name}.float()"
+            )
+        expected = torch.float32 if name in ("index_weights", *_TOKEN_INPUTS) else torch.bfloat16
+        if x.dtype != expected:
+            raise TypeError(f"{op}: {name} must be {expected} on {x.device.type}, got {x.dtype}")
+
+
+def _rank(op: str, name: str, x: Tensor, legend: str, rank: int) -> None:
+    if x.ndim != rank:
+        raise ValueError(f"{op}: {name} must be {legend}, got {list(x.shape)}")
+
+
+def _shape(op: str, name: str, x: Tensor, legend: str, expected: tuple[int, ...], free: int = 0) -> None:
+    """The first `free` sizes define the legend's letters themselves and are printed as *."""
+    if tuple(x.shape) != expected:
+        sizes = ", ".join("*" if i < free else str(n) for i, n in enumerate(expected))
+        raise ValueError(f"{op}: {name} must be {legend} = [{sizes}], got {list(x.shape)}")

@@ -1,0 +1,279 @@
+"""The dense warm-up loss: public function, custom op, fake and autograd on one screen."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from flash_indexer.intervals import check_intervals
+from flash_indexer.ops import cpu
+from flash_indexer.ops.checks import check_indexer_kl
+
+
+class IndexerKL(NamedTuple):
+    """Result of `indexer_kl`: the scalar loss to differentiate, and per-token values for logging."""
+
+    loss: Tensor
+    kl: Tensor
+    entropy: Tensor
+
+
+def indexer_kl(
+    q: Tensor,
+    k: Tensor,
+    index_q: Tensor,
+    index_k: Tensor,
+    index_weights: Tensor,
+    *,
+    softmax_scale: float,
+    key_start: Tensor,
+    key_end: Tensor,
+    lse: Tensor | None = None,
+    target: str = "mean",
+    token_weight: Tensor | None = None,
+    workspace_bytes: int = 512 * 2**20,
+) -> IndexerKL:
+    """loss = sum_t token_weight[t] * KL(p[t,:] || softmax(i[t,:])), in linear memory, with exact gradients.
+
+        p[t,s] = sum_h exp(scale * q[t,h]·k[s,g(h)] - lse[t,h]), divided by its sum over s     (target="mean")
+        i[t,s] = sum_j index_weights[t,j] * ReLU(index_q[t,j]·index_k[s])
+
+    over the visible keys key_start[t] <= s < key_end[t]. "per_head" (I == H) distils index head h from teacher head h
+    alone and averages over heads; "sum_logits" takes p = softmax(scale * sum_h q[t,h]·k[s,g(h)]).
+
+    The gradients of index_q, index_k and index_weights are computed together with the loss, in one pass over the
+    teacher; backward only scales them, in place, so it may run once.
+
+    Args:
+        q: teacher queries [T, H, D]. k: teacher keys [S, G, D], H % G == 0. Constants.
+        index_q: [T, I, E]. index_k: [S, E]. index_weights: [T, I], the factors I^-0.5 and E^-0.5 included.
+        softmax_scale: the model's own softmax scale.
+        key_start, key_end: int32 [T], non-decreasing; an empty interval gives KL 0 and zero gradients.
+        lse: [T, H], natural log of the sum of exp(scale * q·k) over exactly the visible keys; None computes it.
+        target: "mean" (the paper's), "per_head" or "sum_logits".
+        token_weight: [T]; None means 1/n for the n queries that see a key.
+        workspace_bytes: bound on the memory for score tiles; query rows are processed in chunks that fit.
+
+    Dtypes: on CUDA q, k, index_q, index_k bfloat16 and the rest float32; on the CPU float32 or float64 throughout.
+
+    Returns:
+        loss: scalar, differentiable in index_q, index_k and index_weights.
+        kl: [T] ([T, H] for "per_head"), nats, not differentiable.
+        entropy: -sum_s p log p, shaped like kl; log(visible keys) - entropy is the uniform prediction's KL.
+
+    Raises:
+        ValueError, TypeError: naming the argument, what it must be and what it is.
+
+    Source: DeepSeek-V3.2-Exp technical report (2025), section 2.1, dense warm-up stage.
+    """
+    tensors = dict(
+        q=q,
+        k=k,
+        index_q=index_q,
+        index_k=index_k,
+        index_weights=index_weights,
+        lse=lse,
+        token_weight=token_weight,
+    )
+    check_indexer_kl(tensors, key_start, key_end, target, softmax_scale)
+    if workspace_bytes <= 0:
+        raise ValueError(f"indexer_kl: workspace_bytes must be positive, got {workspace_bytes}")
+    grad = torch.is_grad_enabled()
+    needs = [grad and x.requires_grad for x in (index_q, index_k, index_weights)]
+    loss, kl, entropy, *_ = _indexer_kl(
+        q, k, index_q, index_k, index_weights, lse, key_start, key_end, token_weight,
+        softmax_scale, target, workspace_bytes, needs,
+    )  # fmt: skip
+    return IndexerKL(loss, kl, entropy)
+
+
+@torch.library.custom_op("flash_indexer::indexer_kl", mutates_args=())
+def _indexer_kl(
+    q: Tensor,
+    k: Tensor,
+    index_q: Tensor,
+    index_k: Tensor,
+    index_weights: Tensor,
+    lse: Tensor | None,
+    key_start: Tensor,
+    key_end: Tensor,
+    token_weight: Tensor | None,
+    softmax_scale: float,
+    target: str,
+    workspace_bytes: int,
+    needs: Sequence[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    check_intervals(key_start, key_end, k.shape[0])
+    if q.device.type == "cuda":
+        _say_torch_body()
+    with torch.autocast(q.device.type, enabled=False):
+        return _blockwise(
+            q, k, index_q, index_k, index_weights, lse, key_start, key_end, token_weight,
+            softmax_scale, target, workspace_bytes, needs,
+        )  # fmt: skip
+
+
+def _blockwise(
+    q: Tensor,
+    k: Tensor,
+    index_q: Tensor,
+    index_k: Tensor,
+    index_weights: Tensor,
+    lse: Tensor | None,
+    key_start: Tensor,
+    key_end: Tensor,
+    token_weight: Tensor | None,
+    softmax_scale: float,
+    target: str,
+    workspace_bytes: int,
+    needs: Sequence[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Loops over chunks of query rows; "per_head" is the "mean" problem of every (teacher head, index head) pair."""
+    T, H = q.shape[:2]
+    dtype = cpu.compute_dtype(q)
+    seen = key_end > key_start
+    weight = seen.to(dtype) / seen.sum().clamp_min(1) if token_weight is None else token_weight.to(dtype)
+    per_head = target == "per_head"
+    problems = [(h, h + 1) for h in range(H)] if per_head else [(0, H)]
+    kl = torch.zeros(T, len(problems), dtype=dtype, device=q.device)
+    entropy = torch.zeros_like(kl)
+    d_index_q, d_index_k, d_index_w = _empty_gradients(index_q, index_k, index_weights, needs)
+    d_keys = d_index_k.zero_() if d_index_k.dtype == dtype else torch.zeros_like(d_index_k, dtype=dtype)
+    index_heads = 1 if per_head else index_q.shape[1]
+    tiles = index_heads + 3 if any(needs) else 4
+    span = int((key_end - key_start).max()) if T else 0
+    rows = cpu.rows_per_chunk(T, span, tiles, dtype.itemsize, workspace_bytes, q.device.type == "cpu")
+    flat: Tensor | None = None
+    for begin in range(0, T, rows):
+        end = min(T, begin + rows)
+        first, last = int(key_start[begin]), int(key_end[end - 1])
+        if last <= first:
+            continue
+        here, keys = slice(begin, end), slice(first, last)
+        starts = (key_start[here] - first).clamp_(0, last - first)
+        ends = (key_end[here] - first).clamp_(0, last - first)
+        elements = tiles * (end - begin) * (last - first)
+        if flat is None or flat.numel() < elements:
+            flat = torch.empty(elements, dtype=dtype, device=q.device)
+        p, scores, *relu = flat[:elements].view(tiles, end - begin, last - first).split([1, 1, tiles - 2])
+        p, scores, scratch = p[0], scores[0], relu[0][0]
+        for column, (low, high) in enumerate(problems):
+            groups = slice(low * k.shape[1] // H, (high - 1) * k.shape[1] // H + 1)
+            query, key = q[here, low:high], k[keys, groups]
+            row_lse = lse[here, low:high].to(dtype) if lse is not None else None
+            if row_lse is None and target != "sum_logits":
+                row_lse = cpu.teacher_lse(query, key, starts, ends, softmax_scale=softmax_scale)
+            cpu.teacher_scores(
+                query,
+                key,
+                row_lse,
+                starts,
+                ends,
+                softmax_scale=softmax_scale,
+                target=target,
+                out=p,
+                scratch=scratch,
+            )
+            heads = slice(low, high) if per_head else slice(None)
+            iq, iw, ik = index_q[here, heads], index_weights[here, heads], index_k[keys]
+            terms = relu[0][: iq.shape[1]] if any(needs) else relu[0][:1]
+            cpu.index_scores(iq, ik, iw, starts, ends, out=scores, relu=terms)
+            share = weight[here] / len(problems)
+            kl[here, column], entropy[here, column], di = cpu.kl_rows(p, scores, share, starts, ends)
+            if any(needs):
+                cpu.index_gradients(
+                    di, terms, iq, ik, iw,
+                    d_index_q=d_index_q[here, heads] if needs[0] else None,
+                    d_index_k=d_keys[keys] if needs[1] else None,
+                    d_index_w=d_index_w[here, heads] if needs[2] else None,
+                )  # fmt: skip
+    loss = (weight * kl.mean(-1)).sum()
+    if needs[1] and d_keys is not d_index_k:
+        d_index_k.copy_(d_keys)
+    if not per_head:
+        kl, entropy = kl[:, 0], entropy[:, 0]
+    return loss, kl, entropy, d_index_q, d_index_k, d_index_w
+
+
+def _empty_gradients(
+    index_q: Tensor, index_k: Tensor, index_weights: Tensor, needs: Sequence[bool]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """One tensor for each gradient that is wanted, an empty one for each that is not. Unwritten rows are zero."""
+    dq, dk, dw = (
+        torch.zeros_like(x, memory_format=torch.contiguous_format) if need else x.new_empty(0)
+        for x, need in zip((index_q, index_k, index_weights), needs, strict=True)
+    )
+    return dq, dk, dw
+
+
+@_indexer_kl.register_fake
+def _(
+    q: Tensor,
+    k: Tensor,
+    index_q: Tensor,
+    index_k: Tensor,
+    index_weights: Tensor,
+    lse: Tensor | None,
+    key_start: Tensor,
+    key_end: Tensor,
+    token_weight: Tensor | None,
+    softmax_scale: float,
+    target: str,
+    workspace_bytes: int,
+    needs: Sequence[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    dtype = cpu.compute_dtype(q)
+    kl = q.new_empty(q.shape[:2] if target == "per_head" else q.shape[:1], dtype=dtype)
+    return (
+        q.new_empty((), dtype=dtype),
+        kl,
+        kl.new_empty(kl.shape),
+        *_empty_gradients(index_q, index_k, index_weights, needs),
+    )
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.save_for_backward(*output[3:])
+    ctx.needs = inputs[-1]
+    ctx.consumed = False
+
+
+def _backward(ctx: Any, d_loss: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+    if torch.is_grad_enabled():
+        raise RuntimeError(
+            "indexer_kl: the loss has no second derivative; call backward without create_graph=True"
+        )
+    if ctx.consumed:
+        raise RuntimeError(
+            "indexer_kl: backward already ran and scaled the gradients in place; compute the loss again for a "
+            "second backward, or add the losses and call backward once"
+        )
+    ctx.consumed = True
+    gradients = [
+        _scale(g, d_loss) if need else None for g, need in zip(ctx.saved_tensors, ctx.needs, strict=True)
+    ]
+    return None, None, *gradients, *[None] * 8
+
+
+def _scale(gradient: Tensor, d_loss: Tensor) -> Tensor:
+    """In place, so that each gradient exists once; a compiler's tracing tensors want it functional."""
+    return gradient.mul_(d_loss) if type(gradient) is Tensor else gradient * d_loss
+
+
+_indexer_kl.register_autograd(_backward, setup_context=_setup_context)
+_said: set[str] = set()
+
+
+def _say_torch_body() -> None:
+    """Says once a process that CUDA tensors run the blockwise torch body."""
+    if "cuda" not in _said:
+        _said.add("cuda")
+        warnings.warn(
+            "flash_indexer: CUDA tensors run the blockwise torch body (exact, linear memory, not near the GPU's peak)",
+            stacklevel=4,
+        )

@@ -1,0 +1,111 @@
+"""The definition: every quantity of this package in plain torch, whole [T, S] matrices, differentiable by autograd.
+
+It is written to be read and to be right, in float64 as in float32; nothing here is fast. All bodies of the operators
+are judged by it (`flash_indexer.testing`).
+
+Shape legend: T query tokens and S key tokens (packed, no padding); H teacher heads; G teacher key/value heads
+(H % G == 0, head h reads key head h // (H/G)); D teacher head dim; V value dim; I index heads; E index dim.
+
+Source: DeepSeek-V3.2-Exp technical report (2025), section 2.1 (lightning indexer, dense warm-up stage).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def visible_keys(key_start: Tensor, key_end: Tensor, num_keys: int) -> Tensor:
+    """visible[t,s] = key_start[t] <= s < key_end[t]: bool [T, S]."""
+    s = torch.arange(num_keys, device=key_start.device)
+    return (s >= key_start[:, None]) & (s < key_end[:, None])
+
+
+def teacher_logits(q: Tensor, k: Tensor, softmax_scale: float) -> Tensor:
+    """scale * q[t,h]·k[s,g(h)]: q [T, H, D], k [S, G, D] -> [T, H, S]."""
+    per_group = k.repeat_interleave(q.shape[1] // k.shape[1], dim=1)
+    return softmax_scale * torch.einsum("thd,shd->ths", q, per_group)
+
+
+def teacher_lse(q: Tensor, k: Tensor, softmax_scale: float, key_start: Tensor, key_end: Tensor) -> Tensor:
+    """lse[t,h] = log sum over visible s of exp(scale * q[t,h]·k[s,g(h)]): [T, H]; -inf where t sees nothing."""
+    visible = visible_keys(key_start, key_end, k.shape[0])
+    return teacher_logits(q, k, softmax_scale).masked_fill(~visible[:, None], -torch.inf).logsumexp(-1)
+
+
+def target_distribution(
+    q: Tensor, k: Tensor, softmax_scale: float, key_start: Tensor, key_end: Tensor, target: str = "mean"
+) -> Tensor:
+    """p[t,s], the distribution the indexer learns; zero where unseen, all zeros for a query that sees nothing.
+
+    "mean": p = sum_h a[t,h,s] / sum_s sum_h a[t,h,s] with the softmax probabilities a -> [T, S].
+    "per_head": a[t,h,s] itself -> [T, H, S].
+    "sum_logits": softmax_s(scale * sum_h q[t,h]·k[s,g(h)]) -> [T, S].
+    """
+    visible = visible_keys(key_start, key_end, k.shape[0])
+    logits = teacher_logits(q, k, softmax_scale)
+    if target == "sum_logits":
+        return _softmax(logits.sum(1), visible)
+    probabilities = _softmax(logits, visible[:, None])
+    if target == "per_head":
+        return probabilities
+    total = probabilities.sum(1)
+    return total / total.sum(-1, keepdim=True).clamp_min(torch.finfo(total.dtype).tiny)
+
+
+def indexer_scores(
+    index_q: Tensor,
+    index_k: Tensor,
+    index_weights: Tensor,
+    key_start: Tensor,
+    key_end: Tensor,
+    target: str = "mean",
+) -> Tensor:
+    """i[t,s] = sum_j w[t,j] * ReLU(index_q[t,j]·index_k[s]), -inf where unseen: [T, S].
+
+    "per_head" keeps the heads apart: i[t,j,s] = w[t,j] * ReLU(index_q[t,j]·index_k[s]): [T, I, S].
+    """
+    visible = visible_keys(key_start, key_end, index_k.shape[0])
+    per_head = index_weights[:, :, None] * torch.einsum("tie,se->tis", index_q, index_k).relu()
+    if target == "per_head":
+        return per_head.masked_fill(~visible[:, None], -torch.inf)
+    return per_head.sum(1).masked_fill(~visible, -torch.inf)
+
+
+def indexer_kl(
+    q: Tensor,
+    k: Tensor,
+    index_q: Tensor,
+    index_k: Tensor,
+    index_weights: Tensor,
+    *,
+    softmax_scale: float,
+    key_start: Tensor,
+    key_end: Tensor,
+    target: str = "mean",
+    token_weight: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """KL[t] = sum_s p[t,s] (log p[t,s] - log_softmax(i[t,:])[s]), with p log p = 0 at p = 0.
+
+    Shapes as in `flash_indexer.indexer_kl`. A query that sees nothing has KL 0. "per_head" gives KL [T, H] and a
+    token's loss is the mean over heads.
+
+    Returns:
+        loss: sum_t token_weight[t] * KL[t]; token_weight None means 1/n for the n queries that see a key.
+        kl: [T], or [T, H] for "per_head".
+    """
+    seen = key_end > key_start
+    scores = indexer_scores(index_q, index_k, index_weights, key_start, key_end, target)
+    p = target_distribution(q, k, softmax_scale, key_start, key_end, target).detach()
+    row_seen = seen.view(-1, *[1] * (scores.ndim - 1))
+    log_q = scores.masked_fill(~row_seen, 0.0).log_softmax(-1).masked_fill(p == 0, 0.0)
+    kl = (torch.xlogy(p, p) - p * log_q).sum(-1)
+    if token_weight is None:
+        token_weight = seen.to(kl.dtype) / seen.sum().clamp_min(1)
+    per_token = kl.mean(-1) if target == "per_head" else kl
+    return (token_weight * per_token).sum(), kl.detach()
+
+
+def _softmax(logits: Tensor, visible: Tensor) -> Tensor:
+    """softmax over the visible keys; zeros where unseen and for rows that see nothing."""
+    return logits.masked_fill(~visible, -torch.inf).softmax(-1).masked_fill(~visible, 0.0)
