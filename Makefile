@@ -45,8 +45,9 @@ $(STAMP): pyproject.toml Makefile $(CONSTRAINTS)
 	if ! $(BIN)/python -c 'import pip; $(RECENT)' >/dev/null 2>&1; then \
 		python='$(PYTHON)'; \
 		if ! "$$python" -c '$(USABLE)' >/dev/null 2>&1; then \
-			echo "make: $${python:-no interpreter found} cannot be used: Python 3.11 or newer with the modules venv" \
-				"and ensurepip (Debian, Ubuntu: python3-venv) is needed; install it, or name one: make PYTHON=/path/to/python3.11" >&2; \
+			echo "make: .venv needs Python 3.11 or newer with the modules venv and ensurepip (Debian, Ubuntu:" \
+				"package python3-venv), got PYTHON='$$python'; install one that runs, or name it:" \
+				"make $(MAKECMDGOALS) PYTHON=/path/to/python3.11" >&2; \
 			exit 1; \
 		fi; \
 		"$$python" -m venv --clear $(VENV); \

@@ -231,8 +231,7 @@ def definition(name: str, path: Path, trees: dict[Path, ast.Module], src: Path) 
 
 
 def first_paragraph(node: ast.Module | ast.ClassDef | ast.FunctionDef) -> str:
-    text = ast.get_docstring(node, clean=False) or ""
-    return text.splitlines()[0].strip() if text.strip() else ""
+    return (ast.get_docstring(node, clean=False) or "").partition("\n")[0].strip()
 
 
 def misspelled(paths: list[Path]) -> list[str]:

@@ -1,4 +1,4 @@
-"""Judges a model's indexers on held-out text: metrics per layer, perplexity under sparse attention, a row block."""
+"""Judges a model's indexers on held-out text: metrics, perplexity under sparse attention, a row block."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ class LayerScore:
 class Perplexity:
     """exp(loss), loss in nats a predicted token; selection "dense" has k None.
 
-    sparse_fraction: the part of all queries that see more than k keys, hence attend to fewer than they would.
+    sparse_fraction: the part of all layers' queries that see more than k keys and so lose some.
     """
 
     selection: str
@@ -66,7 +66,7 @@ class RowBlock:
     """Consecutive queries of one document: where they attend, and where the indexer expects them to.
 
     teacher, indexer: [rows][columns] probabilities; each column is the largest of `keys_per_column` keys.
-    first_query counts from the document's first token, as the columns do.
+    first_query counts from the first key shown, as the columns do: the document's first, if nothing hides it.
     """
 
     layer: int
@@ -132,8 +132,8 @@ def evaluate(
 
     Args:
         handle: the attached model. It runs in eval mode and gets its mode back.
-        batches: mappings with input_ids and position_ids, int64 [B, L]; position_ids restart at 0 at the first
-            token of a document, which is nobody's target.
+        batches: mappings with input_ids and position_ids, int64 [B, L]; position_ids restart at 0 at the
+            first token of a document, which is nobody's target.
         ks, min_visible: as in `flash_indexer.metrics.layer_sums`.
         perplexity_ks: keys a query in the sparse passes.
         progress: called with the passes done and their total (None if batches has no length).
@@ -147,10 +147,12 @@ def evaluate(
     model, sums, blocks = handle.model, dict[int, MetricSums](), dict[int, RowBlock]()
     losses = {(select, k): 0.0 for k in perplexity_ks for select in SELECTIONS}
     dense_loss, predicted, tokens, sequences, done = 0.0, 0, 0, 0, 0
-    sparse_queries = dict.fromkeys(perplexity_ks, 0)
+    restricted = dict.fromkeys(perplexity_ks, 0)
 
     def measure(capture: LayerCapture) -> None:
-        layer = capture.layer
+        layer, visible = capture.layer, capture.key_end - capture.key_start
+        for k in perplexity_ks:
+            restricted[k] += int((visible > k).sum())
         sums[layer] = sums.get(layer, MetricSums()) + layer_sums(capture, ks=ks, min_visible=min_visible)
         if not math.isfinite(sums[layer].kl):
             raise ValueError(
@@ -167,43 +169,40 @@ def evaluate(
             progress(done, total)
 
     was_training = model.training
-    model.eval()
+    model.train(False)
     try:
         for batch in batches:
             input_ids, position_ids = _tensors(batch, next(model.parameters()).device)
+            before = dict(restricted)
             with handle.using(measure):
                 loss, targets = _loss_sum(model, input_ids, position_ids)
             advance()
             dense_loss, predicted = dense_loss + loss, predicted + targets
             sequences, tokens = sequences + input_ids.shape[0], tokens + input_ids.numel()
-            for k in perplexity_ks:
-                restricted = int((position_ids >= k).sum())
-                sparse_queries[k] += restricted
-                for select in SELECTIONS:
-                    if restricted:
-                        with handle.using(_sparse(select, k)):
-                            losses[select, k] += _loss_sum(model, input_ids, position_ids)[0]
-                    else:
-                        losses[select, k] += loss
-                    advance()
+            for select, k in losses:
+                if restricted[k] > before[k]:
+                    with handle.using(_sparse(select, k)):
+                        losses[select, k] += _loss_sum(model, input_ids, position_ids)[0]
+                else:
+                    losses[select, k] += loss
+                advance()
     finally:
         model.train(was_training)
     if not sequences:
-        raise ValueError(
-            "evaluate: batches must hold at least one batch, got none; is the held-out text too short?"
-        )
+        raise ValueError("evaluate: batches must hold at least one batch, got none; is the held-out text too short?")
     if not predicted:
         raise ValueError("evaluate: batches must hold a document of two tokens or more, got none")
+    mean = score(None, sum(sums.values(), MetricSums()))
     perplexities = [_perplexity("dense", None, dense_loss / predicted, 0.0)]
     for (select, k), loss in losses.items():
-        if sparse_queries[k]:
-            perplexities.append(_perplexity(select, k, loss / predicted, sparse_queries[k] / tokens))
+        if restricted[k]:
+            perplexities.append(_perplexity(select, k, loss / predicted, restricted[k] / mean.queries))
     layers = tuple(score(layer, sums[layer]) for layer in sorted(sums))
     return Evaluation(
         sequences=sequences,
         tokens=tokens,
         predicted=predicted,
-        mean=score(None, sum(sums.values(), MetricSums())),
+        mean=mean,
         layers=layers,
         perplexities=tuple(perplexities),
         row_block=blocks[_typical(layers)],
@@ -238,12 +237,13 @@ def score(layer: int | None, sums: MetricSums) -> LayerScore:
 @torch.no_grad()
 def row_block(capture: LayerCapture, *, rows: int = 64, columns: int = 256) -> RowBlock:
     """The last `rows` queries of the longest document, over its keys max-pooled into at most `columns`."""
-    visible = capture.key_end - capture.key_start
-    last = int(visible.argmax())
-    start, end = int(capture.key_start[last]), int(capture.key_end[last])
-    same = (capture.key_start[: last + 1] == start).nonzero()[:, 0]
-    here, keys = slice(max(int(same[0]), last + 1 - rows), last + 1), slice(start, end)
-    bounds = capture.key_start[here] - start, capture.key_end[here] - start
+    key_start, key_end = capture.key_start, capture.key_end
+    last = int((key_end - key_start).argmax())
+    begins = (key_start[1 : last + 1] >= key_end[:last]).nonzero()[:, 0] + 1
+    first = max([last + 1 - rows, 0, *begins[-1:].tolist()])
+    start, end = int(key_start[first]), int(key_end[last])
+    here, keys = slice(first, last + 1), slice(start, end)
+    bounds = key_start[here] - start, key_end[here] - start
     q, k, lse = capture.q[here], capture.k[keys], capture.lse[here]
     p = teacher_scores(q, k, lse, *bounds, softmax_scale=capture.softmax_scale)
     p = p / p.sum(-1, keepdim=True)
@@ -252,7 +252,7 @@ def row_block(capture: LayerCapture, *, rows: int = 64, columns: int = 256) -> R
     width = math.ceil((end - start) / columns)
     return RowBlock(
         layer=capture.layer,
-        first_query=int(visible[here.start]) - 1,
+        first_query=int(key_end[first]) - 1 - start,
         num_keys=end - start,
         keys_per_column=width,
         teacher=_pooled(p, width),
@@ -285,7 +285,7 @@ def _loss_sum(model: torch.nn.Module, input_ids: Tensor, position_ids: Tensor) -
     """Sum over predicted tokens of -log probability (nats), and their number; no document's first token."""
     logits = model(input_ids=input_ids, position_ids=position_ids, use_cache=False).logits
     total = 0.0
-    counted = position_ids[:, 1:] != 0
+    counted = position_ids[:, 1:] == position_ids[:, :-1] + 1
     for row, targets, mask in zip(logits, input_ids[:, 1:], counted, strict=True):
         for begin in range(0, len(targets), _LOGIT_ROWS):
             part = slice(begin, min(begin + _LOGIT_ROWS, len(targets)))

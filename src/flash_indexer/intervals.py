@@ -31,19 +31,15 @@ def causal_intervals(cu_seqlens_q: Tensor, cu_seqlens_k: Tensor | None = None) -
         if boundaries.dtype not in (torch.int32, torch.int64):
             raise TypeError(f"causal_intervals: {name} must be int32 or int64, got {boundaries.dtype}")
         if boundaries.ndim != 1 or boundaries.numel() < 1:
-            raise ValueError(
-                f"causal_intervals: {name} must be [documents + 1], got {list(boundaries.shape)}"
-            )
+            raise ValueError(f"causal_intervals: {name} must be [documents + 1], got {list(boundaries.shape)}")
         if int(boundaries[0]) != 0:
             raise ValueError(f"causal_intervals: {name} must begin with 0, got {int(boundaries[0])}")
         if bool((boundaries.diff() < 0).any()):
-            raise ValueError(
-                f"causal_intervals: {name} must be non-decreasing, got {boundaries.tolist()[:16]}"
-            )
+            raise ValueError(f"causal_intervals: {name} must be non-decreasing, got {boundaries.tolist()[:16]}")
     if cu_seqlens_k.shape != cu_seqlens_q.shape or cu_seqlens_k.device != cu_seqlens_q.device:
         raise ValueError(
             "causal_intervals: cu_seqlens_k must match cu_seqlens_q in length and device, got "
-            f"{list(cu_seqlens_k.shape)} on {cu_seqlens_k.device} and {list(cu_seqlens_q.shape)} on {cu_seqlens_q.device}"
+            f"{list(cu_seqlens_k.shape)} on {cu_seqlens_k.device}, {list(cu_seqlens_q.shape)} on {cu_seqlens_q.device}"
         )
     lengths_q = cu_seqlens_q.diff().long()
     tokens = int(cu_seqlens_q[-1])

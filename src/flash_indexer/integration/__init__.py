@@ -1,0 +1,1 @@
+"""Real models: attaching indexers to Transformers models, loading, checkpoints and export."""

@@ -8,11 +8,11 @@ and `.NAME.old` (being replaced). A replacement runs
     3  rename .NAME.new to NAME, fsync the parent
     4  delete .NAME.old
 
-Renames are atomic, so a kill leaves one of four states: before 2, NAME is the old content; between 2 and 3, NAME
-is missing and .NAME.old is the whole old content; after 3, NAME is the whole new content. Hence one rule for
-readers (`readable_directory`): NAME where it holds something, else .NAME.old. The next writer applies the same
-rule before its step 1, and only then deletes what is stale, so .NAME.old is never deleted while it is the only
-copy. The fsyncs make the same true of a power loss on file systems that order a rename after a finished fsync.
+Renames are atomic, so wherever a kill strikes, one of three things holds: up to 2, NAME is the old content;
+between 2 and 3, NAME is missing and .NAME.old is the whole old content; from 3 on, NAME is the new content,
+whole. Hence one rule for readers (`readable_directory`): NAME where it holds something, else .NAME.old. The
+next writer applies the same rule before its step 1, and only then deletes what is stale, so .NAME.old is never
+deleted while it is the only copy. The fsyncs carry this over to a power loss.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ _FULL = {
 def atomic_directory(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Write a directory as a whole: yields an empty folder that takes `path`'s place when the block ends.
 
-    What is at `path` already is replaced, all of it, and stays untouched until the new content is complete and
-    on disk. If the block raises, the new content is removed and `path` stays as it was. The folder's parents
+    What is at `path` already is replaced, all of it, and stays untouched until the new content is complete
+    and on disk. If the block raises, the new content is removed and `path` stays as it was. Parents of `path`
     are made where missing. One writer per path at a time: in a distributed run, one rank.
 
     Args:
@@ -51,18 +51,14 @@ def atomic_directory(path: str | os.PathLike[str]) -> Iterator[Path]:
     """
     target, new, old = _siblings(path)
     if target.exists() and not target.is_dir():
-        raise NotADirectoryError(
-            f"atomic_directory: path must be a directory or not exist, got the file {target}"
-        )
+        raise NotADirectoryError(f"atomic_directory: path must be a directory or not exist, got the file {target}")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         _recover(target, new, old)
         new.mkdir()
         yield new
         if not any(new.iterdir()):
-            raise ValueError(
-                f"atomic_directory: nothing was written for {target}; write a file into the folder"
-            )
+            raise ValueError(f"atomic_directory: nothing was written for {target}; write a file into the folder")
         _sync_tree(new)
         if target.exists():
             os.rename(target, old)
@@ -75,8 +71,8 @@ def atomic_directory(path: str | os.PathLike[str]) -> Iterator[Path]:
         if (number := _full_disk(error)) is not None:
             raise OSError(
                 number,
-                f"{_FULL[number]} while writing {target}; the unfinished copy was removed and an earlier checkpoint "
-                "there is untouched; free some space or choose a path on another disk",
+                f"{_FULL[number]} while writing {target}; the unfinished copy was removed and an earlier one "
+                "there, if any, is untouched; free some space or choose a path on another disk",
             ) from error
         raise
     shutil.rmtree(old, ignore_errors=True)
@@ -94,9 +90,7 @@ def readable_directory(path: str | os.PathLike[str]) -> Path:
 def _siblings(path: str | os.PathLike[str]) -> tuple[Path, Path, Path]:
     target = Path(os.path.realpath(path))
     if not target.name:
-        raise ValueError(
-            f"atomic_directory: path must name a directory below a parent, got {os.fspath(path)!r}"
-        )
+        raise ValueError(f"atomic_directory: path must name a directory below a parent, got {os.fspath(path)!r}")
     return target, target.parent / f".{target.name}.new", target.parent / f".{target.name}.old"
 
 

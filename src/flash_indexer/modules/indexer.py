@@ -108,7 +108,7 @@ class LightningIndexer(nn.Module):
         for any I and E: k_norm fixes the norm of index_k, the factors in index_weights cancel the rest. With
         hidden_size = q_in = 576 that is 0.01 for inputs of rms 1 and 0.1 for rms 3, so that the KL starts at
         the uniform prediction's. wq_b and wk have DeepSeek's std, 0.02. With 0.02 for weights_proj as well,
-        the scores' std would be above 1 at rms 3, and would grow with hidden_size; with zeros, wq_b, wk and
+        the scores' std would be about 1 at rms 3, and would grow with hidden_size; with zeros, wq_b, wk and
         k_norm would get no gradient.
         """
         nn.init.normal_(self.wq_b.weight, std=PROJECTION_STD)

@@ -23,9 +23,7 @@ class Sizes(NamedTuple):
     E: int
 
 
-def check_index_inputs(
-    op: str, index_q: Tensor, index_k: Tensor, index_weights: Tensor
-) -> tuple[int, int, int, int]:
+def check_index_inputs(op: str, index_q: Tensor, index_k: Tensor, index_weights: Tensor) -> tuple[int, int, int, int]:
     """Checks index_q [T, I, E], index_k [S, E], index_weights [T, I]; returns T, S, I, E."""
     _rank(op, "index_q", index_q, "[T, I, E]", 3)
     T, I, E = index_q.shape
@@ -69,19 +67,13 @@ def check_indexer_kl(
     check_dtypes(op, given)
     for name in ("q", "k", "lse", "token_weight"):
         if name in given and given[name].requires_grad:
-            raise ValueError(
-                f"{op}: {name} is a constant but requires grad; detach: the main model is frozen"
-            )
+            raise ValueError(f"{op}: {name} is a constant but requires grad; detach: the main model is frozen")
     if not softmax_scale > 0:
-        raise ValueError(
-            f"{op}: softmax_scale must be positive (the model's own, e.g. D ** -0.5), got {softmax_scale}"
-        )
+        raise ValueError(f"{op}: softmax_scale must be positive (the model's own, e.g. D ** -0.5), got {softmax_scale}")
     return Sizes(T, S, H, G, D, I, E)
 
 
-def check_interval_tensors(
-    op: str, key_start: Tensor, key_end: Tensor, num_queries: int, device: torch.device
-) -> None:
+def check_interval_tensors(op: str, key_start: Tensor, key_end: Tensor, num_queries: int, device: torch.device) -> None:
     """Checks key_start and key_end: int32 [T] on the queries' device. Their contents are `check_intervals`' part."""
     for name, x in (("key_start", key_start), ("key_end", key_end)):
         _shape(op, name, x, "[T]", (num_queries,))
@@ -92,14 +84,12 @@ def check_interval_tensors(
 
 
 def check_dtypes(op: str, tensors: dict[str, Tensor]) -> None:
-    """float32 or float64 throughout on the CPU; elsewhere bfloat16 vectors and float32 weights, lse and token_weight."""
+    """On the CPU one of float32, float64 throughout; elsewhere bfloat16 vectors, float32 weights, lse, token_weight."""
     reference_name, reference = next(iter(tensors.items()))
     on_cpu = reference.device.type in ("cpu", "meta")
     for name, x in tensors.items():
         if x.device != reference.device:
-            raise ValueError(
-                f"{op}: {name} must be on {reference.device} like {reference_name}, got {x.device}"
-            )
+            raise ValueError(f"{op}: {name} must be on {reference.device} like {reference_name}, got {x.device}")
         if on_cpu and reference.dtype in (torch.float32, torch.float64):
             if x.dtype != reference.dtype:
                 raise TypeError(

@@ -245,18 +245,14 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 
 def _backward(ctx: Any, d_loss: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
     if torch.is_grad_enabled():
-        raise RuntimeError(
-            "indexer_kl: the loss has no second derivative; call backward without create_graph=True"
-        )
+        raise RuntimeError("indexer_kl: the loss has no second derivative; call backward without create_graph=True")
     if ctx.consumed:
         raise RuntimeError(
             "indexer_kl: backward already ran and scaled the gradients in place; compute the loss again for a "
             "second backward, or add the losses and call backward once"
         )
     ctx.consumed = True
-    gradients = [
-        _scale(g, d_loss) if need else None for g, need in zip(ctx.saved_tensors, ctx.needs, strict=True)
-    ]
+    gradients = [_scale(g, d_loss) if need else None for g, need in zip(ctx.saved_tensors, ctx.needs, strict=True)]
     return None, None, *gradients, *[None] * 8
 
 

@@ -1,0 +1,218 @@
+"""The command line: warmup, evaluate, export. Thin: each command calls the library and prints where things are."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+from rich.console import Console
+
+app = typer.Typer(
+    no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
+    help="Train and judge lightning indexers (DeepSeek Sparse Attention) for dense models.",
+)  # fmt: skip
+console = Console()
+
+Out = Annotated[Path, typer.Option(help="Folder of the run: settings, metrics, checkpoint, report.")]
+
+
+@app.callback()
+def _options() -> None:
+    """Train and judge lightning indexers (DeepSeek Sparse Attention) for dense models."""
+
+
+@app.command()
+def warmup(
+    context: typer.Context,
+    out: Out,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --out, if there is one.")] = False,
+    model: Annotated[str, typer.Option(help="Local Transformers checkpoint, or the embedded one.")] = "smollm2-135m",
+    data: Annotated[str | None, typer.Option(help="Text, JSONL, Parquet or datasets folder.")] = None,
+    held_out: Annotated[str | None, typer.Option(help="The same kinds, for the evaluation at the end.")] = None,
+    column: Annotated[str, typer.Option(help="Column that holds the text.")] = "text",
+    sequence_length: Annotated[int, typer.Option(help="Tokens of a packed sequence.")] = 1024,
+    batch_size: Annotated[int, typer.Option(help="Sequences of a micro-batch.")] = 1,
+    accumulation: Annotated[int, typer.Option(help="Micro-batches of an optimizer step.")] = 1,
+    steps: Annotated[int | None, typer.Option(help="Optimizer steps; default: what --minutes allow.")] = None,
+    minutes: Annotated[float, typer.Option(help="Time budget of the training, where --steps is absent.")] = 3.0,
+    lr: Annotated[float, typer.Option(help="Peak learning rate of AdamW.")] = 1e-3,
+    warmup_steps: Annotated[int, typer.Option(help="Steps of linear learning-rate warm-up.")] = 20,
+    decay: Annotated[str, typer.Option(help="cosine (to zero) or none.")] = "cosine",
+    clip: Annotated[float | None, typer.Option(help="Largest gradient norm.")] = None,
+    seed: Annotated[int, typer.Option(help="Seed of initialisation and data order.")] = 0,
+    num_heads: Annotated[int, typer.Option(help="Index heads I.")] = 8,
+    head_dim: Annotated[int, typer.Option(help="Index dim E.")] = 64,
+    rope_dim: Annotated[int | None, typer.Option(help="Dims that rope turns; default min(32, E).")] = None,
+    target: Annotated[str, typer.Option(help="mean, per_head or sum_logits.")] = "mean",
+    layers: Annotated[str | None, typer.Option(help="Layers to train, such as 0,1,5-9; default all.")] = None,
+    dtype: Annotated[str, typer.Option(help="The model's dtype: float32 or bfloat16.")] = "float32",
+    save_every: Annotated[int, typer.Option(help="Steps between checkpoints.")] = 50,
+    evaluate_sequences: Annotated[int, typer.Option(help="Held-out sequences to judge on at the end; 0: none.")] = 4,
+) -> None:
+    """Warm up a model's indexers; with a report on held-out text at the end."""
+    with _plain_errors():
+        from flash_indexer.training import WarmupSettings, warm_up
+
+        given = {name: value for name, value in context.params.items() if name in WarmupSettings.__dataclass_fields__}
+        given["layers"] = _parse_layers(layers)
+        settings = WarmupSettings(**given)
+        explicit = {name: getattr(settings, name) for name in given if _was_given(context, name)}
+        _refuse_other_settings(out, resume, explicit)
+        handle = warm_up(settings, out, resume=resume, console=console)
+        console.print(f"[bold]indexer[/bold]  {out / 'checkpoint'}")
+        if evaluate_sequences > 0 and (held_out is not None or settings.data is None):
+            _judge(handle, out, out / "report", held_out, evaluate_sequences, min_visible=0, perplexity_ks=(128,))
+
+
+@app.command()
+def evaluate(
+    out: Out,
+    report: Annotated[Path | None, typer.Option(help="Folder of the report; default: report/ in --out.")] = None,
+    data: Annotated[str | None, typer.Option(help="Held-out text; default: the embedded split.")] = None,
+    sequences: Annotated[int, typer.Option(help="Held-out sequences.")] = 8,
+    sequence_length: Annotated[int | None, typer.Option(help="Default: as in training.")] = None,
+    min_visible: Annotated[int, typer.Option(help="Count only queries that see at least so many keys.")] = 0,
+    perplexity_k: Annotated[list[int] | None, typer.Option(help="Keys per query for sparse perplexity.")] = None,
+    model: Annotated[str | None, typer.Option(help="Model; default: the one it was trained on.")] = None,
+) -> None:
+    """Judge indexers: those of a run, or a native indexer folder, on held-out text."""
+    with _plain_errors():
+        from flash_indexer.integration.models import load_model, model_fingerprint
+        from flash_indexer.integration.native import load_native, read_native
+
+        checkpoint = _indexer_folder(out)
+        name = model or read_native(checkpoint).config.base_name
+        base, _ = load_model(name, dtype=_dtype(out))
+        handle = load_native(base, checkpoint, base_fingerprint=model_fingerprint(base))
+        ks = tuple(perplexity_k) if perplexity_k else (128,)
+        _judge(handle, out, report or out / "report", data, sequences, min_visible, ks, sequence_length)
+
+
+@app.command()
+def export(
+    out: Out,
+    path: Annotated[Path, typer.Argument(help="Directory to write.")],
+    format: Annotated[
+        Literal["deepseek_v32", "native"], typer.Option(help="A whole checkpoint, or the indexers alone.")
+    ] = "native",
+    model: Annotated[str | None, typer.Option(help="Model; default: the one it was trained on.")] = None,
+) -> None:
+    """Write trained indexers as a checkpoint that Transformers loads as deepseek_v32, or in the native format."""
+    with _plain_errors():
+        from flash_indexer.integration.export import export as write
+        from flash_indexer.integration.models import load_model, model_fingerprint
+        from flash_indexer.integration.native import load_native, read_native
+
+        checkpoint = _indexer_folder(out)
+        name = model or read_native(checkpoint).config.base_name
+        base, tokenizer = load_model(name, dtype=_dtype(out))
+        handle = load_native(base, checkpoint, base_fingerprint=model_fingerprint(base))
+        options: dict[str, Any] = dict(tokenizer=tokenizer) if format == "deepseek_v32" else {}
+        write(handle, path, format=format, base_name=name, **options)
+        console.print(f"[bold]exported[/bold]  {path}")
+
+
+def main() -> None:
+    """Entry point of the command `flash-indexer`."""
+    app()
+
+
+def _judge(
+    handle: Any,
+    out: Path,
+    report: Path,
+    data: str | None,
+    sequences: int,
+    min_visible: int,
+    perplexity_ks: tuple[int, ...],
+    sequence_length: int | None = None,
+) -> None:
+    """Evaluates a handle on held-out text and writes the report."""
+    from rich.progress import Progress
+
+    from flash_indexer.evaluation import evaluate as judge
+    from flash_indexer.report import write_report
+    from flash_indexer.training import held_out_batches, read_metrics, read_run
+
+    run = read_run(out)
+    batches = held_out_batches(run, handle, data, sequences, sequence_length)
+    with Progress(console=console, disable=not console.is_terminal) as bar:
+        task = bar.add_task("evaluating", total=None)
+
+        def advance(done: int, total: int | None) -> None:
+            bar.update(task, completed=done, total=total)
+
+        found = judge(handle, batches, min_visible=min_visible, perplexity_ks=perplexity_ks, progress=advance)
+    run["command"] = shlex.join(["flash-indexer", *sys.argv[1:]])
+    path = write_report(report, evaluation=found, metrics_log=read_metrics(out / "metrics.jsonl"), run=run)
+    ratio = found.mean.kl_over_uniform
+    console.print(f"held-out KL over uniform {ratio:.3f}" if ratio is not None else "held-out KL not available")
+    for mass in found.mean.at_k:
+        console.print(
+            f"mass@{mass.k}: indexer {mass.indexer:.1%}, oracle {mass.oracle:.1%}, sink + window {mass.window:.1%}"
+            f" ({mass.queries} queries)",
+            highlight=False,
+        )
+    console.print(f"[bold]plots[/bold]    {report}")
+    console.print(f"[bold]report[/bold]   {path}")
+
+
+def _indexer_folder(out: Path) -> Path:
+    """A run's checkpoint, or the folder itself where it is a native indexer directory."""
+    return out if (out / "indexer_config.json").exists() else out / "checkpoint"
+
+
+def _dtype(out: Path) -> Any:
+    import torch
+
+    from flash_indexer.training import read_run
+
+    return getattr(torch, str(read_run(out).get("dtype", "float32")))
+
+
+def _refuse_other_settings(out: Path, resume: bool, explicit: dict[str, Any]) -> None:
+    """An option given beside --resume must say what the run was started with."""
+    from flash_indexer.training import read_run
+
+    recorded = read_run(out) if resume else {}
+    for name, value in explicit.items():
+        before = recorded.get(name, value)
+        if (tuple(before) if isinstance(before, list) else before) != value:
+            raise ValueError(
+                f"warmup: --{name.replace('_', '-')} must be {before} as when the run began, got {value}; "
+                "leave it out, or start a new run in another --out"
+            )
+
+
+def _was_given(context: typer.Context, name: str) -> bool:
+    source = context.get_parameter_source(name)
+    return source is not None and source.name == "COMMANDLINE"
+
+
+def _parse_layers(text: str | None) -> tuple[int, ...] | None:
+    """ "0,1,5-7" -> (0, 1, 5, 6, 7)."""
+    if text is None:
+        return None
+    try:
+        chosen: list[int] = []
+        for part in text.split(","):
+            first, _, last = part.partition("-")
+            chosen += range(int(first), int(last or first) + 1)
+    except ValueError:
+        raise ValueError(f"warmup: --layers must be like 0,1,5-9, got {text!r}") from None
+    return tuple(chosen)
+
+
+@contextmanager
+def _plain_errors() -> Iterator[None]:
+    """Expected failures end with their message alone and exit code 1; bugs keep their traceback."""
+    try:
+        yield
+    except (ValueError, OSError, FloatingPointError, KeyError) as error:
+        Console(stderr=True).print(f"[bold red]error[/bold red] {error}", highlight=False, soft_wrap=True)
+        raise typer.Exit(1) from error

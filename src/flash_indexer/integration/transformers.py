@@ -1,0 +1,388 @@
+"""Attaches lightning indexers to a loaded Transformers model, and takes them off again.
+
+The model's attention is replaced by a registered attention function that computes the same output and the logsumexp.
+While it runs, each attached layer's queries, keys and index operands are handed to a consumer: by default the warm-up
+loss, whose backward runs at once, inside the forward, so that one layer's scores live at a time.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+
+from flash_indexer.integration.attention import Packing, causal_attention, packing
+from flash_indexer.modules import LightningIndexer
+from flash_indexer.ops import indexer_kl
+
+_NAME = "lightning_indexer_teacher"  # Transformers takes any name with "flash" in it for FlashAttention
+_FAMILIES = "decoders whose layers have self_attn with q/k/v projections (Llama, Qwen2/3, Mistral) or MLA (DeepSeek-V3)"
+
+
+@dataclass(frozen=True)
+class LayerCapture:
+    """One attached layer's attention in one forward, batch rows flattened into T tokens (S = T)."""
+
+    layer: int
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    lse: Tensor
+    out: Tensor
+    index_q: Tensor
+    index_k: Tensor
+    index_weights: Tensor
+    softmax_scale: float
+    key_start: Tensor
+    key_end: Tensor
+
+
+Consumer = Callable[[LayerCapture], Tensor | None]
+
+
+class LayerLoss(NamedTuple):
+    """Means over the tokens of the last forward, nats."""
+
+    kl: Tensor
+    uniform_kl: Tensor
+
+
+class _Tap:
+    """What an attached layer's hooks have seen in the forward under way."""
+
+    def __init__(self, handle: IndexerHandle, layer: int) -> None:
+        self.handle, self.layer = handle, layer
+        self.hidden: Tensor | None = None
+        self.q_residual: Tensor | None = None
+        self.rope: tuple[Tensor, Tensor] | None = None
+
+
+class IndexerHandle:
+    """Indexers attached to a model. `remove()` leaves the model as it was, to the bit.
+
+    Attributes:
+        model: the model; its parameters do not require gradients while the indexers are attached.
+        indexers: one LightningIndexer per attached layer, keyed by str(layer). In train() mode (the default) a
+            forward of the model adds each layer's gradients; in eval() mode it only computes the losses.
+        layers: attached layers, ascending. target: see `flash_indexer.indexer_kl`.
+        token_weight: weight of every token's KL in the loss; None means 1/T of each forward. Training sets it to
+            1 / (tokens of the whole optimizer step over all ranks).
+        observer: called with each layer's capture before the default loss, for logging; None for none.
+    """
+
+    def __init__(self, model: PreTrainedModel, indexers: nn.ModuleDict, target: str) -> None:
+        self.model = model
+        self.decoder: Any = find_decoder(model)
+        self.indexers = indexers
+        self.layers = tuple(int(name) for name in indexers)
+        self.target = target
+        self.token_weight: float | None = None
+        self.observer: Callable[[LayerCapture], None] | None = None
+        self._losses: dict[int, LayerLoss] = {}
+        self._consumer: Consumer | None = None
+        self._packing: Packing | None = None
+        self._undo: list[Callable[[], object]] = []
+        self._seen: set[int] = set()
+
+    def losses(self) -> dict[int, LayerLoss]:
+        """Each attached layer's mean KL, and the uniform prediction's, in the last forward."""
+        return dict(self._losses)
+
+    @contextmanager
+    def using(self, consumer: Consumer) -> Iterator[IndexerHandle]:
+        """Hands captures to `consumer` instead of the loss; a tensor [T, H, V] it returns replaces the output.
+
+        The indexers then run without gradients.
+        """
+        before, self._consumer = self._consumer, consumer
+        try:
+            yield self
+        finally:
+            self._consumer = before
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Parameters under DeepSeek-V3.2's checkpoint names: model.layers.N.self_attn.indexer.*"""
+        return {
+            f"model.layers.{layer}.self_attn.indexer.{name}": value
+            for layer in self.layers
+            for name, value in self.indexers[str(layer)].state_dict().items()
+        }
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Loads what `state_dict` gave. Raises ValueError on missing, unknown or misshapen entries."""
+        own = self.state_dict()
+        if set(own) != set(state):
+            missing, unknown = sorted(set(own) - set(state)), sorted(set(state) - set(own))
+            raise ValueError(
+                f"load_state_dict: state must have the attached layers' parameters; missing {missing[:3]}, "
+                f"unknown {unknown[:3]}; attach with the layers and sizes it was saved with"
+            )
+        with torch.no_grad():
+            for name, value in own.items():
+                if value.shape != state[name].shape:
+                    raise ValueError(
+                        f"load_state_dict: {name} must be {list(value.shape)}, got {list(state[name].shape)}; "
+                        "attach with the sizes it was saved with"
+                    )
+                value.copy_(state[name])
+
+    def remove(self) -> None:
+        """Takes hooks and attention function off again. The indexers stay usable; a second call does nothing."""
+        while self._undo:
+            self._undo.pop()()
+
+    def _begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Before the decoder runs: finds the documents from position_ids."""
+        tokens = kwargs.get("input_ids", args[0] if args else None)
+        tokens = kwargs.get("inputs_embeds") if tokens is None else tokens
+        if tokens is None:
+            raise ValueError("attach: the decoder needs input_ids or inputs_embeds")
+        positions = kwargs.get("position_ids")
+        if positions is None:
+            positions = torch.arange(tokens.shape[1], device=tokens.device)[None]
+        self._packing = packing(positions.expand(tokens.shape[:2]))
+        self._losses, self._seen = {}, set()
+
+    def _end(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        """After the decoder: every attached layer must have passed through the attention function."""
+        missing = [layer for layer in self.layers if layer not in self._seen]
+        if missing:
+            raise RuntimeError(
+                f"attach: layers {missing[:5]} did not call the registered attention function; "
+                f"attachable are {_FAMILIES}"
+            )
+        self._packing = None
+
+    def _capture(self, tap: _Tap, q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None) -> Tensor:
+        """Runs one attached layer's attention, then its indexer and the consumer."""
+        assert self._packing is not None and tap.hidden is not None and tap.rope is not None
+        out, lse = causal_attention(q, k, v, self._packing.boundaries, softmax_scale=scale, window=window)
+        T = q.shape[0]
+        key_end = torch.arange(1, T + 1, dtype=torch.int32, device=q.device)
+        key_start = self._packing.document_start
+        if window is not None:
+            key_start = torch.maximum(key_start, key_end - window)
+        wide = (lambda x: x) if q.device.type == "cuda" else _at_least_float32
+        hidden = wide(tap.hidden.flatten(0, -2))
+        residual = None if tap.q_residual is None else wide(tap.q_residual.flatten(0, -2))
+        cos, sin = (x.expand(*tap.hidden.shape[:-1], -1).flatten(0, -2) for x in tap.rope)
+        with torch.set_grad_enabled(self._consumer is None and self.indexers.training):
+            index_q, index_k, index_weights = self.indexers[str(tap.layer)](hidden, residual, cos, sin)
+        tap.hidden = tap.q_residual = tap.rope = None
+        capture = LayerCapture(
+            tap.layer, wide(q), wide(k), wide(v), lse.to(index_weights.dtype), out,
+            index_q, index_k, index_weights, scale, key_start, key_end,
+        )  # fmt: skip
+        self._seen.add(tap.layer)
+        replaced = self._loss(capture) if self._consumer is None else self._consumer(capture)
+        return out if replaced is None else replaced.to(out.dtype)
+
+    def _loss(self, capture: LayerCapture) -> None:
+        """The default consumer: the layer's KL and, in train() mode, its backward."""
+        if self.observer is not None:
+            self.observer(capture)
+        T = capture.q.shape[0]
+        weight = capture.index_weights.new_full((T,), 1 / T if self.token_weight is None else self.token_weight)
+        with torch.enable_grad():
+            loss, kl, entropy = indexer_kl(
+                capture.q, capture.k, capture.index_q, capture.index_k, capture.index_weights,
+                softmax_scale=capture.softmax_scale, key_start=capture.key_start, key_end=capture.key_end,
+                lse=None if self.target == "sum_logits" else capture.lse, target=self.target, token_weight=weight,
+            )  # fmt: skip
+            if loss.requires_grad:
+                loss.backward()  # type: ignore[no-untyped-call]
+        visible = (capture.key_end - capture.key_start).to(kl.dtype).log()
+        uniform = visible.view(-1, *[1] * (kl.ndim - 1)) - entropy
+        self._losses[capture.layer] = LayerLoss(kl.mean(), uniform.mean())
+
+
+def attach(
+    model: PreTrainedModel,
+    *,
+    num_heads: int = 8,
+    head_dim: int = 64,
+    rope_dim: int | None = None,
+    target: str = "mean",
+    layers: Sequence[int] | None = None,
+) -> IndexerHandle:
+    """Gives every layer of a dense model a fresh lightning indexer that learns from the layer's own attention.
+
+    MLA models with q-LoRA: wq_b reads the normed query residual, rope is the model's own (half-split, on
+    qk_rope_head_dim dims, as in DeepSeek-V3.2). Elsewhere wq_b reads the hidden state and rope comes from the model's
+    rope settings with rope_dim dims.
+
+    Batches are packed: no padding; documents restart position_ids at 0. Sliding windows are respected.
+
+    Args:
+        model: a loaded causal language model. Its parameters stop requiring gradients until `remove()`.
+        num_heads: I. head_dim: E. rope_dim: None means min(32, head_dim), for MLA qk_rope_head_dim.
+        target: see `flash_indexer.indexer_kl`. layers: indices of the layers to attach; None means all.
+
+    Raises:
+        ValueError: for a family that can't be attached, layers that don't exist, or sizes that don't fit.
+    """
+    decoder = find_decoder(model)
+    blocks = getattr(decoder, "layers", None)
+    attentions = [getattr(block, "self_attn", None) for block in blocks] if blocks is not None else []
+    if not attentions or not all(_is_attachable(module) for module in attentions) or not hasattr(decoder, "rotary_emb"):
+        raise ValueError(f"attach: model must be one of the {_FAMILIES}; got {type(model).__name__}")
+    if any(hasattr(module, "indexer") for module in attentions):
+        raise ValueError(f"attach: {type(model).__name__} has indexers of its own; attach to the dense model")
+    if any("_flash_indexer" in module.__dict__ for module in attentions):
+        raise ValueError("attach: the model has indexers attached already; call remove() on their handle first")
+    chosen = list(range(len(attentions))) if layers is None else sorted(set(layers))
+    if not chosen or chosen[0] < 0 or chosen[-1] >= len(attentions):
+        raise ValueError(f"attach: layers must be indices below {len(attentions)}, got {list(layers or [])}")
+
+    config = model.config.get_text_config()
+    mla = hasattr(attentions[0], "kv_b_proj")
+    rank = getattr(config, "q_lora_rank", None) if mla else None
+    if mla:
+        if rope_dim not in (None, config.qk_rope_head_dim):
+            raise ValueError(f"attach: rope_dim must be qk_rope_head_dim = {config.qk_rope_head_dim}, got {rope_dim}")
+        rope_dim = config.qk_rope_head_dim
+    rope_dim = min(32, head_dim) if rope_dim is None else rope_dim
+    if target == "per_head" and num_heads != config.num_attention_heads:
+        raise ValueError(
+            f'attach: target="per_head" needs num_heads = {config.num_attention_heads}, the model\'s, got {num_heads}'
+        )
+    device = next(model.parameters()).device
+    indexers = nn.ModuleDict()
+    for layer in chosen:
+        indexers[str(layer)] = LightningIndexer(
+            config.hidden_size, num_heads=num_heads, head_dim=head_dim, q_lora_rank=rank,
+            rope_dim=rope_dim, rope_interleaved=False,
+        ).to(device)  # fmt: skip
+    handle = IndexerHandle(model, indexers, target)
+    rotary = None if mla else _rotary(decoder, config, rope_dim).to(device)
+    _install(handle, decoder, attentions, rotary)
+    return handle
+
+
+def find_decoder(model: PreTrainedModel) -> Any:
+    """The module that holds the decoder layers; None where the model names none."""
+    untyped: Any = model
+    return untyped.get_decoder() if hasattr(model, "get_decoder") else None
+
+
+def _is_attachable(module: object) -> bool:
+    return isinstance(module, nn.Module) and (
+        all(hasattr(module, name) for name in ("q_proj", "k_proj", "v_proj", "scaling"))
+        or all(hasattr(module, name) for name in ("kv_b_proj", "scaling"))
+    )
+
+
+def _rotary(decoder: Any, config: Any, rope_dim: int) -> nn.Module:
+    """The model's rotary embedding with rope_dim dims."""
+    resized = copy.deepcopy(config)
+    resized.head_dim = rope_dim
+    parameters = resized.rope_parameters
+    if "rope_type" not in parameters:
+        raise ValueError(f"attach: one rope for all layers is needed, got rope_parameters={parameters}")
+    parameters.pop("partial_rotary_factor", None)
+    rotary: nn.Module = type(decoder.rotary_emb)(resized)
+    return rotary
+
+
+def _install(handle: IndexerHandle, decoder: Any, attentions: list[Any], rotary: nn.Module | None) -> None:
+    """Freezes the model, adds the hooks, switches the attention function; records how to undo each."""
+    model, undo = handle.model, handle._undo
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.requires_grad_(False)
+            undo.append(partial(parameter.requires_grad_, True))
+    before = model.config._attn_implementation
+    model.set_attn_implementation(_NAME)
+    undo.append(lambda: model.set_attn_implementation(before))
+    undo.append(decoder.register_forward_pre_hook(handle._begin, with_kwargs=True).remove)
+    undo.append(decoder.register_forward_hook(handle._end).remove)
+    for layer in handle.layers:
+        module, tap = attentions[layer], _Tap(handle, layer)
+        module.__dict__["_flash_indexer"] = tap
+        undo.append(partial(module.__dict__.pop, "_flash_indexer", None))
+        hook = _inputs_hook(tap, rotary)
+        undo.append(module.register_forward_pre_hook(hook, with_kwargs=True).remove)
+        if getattr(module, "q_a_layernorm", None) is not None:
+            undo.append(module.q_a_layernorm.register_forward_hook(_residual_hook(tap)).remove)
+
+
+def _inputs_hook(tap: _Tap, rotary: nn.Module | None) -> Callable[..., None]:
+    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        tap.hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
+        if rotary is None:
+            tap.rope = kwargs["position_embeddings"]
+        else:
+            positions = kwargs.get("position_ids")
+            if positions is None:
+                positions = torch.arange(tap.hidden.shape[1], device=tap.hidden.device)[None]
+            tap.rope = rotary(tap.hidden, positions)
+
+    return hook
+
+
+def _residual_hook(tap: _Tap) -> Callable[..., None]:
+    def hook(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+        tap.q_residual = output
+
+    return hook
+
+
+def _attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """The registered attention function: query [B, H, L, D], key [B, G, L, D], value [B, G, L, V]."""
+    for name in ("softcap", "s_aux", "position_bias"):
+        if kwargs.get(name) is not None:
+            raise ValueError(f"attach: attention with {name} is not supported; attachable are {_FAMILIES}")
+    if dropout:
+        raise ValueError(f"attach: attention dropout must be 0, got {dropout}; call model.eval()")
+    B, _, L, _ = query.shape
+    if key.shape[2] != L:
+        raise ValueError(
+            f"attach: a forward must see whole sequences, got {L} queries on {key.shape[2]} keys; "
+            "pass use_cache=False, or remove() the indexers before generating"
+        )
+    q, k, v = (x.transpose(1, 2).flatten(0, 1) for x in (query, key, value))
+    scale = q.shape[-1] ** -0.5 if scaling is None else float(scaling)
+    tap: _Tap | None = module.__dict__.get("_flash_indexer")
+    if tap is not None:
+        out = tap.handle._capture(tap, q, k, v, scale, sliding_window)
+    else:
+        positions = kwargs.get("position_ids")
+        positions = torch.arange(L, device=q.device)[None] if positions is None else positions
+        boundaries = packing(positions.expand(B, L)).boundaries
+        out, _ = causal_attention(q, k, v, boundaries, softmax_scale=scale, window=sliding_window)
+    return torch.unflatten(out, 0, (B, L)), None
+
+
+def _no_mask(*args: Any, attention_mask: Tensor | None = None, **kwargs: Any) -> None:
+    """The registered mask function: intervals take the mask's place, so a padded batch can't be represented."""
+    if attention_mask is not None and not bool(attention_mask.all()):
+        raise ValueError(
+            "attach: attention_mask must be all ones or absent: batches are packed, not padded; "
+            "concatenate documents and restart position_ids at 0 for each"
+        )
+
+
+def _at_least_float32(x: Tensor) -> Tensor:
+    return x if x.dtype == torch.float64 else x.float()
+
+
+AttentionInterface.register(_NAME, _attention)
+AttentionMaskInterface.register(_NAME, _no_mask)

@@ -1,0 +1,41 @@
+"""The training progress bar."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from types import TracebackType
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+
+class StepProgress:
+    """A bar with KL, KL over the uniform prediction's and attention mass; plain lines where there is no terminal."""
+
+    def __init__(self, console: Console, steps: int, done: int, *, quiet: bool = False) -> None:
+        self._console, self._steps, self._quiet = console, steps, quiet
+        self._mass = ""
+        self._bar = Progress(
+            TextColumn("warm-up"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}"),
+            TimeElapsedColumn(), TimeRemainingColumn(), console=console, disable=quiet or not console.is_terminal,
+        )  # fmt: skip
+        self._task = self._bar.add_task("", total=steps, completed=done)
+
+    def __enter__(self) -> StepProgress:
+        self._bar.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._bar.stop()
+
+    def step(self, row: Mapping[str, Any]) -> None:
+        """Shows a metrics row."""
+        if row["mass"] is not None:
+            self._mass = f"mass@64 {row['mass']:.1%}"
+        text = f"KL {row['loss']:.3f}  KL/uniform {row['kl_over_uniform']:.3f}  {self._mass}"
+        self._bar.update(self._task, completed=row["step"], description=text)
+        if not self._quiet and not self._console.is_terminal and (row["step"] % 10 == 0 or row["step"] == self._steps):
+            self._console.print(f"step {row['step']}/{self._steps}  {text}  {row['seconds']:.0f} s", highlight=False)
