@@ -2,8 +2,7 @@
 #   make warmup   installs into .venv; warms up, evaluates and reports the embedded default into runs/default
 #   make test     installs into .venv; lint, types and the fast tests
 # Also: make test-all (with the slow tests), make lint, make clean (caches), make distclean (.venv too).
-# PYTHON=... names the interpreter for .venv. With PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu
-# set, pip takes the smaller CPU build of torch.
+# PYTHON=... names the interpreter for .venv.
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -26,7 +25,7 @@ PYTHON ?= $(shell for p in python3.11 python3.12 python3; do \
 install: $(STAMP)
 
 warmup: $(STAMP)
-	$(BIN)/flash-indexer warmup --out runs/default $(WARMUP_ARGS)
+	$(BIN)/flash-indexer warmup --resume --out runs/default $(WARMUP_ARGS)
 
 test: lint
 	$(BIN)/python -m pytest -m "not slow"

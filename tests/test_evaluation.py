@@ -177,6 +177,8 @@ def test_row_block_shows_the_longest_document(handle: IndexerHandle) -> None:
     for got, dense in ((block.teacher, attention), (block.indexer, scores.softmax(-1))):
         expected = torch.stack([columns.amax(-1) for columns in dense.split(3, -1)], -1)
         torch.testing.assert_close(torch.tensor(got), expected, rtol=6e-3, atol=1e-6)
+    whole = row_block(capture, rows=64)
+    assert (whole.first_query, len(whole.teacher), whole.num_keys, whole.keys_per_column) == (0, 40, 40, 1)
     shortest = row_block(replace(capture, key_start=capture.key_end - 1))
     assert len(shortest.teacher) == shortest.num_keys == 1
 

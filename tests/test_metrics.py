@@ -38,8 +38,7 @@ def make_capture(lengths_q: list[int], lengths_k: list[int] | None = None, *, se
         return torch.randn(*shape, generator=generator, dtype=torch.float64)
 
     cu_q, cu_k = (
-        torch.tensor([0, *torch.tensor(lengths).cumsum(0).tolist()])
-        for lengths in (lengths_q, lengths_k or lengths_q)
+        torch.tensor([0, *torch.tensor(lengths).cumsum(0).tolist()]) for lengths in (lengths_q, lengths_k or lengths_q)
     )
     key_start, key_end = causal_intervals(cu_q, cu_k)
     T, S, scale = int(cu_q[-1]), int(cu_k[-1]), 0.4
@@ -113,9 +112,7 @@ def test_layer_sums_equal_dense_formulas(layout: str, workspace_bytes: int) -> N
 def test_the_layouts_hold_what_they_promise() -> None:
     nothing = make_capture(*LAYOUTS["some queries see nothing"])
     visible = nothing.key_end - nothing.key_start
-    assert (
-        (visible == 0).sum() == 7 and (visible == 1).sum() >= 1 and nothing.k.shape[0] != nothing.q.shape[0]
-    )
+    assert (visible == 0).sum() == 7 and (visible == 1).sum() >= 1 and nothing.k.shape[0] != nothing.q.shape[0]
 
 
 def test_parts_add_up_to_the_whole() -> None:
@@ -223,10 +220,7 @@ def test_float32_follows_float64() -> None:
     capture = make_capture([1, 130])
     single = replace(
         capture,
-        **{
-            n: getattr(capture, n).float()
-            for n in ("q", "k", "v", "lse", "index_q", "index_k", "index_weights")
-        },
+        **{n: getattr(capture, n).float() for n in ("q", "k", "v", "lse", "index_q", "index_k", "index_weights")},
     )
     got, expected = layer_sums(single, ks=(8, 32)), layer_sums(capture, ks=(8, 32))
     assert got.kl == pytest.approx(expected.kl, rel=1e-4)

@@ -15,7 +15,7 @@ import flash_indexer
 
 INDEX_OPERANDS = "index_q, index_k, index_weights"
 SIGNATURES = {
-    "IndexerKL": "(loss, kl)",
+    "IndexerKL": "(loss, kl, entropy)",
     "LightningIndexer": "(hidden_size, *, num_heads, head_dim, q_lora_rank=None, rope_dim, rope_interleaved)",
     "LightningIndexer.forward": "(self, hidden, q_residual, cos, sin)",
     "causal_intervals": "(cu_seqlens_q, cu_seqlens_k=None)",
@@ -27,8 +27,7 @@ SIGNATURES = {
 MODULES = sorted(
     module.name
     for module in pkgutil.walk_packages(flash_indexer.__path__, "flash_indexer.")
-    if not module.name.startswith("flash_indexer.kernels")
-    and not module.name.rpartition(".")[2].startswith("_")
+    if not module.name.startswith("flash_indexer.kernels") and not module.name.rpartition(".")[2].startswith("_")
 )
 
 
@@ -52,9 +51,9 @@ def test_signature(name: str) -> None:
     assert bare_signature(found) == SIGNATURES[name]
 
 
-def test_a_result_unpacks_into_loss_and_kl() -> None:
-    loss, kl = flash_indexer.IndexerKL(loss=1, kl=2)  # type: ignore[arg-type]
-    assert (loss, kl) == (1, 2)
+def test_a_result_unpacks() -> None:
+    loss, kl, entropy = flash_indexer.IndexerKL(loss=1, kl=2, entropy=3)  # type: ignore[arg-type]
+    assert (loss, kl, entropy) == (1, 2, 3)
 
 
 @pytest.mark.parametrize("name", ["flash_indexer", *MODULES])

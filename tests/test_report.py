@@ -84,21 +84,27 @@ def percent(x: float) -> str:
     return f"{100 * x:.1f}%"
 
 
-def test_files_are_written(tmp_path: Path) -> None:
-    path = write_report(tmp_path / "new" / "report", evaluation=make_evaluation(), metrics_log=make_log(), run=RUN)
-    assert path == tmp_path / "new" / "report" / "report.md"
-    text = path.read_text(encoding="utf-8")
-    assert {p.name for p in path.parent.iterdir()} == {"report.md", "report.json", *PLOTS}
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A whole report; tests only read it."""
+    folder = tmp_path_factory.mktemp("report") / "new" / "report"
+    path = write_report(folder, evaluation=make_evaluation(), metrics_log=make_log(), run=RUN)
+    assert path == folder / "report.md"
+    return folder
+
+
+def test_files_are_written(folder: Path) -> None:
+    text = (folder / "report.md").read_text(encoding="utf-8")
+    assert {p.name for p in folder.iterdir()} == {"report.md", "report.json", *PLOTS}
     assert set(re.findall(r"!\[.+?\]\((.+?)\)", text)) == set(PLOTS)
     for name in PLOTS:
-        width, height, patterns = pixels(path.parent / name)
+        width, height, patterns = pixels(folder / name)
         assert width >= 1000 and height >= 400 and patterns > 50, name
 
 
-def test_json_holds_the_evaluation_and_the_run(tmp_path: Path) -> None:
+def test_json_holds_the_evaluation_and_the_run(folder: Path) -> None:
     evaluation = make_evaluation()
-    write_report(tmp_path, evaluation=evaluation, metrics_log=make_log(), run=RUN)
-    content = json.loads((tmp_path / "report.json").read_text(encoding="utf-8"))
+    content = json.loads((folder / "report.json").read_text(encoding="utf-8"))
     assert Evaluation.from_dict(content["evaluation"]) == evaluation
     assert content["run"] == RUN
     assert content["verdict"] == verdict(evaluation)
@@ -109,9 +115,9 @@ def test_json_holds_the_evaluation_and_the_run(tmp_path: Path) -> None:
     assert content["training"]["last_kl_over_uniform"] == last["kl_over_uniform"]
 
 
-def test_markdown_has_the_numbers_of_the_json(tmp_path: Path) -> None:
-    text = write_report(tmp_path, evaluation=make_evaluation(), metrics_log=make_log(), run=RUN).read_text("utf-8")
-    content = json.loads((tmp_path / "report.json").read_text(encoding="utf-8"))
+def test_markdown_has_the_numbers_of_the_json(folder: Path) -> None:
+    text = (folder / "report.md").read_text(encoding="utf-8")
+    content = json.loads((folder / "report.json").read_text(encoding="utf-8"))
     found = content["evaluation"]
     for at in found["mean"]["at_k"]:
         shares = [percent(at[name]) for name in ("indexer", "oracle", "window", "indexer_over_oracle", "recall")]
@@ -135,8 +141,8 @@ def test_markdown_has_the_numbers_of_the_json(tmp_path: Path) -> None:
         assert fraction == percent(entry["sparse_fraction"])
 
 
-def test_the_verdict_comes_first_in_words(tmp_path: Path) -> None:
-    text = write_report(tmp_path, evaluation=make_evaluation(), run=RUN).read_text(encoding="utf-8")
+def test_the_verdict_comes_first_in_words(folder: Path) -> None:
+    text = (folder / "report.md").read_text(encoding="utf-8")
     first = text.splitlines()[2]
     assert first.startswith("**The indexer predicts the model's attention well.** ")
     for part in ("0.089 of the uniform", "top 128 keys", "96.2% of what the best 128", "77.8%", "6.69", "7.03 (+5.1%)"):
@@ -154,6 +160,13 @@ def test_the_verdict_is_honest() -> None:
     assert more in verdict(with_mean(0.13 * 2.5, 0.77))
     assert more in verdict(with_mean(0.12 * 2.5, 0.75))
     assert bad in verdict(with_mean(0.12 * 2.5, 0.6))
+
+
+def test_a_perplexity_far_off_is_given_as_a_multiple() -> None:
+    good = make_evaluation()
+    far = replace(good.perplexities[1], perplexity=100 * good.perplexities[0].perplexity)
+    text = verdict(replace(good, perplexities=(good.perplexities[0], far, *good.perplexities[2:])))
+    assert "668.59 (×100.0) with the indexer's" in text
 
 
 def test_evaluation_alone_makes_a_report(tmp_path: Path) -> None:
@@ -185,13 +198,13 @@ def test_a_layer_that_lacks_the_headline_k_has_empty_cells(tmp_path: Path) -> No
     assert rows["0"][3:] == [""] * 5 and rows["1"][3] == percent(good.layers[1].at_k[1].indexer)
 
 
-def test_run_settings_and_command_are_printed(tmp_path: Path) -> None:
-    text = write_report(tmp_path, evaluation=make_evaluation(), run=RUN).read_text(encoding="utf-8")
+def test_run_settings_and_command_are_printed(folder: Path) -> None:
+    text = (folder / "report.md").read_text(encoding="utf-8")
     assert "| lr | 0.001 |" in text and "| note | a\\|b |" in text and "| layers | null |" in text
     assert "```bash\nflash-indexer warmup --out runs/x\n```" in text
 
 
 def test_a_number_that_is_not_finite_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="write_report: evaluation and run must hold finite numbers.*nan"):
+    with pytest.raises(ValueError, match="write_report: evaluation and run must hold finite numbers"):
         write_report(tmp_path, evaluation=make_evaluation(), run={"lr": math.nan})
     assert list(tmp_path.iterdir()) == []

@@ -140,7 +140,7 @@ def _judge(
     from flash_indexer.training import held_out_batches, read_metrics, read_run
 
     run = read_run(out)
-    batches = held_out_batches(run, handle, data, sequences, sequence_length)
+    batches = held_out_batches(run, data, sequences, sequence_length)
     with Progress(console=console, disable=not console.is_terminal) as bar:
         task = bar.add_task("evaluating", total=None)
 

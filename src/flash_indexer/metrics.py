@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from flash_indexer.ops import indexer_scores, teacher_scores
-from flash_indexer.ops.cpu import fill_unseen, rows_per_chunk
+from flash_indexer.ops.cpu import rows_per_chunk
 
 SELECTIONS = ("indexer", "oracle", "window")
 SINK = 4
@@ -271,11 +271,10 @@ def sparse_attention(
             if select == "window":
                 chosen = window_keys(start, end, k, sink, num_keys)
             elif select == "oracle":
-                p = _teacher(capture, rows, keys, start, end)
-                chosen = top_keys(fill_unseen(p, start, end, -torch.inf), k)
+                chosen = top_keys(_teacher(capture, rows, keys, start, end), k)
             else:
                 chosen = top_keys(_scores(capture, rows, keys, start, end), k)
-            attended &= torch.zeros_like(attended).scatter_(1, chosen, True) | (visible <= k)[:, None]
+            attended &= torch.zeros_like(attended).scatter_(1, chosen, True)
         blind = visible <= 0
         attended[:, 0] |= blind
         query, key, value = (x.transpose(0, 1)[None] for x in (q[rows], capture.k[keys], v[keys]))

@@ -162,7 +162,7 @@ def _markdown(evaluation: Evaluation, content: Mapping[str, Any]) -> str:
     first, _, rest = content["verdict"].partition(". ")
     lines = ["# Lightning indexer: report", "", f"**{first.rstrip('.')}.** {rest}".rstrip(), ""]
     lines += [
-        f"Measured on {evaluation.tokens:,} held-out tokens in {evaluation.sequences:,} sequences, mean over "
+        f"Measured on {evaluation.tokens:,} held-out tokens, sequences: {evaluation.sequences:,}; mean over "
         f"{len(evaluation.layers)} layers.",
         "",
     ]
@@ -283,7 +283,7 @@ def _percent(x: float) -> str:
 
 
 def _change(x: float, base: float) -> str:
-    return f"{100 * (x / base - 1):+.1f}%"
+    return f"{100 * (x / base - 1):+.1f}%" if x < 3 * base else f"×{x / base:.1f}"
 
 
 def _json(value: Any, depth: int) -> str:

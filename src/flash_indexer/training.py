@@ -21,7 +21,7 @@ from torch import Tensor
 
 from flash_indexer.checkpoint import load_checkpoint, save_checkpoint, write_json
 from flash_indexer.data import PackedDataset, load_documents, pack, standard_library_documents
-from flash_indexer.integration.models import EMBEDDED_MODEL, load_model, model_fingerprint
+from flash_indexer.integration.models import EMBEDDED_MODEL, load_model, load_tokenizer, model_fingerprint
 from flash_indexer.integration.transformers import IndexerHandle, LayerCapture, attach
 from flash_indexer.metrics import MetricSums, layer_sums
 from flash_indexer.progress import StepProgress
@@ -270,7 +270,7 @@ class _MassWatch:
 def forward(handle: IndexerHandle, batch: dict[str, Tensor]) -> None:
     """One forward of the frozen decoder, without logits; gradients of the indexers are added inside it."""
     with torch.no_grad():
-        handle.model.get_decoder()(input_ids=batch["input_ids"], position_ids=batch["position_ids"], use_cache=False)
+        handle.decoder(input_ids=batch["input_ids"], position_ids=batch["position_ids"], use_cache=False)
 
 
 def read_run(out: Path) -> dict[str, Any]:
@@ -280,12 +280,12 @@ def read_run(out: Path) -> dict[str, Any]:
 
 
 def held_out_batches(
-    run: Mapping[str, Any], handle: IndexerHandle, data: str | None, sequences: int, sequence_length: int | None = None
+    run: Mapping[str, Any], data: str | None, sequences: int, sequence_length: int | None = None
 ) -> list[dict[str, Tensor]]:
     """Sequences of held-out text, each from one document where the documents are long enough."""
     settings = _settings_from(dict(run))
     length = sequence_length or settings.sequence_length
-    _, tokenizer = load_model(settings.model, dtype=torch.float32)
+    tokenizer = load_tokenizer(settings.model)
     documents = load_documents(data, column=settings.column) if data else standard_library_documents("heldout")
     packed = pack(
         documents, tokenizer, sequence_length=length, seed=settings.seed, max_sequences=sequences,

@@ -36,15 +36,16 @@ def causal_attention(
     """out[t,h] = sum_s softmax(scale * q[t,h]·k[s,g(h)])[s] * v[s,g(h)] and lse[t,h], causal within each document.
 
     Args:
-        q: [T, H, D]. k: [T, G, D]. v: [T, G, V], V <= D. boundaries: cu_seqlens as a tuple.
+        q: [T, H, D]. k: [T, G, D]. v: [T, G, V]. boundaries: cu_seqlens as a tuple.
         softmax_scale: the model's own. window: a query sees at most this many keys, itself included; None all.
 
     Returns:
         out [T, H, V] in q's dtype and lse [T, H], natural logarithm, float32 (float64 for float64 inputs).
     """
     body = _flash_cuda if q.device.type == "cuda" else _flash_cpu
-    padded = F.pad(v, (0, q.shape[-1] - v.shape[-1]))
-    out, lse = body(q, k, padded, boundaries, softmax_scale, window)
+    width = max(q.shape[-1], v.shape[-1])  # flash attention wants one width; zeros change neither logits nor output
+    query, key, value = (x if x.shape[-1] == width else F.pad(x, (0, width - x.shape[-1])) for x in (q, k, v))
+    out, lse = body(query, key, value, boundaries, softmax_scale, window)
     return out[..., : v.shape[-1]], lse
 
 

@@ -79,6 +79,14 @@ def load_model(name_or_path: str | Path, *, dtype: torch.dtype) -> tuple[PreTrai
     return model.requires_grad_(False), tokenizer
 
 
+def load_tokenizer(name_or_path: str | Path) -> PreTrainedTokenizerBase:
+    """The tokenizer that `load_model` gives, without the model. Errors as there."""
+    embedded = name_or_path == EMBEDDED_MODEL
+    directory = _embedded_directory() if embedded else _checkpoint_directory(Path(name_or_path))
+    with _quiet(embedded):
+        return _load_tokenizer(directory, embedded)
+
+
 def model_fingerprint(model: PreTrainedModel) -> str:
     """SHA-256 (hex) over the config's architecture keys and every tensor of the state dict: name, dtype, shape, bytes.
 

@@ -181,7 +181,10 @@ class IndexerHandle:
             index_q, index_k, index_weights, scale, key_start, key_end,
         )  # fmt: skip
         self._seen.add(tap.layer)
-        replaced = self._loss(capture) if self._consumer is None else self._consumer(capture)
+        if self._consumer is None:
+            self._loss(capture)
+            return out
+        replaced = self._consumer(capture)
         return out if replaced is None else replaced.to(out.dtype)
 
     def _loss(self, capture: LayerCapture) -> None:
@@ -249,6 +252,8 @@ def attach(
             raise ValueError(f"attach: rope_dim must be qk_rope_head_dim = {config.qk_rope_head_dim}, got {rope_dim}")
         rope_dim = config.qk_rope_head_dim
     rope_dim = min(32, head_dim) if rope_dim is None else rope_dim
+    if target not in ("mean", "per_head", "sum_logits"):
+        raise ValueError(f'attach: target must be "mean", "per_head" or "sum_logits", got {target!r}')
     if target == "per_head" and num_heads != config.num_attention_heads:
         raise ValueError(
             f'attach: target="per_head" needs num_heads = {config.num_attention_heads}, the model\'s, got {num_heads}'

@@ -18,7 +18,7 @@ _TILE_BYTES = 2**20  # of one head's [R, C] tile on a CPU: larger tiles leave th
 def teacher_scores(
     q: Tensor,
     k: Tensor,
-    lse: Tensor,
+    lse: Tensor | None,
     key_start: Tensor,
     key_end: Tensor,
     *,
@@ -49,6 +49,8 @@ def teacher_scores(
             out.addmm_(summed.mul_(softmax_scale), k[:, g].to(dtype).T)
         fill_unseen(out, key_start, key_end, torch.finfo(dtype).min)
         out.sub_(out.amax(-1, keepdim=True)).exp_()
+    elif lse is None:
+        raise ValueError('teacher_scores: lse must be [R, H] for target="mean", got None; take it from teacher_lse')
     else:
         scratch = torch.empty_like(out) if scratch is None else scratch
         for h in range(heads):
@@ -57,13 +59,18 @@ def teacher_scores(
     return fill_unseen(out, key_start, key_end, 0.0)
 
 
-def teacher_lse(q: Tensor, k: Tensor, key_start: Tensor, key_end: Tensor, *, softmax_scale: float) -> Tensor:
-    """lse[t,h] = log sum over visible s of exp(scale * q[t,h]·k[s,g(h)]): [R, H], very negative where none is."""
+def teacher_lse(
+    q: Tensor, k: Tensor, key_start: Tensor, key_end: Tensor, *, softmax_scale: float, scratch: Tensor | None = None
+) -> Tensor:
+    """lse[t,h] = log sum over visible s of exp(scale * q[t,h]·k[s,g(h)]): [R, H], very negative where none is.
+
+    scratch: [R, C] buffer to compute in; None allocates it.
+    """
     dtype = compute_dtype(q)
     per_group = q.shape[1] // k.shape[1]
     lse = torch.empty(q.shape[:2], dtype=dtype, device=q.device)
     for h in range(q.shape[1]):
-        logits = (q[:, h].to(dtype) * softmax_scale) @ k[:, h // per_group].to(dtype).T
+        logits = torch.mm(q[:, h].to(dtype) * softmax_scale, k[:, h // per_group].to(dtype).T, out=scratch)
         lse[:, h] = fill_unseen(logits, key_start, key_end, torch.finfo(dtype).min).logsumexp(-1)
     return lse
 
@@ -181,6 +188,34 @@ def fill_unseen(x: Tensor, key_start: Tensor, key_end: Tensor, value: float) -> 
     if first_end < x.shape[1]:
         x[:, first_end:].masked_fill_(columns[first_end:] >= key_end[:, None], value)
     return x
+
+
+def plan_chunks(
+    key_start: Tensor, key_end: Tensor, tiles: int, itemsize: int, workspace_bytes: int
+) -> list[tuple[int, int, int, int]]:
+    """Cuts the queries into chunks whose `tiles` tiles [R, C] fit workspace_bytes; at least one row each.
+
+    C counts the keys from the chunk's first key_start to its last key_end. On a CPU one tile stays in the second-level
+    cache as well, unless that leaves fewer than 16 rows.
+
+    Returns:
+        (first row, end of rows, first key, end of keys) of each chunk that sees a key, in order.
+    """
+    starts, ends = key_start.tolist(), key_end.tolist()
+    limit = workspace_bytes // (tiles * itemsize)
+    cached = _TILE_BYTES // itemsize if key_start.device.type == "cpu" else limit
+    chunks, begin = [], 0
+    while begin < len(starts):
+        end = begin + 1
+        while end < len(starts):
+            area = (end + 1 - begin) * (ends[end] - starts[begin])
+            if area > limit or (area > cached and end - begin >= 16):
+                break
+            end += 1
+        if ends[end - 1] > starts[begin]:
+            chunks.append((begin, end, starts[begin], ends[end - 1]))
+        begin = end
+    return chunks
 
 
 def rows_per_chunk(

@@ -144,29 +144,24 @@ def _blockwise(
     d_index_q, d_index_k, d_index_w = _empty_gradients(index_q, index_k, index_weights, needs)
     d_keys = d_index_k.zero_() if d_index_k.dtype == dtype else torch.zeros_like(d_index_k, dtype=dtype)
     index_heads = 1 if per_head else index_q.shape[1]
-    tiles = index_heads + 3 if any(needs) else 4
-    span = int((key_end - key_start).max()) if T else 0
-    rows = cpu.rows_per_chunk(T, span, tiles, dtype.itemsize, workspace_bytes, q.device.type == "cpu")
-    flat: Tensor | None = None
-    for begin in range(0, T, rows):
-        end = min(T, begin + rows)
-        first, last = int(key_start[begin]), int(key_end[end - 1])
-        if last <= first:
-            continue
+    tiles = 2 + (index_heads if any(needs) else 1)
+    temporary = 2  # tiles that logsumexp, entropy and the masks allocate
+    chunks = cpu.plan_chunks(key_start, key_end, tiles + temporary, dtype.itemsize, workspace_bytes)
+    largest = max(((end - begin) * (last - first) for begin, end, first, last in chunks), default=0)
+    flat = torch.empty(tiles * largest, dtype=dtype, device=q.device)
+    for begin, end, first, last in chunks:
         here, keys = slice(begin, end), slice(first, last)
         starts = (key_start[here] - first).clamp_(0, last - first)
         ends = (key_end[here] - first).clamp_(0, last - first)
         elements = tiles * (end - begin) * (last - first)
-        if flat is None or flat.numel() < elements:
-            flat = torch.empty(elements, dtype=dtype, device=q.device)
-        p, scores, *relu = flat[:elements].view(tiles, end - begin, last - first).split([1, 1, tiles - 2])
-        p, scores, scratch = p[0], scores[0], relu[0][0]
+        buffers = flat[:elements].view(tiles, end - begin, last - first)
+        p, scores, terms = buffers[0], buffers[1], buffers[2:]
         for column, (low, high) in enumerate(problems):
             groups = slice(low * k.shape[1] // H, (high - 1) * k.shape[1] // H + 1)
             query, key = q[here, low:high], k[keys, groups]
             row_lse = lse[here, low:high].to(dtype) if lse is not None else None
             if row_lse is None and target != "sum_logits":
-                row_lse = cpu.teacher_lse(query, key, starts, ends, softmax_scale=softmax_scale)
+                row_lse = cpu.teacher_lse(query, key, starts, ends, softmax_scale=softmax_scale, scratch=terms[0])
             cpu.teacher_scores(
                 query,
                 key,
@@ -176,17 +171,17 @@ def _blockwise(
                 softmax_scale=softmax_scale,
                 target=target,
                 out=p,
-                scratch=scratch,
+                scratch=terms[0],
             )
             heads = slice(low, high) if per_head else slice(None)
             iq, iw, ik = index_q[here, heads], index_weights[here, heads], index_k[keys]
-            terms = relu[0][: iq.shape[1]] if any(needs) else relu[0][:1]
-            cpu.index_scores(iq, ik, iw, starts, ends, out=scores, relu=terms)
+            relu = terms[:index_heads] if any(needs) else terms[:1]
+            cpu.index_scores(iq, ik, iw, starts, ends, out=scores, relu=relu)
             share = weight[here] / len(problems)
             kl[here, column], entropy[here, column], di = cpu.kl_rows(p, scores, share, starts, ends)
             if any(needs):
                 cpu.index_gradients(
-                    di, terms, iq, ik, iw,
+                    di, relu, iq, ik, iw,
                     d_index_q=d_index_q[here, heads] if needs[0] else None,
                     d_index_k=d_keys[keys] if needs[1] else None,
                     d_index_w=d_index_w[here, heads] if needs[2] else None,
