@@ -52,7 +52,10 @@ TABLE = {
     "distributed": Row(
         may=TORCH | ours("intervals", "modules", "ops"), must_not=frozenset({"tilelang", "transformers"})
     ),
-    **{part: RECIPE for part in ("integration", "data", "training", "checkpoint", "progress", "evaluation", "report")},
+    **{
+        part: RECIPE
+        for part in ("integration", "data", "training", "checkpoint", "progress", "run_record", "evaluation", "report")
+    },
     "cli": Row(may=TORCH | {OURS, "typer", "rich"}, must_not=ours("kernels")),
 }
 NOBODY = frozenset({"os.environ", "os.environb", "os.getenv", "os.putenv", "os.unsetenv"})

@@ -56,7 +56,8 @@ def warmup(
 ) -> None:
     """Warm up a model's indexers; with a report on held-out text at the end."""
     with _plain_errors():
-        from flash_indexer.training import WarmupSettings, warm_up
+        from flash_indexer.run_record import WarmupSettings, read_run
+        from flash_indexer.training import held_out_batches, is_main_process, warm_up
 
         given = {name: value for name, value in context.params.items() if name in WarmupSettings.__dataclass_fields__}
         given["layers"] = _parse_layers(layers)
@@ -65,8 +66,10 @@ def warmup(
         _refuse_other_settings(out, resume, explicit)
         handle = warm_up(settings, out, resume=resume, console=console)
         console.print(f"[bold]indexer[/bold]  {out / 'checkpoint'}")
-        if evaluate_sequences > 0 and (held_out is not None or settings.data is None):
-            _judge(handle, out, out / "report", held_out, evaluate_sequences, min_visible=0, perplexity_ks=(128,))
+        run = read_run(out)
+        if is_main_process() and evaluate_sequences > 0 and (held_out is not None or run["data"] is None):
+            batches = held_out_batches(run, held_out, evaluate_sequences)
+            _judge(handle, batches, out, out / "report", run)
 
 
 @app.command()
@@ -82,15 +85,34 @@ def evaluate(
 ) -> None:
     """Judge indexers: those of a run, or a native indexer folder, on held-out text."""
     with _plain_errors():
-        from flash_indexer.integration.models import load_model, model_fingerprint
-        from flash_indexer.integration.native import load_native, read_native
+        from flash_indexer.training import held_out_batches
 
-        checkpoint = _indexer_folder(out)
-        name = model or read_native(checkpoint).config.base_name
-        base, _ = load_model(name, dtype=_dtype(out))
-        handle = load_native(base, checkpoint, base_fingerprint=model_fingerprint(base))
+        handle, _, run = _load(out, model)
+        length = sequence_length or int(run["sequence_length"])
+        batches = held_out_batches({**run, "sequence_length": length}, data, sequences)
         ks = tuple(perplexity_k) if perplexity_k else (128,)
-        _judge(handle, out, report or out / "report", data, sequences, min_visible, ks, sequence_length)
+        command = shlex.join(["flash-indexer", *sys.argv[1:]])
+        _judge(handle, batches, out, report or out / "report", run, command, min_visible, ks)
+
+
+@app.command()
+def check(
+    out: Out,
+    model: Annotated[str | None, typer.Option(help="Model; default: the one it was trained on.")] = None,
+    data: Annotated[str | None, typer.Option(help="Text; default: the embedded held-out split.")] = None,
+) -> None:
+    """Check the teacher: every head's probabilities must sum to 1 on real text (within 1e-2)."""
+    with _plain_errors():
+        from flash_indexer.evaluation import teacher_errors
+        from flash_indexer.training import held_out_batches
+
+        handle, _, run = _load(out, model)
+        errors = teacher_errors(handle, held_out_batches(run, data, 1)[0])
+        for layer, error in errors.items():
+            console.print(f"layer {layer}: max |sum_s a[t,h,s] - 1| = {error:.2e}", highlight=False)
+        worst = max(errors, key=errors.__getitem__)
+        if not errors[worst] <= 1e-2:
+            raise ValueError(f"check: layer {worst}'s rows sum to 1 only within {errors[worst]:.2e}, above 1e-2")
 
 
 @app.command()
@@ -105,15 +127,10 @@ def export(
     """Write trained indexers as a checkpoint that Transformers loads as deepseek_v32, or in the native format."""
     with _plain_errors():
         from flash_indexer.integration.export import export as write
-        from flash_indexer.integration.models import load_model, model_fingerprint
-        from flash_indexer.integration.native import load_native, read_native
 
-        checkpoint = _indexer_folder(out)
-        name = model or read_native(checkpoint).config.base_name
-        base, tokenizer = load_model(name, dtype=_dtype(out))
-        handle = load_native(base, checkpoint, base_fingerprint=model_fingerprint(base))
+        handle, tokenizer, run = _load(out, model)
         options: dict[str, Any] = dict(tokenizer=tokenizer) if format == "deepseek_v32" else {}
-        write(handle, path, format=format, base_name=name, **options)
+        write(handle, path, format=format, base_name=run["model"], **options)
         console.print(f"[bold]exported[/bold]  {path}")
 
 
@@ -124,23 +141,21 @@ def main() -> None:
 
 def _judge(
     handle: Any,
+    batches: list[Any],
     out: Path,
     report: Path,
-    data: str | None,
-    sequences: int,
-    min_visible: int,
-    perplexity_ks: tuple[int, ...],
-    sequence_length: int | None = None,
+    run: dict[str, Any],
+    command: str | None = None,
+    min_visible: int = 0,
+    perplexity_ks: tuple[int, ...] = (128,),
 ) -> None:
     """Evaluates a handle on held-out text and writes the report."""
     from rich.progress import Progress
 
     from flash_indexer.evaluation import evaluate as judge
     from flash_indexer.report import write_report
-    from flash_indexer.training import held_out_batches, read_metrics, read_run
+    from flash_indexer.run_record import METRICS_FILE, read_metrics, warmup_command
 
-    run = read_run(out)
-    batches = held_out_batches(run, data, sequences, sequence_length)
     with Progress(console=console, disable=not console.is_terminal) as bar:
         task = bar.add_task("evaluating", total=None)
 
@@ -148,8 +163,9 @@ def _judge(
             bar.update(task, completed=done, total=total)
 
         found = judge(handle, batches, min_visible=min_visible, perplexity_ks=perplexity_ks, progress=advance)
-    run["command"] = shlex.join(["flash-indexer", *sys.argv[1:]])
-    path = write_report(report, evaluation=found, metrics_log=read_metrics(out / "metrics.jsonl"), run=run)
+    trained = [warmup_command(run, out)] if "steps" in run else []
+    run = {**run, "command": "\n".join([*trained, *([command] if command else [])])}
+    path = write_report(report, evaluation=found, metrics_log=read_metrics(out / METRICS_FILE), run=run)
     ratio = found.mean.kl_over_uniform
     console.print(f"held-out KL over uniform {ratio:.3f}" if ratio is not None else "held-out KL not available")
     for mass in found.mean.at_k:
@@ -167,17 +183,25 @@ def _indexer_folder(out: Path) -> Path:
     return out if (out / "indexer_config.json").exists() else out / "checkpoint"
 
 
-def _dtype(out: Path) -> Any:
+def _load(out: Path, model: str | None) -> tuple[Any, Any, dict[str, Any]]:
+    """The handle and tokenizer of a run or a native indexer folder, and the settings it was trained with."""
     import torch
 
-    from flash_indexer.training import read_run
+    from flash_indexer.integration.models import load_model, model_fingerprint
+    from flash_indexer.integration.native import load_native, read_native
+    from flash_indexer.run_record import WarmupSettings, read_run
 
-    return getattr(torch, str(read_run(out).get("dtype", "float32")))
+    checkpoint = _indexer_folder(out)
+    name = model or read_native(checkpoint).config.base_name
+    run = read_run(out) or {"sequence_length": WarmupSettings.sequence_length}
+    base, tokenizer = load_model(name, dtype=getattr(torch, run.get("dtype", "float32")))
+    handle = load_native(base, checkpoint, base_fingerprint=model_fingerprint(base))
+    return handle, tokenizer, {**run, "model": name}
 
 
 def _refuse_other_settings(out: Path, resume: bool, explicit: dict[str, Any]) -> None:
     """An option given beside --resume must say what the run was started with."""
-    from flash_indexer.training import read_run
+    from flash_indexer.run_record import read_run
 
     recorded = read_run(out) if resume else {}
     for name, value in explicit.items():

@@ -4,14 +4,21 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence, Sized
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy, max_pool1d
 
-from flash_indexer.metrics import SELECTIONS, AttentionCapture, MetricSums, layer_sums, sparse_attention
+from flash_indexer.metrics import (
+    SELECTIONS,
+    AttentionCapture,
+    MetricSums,
+    layer_sums,
+    sparse_attention,
+    teacher_row_sums,
+)
 from flash_indexer.ops import indexer_scores, teacher_scores
 
 if TYPE_CHECKING:
@@ -207,6 +214,30 @@ def evaluate(
         perplexities=tuple(perplexities),
         row_block=blocks[_typical(layers)],
     )
+
+
+def teacher_errors(handle: IndexerHandle, batch: Mapping[str, Tensor]) -> dict[int, float]:
+    """max over t, h of |sum_s exp(scale * q[t,h]·k[s,g(h)] - lse[t,h]) - 1|, for each attached layer.
+
+    An error means that the logsumexp, the scale or the visible keys are not those of the model's own attention. The
+    target's normalisation would hide it, and leave a wrong weighting of the heads.
+    """
+    errors: dict[int, float] = {}
+
+    def measure(capture: LayerCapture) -> None:
+        per_group = capture.q.shape[1] // capture.k.shape[1]
+        worst = 0.0
+        for h in range(capture.q.shape[1]):
+            one, g = slice(h, h + 1), slice(h // per_group, h // per_group + 1)
+            head = replace(capture, q=capture.q[:, one], k=capture.k[:, g], lse=capture.lse[:, one])
+            for sums in teacher_row_sums(head):
+                worst = max(worst, float((sums - 1).abs().max()))
+        errors[capture.layer] = worst
+
+    input_ids, position_ids = _tensors(batch, next(handle.model.parameters()).device)
+    with torch.no_grad(), handle.using(measure):
+        handle.decoder(input_ids=input_ids, position_ids=position_ids, use_cache=False)
+    return errors
 
 
 def score(layer: int | None, sums: MetricSums) -> LayerScore:

@@ -285,6 +285,12 @@ def sparse_attention(
     return out
 
 
+def teacher_row_sums(capture: AttentionCapture, *, workspace_bytes: int = _WORKSPACE) -> Iterator[Tensor]:
+    """sum_s sum_h exp(scale * q[t,h]·k[s,g(h)] - lse[t,h]), chunk by chunk, of the queries that see a key."""
+    for rows, keys, start, end in _chunks(capture, workspace_bytes):
+        yield _teacher(capture, rows, keys, start, end).sum(-1)[end > start]
+
+
 def _chunks(capture: AttentionCapture, workspace_bytes: int) -> Iterator[tuple[slice, slice, Tensor, Tensor]]:
     """Query rows, the keys that they see, and their intervals counted from the first of those keys."""
     key_start, key_end = capture.key_start, capture.key_end

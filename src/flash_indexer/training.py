@@ -10,69 +10,28 @@ import json
 import math
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from rich.console import Console
 from torch import Tensor
 
 from flash_indexer.checkpoint import load_checkpoint, save_checkpoint, write_json
 from flash_indexer.data import PackedDataset, load_documents, pack, standard_library_documents
-from flash_indexer.integration.models import EMBEDDED_MODEL, load_model, load_tokenizer, model_fingerprint
+from flash_indexer.integration.models import load_model, load_tokenizer, model_fingerprint
 from flash_indexer.integration.transformers import IndexerHandle, LayerCapture, attach
 from flash_indexer.metrics import MetricSums, layer_sums
 from flash_indexer.progress import StepProgress
+from flash_indexer.run_record import METRICS_FILE, RUN_FILE, WarmupSettings, keep_rows, read_record, settings_from
 
 MASS_K = 64
 MASS_ROWS = 128
 ADAM_EPS = 1e-12
 """Well below torch's 1e-8, which is as large as a fresh indexer's gradients where hidden states are small."""
-_RUN, _METRICS, _CHECKPOINT = "run.json", "metrics.jsonl", "checkpoint"
-
-
-@dataclass(frozen=True)
-class WarmupSettings:
-    """Everything that determines a run. Recorded in run.json; a resumed run takes it from there."""
-
-    model: str = EMBEDDED_MODEL
-    data: str | None = None
-    """Text, JSONL, Parquet or a datasets directory; None: the Python standard library's sources and topics."""
-    column: str = "text"
-    sequence_length: int = 1024
-    batch_size: int = 1
-    accumulation: int = 1
-    steps: int | None = None
-    minutes: float = 3.0
-    """Time budget that chooses the number of steps where `steps` is None, measured on this machine before the first."""
-    lr: float = 1e-3
-    warmup_steps: int = 20
-    decay: str = "cosine"
-    """ "cosine" (to zero at the last step) or "none"."""
-    clip: float | None = None
-    seed: int = 0
-    num_heads: int = 8
-    head_dim: int = 64
-    rope_dim: int | None = None
-    target: str = "mean"
-    layers: tuple[int, ...] | None = None
-    dtype: str = "float32"
-    save_every: int = 50
-
-    def __post_init__(self) -> None:
-        """Raises ValueError for a value that no run can use."""
-        positive = ("sequence_length", "batch_size", "accumulation", "minutes", "lr", "save_every")
-        for name in positive:
-            if not getattr(self, name) > 0:
-                raise ValueError(f"warmup: {name} must be positive, got {getattr(self, name)}")
-        if self.steps is not None and self.steps < 1:
-            raise ValueError(f"warmup: steps must be at least 1, got {self.steps}")
-        if self.decay not in ("cosine", "none"):
-            raise ValueError(f'warmup: decay must be "cosine" or "none", got {self.decay!r}')
-        if self.dtype not in ("float32", "bfloat16"):
-            raise ValueError(f'warmup: dtype must be "float32" or "bfloat16", got {self.dtype!r}')
+CHECKPOINT = "checkpoint"
 
 
 def warm_up(
@@ -96,9 +55,9 @@ def warm_up(
     console = console or Console()
     accelerator = Accelerator()
     out = Path(out)
-    record = _read_run(out, resume)
+    record = read_record(out, resume)
     if record is not None:
-        settings = _settings_from(record["settings"])
+        settings = settings_from(record["settings"])
     with console.status(f"loading {settings.model}"):
         model, tokenizer = load_model(settings.model, dtype=getattr(torch, settings.dtype))
         model.to(accelerator.device).eval()
@@ -125,7 +84,7 @@ def warm_up(
     if record is None:
         out.mkdir(parents=True, exist_ok=True)
         if accelerator.is_main_process:
-            write_json(out / _RUN, dict(settings=asdict(settings), steps=steps, torch=torch.__version__, **found))
+            write_json(out / RUN_FILE, dict(settings=asdict(settings), steps=steps, torch=torch.__version__, **found))
     else:
         _check_same(record, found)
     run = _Run(settings, steps, out, handle, data, accelerator, before, console)
@@ -152,10 +111,10 @@ class _Run:
         parameters = list(handle.indexers.parameters())
         optimizer = torch.optim.AdamW(parameters, lr=settings.lr, weight_decay=0.0, eps=ADAM_EPS)
         done = 0
-        if (self.out / _CHECKPOINT).exists() or (self.out / f".{_CHECKPOINT}.old").exists():
-            done = load_checkpoint(self.out / _CHECKPOINT, handle, optimizer, base_fingerprint=self.base_fingerprint)
+        if (self.out / CHECKPOINT).exists() or (self.out / f".{CHECKPOINT}.old").exists():
+            done = load_checkpoint(self.out / CHECKPOINT, handle, optimizer, base_fingerprint=self.base_fingerprint)
         if self.accelerator.is_main_process:
-            _keep_rows(self.out / _METRICS, done)
+            keep_rows(self.out / METRICS_FILE, done)
         started, watch = time.perf_counter(), _MassWatch(handle)
         with StepProgress(self.console, self.steps, done, quiet=not self.accelerator.is_main_process) as progress:
             for step in range(done + 1, self.steps + 1):
@@ -176,11 +135,11 @@ class _Run:
                     kl=kl.tolist(), uniform_kl=uniform.tolist(),
                 )  # fmt: skip
                 if self.accelerator.is_main_process:
-                    with (self.out / _METRICS).open("a", encoding="utf-8") as file:
+                    with (self.out / METRICS_FILE).open("a", encoding="utf-8") as file:
                         file.write(json.dumps(row) + "\n")
                     if step % settings.save_every == 0 or step == self.steps:
                         save_checkpoint(
-                            self.out / _CHECKPOINT, handle, optimizer, step,
+                            self.out / CHECKPOINT, handle, optimizer, step,
                             base_name=settings.model, base_fingerprint=self.base_fingerprint,
                         )  # fmt: skip
                 progress.step(row)
@@ -202,13 +161,7 @@ class _Run:
         for batch in batches:
             forward(handle, batch)
             share = batch["input_ids"].numel() / total
-            for column, (layer, loss) in enumerate(sorted(handle.losses().items())):
-                if not torch.isfinite(loss.kl):
-                    raise FloatingPointError(
-                        f"warmup: the loss of layer {layer} is {float(loss.kl)} at step {step}; the checkpoint in "
-                        f"{self.out / _CHECKPOINT} is of an earlier step: resume from it with a smaller lr or with "
-                        "clipping, and check the model's weights for NaN"
-                    )
+            for column, (_, loss) in enumerate(sorted(handle.losses().items())):
                 means[0, column] += share * loss.kl
                 means[1, column] += share * loss.uniform_kl
         if accelerator.num_processes > 1:
@@ -218,6 +171,13 @@ class _Run:
                 gradient.copy_(part.view_as(gradient))
             means = _reduced(accelerator, means)
         kl, uniform = means.cpu()
+        for layer, value in zip(sorted(handle.layers), kl.tolist(), strict=True):
+            if not math.isfinite(value):
+                raise FloatingPointError(
+                    f"warmup: the loss of layer {layer} is {value} at step {step}; the checkpoint in "
+                    f"{self.out / CHECKPOINT} is of an earlier step: resume from it with a smaller lr or with "
+                    "clipping, and check the model's weights for NaN"
+                )
         return kl, uniform
 
     def _batches(self, step: int) -> Iterator[dict[str, Tensor]]:
@@ -273,22 +233,18 @@ def forward(handle: IndexerHandle, batch: dict[str, Tensor]) -> None:
         handle.decoder(input_ids=batch["input_ids"], position_ids=batch["position_ids"], use_cache=False)
 
 
-def read_run(out: Path) -> dict[str, Any]:
-    """The settings of the run in `out`, with its steps; empty where there is none."""
-    record = _read_run(out, resume=True)
-    return {} if record is None else {**record["settings"], "steps": record["steps"]}
+def is_main_process() -> bool:
+    """True in the one process of a run that writes and reports."""
+    return bool(PartialState().is_main_process)
 
 
-def held_out_batches(
-    run: Mapping[str, Any], data: str | None, sequences: int, sequence_length: int | None = None
-) -> list[dict[str, Tensor]]:
+def held_out_batches(run: Mapping[str, Any], data: str | None, sequences: int) -> list[dict[str, Tensor]]:
     """Sequences of held-out text, each from one document where the documents are long enough."""
-    settings = _settings_from(dict(run))
-    length = sequence_length or settings.sequence_length
+    settings = settings_from(dict(run))
     tokenizer = load_tokenizer(settings.model)
     documents = load_documents(data, column=settings.column) if data else standard_library_documents("heldout")
     packed = pack(
-        documents, tokenizer, sequence_length=length, seed=settings.seed, max_sequences=sequences,
+        documents, tokenizer, sequence_length=settings.sequence_length, seed=settings.seed, max_sequences=sequences,
         one_document=data is None,
     )  # fmt: skip
     return [{name: value[None] for name, value in packed[index].items()} for index in range(len(packed))]
@@ -329,29 +285,6 @@ def _lr_factor(settings: WarmupSettings, step: int, steps: int) -> float:
     return 0.5 * (1 + math.cos(math.pi * (step - settings.warmup_steps) / remaining))
 
 
-def _read_run(out: Path, resume: bool) -> dict[str, Any] | None:
-    """The record of the run in `out`, where there is one to resume."""
-    file = out / _RUN
-    if not file.exists():
-        return None
-    if not resume:
-        raise ValueError(f"warmup: {out} already holds a run; pass --resume to go on with it, or another --out")
-    try:
-        record: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-        _settings_from(record["settings"])
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
-        raise ValueError(f"warmup: {file} is not a run's record ({error!r}); choose another --out") from error
-    return record
-
-
-def _settings_from(plain: dict[str, Any]) -> WarmupSettings:
-    known = {field.name for field in fields(WarmupSettings)}
-    values: dict[str, Any] = dict(plain)
-    if values.get("layers") is not None:
-        values["layers"] = tuple(values["layers"])
-    return WarmupSettings(**{name: value for name, value in values.items() if name in known})
-
-
 def _check_same(record: dict[str, Any], found: dict[str, Any]) -> None:
     """A resumed run must see the model, the data and the number of processes it began with."""
     for name, value in found.items():
@@ -360,25 +293,6 @@ def _check_same(record: dict[str, Any], found: dict[str, Any]) -> None:
                 f"warmup: {name} must be {record[name]} as when the run began, got {value}; "
                 "resume with the same model, data and processes, or start a new run in another --out"
             )
-
-
-def _keep_rows(file: Path, done: int) -> None:
-    """Drops rows of steps after the checkpoint, and a last line that a kill cut short."""
-    rows = read_metrics(file)
-    partial = file.with_name(f".{file.name}.partial")
-    partial.write_text("".join(json.dumps(row) + "\n" for row in rows if row["step"] <= done), encoding="utf-8")
-    partial.replace(file)
-
-
-def read_metrics(file: Path) -> list[dict[str, Any]]:
-    """Rows of a metrics.jsonl, without a last line that a kill cut short; empty where there is no file."""
-    rows = []
-    for line in file.read_text(encoding="utf-8").splitlines() if file.exists() else []:
-        try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
-    return rows
 
 
 def _audit(handle: IndexerHandle, before: str) -> None:

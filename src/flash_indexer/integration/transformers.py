@@ -163,6 +163,8 @@ class IndexerHandle:
     def _capture(self, tap: _Tap, q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None) -> Tensor:
         """Runs one attached layer's attention, then its indexer and the consumer."""
         assert self._packing is not None and tap.hidden is not None and tap.rope is not None
+        if q.device.type == "cuda" and q.dtype != torch.bfloat16:
+            raise ValueError(f"attach: on CUDA the model must be bfloat16, got {q.dtype}; load it with that dtype")
         out, lse = causal_attention(q, k, v, self._packing.boundaries, softmax_scale=scale, window=window)
         T = q.shape[0]
         key_end = torch.arange(1, T + 1, dtype=torch.int32, device=q.device)

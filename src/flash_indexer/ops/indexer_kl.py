@@ -145,7 +145,7 @@ def _blockwise(
     d_keys = d_index_k.zero_() if d_index_k.dtype == dtype else torch.zeros_like(d_index_k, dtype=dtype)
     index_heads = 1 if per_head else index_q.shape[1]
     tiles = 2 + (index_heads if any(needs) else 1)
-    temporary = 2  # tiles that logsumexp, entropy and the masks allocate
+    temporary = 1  # tile that logsumexp and entropy allocate
     chunks = cpu.plan_chunks(key_start, key_end, tiles + temporary, dtype.itemsize, workspace_bytes)
     largest = max(((end - begin) * (last - first) for begin, end, first, last in chunks), default=0)
     flat = torch.empty(tiles * largest, dtype=dtype, device=q.device)

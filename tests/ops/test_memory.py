@@ -1,0 +1,59 @@
+"""Peak memory of forward plus backward: the workspace and a quarter of the tensors, whatever the layout."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+WORKSPACE = 8 * 2**20
+PROGRAM = """
+import json, re, sys
+import torch
+from flash_indexer import indexer_kl
+
+def resident(key):
+    return 1024 * int(re.search(key + r":\\s+(\\d+)", open("/proc/self/status").read())[1])
+
+def problem(T, layout, with_lse):
+    torch.manual_seed(0)
+    H, G, D, I, E = 9, 3, 64, 8, 64
+    leaves = [x.requires_grad_() for x in (torch.randn(T, I, E), torch.randn(T, E), 0.05 * torch.randn(T, I))]
+    t = torch.arange(T)
+    start = {"causal": 0 * t, "packed": t // 50 * 50, "window": (t - 63).clamp(min=0)}[layout]
+    lse = torch.full((T, H), 6.0) if with_lse else None
+    intervals = dict(key_start=start.int(), key_end=(t + 1).int())
+    return [torch.randn(T, H, D), torch.randn(T, G, D), *leaves], dict(intervals, lse=lse)
+
+def run(tensors, others):
+    result = indexer_kl(*tensors, softmax_scale=0.125, workspace_bytes=int(sys.argv[4]), **others)
+    result.loss.backward()
+    return result
+
+layout, with_lse = sys.argv[2], sys.argv[3] == "lse"
+run(*problem(256, layout, with_lse))
+tensors, others = problem(int(sys.argv[1]), layout, with_lse)
+with open("/proc/self/clear_refs", "w") as file:
+    file.write("5")
+before = resident("VmRSS")
+result = run(tensors, others)
+peak = resident("VmHWM")
+outputs = sum(x.nbytes for x in result) + sum(x.grad.nbytes for x in tensors[2:])
+inputs = sum(x.nbytes for x in (*tensors, *others.values()) if x is not None)
+print(json.dumps(dict(extra=peak - before - outputs, inputs=inputs, outputs=outputs)))
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux's peak memory counter")
+@pytest.mark.parametrize("tokens", [2048, 4096])
+@pytest.mark.parametrize("layout, lse", [("causal", "lse"), ("causal", "no lse"), ("packed", "lse"), ("window", "lse")])
+def test_peak_memory(tokens, layout, lse):
+    command = [sys.executable, "-c", PROGRAM, str(tokens), layout, lse, str(WORKSPACE)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    measured = json.loads(done.stdout)
+    print({name: f"{value / 2**20:.2f} MiB" for name, value in measured.items()})
+    assert measured["extra"] <= WORKSPACE + (measured["inputs"] + measured["outputs"]) / 4

@@ -1,0 +1,158 @@
+"""The command line, end to end on a tiny model, and what it says when something is wrong."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from click.testing import Result
+from transformers import AutoModelForCausalLM
+from typer.testing import CliRunner
+
+from flash_indexer.cli import _parse_layers, app
+from flash_indexer.integration.native import load_native, read_native
+from flash_indexer.run_record import read_metrics
+
+
+def run(*arguments: object) -> Result:
+    return CliRunner().invoke(app, [str(x) for x in arguments], env={"COLUMNS": "200", "TERM": "dumb"})
+
+
+def plain(text: str) -> str:
+    """Without colours and line breaks."""
+    return " ".join(re.sub(r"\x1b\[[0-9;]*m", "", text).split())
+
+
+@pytest.fixture
+def warmup(checkpoint: Path, texts: Path, tmp_path: Path) -> Any:
+    def invoke(*more: object) -> Result:
+        return run(
+            "warmup", "--out", tmp_path / "run", "--model", checkpoint, "--data", texts, "--sequence-length", 64,
+            "--steps", 4, "--num-heads", 4, "--head-dim", 32, "--evaluate-sequences", 2, *more,
+        )  # fmt: skip
+
+    return invoke
+
+
+def test_warmup_evaluate_export(warmup: Any, checkpoint: Path, texts: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    done = warmup("--held-out", texts, "--layers", "0-1")
+    assert done.exit_code == 0, done.output
+    text = plain(done.output)
+    assert "step 4/4" in text and "held-out KL over uniform" in text
+    for named in (out / "checkpoint", out / "report"):
+        assert str(named) in text and named.is_dir()
+    assert sorted(p.suffix for p in (out / "report").iterdir() if p.suffix != ".png") == [".json", ".md"]
+    assert list((out / "report").glob("*.png"))
+    assert len(read_metrics(out / "metrics.jsonl")) == 4
+
+    judged = run(
+        "evaluate", "--out", out, "--data", texts, "--sequences", 3, "--report", tmp_path / "again", "--perplexity-k", 8
+    )
+    assert judged.exit_code == 0, judged.output
+    assert "held-out KL over uniform" in plain(judged.output) and list((tmp_path / "again").glob("*.md"))
+
+    exported = run("export", "--out", out, tmp_path / "native")
+    assert exported.exit_code == 0, exported.output
+    trained, copied = (read_native(path) for path in (out / "checkpoint", tmp_path / "native"))
+    assert copied.config == trained.config and copied.config.layers == (0, 1)
+    assert all(torch.equal(value, copied.state_dict[name]) for name, value in trained.state_dict.items())
+    handle = load_native(AutoModelForCausalLM.from_pretrained(checkpoint), tmp_path / "native")
+    assert (handle.layers, handle.indexers["0"].num_heads) == ((0, 1), 4)
+
+    judged = run("evaluate", "--out", tmp_path / "native", "--data", texts, "--sequences", 1, "--sequence-length", 64)
+    assert judged.exit_code == 0, judged.output
+
+    refused = run("export", "--out", out, tmp_path / "v32", "--format", "deepseek_v32")
+    assert refused.exit_code == 1 and not (tmp_path / "v32").exists()
+    assert "error" in plain(refused.output) and "Traceback" not in refused.output
+
+
+def test_resume(warmup: Any, tmp_path: Path) -> None:
+    assert warmup().exit_code == 0
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["settings"]["steps"] == 4
+    again = warmup()
+    assert again.exit_code == 1 and "already holds a run; pass --resume" in plain(again.output)
+    assert warmup("--resume").exit_code == 0
+    for option, value, said in (("--lr", 0.5, "0.001"), ("--seed", 3, "0"), ("--layers", "0-1", "None")):
+        other = warmup("--resume", option, value)
+        assert other.exit_code == 1
+        assert f"{option} must be {said} as when the run began, got" in plain(other.output)
+    assert len(read_metrics(tmp_path / "run" / "metrics.jsonl")) == 4
+    resumed = run("warmup", "--out", tmp_path / "run", "--resume", "--evaluate-sequences", 0)
+    assert resumed.exit_code == 0, resumed.output
+
+
+def test_resume_with_the_recorded_layers_is_no_conflict(warmup: Any) -> None:
+    assert warmup("--layers", "0,2").exit_code == 0
+    assert warmup("--layers", "0,2", "--resume").exit_code == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--model", "/nowhere/model"], "error .*/nowhere/model"),
+        (["--data", "/nowhere/text"], "error .*/nowhere/text"),
+        (["--layers", "0,7"], r"error attach: layers must be indices below 3, got \[0, 7\]"),
+        (["--layers", "zero"], "error warmup: --layers must be like 0,1,5-9, got 'zero'"),
+        (["--target", "median"], "error .*target"),
+        (["--decay", "linear"], "error warmup: decay must be"),
+        (["--steps", "0"], "error warmup: steps must be at least 1"),
+        (["--sequence-length", "100000"], "error pack: one sequence needs"),
+        (["--rope-dim", "33"], "error .*rope_dim"),
+    ],
+)
+def test_errors_are_one_message_and_exit_code_1(warmup: Any, tmp_path: Path, arguments: list[str], message: str) -> None:
+    found = warmup(*arguments)
+    assert found.exit_code == 1
+    assert re.search(message, plain(found.output)), found.output
+    assert "Traceback" not in found.output and isinstance(found.exception, SystemExit)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("command", ["evaluate", "export"])
+def test_a_folder_without_a_run(tmp_path: Path, command: str) -> None:
+    more = [tmp_path / "written"] if command == "export" else []
+    found = run(command, "--out", tmp_path / "none", *more)
+    assert found.exit_code == 1 and "Traceback" not in found.output
+    assert re.search(f"error .*{tmp_path}/none", plain(found.output)), found.output
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_bug_keeps_its_traceback(warmup: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*args: object, **options: object) -> None:
+        raise AttributeError("a bug")
+
+    monkeypatch.setattr("flash_indexer.training.warm_up", broken)
+    assert isinstance(warmup().exception, AttributeError)
+
+
+def test_error_text_is_not_taken_for_markup(warmup: Any, tmp_path: Path) -> None:
+    found = warmup("--data", tmp_path / "[bold]x")
+    assert "[bold]x" in plain(found.output)
+
+
+@pytest.mark.parametrize(
+    ("text", "layers"),
+    [(None, None), ("3", (3,)), ("0,1,5-7", (0, 1, 5, 6, 7)), ("2-2", (2,)), (" 1, 2 ", (1, 2))],
+)
+def test_layers(text: str | None, layers: tuple[int, ...] | None) -> None:
+    assert _parse_layers(text) == layers
+
+
+@pytest.mark.parametrize("text", ["", "a", "1,,2", "1-", "-1", "3-1", "1-2-3"])
+def test_layers_that_are_none(text: str) -> None:
+    with pytest.raises(ValueError, match=f"--layers must be like 0,1,5-9, got '{text}'"):
+        _parse_layers(text)
+
+
+@pytest.mark.parametrize("command", [[], ["warmup"], ["evaluate"], ["export"]])
+def test_help(command: list[str]) -> None:
+    found = run(*command, "--help")
+    assert found.exit_code == 0
+    wanted = ["--out"] if command else ["warmup", "evaluate", "export", "indexers"]
+    assert all(word in plain(found.output) for word in wanted)
