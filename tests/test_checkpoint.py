@@ -118,9 +118,7 @@ def test_a_kill_between_the_renames_leaves_a_loadable_checkpoint(saved, attached
     assert load_checkpoint(path, *attached(1), base_fingerprint="f00d") == 17
 
 
-def test_a_full_disk_keeps_the_earlier_checkpoint(
-    saved, attached: Attached, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_full_disk_keeps_the_earlier_checkpoint(saved, attached: Attached, monkeypatch: pytest.MonkeyPatch) -> None:
     path, handle, optimizer = saved
     before = {file.name: file.read_bytes() for file in path.iterdir()}
     learn(handle, optimizer)

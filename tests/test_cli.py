@@ -56,6 +56,11 @@ def test_warmup_evaluate_export(warmup: Any, checkpoint: Path, texts: Path, tmp_
     assert judged.exit_code == 0, judged.output
     assert "held-out KL over uniform" in plain(judged.output) and list((tmp_path / "again").glob("*.md"))
 
+    checked = run("check", "--out", out, "--data", texts)
+    assert checked.exit_code == 0, checked.output
+    errors = re.findall(r"layer (\d): max .* = (\S+)", checked.output)
+    assert [int(layer) for layer, _ in errors] == [0, 1] and all(float(error) < 1e-4 for _, error in errors)
+
     exported = run("export", "--out", out, tmp_path / "native")
     assert exported.exit_code == 0, exported.output
     trained, copied = (read_native(path) for path in (out / "checkpoint", tmp_path / "native"))
@@ -106,7 +111,9 @@ def test_resume_with_the_recorded_layers_is_no_conflict(warmup: Any) -> None:
         (["--rope-dim", "33"], "error .*rope_dim"),
     ],
 )
-def test_errors_are_one_message_and_exit_code_1(warmup: Any, tmp_path: Path, arguments: list[str], message: str) -> None:
+def test_errors_are_one_message_and_exit_code_1(
+    warmup: Any, tmp_path: Path, arguments: list[str], message: str
+) -> None:
     found = warmup(*arguments)
     assert found.exit_code == 1
     assert re.search(message, plain(found.output)), found.output

@@ -89,7 +89,7 @@ def test_against_naive_loops(shape, target):
         ):
             torch.testing.assert_close(got, torch.tensor(expected, dtype=torch.float64), rtol=1e-12, atol=1e-13)
         expected_loss += float(x.token_weight[t]) * sum(expected_kl) / len(expected_kl)
-    assert math.isclose(float(loss), expected_loss, rel_tol=1e-11)
+    assert math.isclose(loss.item(), expected_loss, rel_tol=1e-11)
 
 
 @pytest.mark.parametrize("target", TARGETS)
@@ -142,5 +142,5 @@ def test_nothing_visible_anywhere():
     leaves = [y.clone().requires_grad_() for y in (x.index_q, x.index_k, x.index_weights)]
     loss, kl = reference.indexer_kl(x.q, x.k, *leaves, softmax_scale=1.0, key_start=empty, key_end=empty)
     loss.backward()
-    assert float(loss) == 0 and (kl == 0).all()
+    assert loss.item() == 0 and (kl == 0).all()
     assert all((y.grad == 0).all() for y in leaves)

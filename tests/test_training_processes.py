@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import multiprocessing
 import os
@@ -17,12 +16,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from rich.console import Console
 from safetensors.torch import load_file
 
 from flash_indexer.integration.native import read_native
 from flash_indexer.run_record import WarmupSettings, read_metrics
-from flash_indexer.training import warm_up
 
 RUN = """
 import io
@@ -61,6 +58,9 @@ def context() -> Any:
     """New processes come, within milliseconds, from a server that has imported everything and run nothing."""
     server = multiprocessing.get_context("forkserver")
     server.set_forkserver_preload(["flash_indexer.training", "transformers.models.llama.modeling_llama"])
+    first = server.Process(target=exec, args=("",))
+    first.start()
+    first.join()
     return server
 
 
@@ -74,10 +74,6 @@ def settings(checkpoint: Path, texts: Path) -> Callable[..., WarmupSettings]:
         return WarmupSettings(**(values | changes))
 
     return build
-
-
-def here(settings: WarmupSettings, out: Path, **options: Any) -> None:
-    warm_up(settings, out, console=Console(file=io.StringIO()), **options)
 
 
 def start(context: Any, code: str, settings: WarmupSettings, out: Path, **names: Any) -> BaseProcess:
@@ -110,7 +106,7 @@ def assert_same_run(one: Path, other: Path) -> None:
 def test_killed_again_and_again_it_ends_bit_for_bit_the_same(tmp_path: Path, context: Any, settings: Any) -> None:
     """Killed in a step, between a checkpoint's two renames, while deleting the old one, while writing a row."""
     whole, cut = tmp_path / "whole", tmp_path / "cut"
-    here(settings(), whole)
+    finish(start(context, "", settings(), whole), 0)
     for owner, name, call, after in (
         ("flash_indexer.training", "write_json", 1, []),  # before anything is written
         ("flash_indexer.training", "forward", 2, [1]),  # before the first checkpoint
@@ -137,7 +133,7 @@ def test_killed_at_random_times(tmp_path: Path, context: Any, settings: Any, see
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     wanted = settings(steps=120, save_every=1)
     began = time.perf_counter()
-    here(wanted, whole)
+    finish(start(context, "", wanted, whole), 0)
     duration = time.perf_counter() - began
     draw, kills = random.Random(seed), 0
     for _ in range(200):
@@ -166,7 +162,7 @@ def free_port() -> int:
 def test_two_ranks_train_what_one_process_does(tmp_path: Path, context: Any, settings: Any, accumulation: int) -> None:
     """The environment is torchrun's; rank 1 looks late whether there is a run already."""
     single, shared = tmp_path / "single", tmp_path / "shared"
-    here(settings(batch_size=4, accumulation=accumulation, steps=5), single)
+    finish(start(context, "", settings(batch_size=4, accumulation=accumulation, steps=5), single), 0)
     port, ranks = free_port(), []
     for rank in (0, 1):
         environment = dict(

@@ -59,6 +59,10 @@ def load_checkpoint(
             raise FileNotFoundError(
                 f"load_checkpoint: {folder / name} is missing: no training checkpoint; start a new run elsewhere"
             )
+    try:
+        step = int(json.loads((folder / STATE_FILE).read_text(encoding="utf-8"))["step"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"load_checkpoint: {folder / STATE_FILE} is damaged ({error!r}); start a new run") from error
     load_native(handle, folder, base_fingerprint=base_fingerprint)
     try:
         moments = load_file(folder / OPTIMIZER_FILE)
@@ -70,7 +74,7 @@ def load_checkpoint(
         state.setdefault(int(index), {})[name] = value
     groups = optimizer.state_dict()["param_groups"]
     optimizer.load_state_dict({"state": state, "param_groups": groups})
-    return int(json.loads((folder / STATE_FILE).read_text(encoding="utf-8"))["step"])
+    return step
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:

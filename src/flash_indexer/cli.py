@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 
 app = typer.Typer(
     no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
@@ -127,10 +128,12 @@ def export(
     """Write trained indexers as a checkpoint that Transformers loads as deepseek_v32, or in the native format."""
     with _plain_errors():
         from flash_indexer.integration.export import export as write
+        from flash_indexer.integration.models import model_fingerprint
 
         handle, tokenizer, run = _load(out, model)
         options: dict[str, Any] = dict(tokenizer=tokenizer) if format == "deepseek_v32" else {}
-        write(handle, path, format=format, base_name=run["model"], **options)
+        fingerprint = model_fingerprint(handle.model)
+        write(handle, path, format=format, base_name=run["model"], base_fingerprint=fingerprint, **options)
         console.print(f"[bold]exported[/bold]  {path}")
 
 
@@ -225,8 +228,11 @@ def _parse_layers(text: str | None) -> tuple[int, ...] | None:
     try:
         chosen: list[int] = []
         for part in text.split(","):
-            first, _, last = part.partition("-")
-            chosen += range(int(first), int(last or first) + 1)
+            first, dash, last = part.partition("-")
+            span = range(int(first), int(last if dash else first) + 1)
+            if not span:
+                raise ValueError
+            chosen += span
     except ValueError:
         raise ValueError(f"warmup: --layers must be like 0,1,5-9, got {text!r}") from None
     return tuple(chosen)
@@ -238,5 +244,5 @@ def _plain_errors() -> Iterator[None]:
     try:
         yield
     except (ValueError, OSError, FloatingPointError, KeyError) as error:
-        Console(stderr=True).print(f"[bold red]error[/bold red] {error}", highlight=False, soft_wrap=True)
+        Console(stderr=True).print(f"[bold red]error[/bold red] {escape(str(error))}", highlight=False, soft_wrap=True)
         raise typer.Exit(1) from error

@@ -110,7 +110,7 @@ class Result(NamedTuple):
 def make_inputs(
     shape: Shape, *, seed: int, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
 ) -> Inputs:
-    """Random inputs, the same on every device; scores spread over a few units, so that softmax is neither flat nor a spike.
+    """Random inputs, the same on every device; scores spread over a few units: softmax is neither flat nor a spike.
 
     token_weight holds positive, negative and (every seventh) zero entries. lse is computed in float64 from the rounded
     q and k; it is -inf where a query sees nothing.
@@ -130,7 +130,8 @@ def make_inputs(
     key_start, key_end = shape.intervals()
     lse = reference.teacher_lse(q.double(), k.double(), scale, key_start, key_end).to(wide)
     tensors = (q, k, index_q, index_k, index_weights, key_start, key_end, lse, token_weight)
-    return Inputs(*(x.to(device) for x in tensors), softmax_scale=scale)
+    names = ("q", "k", "index_q", "index_k", "index_weights", "key_start", "key_end", "lse", "token_weight")
+    return Inputs(softmax_scale=scale, **{n: x.to(device) for n, x in zip(names, tensors, strict=True)})
 
 
 def reference_indexer_kl(
@@ -224,11 +225,11 @@ def assert_close(name: str, got: Tensor, ref64: Tensor, eager: Tensor) -> None:
 
         floor = 2 * eps(got's dtype) * rms(ref64, over the same elements) + 2^-22 * rms(ref64, whole)
 
-    A row is an entry of the first dimension; a vector or a scalar is one row. Rounding errors within a row are
-    correlated, so eager may be nearly exact in one by luck: a row's baseline is at least the row's norm times eager's
-    relative error over the whole tensor. Non-finite elements must stand at the same
-    places with the same values (nan equals nan) in all three and are left out of the sums. The row criterion sees what a
-    whole-tensor norm can't: a few bad rows among thousands.
+    A row is an entry of the first dimension; a vector or a scalar is one row. The row criterion sees what a norm of
+    the whole tensor can't: a few bad rows among thousands. Rounding errors within a row are correlated, so eager may
+    be nearly exact in one by luck: a row's baseline is at least the row's norm times eager's relative error over the
+    whole tensor. Non-finite elements must stand at the same places with the same values (nan equals nan) in all three
+    and are left out of the sums.
 
     Args:
         got: what is judged. ref64: the float64 truth. eager: the baseline, in got's dtype.

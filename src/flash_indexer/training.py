@@ -82,6 +82,7 @@ def warm_up(
     data = pack(documents, tokenizer, **packing, max_sequences=steps * per_step, progress=accelerator.is_main_process)
     found = dict(base_fingerprint=before, data_fingerprint=data.fingerprint, processes=accelerator.num_processes)
     if record is None:
+        accelerator.wait_for_everyone()  # until every rank has seen that no run was here
         out.mkdir(parents=True, exist_ok=True)
         if accelerator.is_main_process:
             write_json(out / RUN_FILE, dict(settings=asdict(settings), steps=steps, torch=torch.__version__, **found))

@@ -1,4 +1,4 @@
-"""Attaching: the model computes what it did, the indexers learn what the definition says, and remove() leaves nothing."""
+"""Attaching: the model computes what it did, the indexers learn what the definition says, remove() leaves nothing."""
 
 from __future__ import annotations
 
@@ -205,6 +205,31 @@ def test_gradients_accumulate_over_forwards_and_only_in_train_mode(tiny: Tiny) -
     assert {layer: loss.kl.item() for layer, loss in handle.losses().items()} == {
         layer: loss.kl.item() for layer, loss in losses.items()
     }
+
+
+def test_float64_models_give_float64_gradients(tiny: Tiny, family: str) -> None:
+    dense = dict(first_k_dense_replace=3) if family.startswith("deepseek") else {}  # experts have no float64
+    handle = attached(tiny(family, **dense).double(), num_heads=2)
+    handle.indexers.double()
+    want, losses = definition(handle, tokens(1, 15), 1 / 15)
+    logits(handle.model, tokens(1, 15))
+    for name, parameter in handle.indexers.named_parameters():
+        assert parameter.grad.dtype == torch.float64
+        torch.testing.assert_close(parameter.grad, want[name], rtol=1e-9, atol=1e-12)
+    for layer, (kl, _) in losses.items():
+        assert float(handle.losses()[layer].kl) == pytest.approx(kl, rel=1e-10)
+
+
+def test_bfloat16_models_are_captured_in_float32(tiny: Tiny, family: str) -> None:
+    model, ids = tiny(family).bfloat16(), tokens(1, 15)
+    before = logits(model, ids)
+    handle = attached(model)
+    after = logits(model, ids)
+    assert after.dtype == torch.bfloat16 and (after - before).float().norm() < 0.05 * before.float().norm()
+    assert all(torch.isfinite(parameter.grad).all() for parameter in handle.indexers.parameters())
+    for capture in captures(handle, ids).values():
+        for name in ("q", "k", "v", "lse", "index_q", "index_k", "index_weights"):
+            assert getattr(capture, name).dtype == torch.float32, name
 
 
 def test_observer_sees_every_layer_and_does_not_change_gradients(tiny: Tiny) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from flash_indexer.intervals import check_intervals
 from flash_indexer.ops import cpu
 from flash_indexer.ops.checks import check_dtypes, check_index_inputs, check_interval_tensors
 
@@ -30,6 +31,7 @@ def indexer_scores(
     T, S, _, _ = check_index_inputs("indexer_scores", index_q, index_k, index_weights)
     check_interval_tensors("indexer_scores", key_start, key_end, T, index_q.device)
     check_dtypes("indexer_scores", dict(index_q=index_q, index_k=index_k, index_weights=index_weights))
+    check_intervals(key_start, key_end, S)
     with torch.no_grad(), torch.autocast(index_q.device.type, enabled=False):
         relu = index_q.new_empty(1, T, S, dtype=cpu.compute_dtype(index_q))
         scores, _ = cpu.index_scores(index_q, index_k, index_weights, key_start, key_end, relu=relu)
