@@ -52,10 +52,8 @@ TABLE = {
     "distributed": Row(
         may=TORCH | ours("intervals", "modules", "ops"), must_not=frozenset({"tilelang", "transformers"})
     ),
-    **{
-        part: RECIPE
-        for part in ("integration", "data", "training", "checkpoint", "progress", "run_record", "evaluation", "report")
-    },
+    **dict.fromkeys(("integration", "data", "training", "checkpoint", "progress", "run_record"), RECIPE),
+    **dict.fromkeys(("evaluation", "plots", "report"), RECIPE),
     "cli": Row(may=TORCH | {OURS, "typer", "rich"}, must_not=ours("kernels")),
 }
 NOBODY = frozenset({"os.environ", "os.environb", "os.getenv", "os.putenv", "os.unsetenv"})

@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from flash_indexer.ops import indexer_scores, teacher_scores
-from flash_indexer.ops.cpu import rows_per_chunk
+from flash_indexer.ops.cpu import plan_chunks
 
 SELECTIONS = ("indexer", "oracle", "window")
 SINK = 4
@@ -294,17 +294,12 @@ def teacher_row_sums(capture: AttentionCapture, *, workspace_bytes: int = _WORKS
 def _chunks(capture: AttentionCapture, workspace_bytes: int) -> Iterator[tuple[slice, slice, Tensor, Tensor]]:
     """Query rows, the keys that they see, and their intervals counted from the first of those keys."""
     key_start, key_end = capture.key_start, capture.key_end
-    starts, ends = key_start.tolist(), key_end.tolist()
-    span = max((end - start for start, end in zip(starts, ends, strict=True)), default=0)
-    on_cpu = key_start.device.type == "cpu"
-    size = rows_per_chunk(len(starts), span, _TILES, capture.lse.element_size(), workspace_bytes, on_cpu)
-    for begin in range(0, len(starts), size):
-        rows = slice(begin, min(begin + size, len(starts)))
-        first, last = starts[rows.start], ends[rows.stop - 1]
-        if last > first:
-            start = (key_start[rows] - first).clamp(0, last - first)
-            end = (key_end[rows] - first).clamp(0, last - first)
-            yield rows, slice(first, last), start, end
+    for begin, stop, first, last in plan_chunks(
+        key_start, key_end, _TILES, capture.lse.element_size(), workspace_bytes
+    ):
+        rows = slice(begin, stop)
+        start, end = ((x[rows] - first).clamp(0, last - first) for x in (key_start, key_end))
+        yield rows, slice(first, last), start, end
 
 
 def _teacher(capture: AttentionCapture, rows: slice, keys: slice, start: Tensor, end: Tensor) -> Tensor:

@@ -216,14 +216,3 @@ def plan_chunks(
             chunks.append((begin, end, starts[begin], ends[end - 1]))
         begin = end
     return chunks
-
-
-def rows_per_chunk(
-    num_rows: int, num_keys: int, tiles_per_row: int, itemsize: int, workspace_bytes: int, cpu: bool
-) -> int:
-    """Query rows whose tiles (tiles_per_row of num_keys elements each) fit workspace_bytes; at least one."""
-    row_bytes = max(1, num_keys) * itemsize
-    rows = workspace_bytes // (row_bytes * tiles_per_row)
-    if cpu:
-        rows = min(rows, max(16, _TILE_BYTES // row_bytes))
-    return int(max(1, min(num_rows, rows)))
