@@ -66,7 +66,7 @@ def warmup(
         explicit = {name: getattr(settings, name) for name in given if _was_given(context, name)}
         _refuse_other_settings(out, resume, explicit)
         handle = warm_up(settings, out, resume=resume, console=console)
-        console.print(f"[bold]indexer[/bold]  {out / 'checkpoint'}")
+        _print_path("indexer", out / "checkpoint")
         run = read_run(out)
         if is_main_process() and evaluate_sequences > 0 and (held_out is not None or run["data"] is None):
             batches = held_out_batches(run, held_out, evaluate_sequences)
@@ -134,7 +134,7 @@ def export(
         options: dict[str, Any] = dict(tokenizer=tokenizer) if format == "deepseek_v32" else {}
         fingerprint = model_fingerprint(handle.model)
         write(handle, path, format=format, base_name=run["model"], base_fingerprint=fingerprint, **options)
-        console.print(f"[bold]exported[/bold]  {path}")
+        _print_path("exported", path)
 
 
 def main() -> None:
@@ -177,8 +177,12 @@ def _judge(
             f" ({mass.queries} queries)",
             highlight=False,
         )
-    console.print(f"[bold]plots[/bold]    {report}")
-    console.print(f"[bold]report[/bold]   {path}")
+    _print_path("plots", report)
+    _print_path("report", path)
+
+
+def _print_path(name: str, path: Path) -> None:
+    console.print(f"[bold]{name:<9}[/bold]{escape(str(path))}", highlight=False, soft_wrap=True)
 
 
 def _indexer_folder(out: Path) -> Path:

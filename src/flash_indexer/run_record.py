@@ -72,7 +72,7 @@ def read_record(out: Path, resume: bool) -> dict[str, Any] | None:
     try:
         record: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
         settings_from(record["settings"])
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"warmup: {file} is not a run's record ({error!r}); choose another --out") from error
     return record
 

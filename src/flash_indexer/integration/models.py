@@ -189,8 +189,12 @@ def _forget_quantisation(model: PreTrainedModel) -> None:
 
 @contextmanager
 def _quiet(converting: bool) -> Iterator[None]:
-    """No loading bars. The GGUF conversion draws its own on stderr, past Transformers' switch."""
-    shown = transformers_logging.is_progress_bar_enabled()
+    """No loading bars, no warnings. The GGUF conversion draws its own bar on stderr, past Transformers' switch, and
+    warns that weights stay packed, which they don't here.
+    """
+    shown, verbosity = transformers_logging.is_progress_bar_enabled(), transformers_logging.get_verbosity()
+    if converting:
+        transformers_logging.set_verbosity_error()  # type: ignore[no-untyped-call]
     transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     try:
         if converting:
@@ -199,5 +203,6 @@ def _quiet(converting: bool) -> Iterator[None]:
         else:
             yield
     finally:
+        transformers_logging.set_verbosity(verbosity)
         if shown:
             transformers_logging.enable_progress_bar()  # type: ignore[no-untyped-call]

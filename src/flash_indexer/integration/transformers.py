@@ -247,6 +247,11 @@ def attach(
         raise ValueError(f"attach: layers must be indices below {len(attentions)}, got {list(layers or [])}")
 
     config = model.config.get_text_config()
+    if getattr(config, "attn_logit_softcapping", None) is not None:
+        raise ValueError(
+            f"attach: attention with softcap is not supported, got {type(model).__name__} with "
+            f"attn_logit_softcapping={config.attn_logit_softcapping}; attachable are {_FAMILIES}"
+        )
     mla = hasattr(attentions[0], "kv_b_proj")
     rank = getattr(config, "q_lora_rank", None) if mla else None
     if mla:
