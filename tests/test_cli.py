@@ -163,3 +163,11 @@ def test_help(command: list[str]) -> None:
     assert found.exit_code == 0
     wanted = ["--out"] if command else ["warmup", "evaluate", "export", "indexers"]
     assert all(word in plain(found.output) for word in wanted)
+
+
+def test_a_native_export_of_a_bfloat16_run_loads_its_base_in_bfloat16(warmup: Any, texts: Path, tmp_path: Path) -> None:
+    assert warmup("--dtype", "bfloat16", "--evaluate-sequences", 0).exit_code == 0
+    native = tmp_path / "native"
+    assert run("export", "--out", tmp_path / "run", native).exit_code == 0
+    checked = run("check", "--out", native, "--data", texts)
+    assert checked.exit_code == 0, checked.output

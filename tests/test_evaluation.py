@@ -14,7 +14,7 @@ from torch.nn.functional import cross_entropy
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from flash_indexer import reference
-from flash_indexer.evaluation import Evaluation, evaluate, row_block, score
+from flash_indexer.evaluation import Evaluation, evaluate, row_block, score, teacher_errors
 from flash_indexer.integration.transformers import IndexerHandle, LayerCapture, attach
 from flash_indexer.metrics import MetricSums, layer_sums
 
@@ -214,3 +214,10 @@ def test_unusable_input_is_refused(handle: IndexerHandle) -> None:
         handle.indexers["1"].wk.weight[0, 0] = torch.nan
     with pytest.raises(ValueError, match="the KL of layer 1 is nan"):
         evaluate(handle, [batch])
+
+
+def test_a_teacher_that_is_not_finite_is_not_called_right(handle: IndexerHandle) -> None:
+    assert max(teacher_errors(handle, make_batches()[0]).values()) < 1e-5
+    with torch.no_grad():
+        handle.decoder.layers[0].self_attn.q_proj.weight[0, 0] = math.nan
+    assert math.isnan(teacher_errors(handle, make_batches()[0])[0])

@@ -373,7 +373,7 @@ def test_missing_model_and_empty_data(tmp_path: Path, train: Train) -> None:
         (dict(lr=math.nan), "lr must be positive, got nan"),
         (dict(save_every=0), "save_every must be positive"),
         (dict(decay="linear"), 'decay must be "cosine" or "none", got \'linear\''),
-        (dict(dtype="float16"), 'dtype must be "float32" or "bfloat16", got \'float16\''),
+        (dict(dtype="float16"), 'dtype must be "auto", "float32" or "bfloat16", got \'float16\''),
     ],
 )
 def test_unusable_settings(settings: Any, changes: dict[str, Any], message: str) -> None:
@@ -386,5 +386,5 @@ def test_settings_are_recorded(tmp_path: Path, train: Train, settings: Any) -> N
     record = json.loads((tmp_path / "run.json").read_text())
     assert record["settings"]["layers"] == [1] and record["torch"] == torch.__version__
     assert {"base_fingerprint", "data_fingerprint", "processes", "steps"} < record.keys()
-    wanted = settings(layers=(1,), target="sum_logits", clip=1.0)
+    wanted = settings(layers=(1,), target="sum_logits", clip=1.0, dtype="float32")  # what "auto" means here
     assert settings_from(record["settings"]) == wanted

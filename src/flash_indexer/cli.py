@@ -1,4 +1,4 @@
-"""The command line: warmup, evaluate, export. Thin: each command calls the library and prints where things are."""
+"""The command line: warmup, check, evaluate, export. Each command calls the library and prints where things are."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def warmup(
     rope_dim: Annotated[int | None, typer.Option(help="Dims that rope turns; default min(32, E).")] = None,
     target: Annotated[str, typer.Option(help="mean, per_head or sum_logits.")] = "mean",
     layers: Annotated[str | None, typer.Option(help="Layers to train, such as 0,1,5-9; default all.")] = None,
-    dtype: Annotated[str, typer.Option(help="The model's dtype: float32 or bfloat16.")] = "float32",
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or auto (bfloat16 on CUDA).")] = "auto",
     save_every: Annotated[int, typer.Option(help="Steps between checkpoints.")] = 50,
     evaluate_sequences: Annotated[int, typer.Option(help="Held-out sequences to judge on at the end; 0: none.")] = 4,
 ) -> None:
@@ -111,7 +111,7 @@ def check(
         errors = teacher_errors(handle, held_out_batches(run, data, 1)[0])
         for layer, error in errors.items():
             console.print(f"layer {layer}: max |sum_s a[t,h,s] - 1| = {error:.2e}", highlight=False)
-        worst = max(errors, key=errors.__getitem__)
+        worst = max(errors, key=lambda layer: float("inf") if errors[layer] != errors[layer] else errors[layer])
         if not errors[worst] <= 1e-2:
             raise ValueError(f"check: layer {worst}'s rows sum to 1 only within {errors[worst]:.2e}, above 1e-2")
 
@@ -199,9 +199,12 @@ def _load(out: Path, model: str | None) -> tuple[Any, Any, dict[str, Any]]:
     from flash_indexer.run_record import WarmupSettings, read_run
 
     checkpoint = _indexer_folder(out)
-    name = model or read_native(checkpoint).config.base_name
+    config = read_native(checkpoint).config
+    name = model or config.base_name
     run = read_run(out) or {"sequence_length": WarmupSettings.sequence_length}
-    base, tokenizer = load_model(name, dtype=getattr(torch, run.get("dtype", "float32")))
+    base, tokenizer = load_model(name, dtype=getattr(torch, run.get("dtype", config.base_dtype)))
+    if torch.cuda.is_available():
+        torch.nn.Module.cuda(base)
     handle = load_native(base, checkpoint, base_fingerprint=model_fingerprint(base))
     return handle, tokenizer, {**run, "model": name}
 
@@ -247,6 +250,6 @@ def _plain_errors() -> Iterator[None]:
     """Expected failures end with their message alone and exit code 1; bugs keep their traceback."""
     try:
         yield
-    except (ValueError, OSError, FloatingPointError, KeyError) as error:
+    except (ValueError, OSError, ArithmeticError) as error:
         Console(stderr=True).print(f"[bold red]error[/bold red] {escape(str(error))}", highlight=False, soft_wrap=True)
         raise typer.Exit(1) from error

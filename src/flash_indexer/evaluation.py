@@ -226,13 +226,13 @@ def teacher_errors(handle: IndexerHandle, batch: Mapping[str, Tensor]) -> dict[i
 
     def measure(capture: LayerCapture) -> None:
         per_group = capture.q.shape[1] // capture.k.shape[1]
-        worst = 0.0
+        worst = torch.zeros((), device=capture.q.device)
         for h in range(capture.q.shape[1]):
             one, g = slice(h, h + 1), slice(h // per_group, h // per_group + 1)
             head = replace(capture, q=capture.q[:, one], k=capture.k[:, g], lse=capture.lse[:, one])
             for sums in teacher_row_sums(head):
-                worst = max(worst, float((sums - 1).abs().max()))
-        errors[capture.layer] = worst
+                worst = torch.maximum(worst, (sums - 1).abs().max())  # unlike max, keeps NaN
+        errors[capture.layer] = float(worst)
 
     input_ids, position_ids = _tensors(batch, next(handle.model.parameters()).device)
     with torch.no_grad(), handle.using(measure):

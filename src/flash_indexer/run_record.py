@@ -31,7 +31,7 @@ class WarmupSettings:
     lr: float = 1e-3
     warmup_steps: int = 20
     decay: str = "cosine"
-    """ "cosine" (to zero at the last step) or "none"."""
+    """ "cosine" (towards zero after the last step) or "none"."""
     clip: float | None = None
     seed: int = 0
     num_heads: int = 8
@@ -39,7 +39,8 @@ class WarmupSettings:
     rope_dim: int | None = None
     target: str = "mean"
     layers: tuple[int, ...] | None = None
-    dtype: str = "float32"
+    dtype: str = "auto"
+    """ "float32", "bfloat16", or "auto": bfloat16 on CUDA, else float32."""
     save_every: int = 50
 
     def __post_init__(self) -> None:
@@ -52,8 +53,12 @@ class WarmupSettings:
             raise ValueError(f"warmup: steps must be at least 1, got {self.steps}")
         if self.decay not in ("cosine", "none"):
             raise ValueError(f'warmup: decay must be "cosine" or "none", got {self.decay!r}')
-        if self.dtype not in ("float32", "bfloat16"):
-            raise ValueError(f'warmup: dtype must be "float32" or "bfloat16", got {self.dtype!r}')
+        if self.dtype not in ("auto", "float32", "bfloat16"):
+            raise ValueError(f'warmup: dtype must be "auto", "float32" or "bfloat16", got {self.dtype!r}')
+        if self.clip is not None and not self.clip > 0:
+            raise ValueError(f"warmup: clip must be positive, got {self.clip}; leave it out for no clipping")
+        if self.warmup_steps < 0:
+            raise ValueError(f"warmup: warmup_steps must not be negative, got {self.warmup_steps}")
 
 
 def read_run(out: Path) -> dict[str, Any]:
@@ -72,6 +77,7 @@ def read_record(out: Path, resume: bool) -> dict[str, Any] | None:
     try:
         record: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
         settings_from(record["settings"])
+        record["steps"], record["base_fingerprint"], record["data_fingerprint"], record["processes"]
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"warmup: {file} is not a run's record ({error!r}); choose another --out") from error
     return record

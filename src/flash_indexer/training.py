@@ -53,11 +53,13 @@ def warm_up(
     Source: DeepSeek-V3.2-Exp technical report (2025), section 2.1: lr 1e-3, main model frozen, dense attention.
     """
     console = console or Console()
-    accelerator = Accelerator()
+    accelerator = Accelerator(cpu=not torch.cuda.is_available())
     out = Path(out)
     record = read_record(out, resume)
     if record is not None:
         settings = settings_from(record["settings"])
+    if settings.dtype == "auto":
+        settings = replace(settings, dtype="bfloat16" if accelerator.device.type == "cuda" else "float32")
     with console.status(f"loading {settings.model}"):
         model, tokenizer = load_model(settings.model, dtype=getattr(torch, settings.dtype))
         model.to(accelerator.device).eval()

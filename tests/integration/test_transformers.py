@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
+    DeepseekV2Config,
     DeepseekV32Config,
     Gemma2Config,
     GPT2Config,
@@ -376,3 +377,14 @@ def test_partial_rotary_and_other_rope_sizes(tiny: Tiny) -> None:
     want = torch.arange(40)[:, None] * 500.0 ** (-torch.arange(4) / 4)
     drift = (turned - turned[0] - want + torch.pi) % (2 * torch.pi) - torch.pi
     assert drift.abs().max() < 1e-3
+
+
+def test_complex_rope_is_refused() -> None:
+    config = DeepseekV2Config(
+        vocab_size=VOCABULARY, hidden_size=48, intermediate_size=64, num_hidden_layers=1, num_attention_heads=4,
+        num_key_value_heads=4, kv_lora_rank=16, q_lora_rank=16, qk_rope_head_dim=8, qk_nope_head_dim=8, v_head_dim=8,
+        first_k_dense_replace=1, bos_token_id=None, eos_token_id=None, pad_token_id=None,
+    )  # fmt: skip
+    model = AutoModelForCausalLM.from_config(config).eval()
+    with pytest.raises(ValueError, match=r"rope must come as \(cos, sin\)"):
+        logits(attach(model, **SIZES).model, tokens(1, 9))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -46,6 +46,7 @@ class NativeConfig:
     rope_interleaved: bool
     q_lora_rank: int | None
     target: str
+    base_dtype: str = "float32"
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """The shape of every tensor, by its key `model.layers.N.self_attn.indexer.*`."""
@@ -211,6 +212,7 @@ def describe(handle: IndexerHandle, *, base_name: str, base_fingerprint: str | N
         rope_interleaved=rope_interleaved,
         q_lora_rank=q_lora_rank,
         target=handle.target,
+        base_dtype=str(handle.model.dtype).removeprefix("torch."),
     )
 
 
@@ -317,6 +319,8 @@ def _parse(record: dict[str, Any], file: Path) -> NativeConfig:
     """Check each field's type and build the config."""
     values: dict[str, Any] = {}
     for field in fields(NativeConfig):
+        if field.name not in record and field.default is not MISSING:
+            continue
         if field.name not in record:
             raise ValueError(f"read_native: {file} lacks {field.name!r}; use an earlier checkpoint")
         value = record[field.name]

@@ -7,7 +7,6 @@ loss, whose backward runs at once, inside the forward, so that one layer's score
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,11 +18,11 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
 from flash_indexer.integration.attention import Packing, causal_attention, packing
+from flash_indexer.integration.families import FAMILIES, find_decoder, is_attachable, resized_rotary
 from flash_indexer.modules import LightningIndexer
 from flash_indexer.ops import indexer_kl
 
 _NAME = "lightning_indexer_teacher"  # Transformers takes any name with "flash" in it for FlashAttention
-_FAMILIES = "decoders whose layers have self_attn with q/k/v projections (Llama, Qwen2/3, Mistral) or MLA (DeepSeek-V3)"
 
 
 @dataclass(frozen=True)
@@ -156,7 +155,7 @@ class IndexerHandle:
         if missing:
             raise RuntimeError(
                 f"attach: layers {missing[:5]} did not call the registered attention function; "
-                f"attachable are {_FAMILIES}"
+                f"attachable are {FAMILIES}"
             )
         self._packing = None
 
@@ -164,7 +163,9 @@ class IndexerHandle:
         """Runs one attached layer's attention, then its indexer and the consumer."""
         assert self._packing is not None and tap.hidden is not None and tap.rope is not None
         if q.device.type == "cuda" and q.dtype != torch.bfloat16:
-            raise ValueError(f"attach: on CUDA the model must be bfloat16, got {q.dtype}; load it with that dtype")
+            raise ValueError(
+                f"attach: on CUDA the model must be bfloat16, got {q.dtype}; load it with that dtype (--dtype bfloat16)"
+            )
         out, lse = causal_attention(q, k, v, self._packing.boundaries, softmax_scale=scale, window=window)
         T = q.shape[0]
         key_end = torch.arange(1, T + 1, dtype=torch.int32, device=q.device)
@@ -236,8 +237,8 @@ def attach(
     decoder = find_decoder(model)
     blocks = getattr(decoder, "layers", None)
     attentions = [getattr(block, "self_attn", None) for block in blocks] if blocks is not None else []
-    if not attentions or not all(_is_attachable(module) for module in attentions) or not hasattr(decoder, "rotary_emb"):
-        raise ValueError(f"attach: model must be one of the {_FAMILIES}; got {type(model).__name__}")
+    if not attentions or not all(is_attachable(module) for module in attentions) or not hasattr(decoder, "rotary_emb"):
+        raise ValueError(f"attach: model must be one of the {FAMILIES}; got {type(model).__name__}")
     if any(hasattr(module, "indexer") for module in attentions):
         raise ValueError(f"attach: {type(model).__name__} has indexers of its own; attach to the dense model")
     if any("_flash_indexer" in module.__dict__ for module in attentions):
@@ -250,7 +251,7 @@ def attach(
     if getattr(config, "attn_logit_softcapping", None) is not None:
         raise ValueError(
             f"attach: attention with softcap is not supported, got {type(model).__name__} with "
-            f"attn_logit_softcapping={config.attn_logit_softcapping}; attachable are {_FAMILIES}"
+            f"attn_logit_softcapping={config.attn_logit_softcapping}; attachable are {FAMILIES}"
         )
     mla = hasattr(attentions[0], "kv_b_proj")
     rank = getattr(config, "q_lora_rank", None) if mla else None
@@ -273,34 +274,9 @@ def attach(
             rope_dim=rope_dim, rope_interleaved=False,
         ).to(device)  # fmt: skip
     handle = IndexerHandle(model, indexers, target)
-    rotary = None if mla else _rotary(decoder, config, rope_dim).to(device)
+    rotary = None if mla else resized_rotary(decoder, config, rope_dim).to(device)
     _install(handle, decoder, attentions, rotary)
     return handle
-
-
-def find_decoder(model: PreTrainedModel) -> Any:
-    """The module that holds the decoder layers; None where the model names none."""
-    untyped: Any = model
-    return untyped.get_decoder() if hasattr(model, "get_decoder") else None
-
-
-def _is_attachable(module: object) -> bool:
-    return isinstance(module, nn.Module) and (
-        all(hasattr(module, name) for name in ("q_proj", "k_proj", "v_proj", "scaling"))
-        or all(hasattr(module, name) for name in ("kv_b_proj", "scaling"))
-    )
-
-
-def _rotary(decoder: Any, config: Any, rope_dim: int) -> nn.Module:
-    """The model's rotary embedding with rope_dim dims."""
-    resized = copy.deepcopy(config)
-    resized.head_dim = rope_dim
-    parameters = resized.rope_parameters
-    if "rope_type" not in parameters:
-        raise ValueError(f"attach: one rope for all layers is needed, got rope_parameters={parameters}")
-    parameters.pop("partial_rotary_factor", None)
-    rotary: nn.Module = type(decoder.rotary_emb)(resized)
-    return rotary
 
 
 def _install(handle: IndexerHandle, decoder: Any, attentions: list[Any], rotary: nn.Module | None) -> None:
@@ -330,6 +306,8 @@ def _inputs_hook(tap: _Tap, rotary: nn.Module | None) -> Callable[..., None]:
         tap.hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
         if rotary is None:
             tap.rope = kwargs["position_embeddings"]
+            if not isinstance(tap.rope, tuple) or len(tap.rope) != 2:
+                raise ValueError(f"attach: rope must come as (cos, sin), got {type(tap.rope).__name__}; {FAMILIES}")
         else:
             positions = kwargs.get("position_ids")
             if positions is None:
@@ -361,7 +339,9 @@ def _attention(
     """The registered attention function: query [B, H, L, D], key [B, G, L, D], value [B, G, L, V]."""
     for name in ("softcap", "s_aux", "position_bias"):
         if kwargs.get(name) is not None:
-            raise ValueError(f"attach: attention with {name} is not supported; attachable are {_FAMILIES}")
+            raise ValueError(f"attach: attention with {name} is not supported; attachable are {FAMILIES}")
+    if kwargs.get("is_causal") is False:
+        raise ValueError(f"attach: attention must be causal, got is_causal=False; attachable are {FAMILIES}")
     if dropout:
         raise ValueError(f"attach: attention dropout must be 0, got {dropout}; call model.eval()")
     B, _, L, _ = query.shape

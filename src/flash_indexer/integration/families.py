@@ -1,0 +1,37 @@
+"""Which models can be attached, and what is read off their structure."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedModel
+
+FAMILIES = "decoders whose layers have self_attn with q/k/v projections (Llama, Qwen2/3, Mistral) or MLA (DeepSeek-V3)"
+
+
+def find_decoder(model: PreTrainedModel) -> Any:
+    """The module that holds the decoder layers; None where the model names none."""
+    untyped: Any = model
+    return untyped.get_decoder() if hasattr(model, "get_decoder") else None
+
+
+def is_attachable(module: object) -> bool:
+    """Whether a layer's self-attention is of a family that attach knows: GQA/MHA or MLA."""
+    return isinstance(module, nn.Module) and (
+        all(hasattr(module, name) for name in ("q_proj", "k_proj", "v_proj", "scaling"))
+        or all(hasattr(module, name) for name in ("kv_b_proj", "scaling"))
+    )
+
+
+def resized_rotary(decoder: Any, config: Any, rope_dim: int) -> nn.Module:
+    """The model's rotary embedding with rope_dim dims."""
+    resized = copy.deepcopy(config)
+    resized.head_dim = rope_dim
+    parameters = resized.rope_parameters
+    if "rope_type" not in parameters:
+        raise ValueError(f"attach: one rope for all layers is needed, got rope_parameters={parameters}")
+    parameters.pop("partial_rotary_factor", None)
+    rotary: nn.Module = type(decoder.rotary_emb)(resized)
+    return rotary
