@@ -74,7 +74,7 @@ def plot_loss(steps: Sequence[Mapping[str, Any]], held_out: float | None) -> Fig
     ax.yaxis.set_minor_formatter(NullFormatter())
     ax.set(xlabel="optimizer step", ylabel="KL / uniform prediction's KL (log scale)")
     ax.set_title("How far the indexer is from the model's attention, in training")
-    ax.legend(loc="best", fontsize=11)
+    ax.legend(loc="upper right", fontsize=11, frameon=True, facecolor="white", edgecolor="none", framealpha=1)
     return figure
 
 
