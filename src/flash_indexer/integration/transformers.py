@@ -87,6 +87,7 @@ class IndexerHandle:
         self._losses: dict[int, LayerLoss] = {}
         self._consumer: Consumer | None = None
         self._packing: Packing | None = None
+        self._intervals: dict[int | None, tuple[Tensor, Tensor]] = {}
         self._undo: list[Callable[[], object]] = []
         self._seen: set[int] = set()
 
@@ -147,7 +148,7 @@ class IndexerHandle:
         if positions is None:
             positions = torch.arange(tokens.shape[1], device=tokens.device)[None]
         self._packing = packing(positions.expand(tokens.shape[:2]))
-        self._losses, self._seen = {}, set()
+        self._losses, self._seen, self._intervals = {}, set(), {}
 
     def _end(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         """After the decoder: every attached layer must have passed through the attention function."""
@@ -157,7 +158,7 @@ class IndexerHandle:
                 f"attach: layers {missing[:5]} did not call the registered attention function; "
                 f"attachable are {FAMILIES}"
             )
-        self._packing = None
+        self._packing, self._intervals = None, {}
 
     def _capture(self, tap: _Tap, q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None) -> Tensor:
         """Runs one attached layer's attention, then its indexer and the consumer."""
@@ -167,11 +168,7 @@ class IndexerHandle:
                 f"attach: on CUDA the model must be bfloat16, got {q.dtype}; load it with that dtype (--dtype bfloat16)"
             )
         out, lse = causal_attention(q, k, v, self._packing.boundaries, softmax_scale=scale, window=window)
-        T = q.shape[0]
-        key_end = torch.arange(1, T + 1, dtype=torch.int32, device=q.device)
-        key_start = self._packing.document_start
-        if window is not None:
-            key_start = torch.maximum(key_start, key_end - window)
+        key_start, key_end = self._visible(q, window)
         wide = (lambda x: x) if q.device.type == "cuda" else _at_least_float32
         hidden = wide(tap.hidden.flatten(0, -2))
         residual = None if tap.q_residual is None else wide(tap.q_residual.flatten(0, -2))
@@ -189,6 +186,17 @@ class IndexerHandle:
             return out
         replaced = self._consumer(capture)
         return out if replaced is None else replaced.to(out.dtype)
+
+    def _visible(self, q: Tensor, window: int | None) -> tuple[Tensor, Tensor]:
+        """key_start and key_end of the batch: the same tensors for every layer, whose plans the operator then keeps."""
+        assert self._packing is not None
+        if window not in self._intervals:
+            key_end = torch.arange(1, q.shape[0] + 1, dtype=torch.int32, device=q.device)
+            key_start = self._packing.document_start
+            if window is not None:
+                key_start = torch.maximum(key_start, key_end - window)
+            self._intervals[window] = key_start, key_end
+        return self._intervals[window]
 
     def _loss(self, capture: LayerCapture) -> None:
         """The default consumer: the layer's KL and, in train() mode, its backward."""
