@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from flash_indexer.intervals import check_intervals
-from flash_indexer.ops import cpu
+from flash_indexer.ops import cpu, cuda
 from flash_indexer.ops.checks import check_indexer_kl
 
 
@@ -107,9 +107,14 @@ def _indexer_kl(
     workspace_bytes: int,
     needs: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    check_intervals(key_start, key_end, k.shape[0])
     if q.device.type == "cuda":
+        if target != "per_head":
+            return cuda.indexer_kl(
+                q, k, index_q, index_k, index_weights, lse, key_start, key_end, token_weight,
+                softmax_scale, target, workspace_bytes, needs,
+            )  # fmt: skip
         _say_torch_body()
+    check_intervals(key_start, key_end, k.shape[0])
     with torch.autocast(q.device.type, enabled=False):
         return _blockwise(
             q, k, index_q, index_k, index_weights, lse, key_start, key_end, token_weight,
@@ -261,10 +266,10 @@ _said: set[str] = set()
 
 
 def _say_torch_body() -> None:
-    """Says once a process that CUDA tensors run the blockwise torch body."""
+    """Says once a process that target="per_head" on CUDA runs the blockwise torch body."""
     if "cuda" not in _said:
         _said.add("cuda")
         warnings.warn(
-            "flash_indexer: CUDA tensors run the blockwise torch body (exact, linear memory, not near the GPU's peak)",
+            'flash_indexer: target="per_head" on CUDA runs the blockwise torch body (exact, not near the GPU\'s peak)',
             stacklevel=4,
         )

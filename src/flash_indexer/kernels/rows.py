@@ -1,0 +1,188 @@
+"""KL divergence, entropy and di = (softmax(x) - p)·w of every query row, from the two tile buffers of scores.
+
+    KL[t] = sum_s p̂ (log p̂ - log_softmax(x)[s])     ENT[t] = -sum_s p̂ log p̂     DI[t,s] = (softmax(x)[s] - p̂)·WT[t]
+
+with p̂ = p / sum p, or softmax(p) where the teacher's scores are logits. One CTA takes one row: its 512 threads hold up
+to 8,192 keys of both scores in registers (16 each), so that a row is read once; longer rows are read twice.
+
+    pass 1   each thread: running maximum and sum of exponentials of its keys; then two tree reductions over the CTA
+    pass 2   KL, entropy and di of the same keys; di is written for whole tiles, zero where the row sees nothing
+
+Bound by memory: 8 bytes read and 2 written a visible pair. The sums are trees of a fixed shape: always the same bits.
+"""
+
+import tilelang
+import tilelang.language as T
+
+PASS_CONFIGS = {
+    tilelang.PassConfigKey.TL_ENABLE_FAST_MATH: True,
+    tilelang.PassConfigKey.TL_DISABLE_SAFE_MEMORY_ACCESS: True,
+    tilelang.PassConfigKey.TL_DISABLE_THREAD_STORAGE_SYNC: True,
+}
+THREADS = 512
+
+SOURCE = r"""
+#ifndef FLASH_INDEXER_ROWS
+#define FLASH_INDEXER_ROWS
+#define ROWS_WARPS 16
+#define ROWS_KEYS 8192
+#define ROWS_LOG2E 1.4426950408889634f
+#define ROWS_LN2 0.6931471805599453f
+static __device__ __forceinline__ float rows_exp(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x * ROWS_LOG2E));
+  return y;
+}
+static __device__ __forceinline__ float rows_log(float x) {
+  float y;
+  asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y * ROWS_LN2;
+}
+// (a, b) of all threads combined, in every thread; MAX or sum
+template <bool MAX>
+static __device__ __forceinline__ float2 rows_reduce(float2 v) {
+  __shared__ float2 part[2][ROWS_WARPS];
+#pragma unroll
+  for (int d = 16; d; d >>= 1) {
+    const float a = __shfl_xor_sync(0xffffffffu, v.x, d), b = __shfl_xor_sync(0xffffffffu, v.y, d);
+    v = MAX ? make_float2(fmaxf(v.x, a), fmaxf(v.y, b)) : make_float2(v.x + a, v.y + b);
+  }
+  if ((threadIdx.x & 31) == 0) part[MAX][threadIdx.x >> 5] = v;
+  __syncthreads();
+  v = part[MAX][0];
+#pragma unroll
+  for (int w = 1; w < ROWS_WARPS; ++w) {
+    const float2 u = part[MAX][w];
+    v = MAX ? make_float2(fmaxf(v.x, u.x), fmaxf(v.y, u.y)) : make_float2(v.x + u.x, v.y + u.y);
+  }
+  return v;
+}
+static __device__ __forceinline__ unsigned rows_bf16x2(float low, float high) {
+  unsigned v;
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(v) : "f"(high), "f"(low));
+  return v;
+}
+template <bool LOGITS>
+static __device__ __forceinline__ void rows_row(
+    const float* __restrict__ P, const float* __restrict__ X, const int* blocks,
+    const int* key_start, const int* key_end, const float* weight,
+    void* DI, float* KL, float* ENT, int t) {
+  const float inf = __int_as_float(0x7f800000);
+  const int4 block = *(const int4*)(blocks + 4 * (t >> 7));
+  const int first = block.y << 7, width = (block.z - block.y) << 7;
+  const int low = max(key_start[t], first) - first, high = min(key_end[t], first + width) - first;
+  // column c (from the block's first key) of this row is at row + (c >> 7) * 16384 + (c & 127)
+  const long long row = ((long long)(block.x + block.y) * 128 + (t & 127)) * 128;
+  unsigned short* di = (unsigned short*)DI;
+  float p[16], x[16];
+  float m = -inf, l = 0.0f, mp = LOGITS ? -inf : 0.0f, z = 0.0f;
+  auto place = [](int c) { return (c >> 7) * 16384 + (c & 127); };
+  P += row, X += row, di += row;
+  auto load = [&](int begin) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const int c = begin + (i * 512 + (int)threadIdx.x) * 4;
+      float4 a = make_float4(0.0f, 0.0f, 0.0f, 0.0f), b = a;
+      if (c < high && c + 4 > low) {
+        a = __ldcs((const float4*)(P + place(c)));
+        b = __ldcs((const float4*)(X + place(c)));
+      }
+      p[4 * i] = a.x, p[4 * i + 1] = a.y, p[4 * i + 2] = a.z, p[4 * i + 3] = a.w;
+      x[4 * i] = b.x, x[4 * i + 1] = b.y, x[4 * i + 2] = b.z, x[4 * i + 3] = b.w;
+#pragma unroll
+      for (int e = 0; e < 4; ++e)
+        if (c + e < low || c + e >= high) p[4 * i + e] = LOGITS ? -inf : 0.0f, x[4 * i + e] = -inf;
+    }
+  };
+  for (int begin = 0; begin < width; begin += ROWS_KEYS) {
+    load(begin);
+    float top = m, topp = mp, sum = 0.0f, sump = 0.0f;
+#pragma unroll
+    for (int i = 0; i < 16; ++i) {
+      top = fmaxf(top, x[i]);
+      if (LOGITS) topp = fmaxf(topp, p[i]);
+    }
+    if (top > -inf) {
+#pragma unroll
+      for (int i = 0; i < 16; ++i) sum += rows_exp(x[i] - top);
+      l = l * rows_exp(m - top) + sum;
+      m = top;
+      if (LOGITS) {
+#pragma unroll
+        for (int i = 0; i < 16; ++i) sump += rows_exp(p[i] - topp);
+        z = z * rows_exp(mp - topp) + sump;
+        mp = topp;
+      }
+    }
+    if (!LOGITS) {
+#pragma unroll
+      for (int i = 0; i < 16; ++i) sump += p[i];
+      z += sump;
+    }
+  }
+  const float2 top = rows_reduce<true>(make_float2(m, mp));
+  const bool seen = high > low;
+  const float M = seen ? top.x : 0.0f, MP = seen ? top.y : 0.0f;
+  const float2 total = rows_reduce<false>(make_float2(l * rows_exp(m - M), LOGITS ? z * rows_exp(mp - MP) : z));
+  const float inverse = 1.0f / total.x, log_sum = rows_log(total.x), scale = 1.0f / fmaxf(total.y, 1.17549435e-38f);
+  const float w = weight[t];
+  float kl = 0.0f, ent = 0.0f;
+  for (int begin = 0; begin < width; begin += ROWS_KEYS) {
+    if (width > ROWS_KEYS) load(begin);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const int c = begin + (i * 512 + (int)threadIdx.x) * 4;
+      float d[4];
+#pragma unroll
+      for (int e = 0; e < 4; ++e) {
+        const float score = x[4 * i + e] - M;
+        const float q = (LOGITS ? rows_exp(p[4 * i + e] - MP) : p[4 * i + e]) * scale;
+        const float log_q = rows_log(q);
+        const bool here = c + e >= low && c + e < high;
+        kl += here && q > 0.0f ? q * (log_q - (score - log_sum)) : 0.0f;
+        ent -= here && q > 0.0f ? q * log_q : 0.0f;
+        d[e] = here ? (rows_exp(score) * inverse - q) * w : 0.0f;
+      }
+      if (c < width) {
+        *(uint2*)(di + place(c)) = make_uint2(rows_bf16x2(d[0], d[1]), rows_bf16x2(d[2], d[3]));
+      }
+    }
+  }
+  __syncthreads();
+  const float2 result = rows_reduce<false>(make_float2(kl, ent));
+  if (threadIdx.x == 0) {
+    KL[t] = seen ? result.x : 0.0f;
+    ENT[t] = seen ? result.y : 0.0f;
+  }
+}
+#endif
+"""
+
+
+def build(logits):
+    """The kernel; logits: 1 where P holds logits, p = exp(P - max P), else 0.
+
+    Run-time arguments: P, X [tiles·128, 128] float32 (the teacher's and the indexer's scores; only visible elements are
+    read), BLOCKS [blocks·4] int32, KS, KE [T] int32, WT [T] float32, DI [tiles·128, 128] bfloat16, KL, ENT [T] float32;
+    row0 (first token), nrows.
+    """
+    nr, nb, nt = T.dynamic("nr"), T.dynamic("nb"), T.dynamic("nt")
+
+    @T.prim_func
+    def flash_indexer_rows(
+        P: T.Tensor((nr, 128), "float32"), X: T.Tensor((nr, 128), "float32"), BLOCKS: T.Tensor((nb,), "int32"),
+        KS: T.Tensor((nt,), "int32"), KE: T.Tensor((nt,), "int32"), WT: T.Tensor((nt,), "float32"),
+        DI: T.Tensor((nr, 128), "bfloat16"), KL: T.Tensor((nt,), "float32"), ENT: T.Tensor((nt,), "float32"),
+        row0: T.int32, nrows: T.int32,
+    ):  # fmt: skip
+        with T.Kernel(nrows, threads=THREADS) as bx:
+            T.import_source(SOURCE)
+            T.annotate_min_blocks_per_sm(2)
+            # for t in rows: KL[t], ENT[t], DI[t] = ...
+            T.call_extern(
+                "handle", f"rows_row<{logits}>", T.address_of(P[0, 0]), T.address_of(X[0, 0]), T.address_of(BLOCKS[0]),
+                T.address_of(KS[0]), T.address_of(KE[0]), T.address_of(WT[0]), T.address_of(DI[0, 0]),
+                T.address_of(KL[0]), T.address_of(ENT[0]), row0 + bx,
+            )  # fmt: skip
+
+    return flash_indexer_rows
