@@ -1,22 +1,25 @@
 """Compiled kernels: from memory, from TileLang's disk cache, or compiled side by side in processes of their own.
 
     python -m flash_indexer.kernels.compile                        every kernel of the package (a minute or two, once)
-    python -m flash_indexer.kernels.compile score:D=128,mode=0 rows:logits=0
+    python -m flash_indexer.kernels.compile score:D=128,mode=0 gradients_reduce:E=64
 
 A kernel's cache entry is TileLang's. Beside it lies a small note that says which entry belongs to which kernel of which
-version of these sources, so that a process knows what is missing before it asks for anything.
+version of its source, so that a process knows what is missing before it asks for anything. Several processes (the ranks
+of a node) take turns: the first compiles, the others wait and load.
 """
 
+import contextlib
+import fcntl
 import functools
 import hashlib
 import importlib
-import importlib.metadata
 import json
 import os
-import shutil
 import subprocess
 import sys
+import tempfile
 import time
+import traceback
 from itertools import product
 from pathlib import Path
 
@@ -28,9 +31,12 @@ BUILDERS = {
     "gradients_query": ("gradients", "build_query"),
     "gradients_key": ("gradients", "build_key"),
     "gradients_reduce": ("gradients", "build_reduce"),
+    "scale": ("scale", "build"),
 }
 HEAD_WIDTHS, INDEX_WIDTHS, PADDED_HEADS = (64, 96, 128, 192, 256, 576), (32, 64, 128), (8, 16, 32, 64)
 EXP, RELU, SUM = 0, 1, 2
+CHILD = "import sys; sys.path[:] = {path!r}; from flash_indexer.kernels.compile import main; main([{title!r}])"
+NAMED = 8  # kernels that a progress line names
 
 
 def load(name, **static):
@@ -45,16 +51,16 @@ def load(name, **static):
 @functools.cache
 def prepare(*kernels):
     """Compiles those of `kernels`, each (name, ((size, value), ...)), that the disk cache lacks; says so on stderr."""
-    missing = [kernel for kernel in kernels if not _cached(*kernel)]
-    if len(missing) > 1:
-        _compile_side_by_side(missing)
-    for name, static in kernels:
-        _load(name, tuple(sorted(static)))
+    kernels = [(name, tuple(sorted(static))) for name, static in kernels]
+    _compile_missing(kernels)
+    for kernel in kernels:
+        _load(*kernel)
 
 
 def every_kernel():
     """(name, static sizes) of every kernel that the package can ask for."""
     yield from (("rows", (("logits", logits),)) for logits in (0, 1))
+    yield from (("scale", (("bfloat16", bfloat16),)) for bfloat16 in (0, 1))
     for D in HEAD_WIDTHS:
         yield "lse", (("D", D),)
         yield "score", (("D", D), ("mode", EXP))
@@ -76,48 +82,80 @@ def program(name, static):
 
 @functools.cache
 def _load(name, static):
-    tilelang = _tilelang()
+    _compile_missing([(name, static)])
+    return _compiled(name, static)
+
+
+def _compiled(name, static):
+    """Loads the kernel from TileLang's cache, or compiles it in this process and notes where its entry is."""
     function, pass_configs = program(name, static)
-    if not _cached(name, static):
-        _need_compiler()
-        _say(f"compiling the GPU kernel {_title(name, static)}, once: it is cached in {_cache_folder()}")
-    kernel = tilelang.compile(function, target=TARGET, pass_configs=pass_configs)
-    _note(name, static).parent.mkdir(parents=True, exist_ok=True)
-    if not _cached(name, static):
-        fresh = _note(name, static).with_suffix(f".{os.getpid()}")
-        entry = os.path.relpath(kernel._tilelang_cache_path, _cache_folder())
-        fresh.write_text(json.dumps({"entry": entry}), encoding="utf-8")
-        os.replace(fresh, _note(name, static))
+    kernel = _tilelang().compile(function, target=TARGET, pass_configs=pass_configs)
+    entry = getattr(kernel, "_tilelang_cache_path", None)
+    if entry is not None and not _cached(name, static):
+        note = _note(name, static)
+        note.parent.mkdir(parents=True, exist_ok=True)
+        fresh = note.with_suffix(f".{os.getpid()}")
+        fresh.write_text(json.dumps({"entry": os.path.relpath(entry, _cache_folder())}), encoding="utf-8")
+        os.replace(fresh, note)
     return kernel
 
 
-def _compile_side_by_side(missing):
+def _compile_missing(kernels):
+    """Compiles what the disk cache lacks, under a lock; whoever waited for it looks again."""
+    if not _environment().is_cache_enabled() or all(_cached(*kernel) for kernel in kernels):
+        return
     _need_compiler()
+    with _turn():
+        missing = [kernel for kernel in dict.fromkeys(kernels) if not _cached(*kernel)]
+        if missing:
+            _compile_side_by_side(missing)
+
+
+def _compile_side_by_side(missing):
     started, workers = time.monotonic(), os.cpu_count() or 1
-    names = ", ".join(_title(*kernel) for kernel in missing[:4]) + (", ..." if len(missing) > 4 else "")
-    _say(f"compiling {len(missing)} GPU kernels, {min(workers, len(missing))} at a time: {names}")
-    _say(f"this happens once: they are cached in {_cache_folder()}")
+    names = ", ".join(_title(*kernel) for kernel in missing[:NAMED]) + (", ..." if len(missing) > NAMED else "")
+    count = f"{len(missing)} GPU kernel{'s' * (len(missing) > 1)}"
+    _say(f"compiling {count}, once; cached in {_cache_folder()}: {names}")
     waiting, running, done = list(missing), {}, 0
-    try:
-        while waiting or running:
-            while waiting and len(running) < workers:
-                kernel = waiting.pop(0)
-                command = [sys.executable, "-m", "flash_indexer.kernels.compile", _title(*kernel)]
-                running[kernel] = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-            for kernel, process in list(running.items()):
-                if process.poll() is None:
-                    continue
-                del running[kernel]
-                if process.returncode:
-                    tail = "".join(process.stdout.readlines()[-20:])
-                    raise RuntimeError(f"flash_indexer: {_title(*kernel)} did not compile:\n{tail}")
-                done += 1
-                seconds = time.monotonic() - started
-                _say(f"compiled {done} of {len(missing)} GPU kernels ({_title(*kernel)}), {seconds:.0f} s")
-            time.sleep(0.05)
-    finally:
-        for process in running.values():
-            process.kill()
+    with contextlib.ExitStack() as outputs:
+        try:
+            while waiting or running:
+                while waiting and len(running) < workers:
+                    kernel = waiting.pop(0)
+                    output = outputs.enter_context(tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace"))
+                    command = [sys.executable, "-c", CHILD.format(path=sys.path, title=_title(*kernel))]
+                    running[kernel] = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT), output
+                time.sleep(0.05)
+                for kernel, (process, output) in list(running.items()):
+                    if process.poll() is None:
+                        continue
+                    del running[kernel]
+                    if process.returncode or not _cached(*kernel):
+                        output.seek(0)
+                        tail = "".join(output.readlines()[-20:])
+                        raise RuntimeError(f"flash_indexer: {_title(*kernel)} did not compile:\n{tail}")
+                    done += 1
+                    _say(f"{done} of {count} compiled ({_title(*kernel)}), {time.monotonic() - started:.0f} s")
+        finally:
+            for process, _ in running.values():
+                process.kill()
+                process.wait()
+
+
+@contextlib.contextmanager
+def _turn():
+    """One process at a time; without effect on file systems that can't lock."""
+    folder = _cache_folder() / "flash-indexer"
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / "lock", "w", encoding="utf-8") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            _say("waiting for another process that compiles GPU kernels")
+            fcntl.flock(file, fcntl.LOCK_EX)
+        except OSError:
+            pass
+        yield
 
 
 @functools.cache
@@ -131,45 +169,46 @@ def _tilelang():
     return tilelang
 
 
-def _need_compiler():
+def _environment():
+    _tilelang()
     from tilelang import env
 
-    home = env.CUDA_HOME
-    if shutil.which("nvcc") or (home and (Path(home) / "bin" / "nvcc").exists()):
+    return env
+
+
+def _need_compiler():
+    home = _environment().CUDA_HOME
+    if home and (Path(home) / "bin" / "nvcc").exists():
         return
     raise RuntimeError(
         "flash_indexer: compiling the GPU kernels needs nvcc (CUDA 12.8 or later), found none on PATH or under "
-        "CUDA_HOME; install the CUDA toolkit, or set CUDA_HOME to where it is, or copy a filled kernel cache "
-        f"({_cache_folder()}) from a machine that has it"
+        "CUDA_HOME; install the CUDA toolkit (or pip install 'flash-indexer[compiler]'), or set CUDA_HOME to where it "
+        f"is, or copy a filled kernel cache ({_cache_folder()}) from a machine that has it"
     )
 
 
 def _cached(name, static):
-    note = _note(name, tuple(sorted(static)))
     try:
-        return (_cache_folder() / json.loads(note.read_text(encoding="utf-8"))["entry"]).is_dir()
-    except (OSError, ValueError, KeyError):
+        entry = json.loads(_note(name, static).read_text(encoding="utf-8"))["entry"]
+        return (_cache_folder() / entry).is_dir()
+    except (OSError, ValueError, KeyError, TypeError):
         return False
 
 
 def _note(name, static):
-    sizes = "-".join(f"{size}{value}" for size, value in static)
-    return _cache_folder() / "flash-indexer" / _version() / f"{name}-{sizes}.json"
+    folder = _cache_folder() / "flash-indexer" / _version(BUILDERS[name][0])
+    return folder / f"{name}-{'-'.join(f'{size}{value}' for size, value in static)}.json"
 
 
 def _cache_folder():
-    _tilelang()
-    from tilelang import env
-
-    return Path(env.TILELANG_CACHE_DIR)
+    return Path(_environment().TILELANG_CACHE_DIR)
 
 
 @functools.cache
-def _version():
-    """Of these sources and of TileLang."""
-    digest = hashlib.sha256(importlib.metadata.version("tilelang").encode())
-    for path in sorted(Path(__file__).parent.glob("*.py")):
-        digest.update(path.read_bytes())
+def _version(module):
+    """Of the module's source, of the target and of TileLang: the modules of kernels stand alone."""
+    digest = hashlib.sha256(f"{_tilelang().__version__} {TARGET}".encode())
+    digest.update(Path(__file__).with_name(f"{module}.py").read_bytes())
     return digest.hexdigest()[:16]
 
 
@@ -180,9 +219,12 @@ def _title(name, static):
 
 def _parse(title):
     name, _, sizes = title.partition(":")
-    if name not in BUILDERS:
-        raise SystemExit(f"flash_indexer.kernels.compile: kernel must be one of {', '.join(BUILDERS)}, got {name!r}")
-    pairs = (pair.partition("=") for pair in sizes.split(",") if pair)
+    pairs = [pair.partition("=") for pair in sizes.split(",") if pair]
+    if name not in BUILDERS or not all(value.isdecimal() for _, _, value in pairs):
+        raise SystemExit(
+            f"flash_indexer.kernels.compile: kernels are written name:SIZE=VALUE,... with a name of "
+            f"{', '.join(BUILDERS)}, got {title!r}"
+        )
     return name, tuple(sorted((size, int(value)) for size, _, value in pairs))
 
 
@@ -191,13 +233,21 @@ def _say(text):
 
 
 def main(titles):
-    """Compiles the kernels named, or every one."""
-    if len(titles) == 1:
-        _load(*_parse(titles[0]))
-    else:
-        _compile_side_by_side([_parse(title) for title in titles] or [k for k in every_kernel() if not _cached(*k)])
+    """Compiles the kernels named, or every one. Ends the process: TileLang's threads may hang at a normal exit."""
+    status = 0
+    try:
+        if len(titles) == 1:
+            _compiled(*_parse(titles[0]))
+        else:
+            kernels = [_parse(title) for title in titles] or list(every_kernel())
+            _compile_missing(kernels)
+            _say(f"{len(kernels)} GPU kernels are cached in {_cache_folder()}")
+    except Exception:
+        traceback.print_exc()
+        status = 1
     sys.stdout.flush()
-    os._exit(0)
+    sys.stderr.flush()
+    os._exit(status)
 
 
 if __name__ == "__main__":

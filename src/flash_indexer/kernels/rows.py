@@ -19,24 +19,37 @@ PASS_CONFIGS = {
     tilelang.PassConfigKey.TL_DISABLE_SAFE_MEMORY_ACCESS: True,
     tilelang.PassConfigKey.TL_DISABLE_THREAD_STORAGE_SYNC: True,
 }
-THREADS = 512
 
 SOURCE = r"""
 #ifndef FLASH_INDEXER_ROWS
 #define FLASH_INDEXER_ROWS
-#define ROWS_WARPS 16
-#define ROWS_KEYS 8192
+#define ROWS_THREADS @THREADS@
+#define ROWS_WARPS (ROWS_THREADS / 32)
+#define ROWS_KEYS (ROWS_THREADS * 16)
 #define ROWS_LOG2E 1.4426950408889634f
 #define ROWS_LN2 0.6931471805599453f
+// e^x to about 2^-22, whatever x: the product's rounding error is carried along
 static __device__ __forceinline__ float rows_exp(float x) {
+  const float hi = x * ROWS_LOG2E;
+  const float lo = fmaf(x, 1.9259629911e-8f, fmaf(x, ROWS_LOG2E, -hi));
   float y;
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x * ROWS_LOG2E));
-  return y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(hi));
+  return hi < -126.0f ? 0.0f : fmaf(y, lo * ROWS_LN2, y);
 }
+// log(x) of a normal x > 0 to an ulp (the fast one errs by 2^-22 of the result): x = 2^n·(1 + f), |f| <= 1/3
 static __device__ __forceinline__ float rows_log(float x) {
-  float y;
-  asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-  return y * ROWS_LN2;
+  const int bits = __float_as_int(x), n = (bits - 0x3f2aaaab) >> 23;
+  const float f = __int_as_float(bits - (n << 23)) - 1.0f, z = f * f;
+  float y = -0.130310059f;
+  y = fmaf(y, f, 0.140869141f);
+  y = fmaf(y, f, -0.121483892f);
+  y = fmaf(y, f, 0.139814854f);
+  y = fmaf(y, f, -0.166846126f);
+  y = fmaf(y, f, 0.200120345f);
+  y = fmaf(y, f, -0.249996200f);
+  y = fmaf(y, f, 0.333331972f);
+  y = fmaf(y, f, -0.5f);
+  return fmaf((float)n, ROWS_LN2, fmaf(y, z, f));
 }
 // (a, b) of all threads combined, in every thread; MAX or sum
 template <bool MAX>
@@ -81,7 +94,7 @@ static __device__ __forceinline__ void rows_row(
   auto load = [&](int begin) {
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      const int c = begin + (i * 512 + (int)threadIdx.x) * 4;
+      const int c = begin + (i * ROWS_THREADS + (int)threadIdx.x) * 4;
       float4 a = make_float4(0.0f, 0.0f, 0.0f, 0.0f), b = a;
       if (c < high && c + 4 > low) {
         a = __ldcs((const float4*)(P + place(c)));
@@ -124,23 +137,25 @@ static __device__ __forceinline__ void rows_row(
   const bool seen = high > low;
   const float M = seen ? top.x : 0.0f, MP = seen ? top.y : 0.0f;
   const float2 total = rows_reduce<false>(make_float2(l * rows_exp(m - M), LOGITS ? z * rows_exp(mp - MP) : z));
-  const float inverse = 1.0f / total.x, log_sum = rows_log(total.x), scale = 1.0f / fmaxf(total.y, 1.17549435e-38f);
+  const float Z = fmaxf(total.y, 1.17549435e-38f), scale = __frcp_rn(Z);
+  const float inverse = __frcp_rn(total.x), log_sum = rows_log(total.x);
   const float w = weight[t];
   float kl = 0.0f, ent = 0.0f;
   for (int begin = 0; begin < width; begin += ROWS_KEYS) {
     if (width > ROWS_KEYS) load(begin);
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      const int c = begin + (i * 512 + (int)threadIdx.x) * 4;
+      const int c = begin + (i * ROWS_THREADS + (int)threadIdx.x) * 4;
       float d[4];
 #pragma unroll
       for (int e = 0; e < 4; ++e) {
         const float score = x[4 * i + e] - M;
-        const float q = (LOGITS ? rows_exp(p[4 * i + e] - MP) : p[4 * i + e]) * scale;
+        const float share = LOGITS ? rows_exp(p[4 * i + e] - MP) : p[4 * i + e];
+        const float q = fmaf(fmaf(-share * scale, Z, share), scale, share * scale);
         const float log_q = rows_log(q);
         const bool here = c + e >= low && c + e < high;
-        kl += here && q > 0.0f ? q * (log_q - (score - log_sum)) : 0.0f;
-        ent -= here && q > 0.0f ? q * log_q : 0.0f;
+        kl += here && q > 1.2e-38f ? q * (log_q - (score - log_sum)) : 0.0f;
+        ent -= here && q > 1.2e-38f ? q * log_q : 0.0f;
         d[e] = here ? (rows_exp(score) * inverse - q) * w : 0.0f;
       }
       if (c < width) {
@@ -159,7 +174,7 @@ static __device__ __forceinline__ void rows_row(
 """
 
 
-def build(logits):
+def build(logits, threads=512):
     """The kernel; logits: 1 where P holds logits, p = exp(P - max P), else 0.
 
     Run-time arguments: P, X [tiles·128, 128] float32 (the teacher's and the indexer's scores; only visible elements are
@@ -175,9 +190,9 @@ def build(logits):
         DI: T.Tensor((nr, 128), "bfloat16"), KL: T.Tensor((nt,), "float32"), ENT: T.Tensor((nt,), "float32"),
         row0: T.int32, nrows: T.int32,
     ):  # fmt: skip
-        with T.Kernel(nrows, threads=THREADS) as bx:
-            T.import_source(SOURCE)
-            T.annotate_min_blocks_per_sm(2)
+        with T.Kernel(nrows, threads=threads) as bx:
+            T.import_source(SOURCE.replace("@THREADS@", str(threads)))
+            T.annotate_min_blocks_per_sm(1024 // threads)
             # for t in rows: KL[t], ENT[t], DI[t] = ...
             T.call_extern(
                 "handle", f"rows_row<{logits}>", T.address_of(P[0, 0]), T.address_of(X[0, 0]), T.address_of(BLOCKS[0]),

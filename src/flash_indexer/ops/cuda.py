@@ -76,7 +76,9 @@ def indexer_kl(
         _prepare(q, index_q, target == "mean", lse is None, tuple(needs))
         q, k, index_q, index_k, index_weights = map(_aligned, (q, k, index_q, index_k, index_weights))
         key_start, key_end = key_start.contiguous(), key_end.contiguous()
-        if token_weight is None:
+        if token_weight is None and work.visible_rows == q.shape[0]:
+            weight = torch.full_like(key_end, 1 / q.shape[0], dtype=torch.float32)
+        elif token_weight is None:
             weight = (key_end > key_start).float() / max(work.visible_rows, 1)
         else:
             weight = token_weight.contiguous()
@@ -84,7 +86,7 @@ def indexer_kl(
             lse = teacher_lse(q, k, key_start, key_end, softmax_scale) if lse is None else lse.contiguous()
         covered = work.complete and work.visible_rows > 0
         make = torch.empty_like if covered else torch.zeros_like
-        kl, entropy = (torch.zeros_like(weight) for _ in range(2))
+        kl, entropy = (make(weight) for _ in range(2))
         out = Gradients(
             make(index_q) if needs[0] or needs[2] else None,
             torch.zeros_like(index_k, dtype=torch.float32) if needs[1] else None,
@@ -222,6 +224,14 @@ def index_gradients(
             _kernel("gradients_reduce", E=E)(out.index_k, partials, chunk.reduce, chunk.reduce.numel() // 4)
 
 
+def scale(gradient: Tensor, factor: Tensor) -> Tensor:
+    """gradient *= factor, in place; a factor of 1 costs no memory traffic. Contiguous; factor [] on the same device."""
+    rows = gradient.view(-1, gradient.shape[-1])
+    if gradient.numel():
+        _kernel("scale", bfloat16=int(gradient.dtype == torch.bfloat16))(rows, factor.float().reshape(1))
+    return gradient
+
+
 def _score(
     mode: int,
     q: Tensor,
@@ -258,6 +268,8 @@ def _prepare(q: Tensor, index_q: Tensor, mean: bool, without_lse: bool, needs: t
         wanted.append(("gradients_query", index))
     if needs[1]:
         wanted += [("gradients_key", index), ("gradients_reduce", (("E", E),))]
+    if any(needs):
+        wanted += [("scale", (("bfloat16", 0),)), ("scale", (("bfloat16", 1),))]
     prepare(*wanted)
 
 

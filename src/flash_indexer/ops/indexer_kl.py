@@ -238,6 +238,7 @@ def _(
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)  # the gradients of kl, entropy and of the gradients: zeros nobody reads
     ctx.save_for_backward(*output[3:])
     ctx.needs = inputs[-1]
     ctx.consumed = False
@@ -258,7 +259,9 @@ def _backward(ctx: Any, d_loss: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]
 
 def _scale(gradient: Tensor, d_loss: Tensor) -> Tensor:
     """In place, so that each gradient exists once; a compiler's tracing tensors want it functional."""
-    return gradient.mul_(d_loss) if type(gradient) is Tensor else gradient * d_loss
+    if type(gradient) is not Tensor:
+        return gradient * d_loss
+    return cuda.scale(gradient, d_loss) if gradient.is_cuda else gradient.mul_(d_loss)
 
 
 _indexer_kl.register_autograd(_backward, setup_context=_setup_context)

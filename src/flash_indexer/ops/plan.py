@@ -20,6 +20,7 @@ from flash_indexer.intervals import check_intervals
 
 TILE = 128
 BYTES_PER_TILE = TILE * TILE * (4 + 4 + 2)  # teacher scores, index scores, di
+_SIDE_BY_SIDE = {False: 1, True: 12}  # token blocks whose tiles are computed together; one key head, many
 _PARTS_PER_PROCESSOR = 7  # pieces of d_index_k's work for each multiprocessor: small enough to balance them
 _SHARE_OF_PARTIALS = 8  # at most this fraction of the workspace holds partial sums of d_index_k
 
@@ -184,11 +185,8 @@ def score_items(blocks: Tensor, begin: int, stop: int, grouped: bool) -> Tensor:
     block, place = _ragged(end - first)
     key_tile = first[block] + place
     items = torch.stack([(begin + block) * TILE, key_tile * TILE, base[block] + key_tile, torch.zeros_like(block)], 1)
-    if grouped:
-        side = 12
-        order = torch.argsort((block // side * (1 << 40)) + key_tile * side + block % side)
-        items = items[order]
-    return items
+    side = _SIDE_BY_SIDE[grouped]
+    return items[torch.argsort((block // side * (1 << 40)) + key_tile * side + block % side)]
 
 
 def query_items(
