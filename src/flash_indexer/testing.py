@@ -11,7 +11,7 @@ Shape legend as in `flash_indexer.reference`.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import NamedTuple
 
 import torch
@@ -71,6 +71,26 @@ SHAPES = {
 T != S in both directions, MHA, GQA and MQA teachers, sliding windows."""
 
 
+class KernelClass(NamedTuple):
+    """What a set of GPU kernels is compiled for: head width D, index head width E, index heads I padded to IP."""
+
+    D: int
+    E: int
+    IP: int
+
+
+KERNEL_CLASSES = tuple(
+    KernelClass(*sizes)
+    for sizes in (
+        (96, 32, 8), (64, 32, 16), (256, 32, 32), (128, 32, 64),
+        (64, 64, 8), (128, 64, 16), (192, 64, 32), (128, 64, 64),
+        (96, 128, 8), (256, 128, 16), (576, 128, 32), (576, 128, 64), (192, 128, 64),
+    )
+)  # fmt: skip
+"""The classes that the GPU tests cover: every D, and every E with every IP, that the kernels support. (64, 64, 8) is
+SmolLM2-135M's; (576, 128, 64) and (192, 128, 64) are DeepSeek-V3.2's, absorbed and expanded."""
+
+
 @dataclass(frozen=True)
 class Inputs:
     """Arguments of `flash_indexer.indexer_kl`. lse and token_weight are there to be passed or not.
@@ -115,10 +135,18 @@ def make_inputs(
     token_weight holds positive, negative and (every seventh) zero entries. lse is computed in float64 from the rounded
     q and k; it is -inf where a query sees nothing.
     """
-    generator = torch.Generator().manual_seed(seed)
+    x = random_inputs(shape, *shape.intervals(), generator=torch.Generator().manual_seed(seed), dtype=dtype)
+    return replace(x, **{f.name: getattr(x, f.name).to(device) for f in fields(x) if f.name != "softmax_scale"})
+
+
+def random_inputs(
+    shape: Shape, key_start: Tensor, key_end: Tensor, *, generator: torch.Generator, dtype: torch.dtype
+) -> Inputs:
+    """`make_inputs` for any intervals, int32 [T], on the generator's device, for sizes that are slow on the CPU."""
+    device = generator.device
 
     def normal(*size: int, scale: float = 1.0) -> Tensor:
-        return scale * torch.randn(size, generator=generator, dtype=torch.float64)
+        return scale * torch.randn(size, generator=generator, dtype=torch.float64, device=device)
 
     T, S, wide = shape.T, shape.S, torch.promote_types(dtype, torch.float32)
     q, k = normal(T, shape.H, shape.D, scale=1.5).to(dtype), normal(S, shape.G, shape.D).to(dtype)
@@ -127,11 +155,9 @@ def make_inputs(
     token_weight = normal(T).to(wide)
     token_weight[3::7] = 0.0
     scale = shape.D**-0.5
-    key_start, key_end = shape.intervals()
+    key_start, key_end = key_start.to(device), key_end.to(device)
     lse = reference.teacher_lse(q.double(), k.double(), scale, key_start, key_end).to(wide)
-    tensors = (q, k, index_q, index_k, index_weights, key_start, key_end, lse, token_weight)
-    names = ("q", "k", "index_q", "index_k", "index_weights", "key_start", "key_end", "lse", "token_weight")
-    return Inputs(softmax_scale=scale, **{n: x.to(device) for n, x in zip(names, tensors, strict=True)})
+    return Inputs(q, k, index_q, index_k, index_weights, key_start, key_end, lse, token_weight, scale)
 
 
 def reference_indexer_kl(

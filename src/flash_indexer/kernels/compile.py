@@ -31,7 +31,8 @@ BUILDERS = {
     "gradients_query": ("gradients", "build_query"),
     "gradients_key": ("gradients", "build_key"),
     "gradients_reduce": ("gradients", "build_reduce"),
-    "scale": ("scale", "build"),
+    "finish": ("finish", "build_finish"),
+    "scale": ("finish", "build_scale"),
 }
 HEAD_WIDTHS, INDEX_WIDTHS, PADDED_HEADS = (64, 96, 128, 192, 256, 576), (32, 64, 128), (8, 16, 32, 64)
 EXP, RELU, SUM = 0, 1, 2
@@ -60,7 +61,7 @@ def prepare(*kernels):
 def every_kernel():
     """(name, static sizes) of every kernel that the package can ask for."""
     yield from (("rows", (("logits", logits),)) for logits in (0, 1))
-    yield from (("scale", (("bfloat16", bfloat16),)) for bfloat16 in (0, 1))
+    yield "scale", ()
     for D in HEAD_WIDTHS:
         yield "lse", (("D", D),)
         yield "score", (("D", D), ("mode", EXP))
@@ -68,6 +69,7 @@ def every_kernel():
     for E in INDEX_WIDTHS:
         yield "score", (("D", E), ("mode", RELU))
         yield "gradients_reduce", (("E", E),)
+        yield "finish", (("E", E),)
     for name, E, IP in product(("gradients_query", "gradients_key"), INDEX_WIDTHS, PADDED_HEADS):
         yield name, (("E", E), ("IP", IP))
 

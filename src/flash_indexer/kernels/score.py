@@ -62,16 +62,21 @@ static __device__ __forceinline__ float sc_exp2(float x) {
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;
 }
-// a += f(s) for column groups FIRST .. LAST-1; l = the row scalars (lse or weight) of the thread's two rows
+// a += f(s) for column groups FIRST .. LAST-1; l = the row scalars (lse or weight) of the thread's two rows.
+// exp(x - lse) = 2^(x·c - n)·2^(n - lse·log2(e)) with n = lse·log2(e) rounded: n's rounding error would be common to
+// all keys of a head, so the second factor, 1 plus a few 1e-7, multiplies each term in the addition
 template <int MODE, int FIRST, int LAST>
 static __device__ __forceinline__ void sc_add(const float* s, float* a, const float* l, float c) {
   const float n0 = l[0] * -1.4426950408889634f, n1 = l[1] * -1.4426950408889634f;
+  const float r0 = fmaf(l[0], -1.9259629911e-8f, fmaf(l[0], -1.4426950408889634f, -n0));
+  const float r1 = fmaf(l[1], -1.9259629911e-8f, fmaf(l[1], -1.4426950408889634f, -n1));
+  const float f0 = fmaf(r0, 0.6931471805599453f, 1.0f), f1 = fmaf(r1, 0.6931471805599453f, 1.0f);
 #pragma unroll
   for (int g = FIRST; g < LAST; ++g) {
 #pragma unroll
     for (int i = 4 * g; i < 4 * g + 4; ++i) {
       if (MODE == 0) {
-        a[i] += sc_exp2(fmaf(s[i], c, (i & 2) ? n1 : n0));
+        a[i] = fmaf(sc_exp2(fmaf(s[i], c, (i & 2) ? n1 : n0)), (i & 2) ? f1 : f0, a[i]);
       } else if (MODE == 1) {
         a[i] = fmaf(fmaxf(s[i], 0.0f), (i & 2) ? l[1] : l[0], a[i]);
       } else {

@@ -76,16 +76,10 @@ def indexer_kl(
         _prepare(q, index_q, target == "mean", lse is None, tuple(needs))
         q, k, index_q, index_k, index_weights = map(_aligned, (q, k, index_q, index_k, index_weights))
         key_start, key_end = key_start.contiguous(), key_end.contiguous()
-        if token_weight is None and work.visible_rows == q.shape[0]:
-            weight = torch.full_like(key_end, 1 / q.shape[0], dtype=torch.float32)
-        elif token_weight is None:
-            weight = (key_end > key_start).float() / max(work.visible_rows, 1)
-        else:
-            weight = token_weight.contiguous()
-        if target == "mean":
+        weight = work.weight if token_weight is None else token_weight.contiguous()
+        if target == "mean" and work.chunks:
             lse = teacher_lse(q, k, key_start, key_end, softmax_scale) if lse is None else lse.contiguous()
-        covered = work.complete and work.visible_rows > 0
-        make = torch.empty_like if covered else torch.zeros_like
+        make = torch.empty_like if work.complete else torch.zeros_like
         kl, entropy = (make(weight) for _ in range(2))
         out = Gradients(
             make(index_q) if needs[0] or needs[2] else None,
@@ -106,11 +100,9 @@ def indexer_kl(
             kl_rows(p, scores, work, chunk, (key_start, key_end, weight), (di, kl, entropy), target == "sum_logits")
             if any(needs):
                 index_gradients(di, index_q, index_k, index_weights, work, chunk, partials, out, processors)
-        loss = (weight * kl).sum()
-        empty = [x.new_empty(0) for x in (index_q, index_k, index_weights)]
-        d_index_k = out.index_k.to(index_k.dtype) if out.index_k is not None else empty[1]
-        d_index_q = out.index_q if needs[0] and out.index_q is not None else empty[0]
-        d_weights = out.weights if needs[2] and out.weights is not None else empty[2]
+        loss, d_index_k = finish(out.index_k, weight, kl, index_k)
+        d_index_q = out.index_q if needs[0] and out.index_q is not None else index_q.new_empty(0)
+        d_weights = out.weights if needs[2] and out.weights is not None else index_weights.new_empty(0)
     return loss, kl, entropy, d_index_q, d_index_k, d_weights
 
 
@@ -224,12 +216,32 @@ def index_gradients(
             _kernel("gradients_reduce", E=E)(out.index_k, partials, chunk.reduce, chunk.reduce.numel() // 4)
 
 
-def scale(gradient: Tensor, factor: Tensor) -> Tensor:
-    """gradient *= factor, in place; a factor of 1 costs no memory traffic. Contiguous; factor [] on the same device."""
-    rows = gradient.view(-1, gradient.shape[-1])
-    if gradient.numel():
-        _kernel("scale", bfloat16=int(gradient.dtype == torch.bfloat16))(rows, factor.float().reshape(1))
-    return gradient
+def finish(d_index_k: Tensor | None, weight: Tensor, kl: Tensor, index_k: Tensor) -> tuple[Tensor, Tensor]:
+    """loss = sum_t weight[t] * kl[t], and index_k's gradient rounded to its dtype (empty where not wanted)."""
+    loss = weight.new_empty(1)
+    E = index_k.shape[1]
+    if d_index_k is None or d_index_k.numel() == 0:
+        wide, out, rows = loss.new_empty(1, E), index_k.new_empty(1, E), 0
+    else:
+        wide, out, rows = d_index_k, torch.empty_like(index_k), index_k.shape[0]
+    if kl.numel() == 0:
+        loss.zero_()
+    else:
+        _kernel("finish", E=E)(wide, out, weight, kl, loss, rows)
+    if d_index_k is None:
+        out = index_k.new_empty(0)
+    return loss.view(()), out if rows or d_index_k is None else torch.empty_like(index_k)
+
+
+def scale(gradients: Sequence[Tensor], factor: Tensor) -> None:
+    """gradients *= factor, in place: those of index_q, index_k and the weights, empty where not wanted.
+
+    A factor of 1 costs no memory traffic. Contiguous; factor [] on the same device.
+    """
+    given = [x.reshape(-1, x.shape[-1]) if x.numel() else x.new_empty(1, 1) for x in gradients]
+    rows = [x.shape[0] if gradient.numel() else 0 for x, gradient in zip(given, gradients, strict=True)]
+    if any(rows):
+        _kernel("scale")(*given, factor.float().reshape(1), *rows)
 
 
 def _score(
@@ -268,8 +280,9 @@ def _prepare(q: Tensor, index_q: Tensor, mean: bool, without_lse: bool, needs: t
         wanted.append(("gradients_query", index))
     if needs[1]:
         wanted += [("gradients_key", index), ("gradients_reduce", (("E", E),))]
+    wanted.append(("finish", (("E", E),)))
     if any(needs):
-        wanted += [("scale", (("bfloat16", 0),)), ("scale", (("bfloat16", 1),))]
+        wanted.append(("scale", ()))
     prepare(*wanted)
 
 

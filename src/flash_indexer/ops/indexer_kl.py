@@ -253,15 +253,20 @@ def _backward(ctx: Any, d_loss: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]
             "second backward, or add the losses and call backward once"
         )
     ctx.consumed = True
-    gradients = [_scale(g, d_loss) if need else None for g, need in zip(ctx.saved_tensors, ctx.needs, strict=True)]
+    gradients = [g if need else None for g, need in zip(_scaled(ctx.saved_tensors, d_loss), ctx.needs, strict=True)]
     return None, None, *gradients, *[None] * 8
 
 
-def _scale(gradient: Tensor, d_loss: Tensor) -> Tensor:
+def _scaled(gradients: Sequence[Tensor], d_loss: Tensor) -> Sequence[Tensor]:
     """In place, so that each gradient exists once; a compiler's tracing tensors want it functional."""
-    if type(gradient) is not Tensor:
-        return gradient * d_loss
-    return cuda.scale(gradient, d_loss) if gradient.is_cuda else gradient.mul_(d_loss)
+    if any(type(gradient) is not Tensor for gradient in gradients):
+        return [gradient * d_loss for gradient in gradients]
+    if d_loss.is_cuda and all(gradient.dtype != torch.float64 for gradient in gradients):
+        cuda.scale(gradients, d_loss)
+    else:
+        for gradient in gradients:
+            gradient.mul_(d_loss)
+    return gradients
 
 
 _indexer_kl.register_autograd(_backward, setup_context=_setup_context)

@@ -20,7 +20,7 @@ from flash_indexer.intervals import check_intervals
 
 TILE = 128
 BYTES_PER_TILE = TILE * TILE * (4 + 4 + 2)  # teacher scores, index scores, di
-_SIDE_BY_SIDE = {False: 1, True: 12}  # token blocks whose tiles are computed together; one key head, many
+_SIDE_BY_SIDE = {False: 1, True: 8}  # token blocks whose tiles are computed together; one key head, many
 _PARTS_PER_PROCESSOR = 7  # pieces of d_index_k's work for each multiprocessor: small enough to balance them
 _SHARE_OF_PARTIALS = 8  # at most this fraction of the workspace holds partial sums of d_index_k
 
@@ -58,11 +58,12 @@ class Chunk:
 @dataclass(frozen=True)
 class Plan:
     """blocks: int32 [blocks * 4], (tile base, first key tile, end, 0) of every 128-token block, bases counted in its
-    chunk. complete: every token is in some query item, so that outputs need no zeros beforehand."""
+    chunk. weight: float32 [T], 1/n for the n queries that see a key, else 0. complete: every token is in some query
+    item, so that outputs need no zeros beforehand."""
 
     chunks: tuple[Chunk, ...]
     blocks: Tensor
-    visible_rows: int
+    weight: Tensor
     complete: bool
 
 
@@ -125,8 +126,9 @@ def make_plan(key_start: Tensor, key_end: Tensor, sizes: Sizes, device: torch.de
         Chunk(b * TILE, min(e * TILE, T), tiles, slots, *pieces[4 * n : 4 * n + 4])
         for n, (b, e, tiles, slots) in enumerate(shapes)
     )
-    visible = int((key_end > key_start).sum())
-    return Plan(chunks, pieces[-1], visible, bool((group_end > group_first).all()))
+    seen = key_end > key_start
+    weight = (seen.double() / seen.sum().clamp_min(1)).float().to(device)
+    return Plan(chunks, pieces[-1], weight, T > 0 and bool((group_end > group_first).all()))
 
 
 def visible_tiles(key_start: Tensor, key_end: Tensor, rows: int) -> tuple[Tensor, Tensor]:
@@ -179,7 +181,7 @@ def score_items(blocks: Tensor, begin: int, stop: int, grouped: bool) -> Tensor:
     """(token, key, tile, 0) of every tile of blocks begin .. stop - 1.
 
     One key head: block after block, so that the queries of one or two blocks are read from the L2 cache. Many key
-    heads: 12 blocks side by side, so that queries and keys of the tiles under way are read equally often.
+    heads: 8 blocks side by side, so that queries and keys of the tiles under way are read equally often.
     """
     base, first, end = blocks[begin:stop, 0], blocks[begin:stop, 1], blocks[begin:stop, 2]
     block, place = _ragged(end - first)

@@ -1,0 +1,131 @@
+"""Runs the GPU tests and keeps the verdict: one line in benchmarks/results/gpu_tests.jsonl, whatever came out.
+
+    python benchmarks/gpu_tests.py
+    python benchmarks/gpu_tests.py --sanitize memcheck racecheck -- -x -k "smollm2"
+    python benchmarks/gpu_tests.py --trees $(git rev-parse HEAD:src HEAD:tests)       where the copy has no .git
+
+The line names what was tested (the tree hashes of src and tests), where (GPU, versions) and the counts. What follows --
+goes to pytest. Exits with pytest's status, or 1 where a sanitizer found something.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+import xml.etree.ElementTree
+from datetime import UTC, datetime
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+# Small problems of several chunks, over every kernel.
+SANITIZED = ("tests/gpu/test_poison.py", "-k", "test_nothing_beside_the_inputs_is_read and documents")
+LISTED = 40  # failures kept by name
+TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--trees", nargs=2, metavar=("SRC", "TESTS"), help="tree hashes, where git can't be asked")
+    parser.add_argument(
+        "--sanitize", nargs="*", default=[], choices=["memcheck", "racecheck", "initcheck", "synccheck"]
+    )
+    parser.add_argument("--sanitizer-seconds", type=float, default=240.0)
+    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results")
+    arguments, for_pytest = parser.parse_known_args()
+    if not torch.cuda.is_available():
+        raise SystemExit("gpu_tests: needs a CUDA GPU of compute capability 9.0, got none")
+    counts, status = run_pytest([word for word in for_pytest if word != "--"])
+    verdicts = {tool: sanitize(tool, arguments.sanitizer_seconds) for tool in arguments.sanitize}
+    record = {
+        "timestamp": datetime.now(UTC).isoformat(timespec="seconds"),
+        "gpu": torch.cuda.get_device_name(),
+        "driver": driver(),
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda,
+        "tilelang": importlib.metadata.version("tilelang"),
+        "trees": dict(zip(("src", "tests"), arguments.trees or trees(), strict=True)),
+        "arguments": for_pytest,
+        **counts,
+        "sanitizers": verdicts,
+    }
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    with (arguments.out / "gpu_tests.jsonl").open("a", encoding="utf-8") as file:
+        file.write(json.dumps(record) + "\n")
+    print(json.dumps(record, indent=1))
+    sys.exit(status or any(not verdict["clean"] for verdict in verdicts.values()))
+
+
+def run_pytest(arguments: list[str]) -> tuple[dict[str, object], int]:
+    started = time.monotonic()
+    with tempfile.TemporaryDirectory() as folder:
+        report = Path(folder, "report.xml")
+        command = [*pytest(), "-q", "-m", "gpu", "--durations=5", f"--junitxml={report}", *arguments]
+        if not any((ROOT / word.split("::")[0]).exists() for word in arguments if not word.startswith("-")):
+            command.append("tests/gpu")
+        status = subprocess.run(command, cwd=ROOT, check=False).returncode
+        suites = list(xml.etree.ElementTree.parse(report).getroot().iter("testsuite")) if report.exists() else []
+    cases = [case for suite in suites for case in suite.iter("testcase")]
+    broken = [c.get("name", "") for c in cases if c.find("failure") is not None or c.find("error") is not None]
+    skipped = sum(case.find("skipped") is not None for case in cases)
+    counts = {
+        "passed": len(cases) - skipped - len(broken),
+        "failed": len(broken),
+        "skipped": skipped,
+        "seconds": round(time.monotonic() - started, 1),
+        "failures": broken[:LISTED],
+    }
+    return counts, status
+
+
+def sanitize(tool: str, seconds: float) -> dict[str, object]:
+    """The verdict on `SANITIZED`. Each tensor has an allocation of its own, so that memcheck sees where it ends."""
+    if shutil.which("compute-sanitizer") is None:
+        return {"clean": False, "summary": "compute-sanitizer is not on PATH"}
+    command = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "99", *pytest(), "-q", "-x", *SANITIZED]
+    environment = os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+    try:
+        done = subprocess.run(
+            command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=seconds, check=False
+        )
+    except subprocess.TimeoutExpired:
+        return {"clean": False, "summary": f"no verdict within {seconds:.0f} s"}
+    text = done.stdout + done.stderr
+    summary = " · ".join(re.findall(r"(?:ERROR|RACECHECK) SUMMARY: .*", text) + re.findall(r"\d+ passed.*", text))
+    if done.returncode:
+        print(text[-6000:])
+    return {"clean": done.returncode == 0 and "passed" in summary, "summary": summary or text[-300:]}
+
+
+def pytest() -> list[str]:
+    return [sys.executable, "-m", "pytest", "-o", "minversion=7.0", "-p", "no:cacheprovider"]
+
+
+def trees() -> list[str]:
+    command = ["git", "rev-parse", "HEAD:src", "HEAD:tests"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    changed = subprocess.run(["git", "status", "--porcelain", "src", "tests"], cwd=ROOT, capture_output=True, text=True)
+    if done.returncode or changed.stdout.strip():
+        return ["unknown", "unknown"]
+    return done.stdout.split()
+
+
+def driver() -> str:
+    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[0]
+    except (OSError, subprocess.CalledProcessError, IndexError):
+        return "unknown"
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,99 @@
+"""Kernels compiled before the first test; random problems of the pinned shape classes; the operator on the GPU."""
+
+from __future__ import annotations
+
+import random
+import subprocess
+import sys
+import zlib
+from collections.abc import Callable
+from itertools import accumulate
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from flash_indexer import IndexerKL, indexer_kl
+from flash_indexer.testing import Inputs, KernelClass, Result, Shape, random_inputs
+
+MAX_LOGITS = 48 * 2**20  # elements of [T, H, S], which the reference holds several times in float64
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    reason = None if torch.cuda.is_available() else "needs a CUDA device"
+    for item in items:
+        if item.get_closest_marker("gpu") and reason:
+            item.add_marker(pytest.mark.skip(reason=reason))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def kernels() -> None:
+    """Every kernel compiled, side by side, if the cache lacks it."""
+    if torch.cuda.is_available():
+        subprocess.run([sys.executable, "-m", "flash_indexer.kernels.compile"], check=True)
+
+
+@pytest.fixture(scope="session")
+def problem() -> Callable[..., Inputs]:
+    """problem(seed text, KernelClass, layout): random sizes and intervals, the same for the same text."""
+    return make_problem
+
+
+@pytest.fixture(scope="session")
+def measure() -> Callable[..., Result]:
+    """measure(inputs, d_loss=..., **options): values, and gradients under the upstream factor."""
+    return run
+
+
+def make_problem(name: str, sizes: KernelClass, layout: str, *, device: str = "cuda", **fixed: int) -> Inputs:
+    seed = zlib.crc32(name.encode())
+    rng = random.Random(seed)
+    documents, window = make_documents(rng, layout)
+    T, S = (sum(lengths) for lengths in zip(*documents, strict=True))
+    D, E, IP = sizes
+    I = rng.choice((IP, rng.randint(IP // 2 + 1 if IP > 8 else 1, IP)))
+    G = rng.choice((1, 1, 2, 3, 8))
+    H = G * rng.randint(1, max(min(128, MAX_LOGITS // (T * S)) // G, 1))
+    shape = Shape(documents, **(dict(H=H, G=G, I=I) | fixed), D=D, E=E, window=window)
+    key_start, key_end = arbitrary_intervals(rng, T, S) if layout == "arbitrary" else shape.intervals()
+    generator = torch.Generator(device).manual_seed(seed)
+    return random_inputs(shape, key_start, key_end, generator=generator, dtype=torch.bfloat16)
+
+
+def make_documents(rng: random.Random, layout: str) -> tuple[tuple[tuple[int, int], ...], int | None]:
+    """(queries, keys) of each document, and the window."""
+    if layout == "causal":
+        T = rng.randint(100, 700)
+        return ((T, T),), None
+    if layout == "short":
+        return ((rng.choice((1, 2, 15, 63, 127, 128, 129)),) * 2,), None
+    if layout == "long":
+        T = rng.randint(1100, 2100)
+        return ((T, T + rng.choice((0, 0, 37))),), None
+    if layout == "arbitrary":
+        return ((rng.randint(100, 700), rng.randint(100, 700)),), None
+    lengths = [1, *(rng.randint(1, 260) for _ in range(rng.randint(2, 5))), 1, rng.randint(1, 90)]
+    window = rng.choice((1, 13, 64, 128, 200)) if layout == "window" else None
+    extra = {"cached_prefix": (0, 300), "fewer_keys": (-150, 20)}.get(layout, (0, 0))
+    return tuple((n, max(n + rng.randint(*extra), i == 0)) for i, n in enumerate(lengths)), window
+
+
+def arbitrary_intervals(rng: random.Random, T: int, S: int) -> tuple[Tensor, Tensor]:
+    """Both non-decreasing, with stretches of queries that see nothing and ends past their starts by any amount."""
+    start = sorted(rng.randint(0, S) for _ in range(T))
+    end = sorted(rng.randint(0, S) for _ in range(T))
+    end = list(accumulate((max(a, b) for a, b in zip(start, end, strict=True)), max))
+    return torch.tensor(start, dtype=torch.int32), torch.tensor(end, dtype=torch.int32)
+
+
+def run(x: Inputs, *, d_loss: float = 1.0, **options: Any) -> Result:
+    leaves = [leaf.detach().clone().requires_grad_() for leaf in (x.index_q, x.index_k, x.index_weights)]
+    result = call(x, leaves, **options)
+    (d_loss * result.loss).backward()
+    return Result(*(value.detach() for value in result), *(leaf.grad for leaf in leaves))
+
+
+def call(x: Inputs, leaves: list[Tensor], **options: Any) -> IndexerKL:
+    fixed = dict(softmax_scale=x.softmax_scale, key_start=x.key_start, key_end=x.key_end)
+    return indexer_kl(x.q, x.k, *leaves, **(fixed | options))

@@ -1,0 +1,36 @@
+"""Peak memory of forward plus backward on the GPU: the workspace and a quarter of the tensors."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from flash_indexer.testing import Shape, random_inputs
+
+pytestmark = pytest.mark.gpu
+WORKSPACE = 64 * 2**20
+
+
+@pytest.mark.parametrize("tokens", [4096, 16384])
+@pytest.mark.parametrize("window", [None, 512])
+def test_peak_memory(tokens, window, measure):
+    shape = Shape(((1500, 1500),), H=9, G=3, D=64, I=8, E=64, window=window)
+    x = random_inputs(shape, *shape.intervals(), generator=torch.Generator("cuda").manual_seed(0), dtype=torch.bfloat16)
+    copies = -(-tokens // shape.T)
+    tensors = {
+        name: getattr(x, name).repeat(copies, *[1] * (getattr(x, name).ndim - 1))[:tokens]
+        for name in ("q", "k", "index_q", "index_k", "index_weights", "lse", "token_weight")
+    }
+    whole = Shape(((tokens, tokens),), H=9, G=3, D=64, I=8, E=64, window=window)
+    key_start, key_end = (y.cuda() for y in whole.intervals())
+    x = type(x)(**tensors, key_start=key_start, key_end=key_end, softmax_scale=x.softmax_scale)
+    measure(x, workspace_bytes=WORKSPACE)
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    result = measure(x, workspace_bytes=WORKSPACE)
+    leaves = sum(y.nbytes for y in (x.index_q, x.index_k, x.index_weights))  # `measure` copies them
+    extra = torch.cuda.max_memory_allocated() - before - leaves
+    tensors_bytes = sum(y.nbytes for y in tensors.values()) + sum(y.nbytes for y in result)
+    outputs = sum(y.nbytes for y in result)
+    print(f"{extra / 2**20:.1f} MiB beside the inputs, {outputs / 2**20:.1f} MiB of them outputs")
+    assert extra - outputs <= WORKSPACE + tensors_bytes / 4

@@ -1,0 +1,81 @@
+"""`indexer_kl` on the GPU against float64, for every shape class, layout and target, judged by the ruler."""
+
+from __future__ import annotations
+
+import random
+import zlib
+from dataclasses import replace
+
+import pytest
+import torch
+
+from flash_indexer.testing import KERNEL_CLASSES, Result, assert_close, eager_indexer_kl, reference_indexer_kl
+
+pytestmark = pytest.mark.gpu
+LAYOUTS = ("causal", "documents", "window", "cached_prefix", "fewer_keys", "arbitrary", "long", "short")
+TARGETS = ("mean", "mean with lse", "sum_logits")
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("sizes", KERNEL_CLASSES, ids=lambda sizes: "D{}-E{}-IP{}".format(*sizes))
+def test_against_float64(sizes, layout, target, problem, measure, request):
+    name = request.node.name
+    x = problem(name, sizes, layout)
+    rng = random.Random(zlib.crc32(name.encode()) + 1)
+    weight = rng.choice((None, x.token_weight))
+    common = dict(target=target.split()[0], token_weight=weight, d_loss=rng.choice((1.0, rng.uniform(-3, 3))))
+    lse = x.lse if target == "mean with lse" else None
+    workspace = rng.choice((2**29, 2**29, 2**20, 1))
+    got = measure(x, lse=lse, workspace_bytes=workspace, **common)
+    truth = reference_indexer_kl(x, **common)
+    eager = eager_indexer_kl(x, lse=lse, **common)
+    torch.cuda.synchronize()
+    sizes_drawn = dict(q=list(x.q.shape), k=list(x.k.shape), index_q=list(x.index_q.shape), workspace=workspace)
+    print(sizes_drawn, common["d_loss"], "weights" if weight is not None else "no weights")
+    for field, *tensors in list(zip(Result._fields, got, truth, eager, strict=True))[1:]:
+        assert_close(field, *tensors)
+    seen = x.key_end > x.key_start
+    used = seen.double() / seen.sum().clamp_min(1) if weight is None else weight.double()
+    terms = used * got.kl.double()
+    assert abs(got.loss.item() - terms.sum().item()) <= 1e-6 * terms.abs().sum().item()
+
+
+@pytest.mark.parametrize("target", ["mean", "sum_logits"])
+@pytest.mark.parametrize("nothing", ["seen", "keys", "queries"])
+def test_no_query_sees_a_key(nothing, target, problem, measure):
+    x = problem("empty", KERNEL_CLASSES[0], "documents")
+    if nothing == "seen":
+        x = replace(x, key_end=x.key_start)
+    elif nothing == "keys":
+        x = replace(x, k=x.k[:0], index_k=x.index_k[:0], key_start=0 * x.key_start, key_end=0 * x.key_end)
+    else:
+        cut = {name: getattr(x, name)[:0] for name in ("q", "index_q", "index_weights", "key_start", "key_end")}
+        x = replace(x, **cut)
+    got = measure(x, target=target)
+    assert all((value == 0).all() for value in got)
+    assert got.d_index_k.shape == x.index_k.shape and got.kl.shape == x.key_start.shape
+
+
+@pytest.mark.parametrize("inputs", ["strided", "unaligned"])
+def test_any_layout_in_memory(inputs, problem, measure):
+    x = problem("strides", KERNEL_CLASSES[3], "documents")
+    names = ("q", "k", "index_q", "index_k", "index_weights", "lse", "token_weight", "key_start", "key_end")
+    move = {"strided": lambda y: torch.stack([y, y], -1)[..., 0], "unaligned": shifted}[inputs]
+    other = replace(x, **{name: move(getattr(x, name)) for name in names})
+    expected = measure(x, lse=x.lse, token_weight=x.token_weight)
+    got = measure(other, lse=other.lse, token_weight=other.token_weight)
+    assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
+
+
+def shifted(x: torch.Tensor) -> torch.Tensor:
+    """The same values, beginning one element after an aligned address."""
+    return torch.cat([x.new_zeros(1), x.flatten()])[1:].view(x.shape)
+
+
+def test_unsupported_sizes_are_named(problem, measure):
+    x = problem("unsupported", KERNEL_CLASSES[0], "short")
+    with pytest.raises(ValueError, match=r"q must have D in \{64, 96, 128, 192, 256, 576\} on CUDA, got D=95"):
+        measure(replace(x, q=x.q[..., :95], k=x.k[..., :95]))
+    with pytest.raises(ValueError, match=r"index_q must have E in \{32, 64, 128\} on CUDA, got E=31"):
+        measure(replace(x, index_q=x.index_q[..., :31], index_k=x.index_k[..., :31]))

@@ -1,0 +1,86 @@
+"""Memory that nobody wrote, and memory beside the inputs, holds NaN: the result keeps its bits."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from flash_indexer.testing import Inputs, KernelClass, Result
+
+pytestmark = pytest.mark.gpu
+CASES = {
+    "smollm2": (KernelClass(64, 64, 8), dict(H=9, G=3, I=8), "mean"),
+    "deepseek": (KernelClass(576, 128, 64), dict(H=16, G=1, I=64), "mean"),
+    "padded heads": (KernelClass(128, 32, 64), dict(H=8, G=4, I=37), "mean"),
+    "sum_logits": (KernelClass(192, 128, 64), dict(H=3, G=3, I=33), "sum_logits"),
+}
+LAYOUTS = ("documents", "window", "cached_prefix", "fewer_keys", "arbitrary", "short")
+
+
+@pytest.fixture
+def poisoned_empty():
+    """torch.empty and its kind are filled with NaN (integers: the largest)."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    probe = torch.empty(8, device="cuda")
+    assert probe.isnan().all()
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def assert_same_bits(got: Result, expected: Result) -> None:
+    for name, a, b in zip(Result._fields, got, expected, strict=True):
+        assert b.isfinite().all(), f"{name} without poison"
+        assert torch.equal(a, b), f"{name}: {int((a != b).sum())} of {a.numel()} elements differ"
+
+
+@pytest.fixture
+def clean(problem, measure, case, layout):
+    """The inputs, and the result without poison."""
+    sizes, fixed, _ = CASES[case]
+    x = problem(f"{case}-{layout}", sizes, layout, **fixed)
+    return x, measure(x, **options(case, x))
+
+
+def options(case: str, x: Inputs) -> dict[str, object]:
+    target = CASES[case][2]
+    lse = x.lse if case == "deepseek" else None
+    return dict(target=target, lse=lse, token_weight=x.token_weight, workspace_bytes=3 * 2**20)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("case", CASES)
+def test_uninitialised_memory_is_never_read(case, layout, clean, poisoned_empty, measure):
+    x, expected = clean
+    assert_same_bits(measure(x, **options(case, x)), expected)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("case", CASES)
+def test_nothing_beside_the_inputs_is_read(case, layout, clean, measure):
+    x, expected = clean
+    names = ("q", "k", "index_q", "index_k", "index_weights", "lse", "token_weight")
+    x = replace(x, **{name: in_the_middle(getattr(x, name)) for name in names})
+    assert_same_bits(measure(x, **options(case, x)), expected)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("case", CASES)
+def test_unseen_keys_do_not_matter(case, layout, clean, measure):
+    """Finite ones, however large: a tile's products meet them with a factor of zero."""
+    x, expected = clean
+    seen = torch.zeros(x.k.shape[0], dtype=torch.bool)
+    for start, end in zip(x.key_start.tolist(), x.key_end.tolist(), strict=True):
+        seen[start:end] = True
+    k, index_k = x.k.clone(), x.index_k.clone()
+    k[~seen.to(k.device)], index_k[~seen.to(k.device)] = 1e30, -1e30
+    assert_same_bits(measure(replace(x, k=k, index_k=index_k), **options(case, x)), expected)
+
+
+def in_the_middle(x: torch.Tensor, rows: int = 128) -> torch.Tensor:
+    """x as a contiguous view into a larger tensor of NaN."""
+    around = x.new_full((x.shape[0] + 2 * rows, *x.shape[1:]), torch.nan)
+    around[rows : rows + x.shape[0]] = x
+    return around[rows : rows + x.shape[0]]

@@ -1,0 +1,53 @@
+"""Every kernel compiled to machine code: no spills, no serialised wgmma, and as many instructions as its sizes ask for.
+
+Counts are of instructions in the code, not of executions. A kernel of which the compiler deleted or serialised a part
+still lowers, and may still be right: here is where it shows.
+"""
+
+from __future__ import annotations
+
+import pytest
+
+from flash_indexer.kernels import compile as kernels
+
+pytestmark = pytest.mark.slow
+KERNELS = list(kernels.every_kernel())
+LAUNCH_REGISTERS = 168  # 65,536 / 384 threads: what setmaxnreg starts from
+EXPONENTIALS = 64  # of one thread for a 128 x 128 tile
+MOST_REGISTERS = {"rows": 64, "gradients_reduce": 128, "finish": 64, "scale": 64}
+
+
+def title(kernel: tuple[str, tuple[tuple[str, int], ...]]) -> str:
+    name, static = kernel
+    return "-".join([name, *(f"{size}{value}" for size, value in static)])
+
+
+def products(name: str, static: dict[str, int]) -> int:
+    """Steps of 16 along the reduced dimension, for the copies of each product that the unrolled loops hold."""
+    if name == "score":
+        return 4 * static["D"] // 16
+    if name == "lse":
+        return 3 * static["D"] // 16
+    if name in ("gradients_query", "gradients_key"):
+        return 4 * (static["E"] + 128) // 16
+    return 0
+
+
+@pytest.mark.parametrize("kernel", KERNELS, ids=title)
+def test_machine_code(kernel, machine):
+    name, static = kernel[0], dict(kernel[1])
+    code = machine(name, **static)
+    assert code.complaints == ()
+    assert (code.spilled, code.stack) == (0, 0)
+    assert code.count("HGMMA") == products(name, static)
+    if name in MOST_REGISTERS:
+        assert 8 <= code.registers <= MOST_REGISTERS[name]
+        return
+    assert code.registers == LAUNCH_REGISTERS
+    assert code.count("UTMALDG") > 0 and code.count("USETMAXREG") == 2
+    assert code.count("BAR.SYNC") == 1, "after the barriers' initialisation"
+    exponentials = code.count("MUFU.EX2")
+    if name == "lse" or (name == "score" and static["mode"] == kernels.EXP):
+        assert 4 * EXPONENTIALS <= exponentials <= 6 * EXPONENTIALS
+    else:
+        assert exponentials == 0

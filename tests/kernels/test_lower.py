@@ -1,0 +1,70 @@
+"""Each kernel family lowered to CUDA source: what must be in it for Hopper, and what must not (needs no compiler)."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+
+from flash_indexer.kernels import compile as kernels
+from flash_indexer.kernels import gradients, lse, score
+
+STREAMED = [
+    ("score", dict(D=32, mode=1)),
+    ("score", dict(D=64, mode=0)),
+    ("score", dict(D=96, mode=0)),
+    ("score", dict(D=576, mode=2)),
+    ("lse", dict(D=64)),
+    ("lse", dict(D=576)),
+    ("gradients_query", dict(E=32, IP=8)),
+    ("gradients_query", dict(E=128, IP=64)),
+    ("gradients_key", dict(E=64, IP=16)),
+    ("gradients_key", dict(E=128, IP=32)),
+]
+ROWWISE = [
+    ("rows", dict(logits=0)),
+    ("rows", dict(logits=1)),
+    ("gradients_reduce", dict(E=64)),
+    ("finish", dict(E=128)),
+    ("scale", dict()),
+]
+
+
+def title(value: object) -> str:
+    return value if isinstance(value, str) else "-".join(f"{k}{v}" for k, v in value.items())
+
+
+def barriers(name: str, static: dict[str, int]) -> int:
+    """A full and an empty one for each slot of both rings."""
+    if name.startswith("gradients"):
+        return 2 * (gradients.X_STAGES + gradients.Y_STAGES[static["E"]])
+    return 2 * sum({"score": score, "lse": lse}[name].STAGES[static["D"]])
+
+
+def test_the_lists_name_every_family():
+    assert {name for name, _ in STREAMED + ROWWISE} == set(kernels.BUILDERS)
+
+
+@pytest.mark.parametrize("name, static", STREAMED, ids=title)
+def test_tensor_cores_are_fed_by_the_copy_engine(name, static, source):
+    text = source(name, **static)
+    body = text[text.index("__global__") :]
+    assert "tl::tma_load(" in body and "tl::wgmma_ss<" in body
+    assert len(re.findall(r"\.init\(\d+\);", body)) == barriers(name, static)
+    assert body.count("__syncthreads()") == 1, "one, after the barriers are initialised: the rings hold no other"
+    assert body.index("__syncthreads()") < body.index("tl::tma_load(")
+    assert len(re.findall(r"tl::warpgroup_reg_(?:alloc|dealloc)<", body)) == 2
+    assert "__launch_bounds__(384, 1)" in text
+    assert "wgmma" in body and "mma_sync" not in body
+
+
+@pytest.mark.parametrize("name, static", STREAMED + ROWWISE, ids=title)
+def test_nothing_is_atomic(name, static, source):
+    text = source(name, **static)
+    assert not re.search(r"\batomic\w*\(|AtomicAdd|tma_store_add|red\.global", text)
+
+
+@pytest.mark.parametrize("name, static", ROWWISE, ids=title)
+def test_row_kernels_need_no_tensor_cores(name, static, source):
+    text = source(name, **static)
+    assert "wgmma_ss<" not in text and "tl::tma_load(" not in text
