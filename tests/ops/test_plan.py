@@ -31,6 +31,7 @@ LAYOUTS = {
     "fewer_keys": intervals([(400, 130), (3, 0), (250, 20)]),
     "window": intervals([(1500, 1500), (77, 77)], window=100),
     "one": intervals([(1, 1)]),
+    "blind_middle": intervals([(100, 100), (700, 60), (130, 130), (400, 0), (200, 90)]),
     "blind_start": (torch.tensor([0] * 200 + [0] * 60), torch.tensor([0] * 200 + [300] * 60), 300),
 }
 

@@ -118,10 +118,8 @@ def build_scale():
         with T.Kernel(CTAS, threads=THREADS):
             T.import_source(SOURCE)
             # DQ.mul_(F); DK.mul_(F); DW.mul_(F)
-            for name, X, n, columns in [("1", DQ, nq, cq), ("1", DK, nk, ck), ("0", DW, nw, cw)]:
-                T.call_extern(
-                    "handle", f"scale_all<{name}>", T.address_of(X[0, 0]), T.cast(n, "int64"), columns,
-                    T.address_of(F[0]),
-                )  # fmt: skip
+            T.call_extern("handle", "scale_all<1>", T.address_of(DQ[0, 0]), T.cast(nq, "int64"), cq, T.address_of(F[0]))
+            T.call_extern("handle", "scale_all<1>", T.address_of(DK[0, 0]), T.cast(nk, "int64"), ck, T.address_of(F[0]))
+            T.call_extern("handle", "scale_all<0>", T.address_of(DW[0, 0]), T.cast(nw, "int64"), cw, T.address_of(F[0]))
 
     return flash_indexer_scale

@@ -28,27 +28,21 @@ SOURCE = r"""
 #define ROWS_KEYS (ROWS_THREADS * 16)
 #define ROWS_LOG2E 1.4426950408889634f
 #define ROWS_LN2 0.6931471805599453f
+// e^x for x <= 0, to an ulp: x = n·ln(2) + r, |r| <= ln(2)/2; adding 1.5·2^23 leaves n in the low bits
 static __device__ __forceinline__ float rows_exp(float x) {
-  float y;
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x * ROWS_LOG2E));
-  return y;
+  const float t = fmaf(x, ROWS_LOG2E, 12582912.0f), n = t - 12582912.0f;
+  const float r = fmaf(n, -1.42860677e-6f, fmaf(n, -0.693145752f, x));
+  float y = fmaf(r, 1.37805939e-3f, 8.37312452e-3f);
+  y = fmaf(y, r, 4.16695364e-2f);
+  y = fmaf(y, r, 1.66664720e-1f);
+  y = fmaf(y, r, 4.99999851e-1f);
+  y = fmaf(y, r, 1.0f);
+  y = fmaf(y, r, 1.0f);
+  return x < -87.0f ? 0.0f : __int_as_float((__float_as_int(t) << 23) + __float_as_int(y));
 }
-// e^x of the teacher's logits to about 2^-22, whatever x: the product's rounding error is carried along
-static __device__ __forceinline__ float rows_exact_exp(float x) {
-  const float hi = x * ROWS_LOG2E;
-  const float lo = fmaf(x, 1.9259629911e-8f, fmaf(x, ROWS_LOG2E, -hi));
-  float y;
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(hi));
-  return hi < -126.0f ? 0.0f : fmaf(y, lo * ROWS_LN2, y);
-}
-static __device__ __forceinline__ float rows_log2(float x) {
-  float y;
-  asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-  return y;
-}
-// log(x) of a normal x > 0 to an ulp: x = 2^n·(1 + f), |f| <= 1/3. The fast one errs by 2^-22 of the result, which is
-// noise in a sum over keys, but one error for all keys in the logarithm of a row's sum
-static __device__ __forceinline__ float rows_exact_log(float x) {
+// log(x) of a normal x > 0, to an ulp: x = 2^n·(1 + f), |f| <= 1/3. The special function unit errs by a few 1e-7 of the
+// logarithm of a row's whole sum, and of log p̂ where p̂ is near 1
+static __device__ __forceinline__ float rows_log(float x) {
   const int bits = __float_as_int(x), n = (bits - 0x3f2aaaab) >> 23;
   const float f = __int_as_float(bits - (n << 23)) - 1.0f, z = f * f;
   float y = -0.130310059f;
@@ -133,8 +127,8 @@ static __device__ __forceinline__ void rows_row(
       m = top;
       if (LOGITS) {
 #pragma unroll
-        for (int i = 0; i < 16; ++i) sump += rows_exact_exp(p[i] - topp);
-        z = z * rows_exact_exp(mp - topp) + sump;
+        for (int i = 0; i < 16; ++i) sump += rows_exp(p[i] - topp);
+        z = z * rows_exp(mp - topp) + sump;
         mp = topp;
       }
     }
@@ -147,9 +141,9 @@ static __device__ __forceinline__ void rows_row(
   const float2 top = rows_reduce<true>(make_float2(m, mp));
   const bool seen = high > low;
   const float M = seen ? top.x : 0.0f, MP = seen ? top.y : 0.0f;
-  const float2 total = rows_reduce<false>(make_float2(l * rows_exp(m - M), LOGITS ? z * rows_exact_exp(mp - MP) : z));
+  const float2 total = rows_reduce<false>(make_float2(l * rows_exp(m - M), LOGITS ? z * rows_exp(mp - MP) : z));
   const float Z = fmaxf(total.y, 1.17549435e-38f), scale = __frcp_rn(Z);
-  const float inverse = __frcp_rn(total.x), log_sum = rows_exact_log(total.x);
+  const float inverse = __frcp_rn(total.x), log_sum = rows_log(total.x);
   const float w = weight[t];
   float kl = 0.0f, ent = 0.0f;
   for (int begin = 0; begin < width; begin += ROWS_KEYS) {
@@ -161,9 +155,9 @@ static __device__ __forceinline__ void rows_row(
 #pragma unroll
       for (int e = 0; e < 4; ++e) {
         const float score = x[4 * i + e] - M;
-        const float share = LOGITS ? rows_exact_exp(p[4 * i + e] - MP) : p[4 * i + e];
+        const float share = LOGITS ? rows_exp(p[4 * i + e] - MP) : p[4 * i + e];
         const float q = fmaf(fmaf(-share * scale, Z, share), scale, share * scale);
-        const float log_q = rows_log2(q) * ROWS_LN2;
+        const float log_q = rows_log(q);
         const bool here = c + e >= low && c + e < high;
         kl += here && q > 1.2e-38f ? q * (log_q - (score - log_sum)) : 0.0f;
         ent -= here && q > 1.2e-38f ? q * log_q : 0.0f;

@@ -225,9 +225,8 @@ def finish(d_index_k: Tensor | None, weight: Tensor, kl: Tensor, index_k: Tensor
     else:
         wide, out, rows = d_index_k, torch.empty_like(index_k), index_k.shape[0]
     if kl.numel() == 0:
-        loss.zero_()
-    else:
-        _kernel("finish", E=E)(wide, out, weight, kl, loss, rows)
+        return loss.zero_().view(()), torch.zeros_like(index_k) if d_index_k is not None else index_k.new_empty(0)
+    _kernel("finish", E=E)(wide, out, weight, kl, loss, rows)
     if d_index_k is None:
         out = index_k.new_empty(0)
     return loss.view(()), out if rows or d_index_k is None else torch.empty_like(index_k)
