@@ -76,7 +76,7 @@ def run(names: list[str], out: Path, *, commit: str = "unknown", say: Callable[[
     """Measures the sizes named and appends a line for each to out/indexer_kl.jsonl.
 
     Raises:
-        RuntimeError: without a GPU of compute capability 9.0, or where a result is wrong.
+        OSError: without a GPU of compute capability 9.0. RuntimeError: where a result is wrong.
         ValueError: for a size that is not in SIZES.
     """
     unknown = [name for name in names if name not in SIZES]
@@ -84,7 +84,7 @@ def run(names: list[str], out: Path, *, commit: str = "unknown", say: Callable[[
         raise ValueError(f"bench: sizes must be of {', '.join(SIZES)}, got {', '.join(unknown)}")
     if not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0):
         found = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
-        raise RuntimeError(f"bench: needs a CUDA GPU of compute capability 9.0 (H100, H200), got {found}")
+        raise OSError(f"bench: needs a CUDA GPU of compute capability 9.0 (H100, H200), got {found}")
     out.mkdir(parents=True, exist_ok=True)
     for name in names:
         say(f"{name}: checking, then timing")

@@ -137,6 +137,21 @@ def export(
         _print_path("exported", path)
 
 
+@app.command()
+def bench(
+    sizes: Annotated[str | None, typer.Option(help="Comma-separated; default: all of the README's table.")] = None,
+    out: Annotated[Path, typer.Option(help="Folder that gets indexer_kl.jsonl.")] = Path("results"),
+    commit: Annotated[str, typer.Option(help="Recorded with the numbers.")] = "unknown",
+) -> None:
+    """Check, then time the operator on this GPU, beside FlashAttention-2, cuDNN and a matrix product."""
+    with _plain_errors():
+        from flash_indexer import bench as benchmark
+
+        names = sizes.split(",") if sizes else list(benchmark.SIZES)
+        benchmark.run(names, out, commit=commit, say=lambda text: console.print(text, highlight=False))
+        _print_path("results", out / "indexer_kl.jsonl")
+
+
 def main() -> None:
     """Entry point of the command `flash-indexer`."""
     app()

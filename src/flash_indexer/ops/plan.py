@@ -22,7 +22,7 @@ from flash_indexer.intervals import check_intervals
 TILE = 128
 BYTES_PER_TILE = TILE * TILE * (4 + 4 + 2)  # teacher scores, index scores, di
 _SIDE_BY_SIDE = {False: 1, True: 8}  # token blocks whose tiles are computed together; one key head, many
-_PARTS_PER_PROCESSOR = 7  # pieces of d_index_k's work for each multiprocessor: small enough to balance them
+_PARTS_PER_PROCESSOR = 12  # pieces of d_index_k's work for each multiprocessor: small enough to balance them
 _SHARE_OF_PARTIALS = 8  # at most this fraction of the workspace holds partial sums of d_index_k
 
 
