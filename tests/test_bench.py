@@ -35,7 +35,7 @@ def record(name: str, **changes: object) -> dict[str, object]:
         "name": name, "gpu": "GPU", "ours": times, "matmul_tflops": 770.0, "floor_ms": 9.0, "over_floor": 10 / 9,
         "passes": passes | {"rows": {"ms": 0.2}}, "pairs": 1000, "extra_bytes": 2**29, "fa2_forward": times,
         "fa2_backward": times, "cudnn_forward": times, "cudnn_backward": times, "short_repeated": times,
-        "notes": {"short_repeated": "v32_absorbed 2 times: 900 pairs"},
+        "notes": {"short_repeated": "v32_absorbed 2 times: 900 pairs"}, "picoseconds_a_pair": 1e7, "host_ms": 1.0,
     } | changes  # fmt: skip
 
 
@@ -69,6 +69,25 @@ def test_a_wrong_result_has_no_speed(wrong: str, monkeypatch: pytest.MonkeyPatch
         bench.check_rows(TINY, *problem(TINY))
 
 
+def test_a_wrong_result_leaves_no_record(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def wrong(q, k, index_q, index_k, index_weights, *, lse, **options):
+        loss, kl = definition(q, k, index_q, index_k, index_weights, **options)
+        return type("Result", (), dict(loss=loss, kl=kl + 1))
+
+    def timed(*_: object) -> None:
+        pytest.fail("a wrong result was timed")
+
+    for name, value in {"is_available": True, "get_device_capability": (9, 0), "get_device_name": "GPU"}.items():
+        monkeypatch.setattr(torch.cuda, name, lambda value=value: value)
+    for name, value in {"indexer_kl": wrong, "problem": problem, "time_in_turns": timed}.items():
+        monkeypatch.setattr(bench, name, value)
+    monkeypatch.setattr(bench, "check_gradients", lambda size: None)
+    monkeypatch.setitem(bench.SIZES, "tiny", TINY)
+    with pytest.raises(RuntimeError, match="no speed is reported"):
+        bench.run(["tiny"], tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_percentiles() -> None:
     assert bench.percentiles([float(n) for n in range(11)]) == {"p20": 2.0, "p50": 5.0, "p80": 8.0}
     assert bench.percentiles([3.0]) == {"p20": 3.0, "p50": 3.0, "p80": 3.0}
@@ -88,14 +107,35 @@ def test_unknown_sizes_are_named(tmp_path: Path) -> None:
 
 def test_the_table_says_what_is_met_and_what_is_missed(report: ModuleType, tmp_path: Path) -> None:
     slow = dict.fromkeys(("p20", "p50", "p80"), 30.0)
-    rows = [record("v32_absorbed"), record("smollm2", ours=slow), record("v32_128k"), record("v32_absorbed")]
+    rows = [record("v32_absorbed"), record("smollm2", ours=slow), record("v32_absorbed")]
+    rows.append(record("v32_128k", picoseconds_a_pair=1.12e7))
     (tmp_path / "indexer_kl.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows), encoding="utf-8")
     text = report.section(tmp_path)
     assert "| 10.00 ms | 1.11 x floor | 1.25 | met |" in text
     assert "| 2.00 ms | 1.10 x floor | 1.14 | met |" in text
     assert "| 30.00 ms | 1.50 x FlashAttention-2 forward + backward | 1 | missed |" in text
-    assert "0.90 x that at 8K" in text and "0.50 GiB | 1 | met" in text
+    assert "1.12 x that at 8K | 1 | missed |" in text and "0.90 x that of 8K repeated for as many pairs | | |" in text
+    assert "0.50 GiB | 1 | met" in text
     assert text.count("absorbed: H=128") == 1
+
+
+def test_a_missing_baseline_is_told_with_its_reason(report: ModuleType, tmp_path: Path) -> None:
+    lacking = {k: v for k, v in record("gqa32", notes={"cudnn": "no kernel"}).items() if not k.startswith("cudnn")}
+    rows = [lacking, record("v32_128k", notes={})]
+    del rows[1]["short_repeated"]
+    (tmp_path / "indexer_kl.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows), encoding="utf-8")
+    text = report.section(tmp_path)
+    assert "| 10.00 ms | no kernel | 0.6 | not measured |" in text
+    assert "v32_absorbed is not recorded | 1 | not measured |" in text
+    assert "8K was not repeated beside it |  | not measured |" in text
+
+
+def test_a_host_slower_than_the_device_is_told(report: ModuleType, tmp_path: Path) -> None:
+    rows = [record("gqa32"), record("smollm2", host_ms=12.5)]
+    (tmp_path / "indexer_kl.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows), encoding="utf-8")
+    text = report.section(tmp_path)
+    assert "H=9 G=3 D=64 I=8 E=64, 8K: 12.50 ms to launch what runs in 10.00 ms." in text
+    assert text.count("to launch") == 1
 
 
 def test_no_measurements(report: ModuleType, tmp_path: Path) -> None:
