@@ -15,7 +15,6 @@ import json
 import random
 import statistics
 import tempfile
-from datetime import UTC, datetime
 from itertools import pairwise
 from pathlib import Path
 from unittest import mock
@@ -27,6 +26,7 @@ from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
 
 from flash_indexer import cli
+from flash_indexer.bench import environment
 
 operator = importlib.import_module("flash_indexer.ops.indexer_kl")  # the module: the package exports its function
 VOCABULARY = 49152
@@ -51,10 +51,7 @@ def main() -> None:
             print(f"bench_warmup: {name}", flush=True)
             runs[name] = warm_up(path, name, arguments.steps, arguments.sequence_length)
     record = {
-        "timestamp": datetime.now(UTC).isoformat(timespec="seconds"),
-        "commit": arguments.commit,
-        "gpu": torch.cuda.get_device_name(),
-        "torch": torch.__version__,
+        **environment(arguments.commit),
         "model": "random weights, SmolLM2-135M's sizes",
         "sequence_length": arguments.sequence_length,
         "steps": arguments.steps,

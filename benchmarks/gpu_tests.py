@@ -11,7 +11,6 @@ goes to pytest. Exits with pytest's status, or 1 where a sanitizer found somethi
 from __future__ import annotations
 
 import argparse
-import importlib.metadata
 import json
 import os
 import re
@@ -21,10 +20,11 @@ import sys
 import tempfile
 import time
 import xml.etree.ElementTree
-from datetime import UTC, datetime
 from pathlib import Path
 
 import torch
+
+from flash_indexer.bench import environment
 
 ROOT = Path(__file__).resolve().parents[1]
 # Small problems of several chunks, over every kernel.
@@ -36,10 +36,9 @@ TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--trees", nargs=2, metavar=("SRC", "TESTS"), help="tree hashes, where git can't be asked")
-    parser.add_argument(
-        "--sanitize", nargs="*", default=[], choices=["memcheck", "racecheck", "initcheck", "synccheck"]
-    )
+    parser.add_argument("--sanitize", nargs="*", default=[], choices=TOOLS)
     parser.add_argument("--sanitizer-seconds", type=float, default=240.0)
+    parser.add_argument("--commit", default="unknown")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results")
     arguments, for_pytest = parser.parse_known_args()
     if not torch.cuda.is_available():
@@ -47,12 +46,7 @@ def main() -> None:
     counts, status = run_pytest([word for word in for_pytest if word != "--"])
     verdicts = {tool: sanitize(tool, arguments.sanitizer_seconds) for tool in arguments.sanitize}
     record = {
-        "timestamp": datetime.now(UTC).isoformat(timespec="seconds"),
-        "gpu": torch.cuda.get_device_name(),
-        "driver": driver(),
-        "torch": torch.__version__,
-        "cuda": torch.version.cuda,
-        "tilelang": importlib.metadata.version("tilelang"),
+        **environment(arguments.commit),
         "trees": dict(zip(("src", "tests"), arguments.trees or trees(), strict=True)),
         "arguments": for_pytest,
         **counts,
@@ -117,14 +111,6 @@ def trees() -> list[str]:
     if done.returncode or changed.stdout.strip():
         return ["unknown", "unknown"]
     return done.stdout.split()
-
-
-def driver() -> str:
-    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[0]
-    except (OSError, subprocess.CalledProcessError, IndexError):
-        return "unknown"
 
 
 if __name__ == "__main__":

@@ -132,7 +132,8 @@ def section(results: Path = RESULTS) -> str:
             f"{tool} {'clean' if v['clean'] else 'see record'}" for tool, v in tests["sanitizers"].items()
         )
         counts = f"{tests['passed']} passed, {tests['failed']} failed"
-        lines += ["", f"GPU tests: {counts}" + (f"; compute-sanitizer: {clean}." if clean else ".")]
+        trees = ", ".join(f"{name} {tree[:7]}" for name, tree in tests["trees"].items())
+        lines += ["", f"GPU tests (trees {trees}): {counts}" + (f"; compute-sanitizer: {clean}." if clean else ".")]
     return "\n".join(lines)
 
 
@@ -191,7 +192,8 @@ def plot(records: dict[str, Record], path: Path) -> None:
     names = [name for name in ("v32_absorbed", "v32_expanded", "mqa64", "gqa32", "smollm2") if name in records]
     labels = {
         "teacher": "teacher scores", "index": "index scores", "rows": "KL rows",
-        "gradient_query": "d_index_q, d_index_w",        "gradient_key": "d_index_k",
+        "gradient_query": "d_index_q, d_index_w",
+        "gradient_key": "d_index_k",
     }  # fmt: skip
     colours = ("#27496d", "#3f7cac", "#95afba", "#d98e4a", "#f0b67f")
     figure, axes = pyplot.subplots(figsize=(8, 3.6), layout="constrained")

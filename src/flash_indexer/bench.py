@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 import statistics
+import subprocess
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -26,6 +27,7 @@ from torch import Tensor
 
 from flash_indexer import causal_intervals, indexer_kl
 from flash_indexer.baselines import baselines
+from flash_indexer.ops.cuda import teacher_lse
 from flash_indexer.testing import Shape, assert_close, eager_indexer_kl, make_inputs, reference_indexer_kl
 
 MATMUL = 8192
@@ -99,9 +101,18 @@ def environment(commit: str) -> dict[str, Any]:
     """What a number depends on besides the code."""
     return {
         "timestamp": datetime.now(UTC).isoformat(timespec="seconds"), "commit": commit,
-        "gpu": torch.cuda.get_device_name(), "torch": torch.__version__, "cuda": torch.version.cuda,
+        "gpu": torch.cuda.get_device_name(), "driver": driver(), "torch": torch.__version__, "cuda": torch.version.cuda,
         "tilelang": metadata.version("tilelang"),
     }  # fmt: skip
+
+
+def driver() -> str:
+    """The driver's version, or unknown where nvidia-smi can't be asked."""
+    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[0]
+    except (OSError, subprocess.CalledProcessError, IndexError):
+        return "unknown"
 
 
 def summary(record: dict[str, Any]) -> str:
@@ -120,6 +131,7 @@ def measure(size: Size) -> dict[str, Any]:
     tensors, others = problem(size)
     check_rows(size, tensors, others)
     step, leaves = call(tensors, others)
+    peak, extra = memory(step, leaves)  # before the other contestants hold memory of their own
     rounds = ROUNDS_LONG if size.pairs > LONG else ROUNDS
     square = torch.randn(MATMUL, MATMUL, device="cuda", dtype=torch.bfloat16)
     contestants: dict[str, Callable[[], Any]] = {"ours": step, "matmul": lambda: square @ square}
@@ -131,7 +143,6 @@ def measure(size: Size) -> dict[str, Any]:
         contestants["short_repeated"] = lambda: [again() for _ in range(repeats)]
         reasons |= {"short_repeated": f"v32_absorbed {repeats} times: {repeats * short.pairs} pairs"}
     times = time_in_turns(contestants | beside, rounds)
-    peak, extra = memory(step, leaves)
     matmul = 2 * MATMUL**3 / times["matmul"]["p50"] / 1e9
     floor = size.flops / matmul / 1e9
     return {
@@ -167,8 +178,6 @@ def problem(size: Size) -> tuple[list[Tensor], dict[str, Any]]:
     boundaries = torch.tensor([0, *size.documents], device="cuda").cumsum(0)
     key_start, key_end = causal_intervals(boundaries)
     others = dict(softmax_scale=size.D**-0.5, key_start=key_start, key_end=key_end)
-    from flash_indexer.ops.cuda import teacher_lse
-
     lse = teacher_lse(tensors[0], tensors[1], key_start, key_end, size.D**-0.5)
     return [*tensors, weights], {**others, "lse": lse}
 

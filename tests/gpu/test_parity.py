@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from flash_indexer.testing import KERNEL_CLASSES, Result, assert_close, reference_indexer_kl
+from flash_indexer.testing import KERNEL_CLASSES, Result, assert_close, eager_indexer_kl, reference_indexer_kl
 
 pytestmark = pytest.mark.gpu
 LAYOUTS = ("causal", "documents", "window", "cached_prefix", "fewer_keys", "arbitrary", "long", "short")
@@ -81,3 +81,13 @@ def test_unsupported_sizes_are_named(problem, measure):
         measure(replace(x, q=x.q[..., :95], k=x.k[..., :95]))
     with pytest.raises(ValueError, match=r"index_q must have E in \{32, 64, 128\} on CUDA, got E=31"):
         measure(replace(x, index_q=x.index_q[..., :31], index_k=x.index_k[..., :31]))
+
+
+def test_per_head_asks_for_no_kernel(problem, measure, monkeypatch):
+    """It runs the torch body, forward and backward, on any GPU."""
+    monkeypatch.setattr("flash_indexer.ops.cuda._kernel", lambda name, **static: pytest.fail(f"kernel {name}"))
+    x = problem("per_head", KERNEL_CLASSES[4], "documents", H=8, G=2, I=8)
+    options = dict(target="per_head", token_weight=x.token_weight, d_loss=1.7)
+    got, truth, eager = measure(x, **options), reference_indexer_kl(x, **options), eager_indexer_kl(x, **options)
+    for field, *tensors in list(zip(Result._fields, got, truth, eager, strict=True))[1:]:
+        assert_close(field, *tensors)

@@ -19,11 +19,12 @@ PASS_CONFIGS = {
     tilelang.PassConfigKey.TL_DISABLE_SAFE_MEMORY_ACCESS: True,
     tilelang.PassConfigKey.TL_DISABLE_THREAD_STORAGE_SYNC: True,
 }
+THREADS = 256
 
 SOURCE = r"""
 #ifndef FLASH_INDEXER_ROWS
 #define FLASH_INDEXER_ROWS
-#define ROWS_THREADS @THREADS@
+#define ROWS_THREADS 256
 #define ROWS_WARPS (ROWS_THREADS / 32)
 #define ROWS_KEYS (ROWS_THREADS * 16)
 #define ROWS_LOG2E 1.4426950408889634f
@@ -179,7 +180,7 @@ static __device__ __forceinline__ void rows_row(
 """
 
 
-def build(logits, threads=256):
+def build(logits):
     """The kernel; logits: 1 where P holds logits, p = exp(P - max P), else 0.
 
     Run-time arguments: P, X [tiles·128, 128] float32 (the teacher's and the indexer's scores; only visible elements are
@@ -195,9 +196,9 @@ def build(logits, threads=256):
         DI: T.Tensor((nr, 128), "bfloat16"), KL: T.Tensor((nt,), "float32"), ENT: T.Tensor((nt,), "float32"),
         row0: T.int32, nrows: T.int32,
     ):  # fmt: skip
-        with T.Kernel(nrows, threads=threads) as bx:
-            T.import_source(SOURCE.replace("@THREADS@", str(threads)))
-            T.annotate_min_blocks_per_sm(1024 // threads)
+        with T.Kernel(nrows, threads=THREADS) as bx:
+            T.import_source(SOURCE)
+            T.annotate_min_blocks_per_sm(4)
             # for t in rows: KL[t], ENT[t], DI[t] = ...
             T.call_extern(
                 "handle", f"rows_row<{logits}>", T.address_of(P[0, 0]), T.address_of(X[0, 0]), T.address_of(BLOCKS[0]),

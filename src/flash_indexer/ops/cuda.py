@@ -30,7 +30,7 @@ class Gradients(NamedTuple):
     weights: Tensor | None
 
 
-def check_supported(q: Tensor, k: Tensor, index_q: Tensor) -> None:
+def check_supported(q: Tensor, index_q: Tensor) -> None:
     """Raises ValueError naming what the kernels support where a size is outside of it."""
     H, D, (I, E) = q.shape[1], q.shape[2], index_q.shape[1:]
     for name, letter, value, allowed in (("q", "D", D, HEAD_WIDTHS), ("index_q", "E", E, INDEX_WIDTHS)):
@@ -43,11 +43,11 @@ def check_supported(q: Tensor, k: Tensor, index_q: Tensor) -> None:
     for name, letter, value, most in (("q", "H", H, MAX_HEADS), ("index_q", "I", I, MAX_INDEX_HEADS)):
         if not 1 <= value <= most:
             raise ValueError(f"indexer_kl: {name} must have 1 to {most} heads ({letter}) on CUDA, got {letter}={value}")
-    major = torch.cuda.get_device_capability(q.device)
-    if major != (9, 0):
+    capability = torch.cuda.get_device_capability(q.device)
+    if capability != (9, 0):
         raise ValueError(
             f"indexer_kl: q must be on a GPU of compute capability 9.0 (H100, H200, GH200), got {q.device} of "
-            f"{major[0]}.{major[1]}; move the tensors to one, or to the CPU in float32"
+            f"{capability[0]}.{capability[1]}; move the tensors to one, or to the CPU in float32"
         )
 
 
@@ -67,7 +67,7 @@ def indexer_kl(
     needs: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """loss, kl [T], entropy [T] and the gradients of index_q, index_k, index_weights (empty where not in `needs`)."""
-    check_supported(q, k, index_q)
+    check_supported(q, index_q)
     I, E = index_q.shape[1:]
     with torch.cuda.device(q.device):
         processors = torch.cuda.get_device_properties(q.device).multi_processor_count
@@ -218,18 +218,16 @@ def index_gradients(
 
 def finish(d_index_k: Tensor | None, weight: Tensor, kl: Tensor, index_k: Tensor) -> tuple[Tensor, Tensor]:
     """loss = sum_t weight[t] * kl[t], and index_k's gradient rounded to its dtype (empty where not wanted)."""
-    loss = weight.new_empty(1)
-    E = index_k.shape[1]
-    if d_index_k is None or d_index_k.numel() == 0:
-        wide, out, rows = loss.new_empty(1, E), index_k.new_empty(1, E), 0
-    else:
-        wide, out, rows = d_index_k, torch.empty_like(index_k), index_k.shape[0]
+    E, loss = index_k.shape[1], weight.new_empty(1)
+    out = index_k.new_empty(0) if d_index_k is None else torch.empty_like(index_k)
     if kl.numel() == 0:
-        return loss.zero_().view(()), torch.zeros_like(index_k) if d_index_k is not None else index_k.new_empty(0)
-    _kernel("finish", E=E)(wide, out, weight, kl, loss, rows)
-    if d_index_k is None:
-        out = index_k.new_empty(0)
-    return loss.view(()), out if rows or d_index_k is None else torch.empty_like(index_k)
+        return loss.zero_().view(()), out.zero_()
+    if d_index_k is None or out.numel() == 0:
+        wide, narrow, rows = loss.new_empty(1, E), index_k.new_empty(1, E), 0
+    else:
+        wide, narrow, rows = d_index_k, out, out.shape[0]
+    _kernel("finish", E=E)(wide, narrow, weight, kl, loss, rows)
+    return loss.view(()), out
 
 
 def scale(gradients: Sequence[Tensor], factor: Tensor) -> None:

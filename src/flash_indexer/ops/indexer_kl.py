@@ -241,6 +241,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
     ctx.set_materialize_grads(False)  # the gradients of kl, entropy and of the gradients: zeros nobody reads
     ctx.save_for_backward(*output[3:])
     ctx.needs = inputs[-1]
+    ctx.kernels = inputs[0].is_cuda and inputs[10] != "per_head"  # else the torch body ran, on any GPU
     ctx.consumed = False
 
 
@@ -253,15 +254,16 @@ def _backward(ctx: Any, d_loss: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]
             "second backward, or add the losses and call backward once"
         )
     ctx.consumed = True
-    gradients = [g if need else None for g, need in zip(_scaled(ctx.saved_tensors, d_loss), ctx.needs, strict=True)]
+    gradients = [g if need else None for g, need in zip(_scaled(ctx, d_loss), ctx.needs, strict=True)]
     return None, None, *gradients, *[None] * 8
 
 
-def _scaled(gradients: Sequence[Tensor], d_loss: Tensor) -> Sequence[Tensor]:
+def _scaled(ctx: Any, d_loss: Tensor) -> Sequence[Tensor]:
     """In place, so that each gradient exists once; a compiler's tracing tensors want it functional."""
+    gradients: Sequence[Tensor] = ctx.saved_tensors
     if any(type(gradient) is not Tensor for gradient in gradients):
         return [gradient * d_loss for gradient in gradients]
-    if d_loss.is_cuda and all(gradient.dtype != torch.float64 for gradient in gradients):
+    if ctx.kernels:
         cuda.scale(gradients, d_loss)
     else:
         for gradient in gradients:

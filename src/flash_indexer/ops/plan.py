@@ -150,7 +150,7 @@ def visible_tiles(key_start: Tensor, key_end: Tensor, rows: int) -> tuple[Tensor
 def cut(first: Tensor, end: Tensor, sizes: Sizes) -> list[tuple[int, int]]:
     """Runs of blocks whose tiles fit the workspace, one block at least. A run that sees nothing is left out.
 
-    A run shorter than the workspace allows is taken where it divides the query items evenly among the processors.
+    A run shorter than the workspace allows is taken where its items fill the processors' rounds better.
     """
     limit = max(sizes.workspace_bytes * (_SHARE_OF_PARTIALS - 1) // _SHARE_OF_PARTIALS // BYTES_PER_TILE, 1)
     counts = (end - first).tolist()
@@ -211,7 +211,7 @@ def query_items(
 
 
 def key_items(first: Tensor, end: Tensor, begin: int, stop: int, sizes: Sizes) -> tuple[Tensor, Tensor, int]:
-    """Items (key tile, block, end, slot) reductions (key tile, slot, end, 0), and the number of slots.
+    """Items (key tile, block, end, slot), reductions (key tile, slot, end, 0), and the number of slots.
 
     The blocks that see a key tile are a run, which is cut at multiples of some length and where a block sees no key at
     all; the first part adds to d_index_k itself (slot -1), every other writes a partial sum to a slot of its own. Parts
