@@ -6,7 +6,8 @@ The teacher's logits are 2HD flops a pair, the index logits 2IE formed twice, th
 index_q and index_k. One call counts forward and backward. All contestants take turns, round by round, and are timed by
 CUDA events behind a full queue, so that what is measured is the device and not the host's launches; the host's time
 for a call is recorded beside. A wrong result is refused: there is no speed without truth. A size that runs for seconds
-heats the GPU, which then lowers its clocks: beside it the first size is repeated for as many pairs.
+meets the power limit, at which the GPU lowers its clocks: beside it the first size is repeated for as many pairs, and
+the clock behind every contestant is measured, as cycles that a spinning kernel counts over the time it takes.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ MATMUL = 8192
 SAMPLED_ROWS = 6
 ROUNDS, ROUNDS_LONG, LONG = 20, 3, 10**9
 _QUEUE_CYCLES = 6_000_000  # about 3 ms, in which the host gets ahead of the device
+_CLOCK_CYCLES = 400_000  # about 0.2 ms of counting right behind a contestant: the clock that it left the GPU at
 SLICES = {
     "flash_indexer_score": "score", "flash_indexer_rows": "rows", "flash_indexer_gradient_query": "gradient_query",
     "flash_indexer_gradient_key": "gradient_key", "flash_indexer_gradient_reduce": "gradient_reduce",
@@ -231,19 +233,26 @@ def check_rows(size: Size, tensors: list[Tensor], others: dict[str, Any]) -> Non
 
 
 def time_in_turns(contestants: dict[str, Callable[[], Any]], rounds: int) -> dict[str, dict[str, float]]:
-    """Milliseconds of each, p20, p50 and p80 over `rounds` rounds in which each has one turn, after two to warm up."""
+    """Milliseconds of each, p20, p50 and p80 over `rounds` rounds in which each has one turn, after two to warm up.
+
+    Beside them `sm_mhz`, the median clock of the multiprocessors right behind it.
+    """
     times: dict[str, list[float]] = {name: [] for name in contestants}
+    clocks: dict[str, list[float]] = {name: [] for name in contestants}
     for turn in range(rounds + 2):
         for name, contestant in contestants.items():
-            begin, end = (torch.Event("cuda", enable_timing=True) for _ in range(2))
+            begin, end, counted = (torch.Event("cuda", enable_timing=True) for _ in range(3))
             torch.cuda._sleep(_QUEUE_CYCLES)  # type: ignore[no-untyped-call]
             begin.record()
             contestant()
             end.record()
-            end.synchronize()
+            torch.cuda._sleep(_CLOCK_CYCLES)  # type: ignore[no-untyped-call]
+            counted.record()
+            counted.synchronize()
             if turn >= 2:
                 times[name].append(begin.elapsed_time(end))
-    return {name: percentiles(values) for name, values in times.items()}
+                clocks[name].append(_CLOCK_CYCLES / end.elapsed_time(counted) / 1e3)
+    return {name: percentiles(times[name]) | {"sm_mhz": statistics.median(clocks[name])} for name in contestants}
 
 
 def percentiles(values: list[float]) -> dict[str, float]:
