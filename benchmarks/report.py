@@ -72,6 +72,11 @@ def against_repeated(record: Record, _: dict[str, Record]) -> float:
     return (record["ours"]["p50"] / record["pairs"]) / (record["short_repeated"]["p50"] / short_pairs)
 
 
+def against_beside(record: Record, _: dict[str, Record]) -> float:
+    """Time over that of the 8,192-token problem in the same rounds, which has as many pairs."""
+    return record["ours"]["p50"] / record["short"]["p50"]
+
+
 def gibibytes(record: Record, _: dict[str, Record]) -> float:
     return record["extra_bytes"] / 2**30
 
@@ -84,6 +89,8 @@ BARS = (
     Bar("gqa32", "H=32 G=8 D=128 I=16 E=64, 8 documents of 4K", "{} x cuDNN attention forward + backward",
         beside("cudnn"), 0.6),
     Bar("smollm2", "H=9 G=3 D=64 I=8 E=64, 8K", "{} x FlashAttention-2 forward + backward", beside("fa2"), 1.0),
+    Bar("v32_late", "DeepSeek-V3.2, absorbed, the last 256 queries of 128K", "{} x 8K, as many pairs", against_beside,
+        1.0),
     Bar("v32_128k", "DeepSeek-V3.2, absorbed, 128K: time a pair", "{} x that at 8K", against_short, 1.0),
     Bar("v32_128k", "… with the card as hot", "{} x that of 8K repeated for as many pairs", against_repeated, None),
     Bar("v32_128k", "… memory beside inputs and outputs", "{} GiB", gibibytes, 1.0),

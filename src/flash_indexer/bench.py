@@ -7,7 +7,8 @@ index_q and index_k. One call counts forward and backward. All contestants take 
 CUDA events behind a full queue, so that what is measured is the device and not the host's launches; the host's time
 for a call is recorded beside. A wrong result is refused: there is no speed without truth. A size that runs for seconds
 meets the power limit, at which the GPU lowers its clocks: beside it the first size is repeated for as many pairs, and
-the clock behind every contestant is measured, as cycles that a spinning kernel counts over the time it takes.
+the clock behind every contestant is measured, as cycles that a spinning kernel counts over the time it takes. Its last
+queries alone, as many pairs as the first size has, are measured beside that in one record (v32_late).
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ from flash_indexer.testing import Shape, assert_close, eager_indexer_kl, make_in
 MATMUL = 8192
 SAMPLED_ROWS = 6
 ROUNDS, ROUNDS_LONG, LONG = 20, 3, 10**9
+TOO_LONG = 10**5  # tokens of a document from which no attention is measured beside
 _QUEUE_CYCLES = 6_000_000  # about 3 ms, in which the host gets ahead of the device
 _CLOCK_CYCLES = 400_000  # about 0.2 ms of counting right behind a contestant: the clock that it left the GPU at
 SLICES = {
@@ -45,7 +47,8 @@ SLICES = {
 
 @dataclass(frozen=True)
 class Size:
-    """One problem: causal documents of equal lengths. V: the teacher's value width, for the attention beside it."""
+    """One problem: causal documents. V: the teacher's value width, for the attention beside it. queries: of each
+    document only so many, the last; 0 means all."""
 
     H: int
     G: int
@@ -54,11 +57,13 @@ class Size:
     E: int
     documents: tuple[int, ...]
     V: int
+    queries: int = 0
 
     @property
     def pairs(self) -> int:
         """Visible (query, key) pairs."""
-        return sum(n * (n + 1) // 2 for n in self.documents)
+        asked = [(n, self.queries or n) for n in self.documents]
+        return sum(q * (2 * n - q + 1) // 2 for n, q in asked)
 
     @property
     def flops(self) -> int:
@@ -72,6 +77,7 @@ SIZES = {
     "mqa64": Size(64, 1, 128, 64, 128, (8192,), 128),
     "gqa32": Size(32, 8, 128, 16, 64, (4096,) * 8, 128),
     "smollm2": Size(9, 3, 64, 8, 64, (8192,), 64),
+    "v32_late": Size(128, 1, 576, 64, 128, (131072,), 512, queries=256),
     "v32_128k": Size(128, 1, 576, 64, 128, (131072,), 512),
 }
 
@@ -137,9 +143,13 @@ def measure(size: Size) -> dict[str, Any]:
     rounds = ROUNDS_LONG if size.pairs > LONG else ROUNDS
     square = torch.randn(MATMUL, MATMUL, device="cuda", dtype=torch.bfloat16)
     contestants: dict[str, Callable[[], Any]] = {"ours": step, "matmul": lambda: square @ square}
-    beside, reasons = baselines(size) if rounds == ROUNDS else ({}, {"all": "too long beside 128K tokens"})
+    beside, reasons = (
+        baselines(size) if max(size.documents) < TOO_LONG else ({}, {"all": "too long beside 128K tokens"})
+    )
+    short = SIZES["v32_absorbed"]
+    if size.queries:
+        contestants["short"], _ = call(*problem(short))
     if size.pairs > LONG:
-        short = SIZES["v32_absorbed"]
         again, _ = call(*problem(short))
         repeats = size.pairs // short.pairs
         contestants["short_repeated"] = lambda: [again() for _ in range(repeats)]
@@ -170,15 +180,17 @@ def call(tensors: list[Tensor], others: dict[str, Any]) -> tuple[Callable[[], No
 def problem(size: Size) -> tuple[list[Tensor], dict[str, Any]]:
     """q, k, index_q, index_k, index_weights and the keyword arguments, LSE given, random and on the GPU."""
     generator = torch.Generator("cuda").manual_seed(0)
-    T = sum(size.documents)
+    S = sum(size.documents)
+    lengths = [size.queries or n for n in size.documents]
+    T = sum(lengths)
 
     def normal(*shape: int) -> Tensor:
         return torch.randn(shape, generator=generator, device="cuda", dtype=torch.bfloat16)
 
-    tensors = [normal(T, size.H, size.D), normal(T, size.G, size.D), normal(T, size.I, size.E), normal(T, size.E)]
+    tensors = [normal(T, size.H, size.D), normal(S, size.G, size.D), normal(T, size.I, size.E), normal(S, size.E)]
     weights = torch.randn(T, size.I, generator=generator, device="cuda") * (size.I * size.E) ** -0.5
-    boundaries = torch.tensor([0, *size.documents], device="cuda").cumsum(0)
-    key_start, key_end = causal_intervals(boundaries)
+    boundaries = [torch.tensor([0, *n], device="cuda").cumsum(0) for n in (lengths, size.documents)]
+    key_start, key_end = causal_intervals(*boundaries)
     others = dict(softmax_scale=size.D**-0.5, key_start=key_start, key_end=key_end)
     lse = teacher_lse(tensors[0], tensors[1], key_start, key_end, size.D**-0.5)
     return [*tensors, weights], {**others, "lse": lse}

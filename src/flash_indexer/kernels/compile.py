@@ -4,11 +4,13 @@
     python -m flash_indexer.kernels.compile score:D=128,mode=0 gradients_reduce:E=64
 
 A kernel's cache entry is TileLang's. Beside it lies a small note that says which entry belongs to which kernel of which
-version of its source, so that a process knows what is missing before it asks for anything. Several processes (the ranks
-of a node) take turns: the first compiles, the others wait and load.
+version of its source, so that a process knows what is missing before it asks for anything, and loads what is there with
+TileLang's runtime library alone: importing TileLang and reading the kernels' programs takes seconds. Several processes
+(the ranks of a node) take turns: the first compiles, the others wait and load.
 """
 
 import contextlib
+import ctypes
 import fcntl
 import functools
 import hashlib
@@ -20,6 +22,7 @@ import sys
 import tempfile
 import time
 import traceback
+from importlib import metadata, util
 from itertools import product
 from pathlib import Path
 
@@ -37,6 +40,7 @@ BUILDERS = {
 HEAD_WIDTHS, INDEX_WIDTHS, PADDED_HEADS = (64, 96, 128, 192, 256, 576), (32, 64, 128), (8, 16, 32, 64)
 EXP, RELU, SUM = 0, 1, 2
 CHILD = "import sys; sys.path[:] = {path!r}; from flash_indexer.kernels.compile import main; main([{title!r}])"
+EXECUTABLE = "executable.so"  # of a cache entry
 NAMED = 8  # kernels that a progress line names
 
 
@@ -85,7 +89,10 @@ def program(name, static):
 @functools.cache
 def _load(name, static):
     _compile_missing([(name, static)])
-    return _compiled(name, static)
+    entry = _entry(name, static)
+    if entry is None:  # the cache is switched off
+        return _compiled(name, static)
+    return _runtime().load_module(str(entry / EXECUTABLE))["main"]
 
 
 def _compiled(name, static):
@@ -93,7 +100,7 @@ def _compiled(name, static):
     function, pass_configs = program(name, static)
     kernel = _tilelang().compile(function, target=TARGET, pass_configs=pass_configs)
     entry = getattr(kernel, "_tilelang_cache_path", None)
-    if entry is not None and not _cached(name, static):
+    if entry is not None and _entry(name, static) is None:
         note = _note(name, static)
         note.parent.mkdir(parents=True, exist_ok=True)
         fresh = note.with_suffix(f".{os.getpid()}")
@@ -104,11 +111,11 @@ def _compiled(name, static):
 
 def _compile_missing(kernels):
     """Compiles what the disk cache lacks, under a lock; whoever waited for it looks again."""
-    if not _environment().is_cache_enabled() or all(_cached(*kernel) for kernel in kernels):
+    if _cache_is_off() or all(_entry(*kernel) for kernel in kernels):
         return
     _need_compiler()
     with _turn():
-        missing = [kernel for kernel in dict.fromkeys(kernels) if not _cached(*kernel)]
+        missing = [kernel for kernel in dict.fromkeys(kernels) if _entry(*kernel) is None]
         if missing:
             _compile_side_by_side(missing)
 
@@ -132,7 +139,7 @@ def _compile_side_by_side(missing):
                     if process.poll() is None:
                         continue
                     del running[kernel]
-                    if process.returncode or not _cached(*kernel):
+                    if process.returncode or _entry(*kernel) is None:
                         output.seek(0)
                         tail = "".join(output.readlines()[-20:])
                         raise RuntimeError(f"flash_indexer: {_title(*kernel)} did not compile:\n{tail}")
@@ -160,26 +167,48 @@ def _turn():
         yield
 
 
-@functools.cache
 def _tilelang():
     try:
         import tilelang
     except ImportError as error:
-        raise ImportError(
-            "flash_indexer: CUDA tensors need tilelang 0.1.15; install it with pip install 'flash-indexer[kernels]'"
-        ) from error
+        raise _no_tilelang() from error
     return tilelang
 
 
-def _environment():
-    _tilelang()
-    from tilelang import env
+@functools.cache
+def _runtime():
+    """tvm_ffi, with the libraries in which TileLang's launches live; TileLang itself is not imported."""
+    import torch  # noqa: F401  its CUDA libraries come first
+    import tvm_ffi
 
-    return env
+    flags = ctypes.RTLD_GLOBAL | os.RTLD_LAZY
+    solver = util.find_spec("z3")  # libtilelang's own path to it is wrong where packages are links
+    if solver is not None and (Path(solver.origin).parent / "lib" / "libz3.so").exists():
+        ctypes.CDLL(str(Path(solver.origin).parent / "lib" / "libz3.so"), flags)
+    libraries = Path(util.find_spec("tilelang").origin).parent / "lib"
+    ctypes.CDLL(str(libraries / "libtvm_runtime.so"), flags)
+    ctypes.CDLL(str(libraries / "libtilelang.so"), os.RTLD_LAZY)
+    return tvm_ffi
+
+
+def _no_tilelang():
+    return ImportError(
+        "flash_indexer: CUDA tensors need tilelang 0.1.15; install it with pip install 'flash-indexer[kernels]'"
+    )
+
+
+def _cache_is_off():
+    """TileLang's own switches: its environment variable and, where it is imported, its state."""
+    if "tilelang" in sys.modules and sys.modules["tilelang"] is not None:
+        return not sys.modules["tilelang"].is_cache_enabled()
+    return os.environ.get("TILELANG_DISABLE_CACHE", "0").lower() in ("1", "true", "yes", "on")
 
 
 def _need_compiler():
-    home = _environment().CUDA_HOME
+    _tilelang()
+    from tilelang import env
+
+    home = env.CUDA_HOME
     if home and (Path(home) / "bin" / "nvcc").exists():
         return
     raise RuntimeError(
@@ -189,12 +218,13 @@ def _need_compiler():
     )
 
 
-def _cached(name, static):
+def _entry(name, static):
+    """The folder in TileLang's cache that holds the kernel, or None."""
     try:
-        entry = json.loads(_note(name, static).read_text(encoding="utf-8"))["entry"]
-        return (_cache_folder() / entry).is_dir()
+        entry = _cache_folder() / json.loads(_note(name, static).read_text(encoding="utf-8"))["entry"]
     except (OSError, ValueError, KeyError, TypeError):
-        return False
+        return None
+    return entry if (entry / EXECUTABLE).is_file() else None
 
 
 def _note(name, static):
@@ -203,13 +233,16 @@ def _note(name, static):
 
 
 def _cache_folder():
-    return Path(_environment().TILELANG_CACHE_DIR)
+    return Path(os.environ.get("TILELANG_CACHE_DIR") or Path.home() / ".tilelang" / "cache")
 
 
 @functools.cache
 def _version(module):
     """Of the module's source, of the target and of TileLang: the modules of kernels stand alone."""
-    digest = hashlib.sha256(f"{_tilelang().__version__} {TARGET}".encode())
+    try:
+        digest = hashlib.sha256(f"{metadata.version('tilelang')} {TARGET}".encode())
+    except metadata.PackageNotFoundError as error:
+        raise _no_tilelang() from error
     digest.update(Path(__file__).with_name(f"{module}.py").read_bytes())
     return digest.hexdigest()[:16]
 
