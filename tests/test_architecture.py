@@ -40,7 +40,7 @@ TABLE = {
     "__init__": Row(may=TORCH | ours("intervals", "modules", "ops"), must_not=ours("kernels", "reference")),
     "reference": Row(may=TORCH, must_not=frozenset({OURS})),
     "intervals": Row(may=TORCH, must_not=frozenset({OURS})),
-    "kernels": Row(may=frozenset({"tilelang"}), must_not=TORCH),
+    "kernels": Row(may=frozenset({"tilelang", "tvm_ffi"}), must_not=TORCH),
     "ops": Row(
         may=TORCH | ours("intervals", "kernels"),
         must_not=ours("reference") | {"tilelang", "torch.distributed"},
@@ -271,7 +271,7 @@ def test_import_needs_torch_alone() -> None:
     present = [part for part in TORCH_ALONE if part in {part_of(path, SRC) for path in files(SRC)}]
     program = f"""
 import sys
-heavy = {sorted(LIBRARIES | {"tilelang", "typer"})}
+heavy = {sorted(LIBRARIES | {"tilelang", "tvm_ffi", "typer"})}
 
 class Refuse:
     def find_spec(self, name, path=None, target=None):

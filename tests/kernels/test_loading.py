@@ -10,7 +10,6 @@ import time
 from itertools import product
 
 import pytest
-import tilelang
 
 from flash_indexer.kernels import compile as kernels
 from flash_indexer.ops import cuda
@@ -122,7 +121,7 @@ def test_a_failed_compilation_shows_its_output(cache, monkeypatch):
 
 def test_without_a_compiler_the_remedies_are_named(tmp_path, monkeypatch):
     monkeypatch.setattr(kernels, "_cache_folder", lambda: tmp_path)
-    monkeypatch.setattr(type(tilelang.env), "CUDA_HOME", "")
+    monkeypatch.setattr(type(kernels._settings()), "CUDA_HOME", "")
     with pytest.raises(RuntimeError, match=r"needs nvcc \(CUDA 12.8 or later\).*flash-indexer\[compiler\].*CUDA_HOME"):
         kernels._compile_missing([SMALLEST])
 
@@ -130,10 +129,6 @@ def test_without_a_compiler_the_remedies_are_named(tmp_path, monkeypatch):
 def test_without_tilelang_the_remedy_is_named():
     program = """
 import sys
-from importlib import metadata
-def version(name):
-    raise metadata.PackageNotFoundError(name)
-metadata.version = version
 sys.modules["tilelang"] = None
 from flash_indexer.kernels import compile
 try:

@@ -111,7 +111,7 @@ def _compiled(name, static):
 
 def _compile_missing(kernels):
     """Compiles what the disk cache lacks, under a lock; whoever waited for it looks again."""
-    if _cache_is_off() or all(_entry(*kernel) for kernel in kernels):
+    if not _settings().is_cache_enabled() or all(_entry(*kernel) for kernel in kernels):
         return
     _need_compiler()
     with _turn():
@@ -178,7 +178,6 @@ def _tilelang():
 @functools.cache
 def _runtime():
     """tvm_ffi, with the libraries in which TileLang's launches live; TileLang itself is not imported."""
-    import torch  # noqa: F401  its CUDA libraries come first
     import tvm_ffi
 
     flags = ctypes.RTLD_GLOBAL | os.RTLD_LAZY
@@ -197,18 +196,24 @@ def _no_tilelang():
     )
 
 
-def _cache_is_off():
-    """TileLang's own switches: its environment variable and, where it is imported, its state."""
-    if "tilelang" in sys.modules and sys.modules["tilelang"] is not None:
-        return not sys.modules["tilelang"].is_cache_enabled()
-    return os.environ.get("TILELANG_DISABLE_CACHE", "0").lower() in ("1", "true", "yes", "on")
+def _settings():
+    """TileLang's settings; where it isn't imported, read by its own module of settings, which needs nothing else."""
+    return _tilelang().env if sys.modules.get("tilelang") is not None else _settings_alone()
+
+
+@functools.cache
+def _settings_alone():
+    found = util.find_spec("tilelang") if "tilelang" not in sys.modules else None
+    if found is None:
+        raise _no_tilelang()
+    specification = util.spec_from_file_location("flash_indexer_tilelang_env", Path(found.origin).with_name("env.py"))
+    module = sys.modules[specification.name] = util.module_from_spec(specification)
+    specification.loader.exec_module(module)
+    return module.env
 
 
 def _need_compiler():
-    _tilelang()
-    from tilelang import env
-
-    home = env.CUDA_HOME
+    home = _settings().CUDA_HOME
     if home and (Path(home) / "bin" / "nvcc").exists():
         return
     raise RuntimeError(
@@ -233,16 +238,13 @@ def _note(name, static):
 
 
 def _cache_folder():
-    return Path(os.environ.get("TILELANG_CACHE_DIR") or Path.home() / ".tilelang" / "cache")
+    return Path(_settings().TILELANG_CACHE_DIR)
 
 
 @functools.cache
 def _version(module):
     """Of the module's source, of the target and of TileLang: the modules of kernels stand alone."""
-    try:
-        digest = hashlib.sha256(f"{metadata.version('tilelang')} {TARGET}".encode())
-    except metadata.PackageNotFoundError as error:
-        raise _no_tilelang() from error
+    digest = hashlib.sha256(f"{metadata.version('tilelang')} {TARGET}".encode())
     digest.update(Path(__file__).with_name(f"{module}.py").read_bytes())
     return digest.hexdigest()[:16]
 
