@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from dataclasses import replace
 from itertools import product
 
@@ -58,6 +60,23 @@ def assert_same(got: Result, expected: Result, tolerance: float = 1e-11) -> None
     for name, a, b in zip(Result._fields, got, expected, strict=True):
         assert a.dtype == b.dtype, name
         torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance, msg=lambda text, name=name: f"{name}: {text}")
+
+
+def test_the_first_call_imports_nothing_heavy():
+    """torch.library.custom_op would import torch._dynamo, hundreds of modules, before anything is computed."""
+    program = """
+import sys
+import torch
+from flash_indexer import causal_intervals, indexer_kl
+q, k, index_q, index_k = torch.randn(5, 2, 4), torch.randn(5, 1, 4), torch.randn(5, 3, 4), torch.randn(5, 4)
+key_start, key_end = causal_intervals(torch.tensor([0, 5]))
+weights = torch.randn(5, 3, requires_grad=True)
+result = indexer_kl(q, k, index_q, index_k, weights, softmax_scale=0.5, key_start=key_start, key_end=key_end)
+result.loss.backward()
+print(sorted({"torch._dynamo", "sympy"} & set(sys.modules)))
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout == "[]\n"
 
 
 @pytest.mark.parametrize("workspace", [1, 30_000, 2**29])

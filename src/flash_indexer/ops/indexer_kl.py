@@ -13,6 +13,8 @@ from flash_indexer.intervals import check_intervals
 from flash_indexer.ops import cpu, cuda
 from flash_indexer.ops.checks import check_indexer_kl
 
+_NAME = "flash_indexer::indexer_kl"
+
 
 class IndexerKL(NamedTuple):
     """Result of `indexer_kl`: the scalar loss to differentiate, and per-token values for logging."""
@@ -91,8 +93,7 @@ def indexer_kl(
     return IndexerKL(loss, kl, entropy)
 
 
-@torch.library.custom_op("flash_indexer::indexer_kl", mutates_args=())
-def _indexer_kl(
+def _body(
     q: Tensor,
     k: Tensor,
     index_q: Tensor,
@@ -120,6 +121,12 @@ def _indexer_kl(
             q, k, index_q, index_k, index_weights, lse, key_start, key_end, token_weight,
             softmax_scale, target, workspace_bytes, needs,
         )  # fmt: skip
+
+
+# not torch.library.custom_op, whose first call imports torch._dynamo: seconds in which nothing is computed
+torch.library.define(_NAME, torch.library.infer_schema(_body, mutates_args=()))
+torch.library.impl(_NAME, "default", _body)
+_indexer_kl = torch.ops.flash_indexer.indexer_kl.default
 
 
 def _blockwise(
@@ -210,8 +217,7 @@ def _empty_gradients(
     return dq, dk, dw
 
 
-@_indexer_kl.register_fake
-def _(
+def _fake(
     q: Tensor,
     k: Tensor,
     index_q: Tensor,
@@ -271,7 +277,8 @@ def _scaled(ctx: Any, d_loss: Tensor) -> Sequence[Tensor]:
     return gradients
 
 
-_indexer_kl.register_autograd(_backward, setup_context=_setup_context)
+torch.library.register_fake(_NAME, _fake)
+torch.library.register_autograd(_NAME, _backward, setup_context=_setup_context)
 _said: set[str] = set()
 
 
