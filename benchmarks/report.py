@@ -90,7 +90,7 @@ BARS = (
         beside("cudnn"), 0.6),
     Bar("smollm2", "H=9 G=3 D=64 I=8 E=64, 8K", "{} x FlashAttention-2 forward + backward", beside("fa2"), 1.0),
     Bar("v32_late", "DeepSeek-V3.2, absorbed, the last 256 queries of 128K", "{} x 8K, as many pairs", against_beside,
-        1.0),
+        None),
     Bar("v32_128k", "DeepSeek-V3.2, absorbed, 128K: time a pair", "{} x that at 8K", against_short, 1.0),
     Bar("v32_128k", "… with the card as hot", "{} x that of 8K repeated for as many pairs", against_repeated, None),
     Bar("v32_128k", "… memory beside inputs and outputs", "{} GiB", gibibytes, 1.0),
