@@ -33,6 +33,15 @@ def teacher_lse(q: Tensor, k: Tensor, softmax_scale: float, key_start: Tensor, k
     return teacher_logits(q, k, softmax_scale).masked_fill(~visible[:, None], -torch.inf).logsumexp(-1)
 
 
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, softmax_scale: float, key_start: Tensor, key_end: Tensor
+) -> tuple[Tensor, Tensor]:
+    """out[t,h] = sum_s exp(scale * q[t,h]·k[s,g(h)] - lse[t,h]) * v[s,g(h)]: [T, H, V], zeros where unseen; lse."""
+    p = target_distribution(q, k, softmax_scale, key_start, key_end, "per_head")
+    out = torch.einsum("ths,shv->thv", p, v.repeat_interleave(q.shape[1] // v.shape[1], dim=1))
+    return out, teacher_lse(q, k, softmax_scale, key_start, key_end)
+
+
 def target_distribution(
     q: Tensor, k: Tensor, softmax_scale: float, key_start: Tensor, key_end: Tensor, target: str = "mean"
 ) -> Tensor:

@@ -91,6 +91,28 @@ KERNEL_CLASSES = tuple(
 SmolLM2-135M's; (576, 128, 64) and (192, 128, 64) are DeepSeek-V3.2's, absorbed and expanded."""
 
 
+class HeadClass(NamedTuple):
+    """What the attention kernels are compiled for: head widths D and V, index width E, heads of a key head."""
+
+    D: int
+    V: int
+    E: int
+    heads: int
+
+
+HEAD_CLASSES = (
+    HeadClass(D=64, V=64, E=32, heads=3),
+    HeadClass(D=128, V=128, E=64, heads=64),
+    HeadClass(D=128, V=128, E=64, heads=4),
+    HeadClass(D=128, V=128, E=128, heads=1),
+    HeadClass(D=128, V=128, E=64, heads=128),
+    HeadClass(D=192, V=128, E=64, heads=2),
+    HeadClass(D=256, V=256, E=64, heads=8),
+    HeadClass(D=80, V=40, E=32, heads=5),
+    HeadClass(D=128, V=64, E=128, heads=12),
+)
+
+
 @dataclass(frozen=True)
 class Inputs:
     """Arguments of `flash_indexer.indexer_kl`. lse and token_weight are there to be passed or not.

@@ -162,10 +162,10 @@ def test_a_plan_is_kept_while_its_intervals_are_unchanged(monkeypatch: pytest.Mo
     assert plan(key_start, key_end, sizes(S)) is not first and len(made) == 3
     other = key_end.clone()
     assert plan(key_start, other, sizes(S)) is not first and len(made) == 4
-    count = len(plans._plans)
+    count = len(plans._kept)
     del key_start, first, made[:]
     gc.collect()
-    assert len(plans._plans) == count - 1
+    assert len(plans._kept) == count - 1
 
 
 def test_contents_are_checked_before_planning() -> None:

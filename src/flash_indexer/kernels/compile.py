@@ -26,6 +26,8 @@ from importlib import metadata, util
 from itertools import product
 from pathlib import Path
 
+from flash_indexer.kernels import tiles
+
 TARGET = {"kind": "cuda", "arch": "sm_90a"}
 BUILDERS = {
     "score": ("score", "build"),
@@ -36,9 +38,17 @@ BUILDERS = {
     "gradients_reduce": ("gradients", "build_reduce"),
     "finish": ("finish", "build_finish"),
     "scale": ("finish", "build_scale"),
+    "attention": ("attention", "build"),
+    "attention_mla": ("attention_mla", "build"),
+    "head_gradients_query": ("head_gradients", "build_query"),
+    "head_gradients_key": ("head_gradients", "build_key"),
 }
 HEAD_WIDTHS, INDEX_WIDTHS, PADDED_HEADS = (64, 96, 128, 192, 256, 576), (32, 64, 128), (8, 16, 32, 64)
 EXP, RELU, SUM = 0, 1, 2
+ATTENTION = (  # D, V, E, heads of a key head: common sizes, and those of the tests
+    (64, 64, 32, 3), (128, 128, 64, 64), (128, 128, 64, 4), (128, 128, 128, 1), (128, 128, 64, 128), (192, 128, 64, 2),
+    (256, 256, 64, 8), (128, 64, 32, 5), (128, 64, 128, 12),
+)  # fmt: skip
 CHILD = "import sys; sys.path[:] = {path!r}; from flash_indexer.kernels.compile import main; main([{title!r}])"
 EXECUTABLE = "executable.so"  # of a cache entry
 NAMED = 8  # kernels that a progress line names
@@ -63,7 +73,7 @@ def prepare(*kernels):
 
 
 def every_kernel():
-    """(name, static sizes) of every kernel that the package can ask for."""
+    """(name, static sizes) of every kernel that the package can ask for; of those of attention, common sizes."""
     yield from (("rows", (("logits", logits),)) for logits in (0, 1))
     yield "scale", ()
     for D in HEAD_WIDTHS:
@@ -74,8 +84,18 @@ def every_kernel():
         yield "score", (("D", E), ("mode", RELU))
         yield "gradients_reduce", (("E", E),)
         yield "finish", (("E", E),)
+    for D, V, E, HG in ATTENTION:
+        for index_width in (0, E):
+            sizes = tiles.attention(D, V, index_width, HG)
+            yield "attention", _sorted(D=D, V=V, E=index_width, HG=HG, **sizes)
+        yield "head_gradients_query", _sorted(D=D, E=E, HG=HG, **tiles.head_gradients_query(D, E))
+        yield "head_gradients_key", _sorted(D=D, E=E, HG=HG, **tiles.head_gradients_key(D, E))
     for name, E, IP in product(("gradients_query", "gradients_key"), INDEX_WIDTHS, PADDED_HEADS):
         yield name, (("E", E), ("IP", IP))
+
+
+def _sorted(**static):
+    return tuple(sorted(static.items()))
 
 
 def program(name, static):
@@ -245,7 +265,9 @@ def _cache_folder():
 def _version(module):
     """Of the module's source, of the target and of TileLang: the modules of kernels stand alone."""
     digest = hashlib.sha256(f"{metadata.version('tilelang')} {TARGET}".encode())
-    digest.update(Path(__file__).with_name(f"{module}.py").read_bytes())
+    for suffix in (".py", ".cuh"):
+        source = Path(__file__).with_name(module + suffix)
+        digest.update(source.read_bytes() if source.exists() else b"")
     return digest.hexdigest()[:16]
 
 

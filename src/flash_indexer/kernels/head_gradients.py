@@ -6,7 +6,7 @@
     d_weights[t,h] = coef[t] · index_q[t,h] · (sum_s g·index_k[s])
     d_index_k[s]   = sum_t,h g·w·coef[t]·index_q[t,h]          `build_key`
 
-Both kernels are one template. X = (X1, X2), 128 rows, stays in shared memory; tiles Y = (Y1, Y2) of N rows stream past it:
+Both kernels are one template. X = (X1, X2), 128 rows, stays in shared memory; tiles Y = (Y1, Y2), N rows, stream by:
 
     S = X1 Y1^T    Z = X2 Y2^T    P = f(S, Z) in bfloat16    O += P Y2
 
@@ -16,14 +16,16 @@ Both kernels are one template. X = (X1, X2), 128 rows, stays in shared memory; t
     key      keys: k and index_k of 128 keys   queries: N // HG tokens           g · w · coef
 
     warps 0-3, 4-7   64 rows of X each: S, Z, P [64, N] and O [64, E] in registers
-    warp 8           feeds by TMA; 
+    warp 8           feeds by TMA;
     warps 10, 11     in `build_key` they gather the numbers that belong to a tile's queries; else idle, as warp 9 is
 
     tensor cores     | S Z of tile i+1 | O += P Y2 of tile i | ...      of one warpgroup, while the other one
     everything else  |                 | f of tile i+1       |          is at its f
 
-Rows of queries are (token, head) in one of two orders, see `attention`. Tiles that cross some query's interval are masked.
+Rows of queries are (token, head) in one of two orders, see `attention`. Tiles that cross a query's interval are masked.
 """
+
+from pathlib import Path
 
 import tilelang
 import tilelang.language as T
@@ -36,273 +38,8 @@ PASS_CONFIGS = {
     tilelang.PassConfigKey.TL_DISABLE_THREAD_STORAGE_SYNC: True,
 }
 REGISTERS = (240, 24)  # consumers, producers
-KEY_REGISTERS = (232, 40)
-
-# Accumulator of one thread: s[4g+2h+c] = row 16·warp + lane/4 + 8h, column 8g + 2·(lane%4) + c. Addresses of shared
-# memory are integers. Numbers of a tile's queries, [6, N]: lse, lsx (base 2; so large that the exponential is zero where
-# there is no query), w · log2(e), w · coef, first visible key, end.
-SOURCE = r"""
-#ifndef FLASH_INDEXER_HEAD_GRADIENTS
-#define FLASH_INDEXER_HEAD_GRADIENTS
-#define HG_LOG2E 1.4426950408889634f
-#define HG_NOTHING 1e30f
-static __device__ __forceinline__ int hg_count(int n, int first, int step) {
-  asm volatile("" : "+r"(n));
-  return n > first ? (int)((unsigned)(n - first + step - 1) / (unsigned)step) : 0;
-}
-static __device__ __forceinline__ int hg_int(const int* p, long long i) {
-  int v;
-  asm volatile("ld.global.nc.s32 %0, [%1];" : "=r"(v) : "l"(p + i));
-  return v;
-}
-static __device__ __forceinline__ float hg_float(const float* p, long long i) {
-  float v;
-  asm volatile("ld.global.nc.f32 %0, [%1];" : "=f"(v) : "l"(p + i));
-  return v;
-}
-// keeps what is made of it from being hoisted out of a loop, to where registers run out
-static __device__ __forceinline__ int hg_opaque(int x) {
-  asm volatile("" : "+r"(x));
-  return x;
-}
-static __device__ __forceinline__ int hg_address(const void* p) { return (int)__cvta_generic_to_shared(p); }
-static __device__ __forceinline__ int hg_field(int item, int field) {
-  int v;
-  asm volatile("ld.shared.s32 %0, [%1];" : "=r"(v) : "r"(item + field * 4));
-  return v;
-}
-static __device__ __forceinline__ float4 hg_four(int address) {
-  float4 v;
-  asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];"
-               : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w)
-               : "r"(address));
-  return v;
-}
-static __device__ __forceinline__ int4 hg_limits(int address) {
-  int4 v;
-  asm volatile("ld.shared.v4.s32 {%0, %1, %2, %3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "r"(address));
-  return v;
-}
-// every lane of the producer writes the same item: the one that then arrives at the barrier has written it, too
-static __device__ __forceinline__ void hg_put(int item, const int* items, int at) {
-#pragma unroll
-  for (int f = 0; f < 8; ++f)
-    asm volatile("st.shared.s32 [%0], %1;" ::"r"(item + f * 4), "r"(hg_int(items, (long long)at * 8 + f)) : "memory");
-}
-static __device__ __forceinline__ int hg_row(int h) {
-  return (threadIdx.x >> 5) * 16 + ((threadIdx.x & 31) >> 2) + 8 * h;
-}
-// R rows: HG heads of R / HG tokens
-template <int HG, int R>
-struct Rows {
-  static constexpr int TOKENS = R / HG;
-  static constexpr bool TOKEN_MAJOR = HG > TOKENS;
-  static __device__ __forceinline__ int token(int r) { return TOKEN_MAJOR ? r / HG : r % TOKENS; }
-  static __device__ __forceinline__ int head(int r) { return TOKEN_MAJOR ? r % HG : r / TOKENS; }
-  static __device__ __forceinline__ bool padding(int r) { return r >= TOKENS * HG; }
-};
-// Items of `build_query`: t0, g, first key, tiles, right, left. Visited in the order 0 .. right - 1, left .. tiles - 1
-// (masked), right .. left - 1.
-static __device__ __forceinline__ int hq_masked(int item) {
-  return hg_field(item, 4) + hg_field(item, 3) - hg_field(item, 5);
-}
-static __device__ __forceinline__ int hq_whole(int item) { return hg_field(item, 5) - hg_field(item, 4); }
-template <int N>
-static __device__ __forceinline__ int hq_key(int item, int i) {
-  const int right = hg_field(item, 4), left = hg_field(item, 5), masked = hq_masked(item);
-  return hg_field(item, 2) - N * (i < right ? i : i < masked ? i - right + left : i - masked + right);
-}
-// Items of `build_key`: key tile, first row tile, end, first whole one, end of those, slot. Visited for each key head:
-// those before and behind the whole ones (masked), then the whole ones.
-static __device__ __forceinline__ int hk_masked(int item) {
-  return hg_field(item, 2) - hg_field(item, 1) - hg_field(item, 4) + hg_field(item, 3);
-}
-static __device__ __forceinline__ int hk_whole(int item) { return hg_field(item, 4) - hg_field(item, 3); }
-static __device__ __forceinline__ int hk_rows(const int* items, int at) {
-  return hg_int(items, at + 2) - hg_int(items, at + 1);
-}
-static __device__ __forceinline__ int hk_tile(const int* items, int at, int i) {
-  const int first = hg_int(items, at + 1), whole = hg_int(items, at + 3), end = hg_int(items, at + 4);
-  const int masked = hg_int(items, at + 2) - first - end + whole;
-  return i < whole - first ? first + i : i < masked ? i - (whole - first) + end : i - masked + whole;
-}
-// the first tile of an item counts as masked, whatever it is
-static __device__ __forceinline__ int hk_masked_left(int item, int g) {
-  const int n = hk_masked(item);
-  return g == 0 && n > 0 ? n - 1 : n;
-}
-static __device__ __forceinline__ int hk_whole_left(int item, int g) {
-  return g == 0 && hk_masked(item) == 0 ? hk_whole(item) - 1 : hk_whole(item);
-}
-// numbers of the thread's two queries: lse, lsx, w, coef, and their intervals; padding and tokens t >= n have none
-template <int HG>
-static __device__ __forceinline__ void hq_numbers(
-    float* x, int* limits, int item, const float* LSE, const float* LSX, const float* W, const float* COEF,
-    const int* KS, const int* KE, int n, int H) {
-  const int t0 = hg_field(item, 0), g = hg_field(item, 1);
-#pragma unroll
-  for (int h = 0; h < 2; ++h) {
-    const int r = hg_row(h), t = t0 + Rows<HG, 128>::token(r);
-    const bool none = Rows<HG, 128>::padding(r) || t >= n;
-    const long long at = (long long)t * H + g * HG + Rows<HG, 128>::head(r);
-    const int first = none ? 0 : hg_int(KS, t), end = none ? 0 : hg_int(KE, t);
-    const bool seen = end > first;
-    x[h] = seen ? hg_float(LSE, at) * HG_LOG2E : HG_NOTHING;
-    x[2 + h] = seen ? hg_float(LSX, at) * HG_LOG2E : HG_NOTHING;
-    x[4 + h] = none ? 0.f : hg_float(W, at) * HG_LOG2E;
-    limits[2 * h] = first;
-    limits[2 * h + 1] = end;
-  }
-}
-template <int HG>
-static __device__ __forceinline__ void hq_limits(int* limits, int item, const int* KS, const int* KE, int n) {
-  const int t0 = hg_field(item, 0);
-#pragma unroll
-  for (int h = 0; h < 2; ++h) {
-    const int r = hg_row(h), t = t0 + Rows<HG, 128>::token(r);
-    const bool none = Rows<HG, 128>::padding(r) || t >= n;
-    limits[2 * h] = none ? 0 : hg_int(KS, t);
-    limits[2 * h + 1] = none ? 0 : hg_int(KE, t);
-  }
-}
-// s = g
-template <int N>
-static __device__ __forceinline__ void hq_apply(float* s, const float* z, const float* x, float scale) {
-#pragma unroll
-  for (int i = 0; i < N / 2; ++i) {
-    const int h = i / 2 % 2;
-    const float e = exp2f(fmaf(z[i], x[4 + h], -x[2 + h])) - exp2f(fmaf(s[i], scale, -x[h]));
-    s[i] = z[i] > 0.f ? e : 0.f;
-  }
-}
-template <int N>
-static __device__ __forceinline__ void hq_mask(float* s, const int* limits, int item, int i) {
-  const int key = hq_key<N>(item, i) + (threadIdx.x & 3) * 2;
-#pragma unroll
-  for (int h = 0; h < 2; ++h) {
-    const int low = limits[2 * h] - key;
-    const unsigned size = limits[2 * h + 1] - limits[2 * h];
-#pragma unroll
-    for (int g = 0; g < N / 8; ++g)
-#pragma unroll
-      for (int c = 0; c < 2; ++c)
-        s[4 * g + 2 * h + c] = (unsigned)(8 * g + c - low) < size ? s[4 * g + 2 * h + c] : 0.f;
-  }
-}
-// 64 threads gather the numbers of a row tile: HG heads of key head g, tokens from t0
-template <int HG, int N>
-static __device__ __forceinline__ void hk_gather(
-    int numbers, int t0, int g, const float* LSE, const float* LSX, const float* W, const float* COEF, const int* KS,
-    const int* KE, int n, int H) {
-  float lse[N / 64], lsx[N / 64], w[N / 64], coef[N / 64];
-  int first[N / 64], end[N / 64];
-#pragma unroll
-  for (int i = 0; i < N / 64; ++i) {
-    const int r = i * 64 + threadIdx.x % 64, t = t0 + Rows<HG, N>::token(r);
-    lse[i] = lsx[i] = w[i] = coef[i] = 0.f;
-    first[i] = end[i] = 0;
-    if (!Rows<HG, N>::padding(r) && t < n) {
-      const long long at = (long long)t * H + g * HG + Rows<HG, N>::head(r);
-      lse[i] = hg_float(LSE, at), lsx[i] = hg_float(LSX, at), w[i] = hg_float(W, at);
-      coef[i] = hg_float(COEF, t), first[i] = hg_int(KS, t), end[i] = hg_int(KE, t);
-    }
-  }
-#pragma unroll
-  for (int i = 0; i < N / 64; ++i) {
-    const int r = i * 64 + threadIdx.x % 64;
-    const bool seen = end[i] > first[i];
-    asm volatile("st.shared.v4.f32 [%0], {%1, %2, %3, %4};" ::"r"(numbers + r * 16),
-                 "f"(seen ? lse[i] * HG_LOG2E : HG_NOTHING), "f"(seen ? lsx[i] * HG_LOG2E : HG_NOTHING),
-                 "f"(w[i] * HG_LOG2E), "f"(w[i] * coef[i])
-                 : "memory");
-    asm volatile("st.shared.v2.s32 [%0], {%1, %2};" ::"r"(numbers + N * 16 + r * 8), "r"(first[i]), "r"(end[i]) : "memory");
-  }
-}
-// s = g · w · coef: rows keys, columns queries
-template <int N>
-static __device__ __forceinline__ void hk_apply(float* s, const float* z, int numbers, float scale) {
-  const int at = numbers + (threadIdx.x & 3) * 32;
-#pragma unroll
-  for (int g = 0; g < N / 8; ++g)
-#pragma unroll
-    for (int c = 0; c < 2; ++c) {
-      const float4 x = hg_four(at + g * 128 + c * 16);
-#pragma unroll
-      for (int h = 0; h < 2; ++h) {
-        const int i = 4 * g + 2 * h + c;
-        const float e = (exp2f(fmaf(z[i], x.z, -x.y)) - exp2f(fmaf(s[i], scale, -x.x))) * x.w;
-        s[i] = z[i] > 0.f ? e : 0.f;
-      }
-    }
-}
-template <int N>
-static __device__ __forceinline__ void hk_mask(float* s, int numbers, int item) {
-  const int at = numbers + N * 16 + (threadIdx.x & 3) * 16, key = hg_field(item, 0) * 128 + hg_row(0);
-#pragma unroll
-  for (int g = 0; g < N / 8; ++g) {
-    const int4 x = hg_limits(at + g * 64);
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const int low = i % 2 ? x.z : x.x, high = i % 2 ? x.w : x.y, here = key + (i / 2) * 8;
-      s[4 * g + i] = here >= low && here < high ? s[4 * g + i] : 0.f;
-    }
-  }
-}
-// a real, ordered instruction after the wait for the product that reads the old P, or ptxas serialises (C7513)
-template <int N>
-static __device__ __forceinline__ void hg_pack(void* p, const float* s) {
-#pragma unroll
-  for (int g = 0; g < N / 4; ++g) {
-    unsigned v;
-    asm volatile("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(v) : "f"(s[2 * g + 1]), "f"(s[2 * g]));
-    ((unsigned*)p)[g] = v;
-  }
-}
-// DQ = w · coef · O and DW = coef · dw
-template <int HG, int E>
-static __device__ __forceinline__ void hq_store(
-    const float* o, const float* dw, const float* x, int item, const float* COEF, void* DQ, float* DW, int n, int H) {
-  const int t0 = hg_field(item, 0), key_head = hg_field(item, 1);
-#pragma unroll
-  for (int h = 0; h < 2; ++h) {
-    const int r = hg_row(h), t = t0 + Rows<HG, 128>::token(r);
-    if (!Rows<HG, 128>::padding(r) && t < n) {
-      const long long at = (long long)t * H + key_head * HG + Rows<HG, 128>::head(r);
-      const float coef = hg_float(COEF, t), w = x[4 + h] * (coef / HG_LOG2E);
-      unsigned* q = (unsigned*)DQ + at * (E / 2) + (threadIdx.x & 3);
-      if ((threadIdx.x & 3) == 0) DW[at] = dw[h] * coef;
-#pragma unroll
-      for (int i = 0; i < E / 8; ++i) {
-        unsigned v;
-        asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(v) : "f"(o[4 * i + 2 * h + 1] * w), "f"(o[4 * i + 2 * h] * w));
-        q[4 * i] = v;
-      }
-    }
-  }
-}
-// slot < 0: DK[kt * 128 + r] += O[r] for rows below S; otherwise PART[slot * 128 + r] = O[r]
-template <int E>
-static __device__ __forceinline__ void hk_store(const float* o, int item, float* DK, float* PART, int S) {
-  const int kt = hg_field(item, 0), slot = hg_field(item, 5);
-#pragma unroll
-  for (int h = 0; h < 2; ++h) {
-    const int r = hg_row(h);
-    if (slot >= 0) {
-      float2* p = (float2*)(PART + ((long long)slot * 128 + r) * E) + (threadIdx.x & 3);
-#pragma unroll
-      for (int g = 0; g < E / 8; ++g) p[4 * g] = make_float2(o[4 * g + 2 * h], o[4 * g + 2 * h + 1]);
-    } else if (kt * 128 + r < S) {
-      float2* p = (float2*)(DK + ((long long)kt * 128 + r) * E) + (threadIdx.x & 3);
-#pragma unroll
-      for (int g = 0; g < E / 8; ++g) {
-        const float2 old = p[4 * g];
-        p[4 * g] = make_float2(old.x + o[4 * g + 2 * h], old.y + o[4 * g + 2 * h + 1]);
-      }
-    }
-  }
-}
-#endif
-"""
+KEY_REGISTERS = (232, 40)  # a gathering producer needs more
+SOURCE = Path(__file__).with_suffix(".cuh").read_text(encoding="utf-8")
 
 # scalars of the rows of a 128-row tile, as its accumulator's threads own them: two a thread, alike in the four of a row
 ROW_LAYOUT = Fragment(
@@ -311,9 +48,6 @@ ROW_LAYOUT = Fragment(
     replicate=4,
     forward_index_fn=lambda i: (i % 16) // 8,
 )
-
-
-PP = 1
 
 
 def _template(E, N, XS, Y2S, apply, mask):
@@ -344,8 +78,7 @@ def _template(E, N, XS, Y2S, apply, mask):
         v[0] = T.call_extern("int32", "hg_opaque", v[0])
         T.barrier_wait(bars[0][v[1] % 2], v[1] // 2 % 2)
         T.barrier_wait(bars[2][v[2]], v[3])
-        if PP:
-            T.sync_threads(8 + tx // 128, 256)
+        T.sync_threads(8 + tx // 128, 256)
         T.wgmma_gemm(X1s[v[0] % XS, :, :], Y1s[v[1] % 2, :, :], S, transpose_B=True, clear_accum=True, policy=rows)
         T.wgmma_gemm(X2s[v[0] % XS, :, :], Y2s[v[2], :, :], Z, transpose_B=True, clear_accum=True, policy=rows)
 
@@ -355,8 +88,7 @@ def _template(E, N, XS, Y2S, apply, mask):
         products(tiles, S, Z, bars, v, tx)
         T.clear(O)
         T.wait_wgmma(0)
-        if PP:
-            T.named_barrier_arrive(9 - tx // 128, 256)
+        T.named_barrier_arrive(9 - tx // 128, 256)
         T.warpgroup_fence_operand(S, num_regs=N // 2)
         T.warpgroup_fence_operand(Z, num_regs=N // 2)
         release(bars[1], v[1] % 2, tx)
@@ -370,11 +102,8 @@ def _template(E, N, XS, Y2S, apply, mask):
     def step(tiles, S, Z, P, O, bars, v, tx, context, masked):
         products(tiles, S, Z, bars, v, tx)
         T.wgmma_gemm(P, tiles[3][v[4], :, :], O, policy=rows)
-        if PP == 1:
-            T.named_barrier_arrive(9 - tx // 128, 256)
+        T.named_barrier_arrive(9 - tx // 128, 256)
         T.wait_wgmma(1)
-        if PP == 2:
-            T.named_barrier_arrive(9 - tx // 128, 256)
         T.warpgroup_fence_operand(S, num_regs=N // 2)
         T.warpgroup_fence_operand(Z, num_regs=N // 2)
         release(bars[1], v[1] % 2, tx)
@@ -383,8 +112,6 @@ def _template(E, N, XS, Y2S, apply, mask):
             mask(S, v, context)
         T.wait_wgmma(0)
         T.warpgroup_fence_operand(O, num_regs=E // 2)
-        if PP == 3:
-            T.named_barrier_arrive(9 - tx // 128, 256)
         release(bars[3], v[4], tx)
         T.call_extern("handle", f"hg_pack<{N}>", P.access_ptr("w"), S.access_ptr("r"))
         advance(v)
@@ -437,20 +164,20 @@ def build_query(D, E, HG, N, XS, Y2S):
         COEF  [T] float32                   factor of a token's gradients
         KS, KE [T] int32, ITEMS [8·nitems]  as in `attention.build`, with tiles of N keys
         DQ    [T·H, E] bfloat16, DW [T·H] float32     written
-        H, tokens, nitems, grid int32, scale float32  CTA c of `grid` takes the items c, c + grid, ...; scale times log2(e)
+        H, tokens, nitems, grid int32; scale float32, times log2(e)     CTA c of `grid` takes the items c, c + grid, ...
     """
-    load, TOKENS, TOKEN_MAJOR = _rows(HG, 128)
+    load, _TOKENS, TOKEN_MAJOR = _rows(HG, 128)
     nq, nk, nt, nx, ni, kd = (T.dynamic(x) for x in ("nq", "nk", "nt", "nx", "ni", "kd"))
     qd, qe = (D, E) if TOKEN_MAJOR else (T.dynamic("qd"), T.dynamic("qe"))
 
     @T.macro
     def apply(S, Z, v, context):
-        x, limits, item, KS, KE, tokens, scale = context
+        x, _limits, _item, _KS, _KE, _tokens, scale = context
         T.call_extern("handle", f"hq_apply<{N}>", S.access_ptr("rw"), Z.access_ptr("r"), x.access_ptr("r"), scale)
 
     @T.macro
     def mask(S, v, context):
-        x, limits, item, KS, KE, tokens, scale = context
+        _x, limits, item, KS, KE, tokens, _scale = context
         T.call_extern(
             "handle", f"hq_limits<{HG}>", limits.access_ptr("w"), item, T.address_of(KS[0]), T.address_of(KE[0]), tokens
         )
@@ -500,9 +227,8 @@ def build_query(D, E, HG, N, XS, Y2S):
                 context = (x, limits, item, KS, KE, tokens, scale)
                 for i in list(range(6)):
                     v[i] = 0
-                if PP:
-                    if tx >= 128:
-                        T.named_barrier_arrive(8, 256)
+                if tx >= 128:
+                    T.named_barrier_arrive(8, 256)
                 items = T.call_extern("int32", "hg_count", nitems, bx, grid)
                 for _ in T.serial(items):
                     item = T.call_extern("int32", "hg_address", T.address_of(Is[0, 0])) + v[0] % XS * 32
@@ -524,8 +250,8 @@ def build_query(D, E, HG, N, XS, Y2S):
                         XO[r, e] = O[r, e] * T.cast(X2s[v[0] % XS, r, e], "float32")
                     T.reduce_sum(XO, dw, dim=1)
                     T.call_extern(
-                        "handle", f"hq_store<{HG}, {E}>", O.access_ptr("r"), dw.access_ptr("r"), x.access_ptr("r"), item,
-                        T.address_of(COEF[0]), T.address_of(DQ[0, 0]), T.address_of(DW[0]), tokens, H,
+                        "handle", f"hq_store<{HG}, {E}>", O.access_ptr("r"), dw.access_ptr("r"), x.access_ptr("r"),
+                        item, T.address_of(COEF[0]), T.address_of(DQ[0, 0]), T.address_of(DW[0]), tokens, H,
                     )  # fmt: skip
                     T.sync_threads(10 + tx // 128, 128)
                     release(emptyx, v[0] % XS, tx)
@@ -588,8 +314,9 @@ def build_key(D, E, HG, N, XS, Y2S):
 
         DK    [S, E] float32               d_index_k, added to
         PART  [slots·128, E] float32       partial sums, written
-        ITEMS [8·nitems] int32             (kt, first, end, whole, end of whole, slot, 0, 0): key tile kt, row tiles first
-                                           .. end - 1, not empty; those in whole .. end of whole - 1 see all of kt.
+        ITEMS [8·nitems] int32             (kt, first, end, whole, end of whole, slot, 0, 0): key tile kt, row tiles
+                                           first .. end - 1, not empty; those in whole .. end of whole - 1 see all of
+                                           kt.
                                            slot < 0: DK[kt·128 + r] += sum; otherwise PART[slot·128 + r] = sum
         G int32                            key heads, whose queries follow one another in an item
     """
@@ -599,14 +326,14 @@ def build_key(D, E, HG, N, XS, Y2S):
 
     @T.macro
     def apply(S, Z, v, context):
-        numbers, item, scale = context
+        numbers, _item, scale = context
         T.call_extern(
             "handle", f"hk_apply<{N}>", S.access_ptr("rw"), Z.access_ptr("r"), numbers + v[2] * (24 * N), scale
         )
 
     @T.macro
     def mask(S, v, context):
-        numbers, item, scale = context
+        numbers, item, _scale = context
         T.call_extern("handle", f"hk_mask<{N}>", S.access_ptr("rw"), numbers + v[2] * (24 * N), item)
 
     first, step, last, release = _template(E, N, XS, Y2S, apply, mask)
@@ -657,9 +384,8 @@ def build_key(D, E, HG, N, XS, Y2S):
                 for i in list(range(6)):
                     v[i] = 0
                 numbers = T.call_extern("int32", "hg_address", T.address_of(Ns[0, 0]))
-                if PP:
-                    if tx >= 128:
-                        T.named_barrier_arrive(8, 256)
+                if tx >= 128:
+                    T.named_barrier_arrive(8, 256)
                 items = T.call_extern("int32", "hg_count", nitems, bx, grid)
                 for _ in T.serial(items):
                     T.barrier_wait(fullx[v[0] % XS], v[0] // XS % 2)
@@ -715,7 +441,10 @@ def build_key(D, E, HG, N, XS, Y2S):
                                 xs = 0
                                 xp = xp ^ 1
                             for i in T.serial(rows):
-                                t0 = T.call_extern("int32", "hk_tile", T.address_of(ITEMS[0]), (bx + it * grid) * 8, i) * TOKENS
+                                t0 = (
+                                    T.call_extern("int32", "hk_tile", T.address_of(ITEMS[0]), (bx + it * grid) * 8, i)
+                                    * TOKENS
+                                )
                                 T.barrier_wait(empty1[s1], p1)
                                 load(Q, Y1s, s1, full1, D, t0, g, H)
                                 if T.shuffle_elect(32):

@@ -35,10 +35,14 @@ def check_index_inputs(op: str, index_q: Tensor, index_k: Tensor, index_weights:
 
 
 def check_indexer_kl(
-    tensors: dict[str, Tensor | None], key_start: Tensor, key_end: Tensor, target: str, softmax_scale: float
+    tensors: dict[str, Tensor | None],
+    key_start: Tensor,
+    key_end: Tensor,
+    target: str,
+    softmax_scale: float,
+    op: str = "indexer_kl",
 ) -> Sizes:
     """Checks every argument of `indexer_kl`; tensors holds q, k, index_q, index_k, index_weights, lse, token_weight."""
-    op = "indexer_kl"
     given = {name: x for name, x in tensors.items() if x is not None}
     q, k, index_q, index_k = (given[name] for name in ("q", "k", "index_q", "index_k"))
     if target not in TARGETS:
@@ -71,6 +75,34 @@ def check_indexer_kl(
     if not softmax_scale > 0:
         raise ValueError(f"{op}: softmax_scale must be positive (the model's own, e.g. D ** -0.5), got {softmax_scale}")
     return Sizes(T, S, H, G, D, I, E)
+
+
+def check_attention(op: str, q: Tensor, k: Tensor, v: Tensor, key_start: Tensor, key_end: Tensor, scale: float) -> None:
+    """Checks every argument of attention: q [T, H, D], k [S, G, D], v [S, G, V]."""
+    _rank(op, "q", q, "[T, H, D]", 3)
+    T, H, D = q.shape
+    _rank(op, "k", k, "[S, G, D]", 3)
+    S, G = k.shape[:2]
+    _shape(op, "k", k, "[S, G, D]", (S, G, D), free=2)
+    if G == 0 or H % G:
+        raise ValueError(f"{op}: q's head count must be a multiple of k's: H % G == 0, got H={H}, G={G}")
+    check_value(op, k, v)
+    check_interval_tensors(op, key_start, key_end, T, q.device)
+    check_dtypes(op, dict(q=q, k=k, v=v))
+    for name, x in (("q", q), ("k", k)):
+        if x.requires_grad:
+            raise ValueError(f"{op}: {name} is a constant but requires grad; detach: the main model is frozen")
+    if not scale > 0:
+        raise ValueError(f"{op}: softmax_scale must be positive (the model's own, e.g. D ** -0.5), got {scale}")
+
+
+def check_value(op: str, k: Tensor, v: Tensor) -> None:
+    """Checks v: [S, G, V] like k, a constant."""
+    _rank(op, "v", v, "[S, G, V]", 3)
+    _shape(op, "v", v, "[S, G, V]", (*k.shape[:2], v.shape[2]), free=0)
+    check_dtypes(op, dict(k=k, v=v))
+    if v.requires_grad:
+        raise ValueError(f"{op}: v is a constant but requires grad; detach: the main model is frozen")
 
 
 def check_interval_tensors(op: str, key_start: Tensor, key_end: Tensor, num_queries: int, device: torch.device) -> None:

@@ -75,6 +75,35 @@ def teacher_lse(
     return lse
 
 
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, key_start: Tensor, key_end: Tensor, softmax_scale: float, workspace_bytes: int
+) -> tuple[Tensor, Tensor]:
+    """out[t,h] = sum_s exp(scale * q[t,h]·k[s,g(h)] - lse[t,h]) * v[s,g(h)] and lse, over the visible keys.
+
+    Args:
+        q: [T, H, D]. k: [S, G, D]. v: [S, G, V]. key_start, key_end: [T].
+
+    Returns:
+        out [T, H, V] in q's dtype, zeros for a query that sees nothing; lse [T, H], -inf there.
+    """
+    dtype = compute_dtype(q)
+    (T, H), per_group = q.shape[:2], q.shape[1] // k.shape[1]
+    out = torch.zeros(T, H, v.shape[2], dtype=q.dtype, device=q.device)
+    lse = torch.full((T, H), -torch.inf, dtype=dtype, device=q.device)
+    for begin, end, first, last in plan_chunks(key_start, key_end, 2, dtype.itemsize, workspace_bytes):
+        starts = (key_start[begin:end] - first).clamp_(0, last - first)
+        ends = (key_end[begin:end] - first).clamp_(0, last - first)
+        unseen = (ends <= starts)[:, None]
+        for h in range(H):
+            query, key = q[begin:end, h].to(dtype) * softmax_scale, k[first:last, h // per_group].to(dtype)
+            logits = fill_unseen(query @ key.T, starts, ends, torch.finfo(dtype).min)
+            row = logits.logsumexp(-1, keepdim=True)
+            p = fill_unseen(logits.sub_(row).exp_(), starts, ends, 0.0)
+            out[begin:end, h] = (p @ v[first:last, h // per_group].to(dtype)).to(out.dtype)
+            lse[begin:end, h] = row.masked_fill(unseen, -torch.inf)[:, 0]
+    return out, lse
+
+
 def index_scores(
     index_q: Tensor,
     index_k: Tensor,

@@ -74,7 +74,7 @@ def indexer_kl(
         sizes = Sizes(k.shape[0], E, _padded_heads(I), k.shape[1] > 1, workspace_bytes, processors)
         work = plan(key_start, key_end, sizes)
         _prepare(q, index_q, target == "mean", lse is None, tuple(needs))
-        q, k, index_q, index_k, index_weights = map(_aligned, (q, k, index_q, index_k, index_weights))
+        q, k, index_q, index_k, index_weights = map(aligned, (q, k, index_q, index_k, index_weights))
         key_start, key_end = key_start.contiguous(), key_end.contiguous()
         weight = work.weight if token_weight is None else token_weight.contiguous()
         if target == "mean" and work.chunks:
@@ -110,7 +110,7 @@ def teacher_lse(q: Tensor, k: Tensor, key_start: Tensor, key_end: Tensor, softma
     """lse[t,h] = log sum over visible s of exp(scale * q[t,h]·k[s,g(h)]): float32 [T, H], -inf where none is."""
     T, H, D = q.shape
     lse = torch.empty(T, H, device=q.device)
-    kernel = _kernel("lse", D=D)
+    kernel = load_kernel("lse", D=D)
     heads = H // k.shape[1]
     grid = min(-(-T // TILE) * H, torch.cuda.get_device_properties(q.device).multi_processor_count)
     kernel(
@@ -168,7 +168,7 @@ def kl_rows(
     key_start, key_end, weight = rows
     di, kl, entropy = out
     count = chunk.end - chunk.begin
-    kernel = _kernel("rows", logits=int(logits))
+    kernel = load_kernel("rows", logits=int(logits))
     kernel(p, scores, work.blocks, key_start, key_end, weight, di, kl, entropy, chunk.begin, count)
 
 
@@ -202,18 +202,18 @@ def index_gradients(
     queries, weights = queries.view(-1, E), weights.view(-1)
     if out.index_q is not None and out.weights is not None:
         count = chunk.query.numel() // 4
-        _kernel("gradients_query", E=E, IP=padded)(
+        load_kernel("gradients_query", E=E, IP=padded)(
             queries, index_k, weights, di, out.index_q.view(-1, E), out.weights.view(-1), chunk.query,
             I, base, T, count, min(count, processors),
         )  # fmt: skip
     if out.index_k is not None:
         count = chunk.key.numel() // 4
-        _kernel("gradients_key", E=E, IP=padded)(
+        load_kernel("gradients_key", E=E, IP=padded)(
             queries, index_k, weights, di, out.index_k, partials, work.blocks, chunk.key, base, count,
             min(count, processors),
         )  # fmt: skip
         if chunk.slots:
-            _kernel("gradients_reduce", E=E)(out.index_k, partials, chunk.reduce, chunk.reduce.numel() // 4)
+            load_kernel("gradients_reduce", E=E)(out.index_k, partials, chunk.reduce, chunk.reduce.numel() // 4)
 
 
 def finish(d_index_k: Tensor | None, weight: Tensor, kl: Tensor, index_k: Tensor) -> tuple[Tensor, Tensor]:
@@ -226,7 +226,7 @@ def finish(d_index_k: Tensor | None, weight: Tensor, kl: Tensor, index_k: Tensor
         wide, narrow, rows = loss.new_empty(1, E), index_k.new_empty(1, E), 0
     else:
         wide, narrow, rows = d_index_k, out, out.shape[0]
-    _kernel("finish", E=E)(wide, narrow, weight, kl, loss, rows)
+    load_kernel("finish", E=E)(wide, narrow, weight, kl, loss, rows)
     return loss.view(()), out
 
 
@@ -238,7 +238,7 @@ def scale(gradients: Sequence[Tensor], factor: Tensor) -> None:
     given = [x.reshape(-1, x.shape[-1]) if x.numel() else x.new_empty(1, 1) for x in gradients]
     rows = [x.shape[0] if gradient.numel() else 0 for x, gradient in zip(given, gradients, strict=True)]
     if any(rows):
-        _kernel("scale")(*given, factor.float().reshape(1), *rows)
+        load_kernel("scale")(*given, factor.float().reshape(1), *rows)
 
 
 def _score(
@@ -254,7 +254,7 @@ def _score(
 ) -> None:
     H, D = q.shape[1:]
     count = chunk.score.numel() // 4
-    _kernel("score", D=D, mode=mode)(
+    load_kernel("score", D=D, mode=mode)(
         q.view(q.shape[0], -1), k.view(k.shape[0], -1), low.view(-1), out, chunk.score,
         H, H // k.shape[1], scale, first_row, count, min(count, processors),
     )  # fmt: skip
@@ -283,7 +283,8 @@ def _prepare(q: Tensor, index_q: Tensor, mean: bool, without_lse: bool, needs: t
     prepare(*wanted)
 
 
-def _kernel(name: str, **static: int) -> Any:
+def load_kernel(name: str, **static: int) -> Any:
+    """The compiled kernel with these sizes."""
     from flash_indexer.kernels.compile import load
 
     return load(name, **static)
@@ -293,7 +294,7 @@ def _padded_heads(heads: int) -> int:
     return next(padded for padded in _PADDED_HEADS if padded >= heads)
 
 
-def _aligned(x: Tensor) -> Tensor:
+def aligned(x: Tensor) -> Tensor:
     """Contiguous, and beginning at a multiple of 16 bytes, as the copy engine wants it."""
     x = x.contiguous()
     return x if x.data_ptr() % 16 == 0 else x.clone()

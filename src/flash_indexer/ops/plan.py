@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import heapq
 import itertools
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -19,6 +20,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from flash_indexer.intervals import check_intervals
 
+Made = TypeVar("Made")
 TILE = 128
 BYTES_PER_TILE = TILE * TILE * (4 + 4 + 2)  # teacher scores, index scores, di
 _SIDE_BY_SIDE = {False: 1, True: 8}  # token blocks whose tiles are computed together; one key head, many
@@ -69,14 +71,14 @@ class Plan:
 
 
 class _Kept(NamedTuple):
-    """The plans of a key_start tensor, with what must be unchanged for them to hold."""
+    """What was made from a key_start tensor, with what must be unchanged for it to hold."""
 
     key_end: Tensor
     versions: tuple[int, int]
-    plans: dict[Sizes, Plan]
+    made: dict[Hashable, Any]
 
 
-_plans: Any = WeakTensorKeyDictionary()
+_kept: Any = WeakTensorKeyDictionary()
 
 
 def plan(key_start: Tensor, key_end: Tensor, sizes: Sizes) -> Plan:
@@ -85,18 +87,25 @@ def plan(key_start: Tensor, key_end: Tensor, sizes: Sizes) -> Plan:
     Raises:
         ValueError: as `check_intervals`, when the contents are no valid intervals.
     """
+    return kept(key_start, key_end, sizes.S, sizes, lambda start, end: make_plan(start, end, sizes, key_start.device))
+
+
+def kept(
+    key_start: Tensor, key_end: Tensor, num_keys: int, sizes: Hashable, make: Callable[[Tensor, Tensor], Made]
+) -> Made:
+    """make(key_start, key_end) of intervals checked and copied to the CPU; kept while the tensors live unchanged."""
     versions = None if key_start.is_inference() or key_end.is_inference() else (key_start._version, key_end._version)
-    kept: _Kept | None = _plans.get(key_start) if versions is not None else None
-    if kept is not None and (kept.key_end is not key_end or kept.versions != versions):
-        kept = None
-    if kept is not None and sizes in kept.plans:
-        return kept.plans[sizes]
-    check_intervals(key_start, key_end, sizes.S)
-    made = make_plan(key_start.cpu(), key_end.cpu(), sizes, key_start.device)
+    old: _Kept | None = _kept.get(key_start) if versions is not None else None
+    if old is not None and (old.key_end is not key_end or old.versions != versions):
+        old = None
+    if old is not None and sizes in old.made:
+        return cast("Made", old.made[sizes])
+    check_intervals(key_start, key_end, num_keys)
+    made = make(key_start.cpu(), key_end.cpu())
     if versions is not None:
-        if kept is None:
-            kept = _plans[key_start] = _Kept(key_end, versions, {})
-        kept.plans[sizes] = made
+        if old is None:
+            old = _kept[key_start] = _Kept(key_end, versions, {})
+        old.made[sizes] = made
     return made
 
 
@@ -120,16 +129,27 @@ def make_plan(key_start: Tensor, key_end: Tensor, sizes: Sizes, device: torch.de
         lists += [items, reduce]
         shapes.append((begin, stop, int((end - first)[begin:stop].sum()), slots))
     flat = torch.cat([*(x.reshape(-1) for x in lists), blocks.reshape(-1)]).to(torch.int32)
-    flat = (flat.pin_memory() if device.type == "cuda" else flat).to(device, non_blocking=True)
+    flat = sent(flat, device)
     pieces = torch.split(flat, [*(x.numel() for x in lists), blocks.numel()])
     T = key_start.shape[0]
     chunks = tuple(
         Chunk(b * TILE, min(e * TILE, T), tiles, slots, *pieces[4 * n : 4 * n + 4])
         for n, (b, e, tiles, slots) in enumerate(shapes)
     )
+    return Plan(
+        chunks, pieces[-1], mean_weight(key_start, key_end).to(device), T > 0 and bool((group_end > group_first).all())
+    )
+
+
+def sent(x: Tensor, device: torch.device) -> Tensor:
+    """x on the device, without waiting for it."""
+    return (x.pin_memory() if device.type == "cuda" else x).to(device, non_blocking=True)
+
+
+def mean_weight(key_start: Tensor, key_end: Tensor) -> Tensor:
+    """float32 [T]: 1/n for the n queries that see a key, else 0."""
     seen = key_end > key_start
-    weight = (seen.double() / seen.sum().clamp_min(1)).float().to(device)
-    return Plan(chunks, pieces[-1], weight, T > 0 and bool((group_end > group_first).all()))
+    return (seen.double() / seen.sum().clamp_min(1)).float()
 
 
 def visible_tiles(key_start: Tensor, key_end: Tensor, rows: int) -> tuple[Tensor, Tensor]:
@@ -192,7 +212,7 @@ def score_items(blocks: Tensor, begin: int, stop: int, grouped: bool) -> Tensor:
     heads: 8 blocks side by side, so that queries and keys of the tiles under way are read equally often.
     """
     base, first, end = blocks[begin:stop, 0], blocks[begin:stop, 1], blocks[begin:stop, 2]
-    block, place = _ragged(end - first)
+    block, place = ragged(end - first)
     key_tile = first[block] + place
     items = torch.stack([(begin + block) * TILE, key_tile * TILE, base[block] + key_tile, torch.zeros_like(block)], 1)
     side = _SIDE_BY_SIDE[grouped]
@@ -234,7 +254,7 @@ def key_items(first: Tensor, end: Tensor, begin: int, stop: int, sizes: Sizes) -
         longest *= 2
         segments, starts = _segments(number, longest)
     parts = segments[right - 1] - segments[left] + 1
-    owner, place = _ragged(parts)
+    owner, place = ragged(parts)
     segment = segments[left][owner] + place
     item_begin = number[torch.maximum(left[owner], starts[segment])]
     item_end = number[torch.minimum(right[owner], starts[segment + 1]) - 1] + 1
@@ -279,7 +299,7 @@ def balanced(items: Tensor, cost: Tensor, processors: int) -> Tensor:
     return items
 
 
-def _ragged(counts: Tensor) -> tuple[Tensor, Tensor]:
+def ragged(counts: Tensor) -> tuple[Tensor, Tensor]:
     """For each unit of counts, its owner and its place among the owner's units."""
     owner = torch.repeat_interleave(torch.arange(counts.shape[0]), counts)
     return owner, torch.arange(owner.shape[0]) - (counts.cumsum(0) - counts)[owner]

@@ -1,0 +1,328 @@
+#pragma once
+// Accumulator of one thread: s[4g+2h+c] = row 16·warp + lane/4 + 8h, column 8g + 2·(lane%4) + c. Arrays of two are one
+// number for each of the thread's two rows h. An item in shared memory: t0, g, first key, tiles, right, left (see build).
+#define AT_UNSEEN -1e30f
+#define AT_UNSET 1e30f
+static __device__ __forceinline__ int at_count(int n, int first, int step) {
+  asm volatile("" : "+r"(n));
+  return n > first ? (int)((unsigned)(n - first + step - 1) / (unsigned)step) : 0;
+}
+static __device__ __forceinline__ int at_int(const int* p, long long i) {
+  int v;
+  asm volatile("ld.global.nc.s32 %0, [%1];" : "=r"(v) : "l"(p + i));
+  return v;
+}
+static __device__ __forceinline__ float at_float(const float* p, long long i) {
+  float v;
+  asm volatile("ld.global.nc.f32 %0, [%1];" : "=f"(v) : "l"(p + i));
+  return v;
+}
+// keeps what is made of it from being hoisted out of a loop, to where registers run out
+static __device__ __forceinline__ int at_opaque(int x) {
+  asm volatile("" : "+r"(x));
+  return x;
+}
+static __device__ __forceinline__ int at_address(const void* p) { return (int)__cvta_generic_to_shared(p); }
+static __device__ __forceinline__ int at_field(int item, int field) {
+  int v;
+  asm volatile("ld.shared.s32 %0, [%1];" : "=r"(v) : "r"(item + field * 4));
+  return v;
+}
+// tiles of the item are visited in the order 0 .. right - 1, left .. tiles - 1 (these are masked), right .. left - 1
+static __device__ __forceinline__ int at_masked(int item) {
+  return at_field(item, 4) - 1 + at_field(item, 3) - at_field(item, 5);
+}
+static __device__ __forceinline__ int at_whole(int item) { return at_field(item, 5) - at_field(item, 4); }
+static __device__ __forceinline__ int at_tile(int item, int i) {
+  const int right = at_field(item, 4);
+  return i < right ? i : i - right + at_field(item, 5);
+}
+template <int BN>
+static __device__ __forceinline__ int at_key(int item, int i) {
+  const int masked = at_masked(item) + 1;
+  return at_field(item, 2) - BN * (i < masked ? at_tile(item, i) : i - masked + at_field(item, 4));
+}
+// every lane of the producer writes the same item: the one that then arrives at the barrier has written it, too
+static __device__ __forceinline__ void at_put(int item, const int* items, int at) {
+#pragma unroll
+  for (int f = 0; f < 6; ++f)
+    asm volatile("st.shared.s32 [%0], %1;" ::"r"(item + f * 4), "r"(at_int(items, (long long)at * 8 + f)) : "memory");
+}
+static __device__ __forceinline__ int4 at_numbers(int address) {
+  int4 v;
+  asm volatile("ld.shared.v4.s32 {%0, %1, %2, %3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "r"(address));
+  return v;
+}
+static __device__ __forceinline__ int at_row(int h) {
+  return (threadIdx.x >> 5) * 16 + ((threadIdx.x & 31) >> 2) + 8 * h;
+}
+template <int HG>
+struct Rows {
+  static constexpr int TOKENS = 128 / HG;
+  static constexpr bool TOKEN_MAJOR = HG > TOKENS;
+  static __device__ __forceinline__ int token(int r) { return TOKEN_MAJOR ? r / HG : r % TOKENS; }
+  static __device__ __forceinline__ int head(int r) { return TOKEN_MAJOR ? r % HG : r / TOKENS; }
+  static __device__ __forceinline__ bool padding(int r) { return r >= TOKENS * HG; }
+};
+// over the four lanes that share a row
+static __device__ __forceinline__ float at_quad_max(float x) {
+  x = fmaxf(x, __shfl_xor_sync(0xffffffffu, x, 1));
+  return fmaxf(x, __shfl_xor_sync(0xffffffffu, x, 2));
+}
+static __device__ __forceinline__ float at_quad_sum(float x) {
+  x += __shfl_xor_sync(0xffffffffu, x, 1);
+  return x + __shfl_xor_sync(0xffffffffu, x, 2);
+}
+// 64 threads gather the numbers of an item's rows, [128, 4]: interval and w · log2(e); padding and tokens t >= n see nothing
+template <int HG, int E>
+static __device__ __forceinline__ void at_gather(
+    int numbers, const int* items, int at, const int* KS, const int* KE, const float* W, int n, int H) {
+  const int t0 = at_int(items, (long long)at * 8), g = at_int(items, (long long)at * 8 + 1);
+  int first[2], end[2];
+  float w[2];
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    const int r = i * 64 + threadIdx.x % 64, t = t0 + Rows<HG>::token(r);
+    first[i] = end[i] = 0;
+    w[i] = 0.f;
+    if (!Rows<HG>::padding(r) && t < n) {
+      first[i] = at_int(KS, t), end[i] = at_int(KE, t);
+      if (E) w[i] = at_float(W, (long long)t * H + g * HG + Rows<HG>::head(r)) * 1.4426950408889634f;
+    }
+  }
+#pragma unroll
+  for (int i = 0; i < 2; ++i)
+    asm volatile("st.shared.v4.s32 [%0], {%1, %2, %3, %4};" ::"r"(numbers + (i * 64 + (int)threadIdx.x % 64) * 16),
+                 "r"(first[i]), "r"(end[i]), "r"(__float_as_int(w[i])), "r"(0)
+                 : "memory");
+}
+// intervals of the thread's rows, first and end of row 0, of row 1
+static __device__ __forceinline__ void at_limits(int* limits, int numbers) {
+#pragma unroll
+  for (int h = 0; h < 2; ++h) {
+    const int4 v = at_numbers(numbers + at_row(h) * 16);
+    limits[2 * h] = v.x;
+    limits[2 * h + 1] = v.y;
+  }
+}
+static __device__ __forceinline__ void at_weights(float* w, int numbers) {
+#pragma unroll
+  for (int h = 0; h < 2; ++h) w[h] = __int_as_float(at_numbers(numbers + at_row(h) * 16).z);
+}
+// the i-th masked tile of the item: s = UNSEEN outside of the rows' limits; rows that see their first key get their shift
+template <int BN>
+static __device__ __forceinline__ void at_mask(float* s, float* m, const int* limits, int item, int i, float scale) {
+  const int first = at_field(item, 2) - at_tile(item, i) * BN + (threadIdx.x & 3) * 2;
+#pragma unroll
+  for (int h = 0; h < 2; ++h) {
+    const int low = limits[2 * h] - first;
+    const unsigned size = limits[2 * h + 1] - limits[2 * h];
+    float most = AT_UNSEEN;
+#pragma unroll
+    for (int g = 0; g < BN / 8; ++g)
+#pragma unroll
+      for (int c = 0; c < 2; ++c) {
+        float& x = s[4 * g + 2 * h + c];
+        x = (unsigned)(8 * g + c - low) < size ? x : AT_UNSEEN;
+        most = fmaxf(most, x);
+      }
+    most = at_quad_max(most);
+    if (m[h] == AT_UNSET && most > 0.5f * AT_UNSEEN) m[h] = most * scale;
+  }
+}
+// x = w · max(x, 0), then as at_mask
+template <int BN>
+static __device__ __forceinline__ void at_mask_index(
+    float* x, float* n, const float* w, const int* limits, int item, int i) {
+#pragma unroll
+  for (int j = 0; j < BN / 2; ++j) x[j] = fmaxf(x[j], 0.f) * w[j / 2 % 2];
+  at_mask<BN>(x, n, limits, item, i, 1.f);
+}
+// m = max(m, rowmax(s)), with what was summed under the old shift; o is rescaled by alpha when its product is done
+template <int BN, int E>
+static __device__ __forceinline__ void at_raise(
+    const float* s, float* m, float* l, float* c, float* alpha, float scale) {
+#pragma unroll
+  for (int h = 0; h < 2; ++h) {
+    float most = fmaxf(s[2 * h], s[2 * h + 1]);
+#pragma unroll
+    for (int g = 1; g < BN / 8; ++g) most = fmaxf(fmaxf(most, s[4 * g + 2 * h]), s[4 * g + 2 * h + 1]);
+    const float fresh = fmaxf(at_quad_max(most) * scale, m[h]), delta = m[h] - fresh;
+    alpha[h] = exp2f(delta);
+#pragma unroll
+    for (int i = 2 * h; i < 2 * h + 2; ++i) {
+      if (E) c[i] = (c[i] + delta * l[i]) * alpha[h];
+      l[i] *= alpha[h];
+    }
+    m[h] = fresh;
+  }
+}
+// s = exp2(a - m), x = x - n, and this tile's sums l, y, c; READY: x is weighted already
+template <int BN, int E, bool READY>
+static __device__ __forceinline__ void at_softmax(
+    float* s, float* x, const float* m, const float* n, const float* w, float* l, float* y, float* c, float scale) {
+#pragma unroll
+  for (int j = 0; j < 4; ++j) l[j] = 0.f;
+#pragma unroll
+  for (int j = 0; j < (E ? 4 : 0); ++j) c[j] = y[j] = 0.f;
+#pragma unroll
+  for (int i = 0; i < BN / 2; ++i) {
+    const int h = i / 2 % 2, j = i % 4;
+    const float a = fmaf(s[i], scale, -m[h]), e = exp2f(a);
+    l[j] += e;
+    s[i] = e;
+    if (E) {
+      x[i] = READY ? x[i] - n[h] : fmaf(fmaxf(x[i], 0.f), w[h], -n[h]);
+      c[j] = fmaf(e, a - x[i], c[j]);
+      y[j] += exp2f(x[i]);
+    }
+  }
+#pragma unroll
+  for (int j = 0; j < 4; ++j) asm volatile("" : "+f"(l[j]));  // here, between the exponentials, not after a branch
+}
+// s = q k^T once more, of the thread's warp alone, from global memory: key tile that begins at `key`
+template <int BN, int D, int HG>
+static __device__ __forceinline__ void at_again(
+    float* s, int t0, int g, int key, const void* Q, const void* K, int n, int H) {
+  const int lane = threadIdx.x & 31, stride = H / HG * D;
+  const unsigned* q[2];
+#pragma unroll
+  for (int h = 0; h < 2; ++h) {
+    const int r = min(at_row(h), Rows<HG>::TOKENS * HG - 1), t = min(t0 + Rows<HG>::token(r), n - 1);
+    q[h] = (const unsigned*)Q + ((long long)t * H + g * HG + Rows<HG>::head(r)) * (D / 2) + (lane & 3);
+  }
+  const unsigned* k = (const unsigned*)K + ((long long)(key + lane / 4) * stride + g * D) / 2 + (lane & 3);
+#pragma unroll
+  for (int i = 0; i < BN / 2; ++i) s[i] = 0.f;
+#pragma unroll 1
+  for (int d = 0; d < D / 2; d += 8) {
+    const unsigned a0 = q[0][d], a1 = q[1][d], a2 = q[0][d + 4], a3 = q[1][d + 4];
+#pragma unroll
+    for (int i = 0; i < BN / 8; ++i) {
+      const unsigned* b = k + (long long)i * 4 * stride + d;
+      asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+          "{%0, %1, %2, %3};"
+          : "+f"(s[4 * i]), "+f"(s[4 * i + 1]), "+f"(s[4 * i + 2]), "+f"(s[4 * i + 3])
+          : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b[0]), "r"(b[4]));
+    }
+  }
+}
+// whether sums of a tile are too large to go on with their shifts: 1 l, 2 y
+template <int E>
+static __device__ __forceinline__ int at_over(const float* l, const float* y) {
+  float a = l[0], b = E ? y[0] : 0.f;
+#pragma unroll
+  for (int j = 1; j < 4; ++j) {
+    a = fmaxf(a, l[j]);
+    if (E) b = fmaxf(b, y[j]);
+  }
+  int over = __any_sync(0xffffffffu, fmaxf(a, b) > 1e18f);
+  if (over) over = __any_sync(0xffffffffu, a > 1e18f) + 2 * __any_sync(0xffffffffu, b > 1e18f);
+  return over;
+}
+template <int E>
+static __device__ __forceinline__ void at_total(float* total, const float* sum) {
+#pragma unroll
+  for (int j = 0; j < 4; ++j) total[j] += sum[j];
+}
+template <int V>
+static __device__ __forceinline__ void at_scale(float* o, const float* by) {
+#pragma unroll
+  for (int i = 0; i < V / 2; ++i) o[i] *= by[i / 2 % 2];
+}
+// a tile's softmax once more, with m raised: its sums had outgrown the old one
+template <int BN, int D, int V, int HG, int E>
+static __device__ __forceinline__ void at_redo(
+    float* s, const float* x, float* o, float* m, float* l, float* c, float* l_tile, float* c_tile, float* alpha,
+    float scale, int item, int i, const void* Q, const void* K, int n, int H) {
+  asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");  // o is complete
+  const int key = at_key<BN>(item, at_masked(item) + 1 + i);
+  at_again<BN, D, HG>(s, at_field(item, 0), at_field(item, 1), key, Q, K, n, H);
+  at_raise<BN, E>(s, m, l, c, alpha, scale);
+  at_scale<V>(o, alpha);
+#pragma unroll
+  for (int j = 0; j < 4; ++j) l_tile[j] = 0.f;
+#pragma unroll
+  for (int j = 0; j < (E ? 4 : 0); ++j) c_tile[j] = 0.f;
+#pragma unroll
+  for (int z = 0; z < BN / 2; ++z) {
+    const int h = z / 2 % 2, j = z % 4;
+    const float a = fmaf(s[z], scale, -m[h]);
+    s[z] = exp2f(a);
+    l_tile[j] += s[z];
+    if (E) c_tile[j] = fmaf(s[z], a - x[z], c_tile[j]);
+  }
+}
+// n raised by what the tile's x exceed it
+template <int BN>
+static __device__ __forceinline__ void at_raise_index(
+    float* x, float* n, const float* l, float* y, float* c, const float* l_tile, float* y_tile, float* c_tile) {
+#pragma unroll
+  for (int h = 0; h < 2; ++h) {
+    float most = 0.f;
+#pragma unroll
+    for (int g = 0; g < BN / 8; ++g) most = fmaxf(fmaxf(most, x[4 * g + 2 * h]), x[4 * g + 2 * h + 1]);
+    most = at_quad_max(most);
+    n[h] += most;
+    const float shrink = exp2f(-most);
+#pragma unroll
+    for (int j = 2 * h; j < 2 * h + 2; ++j) {
+      y[j] *= shrink;
+      c[j] += most * l[j];
+      c_tile[j] += most * l_tile[j];
+      y_tile[j] = 0.f;
+    }
+#pragma unroll
+    for (int g = 0; g < BN / 8; ++g)
+#pragma unroll
+      for (int z = 0; z < 2; ++z) y_tile[2 * h + z] += exp2f(x[4 * g + 2 * h + z] - most);
+  }
+}
+// a real, ordered instruction after the wait for the product that reads the old P, or ptxas serialises (C7513)
+template <int BN>
+static __device__ __forceinline__ void at_pack(void* p, const float* s) {
+#pragma unroll
+  for (int g = 0; g < BN / 4; ++g) {
+    unsigned v;
+    asm volatile("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(v) : "f"(s[2 * g + 1]), "f"(s[2 * g]));
+    ((unsigned*)p)[g] = v;
+  }
+}
+// lse, and lsx and kl where E, of the thread's rows; inverse = 1 / l, 0 for a row that saw nothing
+template <int HG, int E>
+static __device__ __forceinline__ void at_finish(
+    float* inverse, int item, const float* m, const float* n, const float* l, const float* y, const float* c, float* LSE,
+    float* LSX, float* KL, int tokens, int H) {
+  const int t0 = at_field(item, 0), g = at_field(item, 1);
+#pragma unroll
+  for (int h = 0; h < 2; ++h) {
+    const int r = at_row(h), t = t0 + Rows<HG>::token(r);
+    const bool seen = m[h] != AT_UNSET, write = (threadIdx.x & 3) == 0 && !Rows<HG>::padding(r) && t < tokens;
+    const long long at = (long long)t * H + g * HG + Rows<HG>::head(r);
+    const float total = at_quad_sum(l[2 * h] + l[2 * h + 1]), log_l = log2f(total), ln2 = 0.6931471805599453f;
+    inverse[h] = seen ? 1.f / total : 0.f;
+    if (write) LSE[at] = seen ? (m[h] + log_l) * ln2 : -INFINITY;
+    if (E) {
+      const float log_y = log2f(at_quad_sum(y[2 * h] + y[2 * h + 1])), cross = at_quad_sum(c[2 * h] + c[2 * h + 1]);
+      if (write) LSX[at] = seen ? (n[h] + log_y) * ln2 : -INFINITY;
+      if (write) KL[at] = seen ? (cross * inverse[h] - log_l + log_y) * ln2 : 0.f;
+    }
+  }
+}
+template <int HG, int V>
+static __device__ __forceinline__ void at_store(const float* o, int item, void* OUT, int tokens, int H) {
+  const int t0 = at_field(item, 0), g = at_field(item, 1);
+#pragma unroll
+  for (int h = 0; h < 2; ++h) {
+    const int r = at_row(h), t = t0 + Rows<HG>::token(r);
+    if (!Rows<HG>::padding(r) && t < tokens) {
+      unsigned* p = (unsigned*)OUT + ((long long)t * H + g * HG + Rows<HG>::head(r)) * (V / 2) + (threadIdx.x & 3);
+#pragma unroll
+      for (int i = 0; i < V / 8; ++i) {
+        unsigned v;
+        asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(v) : "f"(o[4 * i + 2 * h + 1]), "f"(o[4 * i + 2 * h]));
+        p[4 * i] = v;
+      }
+    }
+  }
+}

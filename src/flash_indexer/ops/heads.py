@@ -1,0 +1,229 @@
+"""The CUDA bodies of attention and of the per-head KL: one pass forward, two kernels for the gradients."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from flash_indexer.ops.cuda import aligned, load_kernel
+from flash_indexer.ops.plan import TILE
+from flash_indexer.ops.plan_heads import Tiles, attention_items, default_weight, gradient_items
+
+LOG2E = 1.4426950408889634
+MLA_WIDTHS = (576, 512)
+_SLOT_BYTES = 64 * 2**20  # at most this much holds partial sums of d_index_k
+
+
+class Heads(NamedTuple):
+    """Output [T, H, V], and float32 [T, H]: logsumexp of the attention, of the indexer, and KL (None without one)."""
+
+    out: Tensor
+    lse: Tensor
+    lse_index: Tensor | None
+    kl: Tensor | None
+
+
+def check_attention(op: str, q: Tensor, k: Tensor, v: Tensor) -> None:
+    """Raises ValueError naming what the kernels support where a size is outside of it."""
+    H, D, V = q.shape[1], q.shape[2], v.shape[2]
+    if MLA_WIDTHS[0] == D:
+        if k.shape[1] != 1 or MLA_WIDTHS[1] != V or v.data_ptr() != k.data_ptr() or v.stride() != k.stride():
+            raise ValueError(
+                f"{op}: v must be k[..., :512], one key head, for q of width 576 (MLA's absorbed form) on CUDA, got "
+                f"k {list(k.shape)} and v {list(v.shape)}; pass that slice of k itself"
+            )
+    else:
+        for name, letter, width in (("q", "D", D), ("v", "V", V)):
+            if not 1 <= width <= 256:
+                raise ValueError(
+                    f"{op}: {name} must have {letter} of 1 to 256 on CUDA, or D=576 with V=512 (MLA's absorbed form), "
+                    f"got {letter}={width}"
+                )
+    if not 1 <= H // k.shape[1] <= 128:
+        raise ValueError(f"{op}: q must have 1 to 128 heads for each head of k on CUDA, got {H} for {k.shape[1]}")
+    capability = torch.cuda.get_device_capability(q.device)
+    if capability != (9, 0):
+        raise ValueError(
+            f"{op}: q must be on a GPU of compute capability 9.0 (H100, H200, GH200), got {q.device} of "
+            f"{capability[0]}.{capability[1]}; move the tensors to one, or to the CPU in float32"
+        )
+
+
+def check_per_head(op: str, q: Tensor, k: Tensor, index_q: Tensor) -> None:
+    """Raises ValueError naming what the gradient kernels support where a size is outside of it."""
+    D, E, heads = q.shape[2], index_q.shape[2], q.shape[1] // k.shape[1]
+    if D > 256:
+        raise ValueError(
+            f'{op}: q must have D of 1 to 256 for target="per_head" on CUDA, got D={D}; use the expanded form of MLA '
+            "(keys per head, D=192)"
+        )
+    if E not in (32, 64, 128):
+        raise ValueError(
+            f"{op}: index_q must have E in {{32, 64, 128}} on CUDA, got E={E}; zero-pad index_q and index_k to the "
+            "next of these (the products stay the same)"
+        )
+    if heads > 64 and (E == 128 or D > 192):
+        raise ValueError(
+            f'{op}: q must have at most 64 heads for each head of k for target="per_head" with E=128 or D > 192 on '
+            f"CUDA, got {heads}"
+        )
+
+
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, key_start: Tensor, key_end: Tensor, softmax_scale: float
+) -> tuple[Tensor, Tensor]:
+    """out[t,h] = sum_s exp(scale * q[t,h]·k[s,g(h)] - lse[t,h]) v[s,g(h)] and lse, over the visible keys."""
+    check_attention("attention", q, k, v)
+    body = _mla if q.shape[2] == MLA_WIDTHS[0] else _heads
+    out = body(q, k, v, None, key_start, key_end, softmax_scale)
+    return out.out, out.lse
+
+
+def per_head(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    index: tuple[Tensor, Tensor, Tensor],
+    key_start: Tensor,
+    key_end: Tensor,
+    softmax_scale: float,
+) -> Heads:
+    """Attention, and KL[t,h] of softmax_s(w ReLU(index_q·index_k)) to it; index is index_q, index_k, index_weights."""
+    return _heads(q, k, v, index, key_start, key_end, softmax_scale)
+
+
+def weight_of(token_weight: Tensor | None, key_start: Tensor, key_end: Tensor, num_keys: int) -> Tensor:
+    """token_weight, or the mean over the queries that see a key."""
+    return default_weight(key_start, key_end, num_keys) if token_weight is None else token_weight.contiguous()
+
+
+def per_head_gradients(
+    q: Tensor,
+    k: Tensor,
+    index: tuple[Tensor, Tensor, Tensor],
+    sums: tuple[Tensor, Tensor],
+    factor: Tensor,
+    key_start: Tensor,
+    key_end: Tensor,
+    softmax_scale: float,
+    needs: tuple[bool, bool, bool],
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Gradients of index_q, index_k and index_weights for sum_t,h factor[t] * KL[t,h]; None where not in `needs`.
+
+    Args:
+        sums: logsumexps of the attention and of the indexer, [T, H]. factor: float32 [T].
+    """
+    index_q, index_k, weights = index
+    (T, H, E), S, G = index_q.shape, k.shape[0], k.shape[1]
+    if T == 0 or S == 0:
+        zeros = [torch.zeros_like(x) if need else None for x, need in zip(index, needs, strict=True)]
+        return zeros[0], zeros[1], zeros[2]
+    with torch.cuda.device(q.device):
+        from flash_indexer.kernels import tiles
+
+        processors = torch.cuda.get_device_properties(q.device).multi_processor_count
+        q, k = aligned(_padded(q)), aligned(_padded(k))
+        D, heads = q.shape[2], H // G
+        query, key = tiles.head_gradients_query(D, E), tiles.head_gradients_key(D, E)
+        slots = _SLOT_BYTES // (TILE * E * 4)
+        rows = Tiles(G, TILE // heads, query["N"], processors)
+        items = gradient_items(key_start, key_end, S, rows, key["N"] // heads, slots)
+        common = (
+            k.view(S, -1), index_k, weights.view(-1), *(x.view(-1) for x in sums), factor, key_start, key_end
+        )  # fmt: skip
+        scale = softmax_scale * LOG2E
+        d_index_q = d_index_k = d_weights = None
+        if needs[0] or needs[2]:
+            d_index_q, d_weights = torch.empty_like(index_q), torch.empty_like(weights)
+            count = items.query.numel() // 8
+            load_kernel("head_gradients_query", D=D, E=E, HG=heads, **query)(
+                _rows(q, heads, TILE), common[0], _rows(index_q, heads, TILE), *common[1:], items.query,
+                d_index_q.view(-1, E), d_weights.view(-1), H, T, count, min(count, processors), scale,
+            )  # fmt: skip
+        if needs[1]:
+            total = torch.zeros_like(index_k, dtype=torch.float32)
+            partials = total.new_empty(max(items.slots, 1) * TILE, E)
+            count = items.key.numel() // 8
+            if count:
+                load_kernel("head_gradients_key", D=D, E=E, HG=heads, **key)(
+                    _rows(q, heads, key["N"]), common[0], _rows(index_q, heads, key["N"]), *common[1:], items.key,
+                    total, partials, H, G, T, count, min(count, processors), scale,
+                )  # fmt: skip
+            if items.slots:
+                load_kernel("gradients_reduce", E=E)(total, partials, items.reduce, items.reduce.numel() // 4)
+            d_index_k = total.to(index_k.dtype)
+        return d_index_q if needs[0] else None, d_index_k, d_weights if needs[2] else None
+
+
+def prepare(q: Tensor, k: Tensor, v: Tensor, E: int, gradients: bool) -> None:
+    """Has every kernel of the call compiled, those that are missing side by side."""
+    from flash_indexer.kernels import tiles
+    from flash_indexer.kernels.compile import prepare as compile_missing
+
+    D, V, heads = _width(q.shape[2]), _width(v.shape[2]), q.shape[1] // k.shape[1]
+    sizes: dict[str, dict[str, int]] = {
+        "attention": dict(D=D, V=V, E=E, HG=heads, **tiles.attention(D, V, E, heads)),
+    }
+    if gradients:
+        sizes["head_gradients_query"] = dict(D=D, E=E, HG=heads, **tiles.head_gradients_query(D, E))
+        sizes["head_gradients_key"] = dict(D=D, E=E, HG=heads, **tiles.head_gradients_key(D, E))
+        sizes["gradients_reduce"] = dict(E=E)
+    compile_missing(*((name, tuple(static.items())) for name, static in sizes.items()))
+
+
+def _heads(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    index: tuple[Tensor, Tensor, Tensor] | None,
+    key_start: Tensor,
+    key_end: Tensor,
+    softmax_scale: float,
+) -> Heads:
+    from flash_indexer.kernels import tiles
+
+    (T, H, _), (S, G, width) = q.shape, v.shape
+    heads = H // G
+    with torch.cuda.device(q.device):
+        processors = torch.cuda.get_device_properties(q.device).multi_processor_count
+        lse = torch.empty(T, H, device=q.device)
+        if T == 0 or S == 0:
+            kl = None if index is None else torch.zeros_like(lse)
+            return Heads(q.new_zeros(T, H, width), lse.fill_(-torch.inf), lse if index is not None else None, kl)
+        q, k, v = (aligned(_padded(x)) for x in (q, k, v))
+        D, V = q.shape[2], v.shape[2]
+        E = 0 if index is None else index[0].shape[2]
+        static = tiles.attention(D, V, E, heads)
+        items = attention_items(key_start, key_end, S, Tiles(G, TILE // heads, static["BN"], processors))
+        out = q.new_empty(T, H, V)
+        index_q, index_k, weights = (q, k.view(S, -1), lse) if index is None else index  # without one: not read
+        lse_index, kl = (lse, lse) if index is None else (torch.empty_like(lse), torch.empty_like(lse))
+        count = items.numel() // 8
+        load_kernel("attention", D=D, V=V, E=E, HG=heads, **static)(
+            _rows(q, heads, TILE), k.view(S, -1), v.view(S, -1), _rows(index_q, heads, TILE), index_k,
+            weights.view(-1), key_start, key_end, items, _rows(out, heads, TILE), lse.view(-1), lse_index.view(-1),
+            kl.view(-1), H, T, count, min(count, processors), softmax_scale * LOG2E,
+        )  # fmt: skip
+        out = out if width == V else out[..., :width].contiguous()
+    return Heads(out, lse, None if index is None else lse_index, None if index is None else kl)
+
+
+def _rows(x: Tensor, heads: int, rows: int) -> Tensor:
+    """x [T, H, n] as tiles of `rows` rows are copied: token by token from [T·H, n], or head by head from [T, H·n]."""
+    return x.view(-1, x.shape[2]) if heads > rows // heads else x.view(x.shape[0], -1)
+
+
+def _width(n: int) -> int:
+    return -(-n // 64) * 64
+
+
+def _padded(x: Tensor) -> Tensor:
+    """The last dimension filled up with zeros to a multiple of 64: they change neither logits nor outputs."""
+    return x if x.shape[-1] % 64 == 0 else F.pad(x, (0, _width(x.shape[-1]) - x.shape[-1]))
+
+
+def _mla(*arguments: Any) -> Heads:
+    raise NotImplementedError

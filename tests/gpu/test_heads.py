@@ -1,0 +1,188 @@
+"""Attention and the per-head KL on the GPU against float64, for every class of sizes and every layout."""
+
+from __future__ import annotations
+
+import random
+import zlib
+from dataclasses import replace
+
+import pytest
+import torch
+
+from flash_indexer import reference, warmup_attention
+from flash_indexer.ops import attention_forward
+from flash_indexer.testing import HEAD_CLASSES, KernelClass, assert_close, eager_indexer_kl, reference_indexer_kl
+
+pytestmark = pytest.mark.gpu
+LAYOUTS = ("causal", "documents", "window", "cached_prefix", "fewer_keys", "arbitrary", "long", "short")
+GRADIENTS = ("d_index_q", "d_index_k", "d_index_weights")
+EACH = pytest.mark.parametrize("sizes", HEAD_CLASSES, ids=lambda sizes: "D{}-V{}-E{}-heads{}".format(*sizes))
+
+
+def make(problem, name, sizes, layout, groups=None):
+    """Inputs with H = I heads and values; few heads where the layout is long."""
+    G = groups or (
+        1 if sizes.heads >= 64 or layout == "long" else random.Random(zlib.crc32(name.encode())).choice((1, 2, 3))
+    )
+    H = G * sizes.heads
+    x = problem(name, KernelClass(sizes.D, sizes.E, 8), layout, H=H, G=G, I=H)
+    generator = torch.Generator("cuda").manual_seed(zlib.crc32(name.encode()) + 2)
+    v = torch.randn(x.k.shape[0], G, sizes.V, device="cuda", generator=generator).bfloat16()
+    return x, v
+
+
+def call(x, v, *, weight=None, d_loss=1.0, target="per_head"):
+    leaves = [leaf.detach().clone().requires_grad_() for leaf in (x.index_q, x.index_k, x.index_weights)]
+    fixed = dict(softmax_scale=x.softmax_scale, key_start=x.key_start, key_end=x.key_end, target=target)
+    result = warmup_attention(x.q, x.k, v, *leaves, **fixed, token_weight=weight)
+    (d_loss * result.loss).backward()
+    return result, [leaf.grad for leaf in leaves]
+
+
+def eager_attention(x, v):
+    """Probabilities rounded once, everything else in float32."""
+    q, k, heads = x.q.float(), x.k.float(), x.q.shape[1] // v.shape[1]
+    p = reference.target_distribution(q, k, x.softmax_scale, x.key_start, x.key_end, "per_head")
+    out = torch.einsum("ths,shv->thv", p.bfloat16().float(), v.float().repeat_interleave(heads, 1)).bfloat16()
+    return out, reference.teacher_lse(q, k, x.softmax_scale, x.key_start, x.key_end)
+
+
+def check_attention(out, lse, x, v):
+    truth = reference.attention(x.q.double(), x.k.double(), v.double(), x.softmax_scale, x.key_start, x.key_end)
+    eager = eager_attention(x, v)
+    assert_close("out", out, truth[0], eager[0])
+    seen = x.key_end > x.key_start
+    assert (lse[~seen] == -torch.inf).all() and (out[~seen] == 0).all()
+    assert_close("lse", lse[seen], truth[1][seen], eager[1][seen])
+
+
+@pytest.mark.parametrize("upstream", ["one", "any"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+@EACH
+def test_per_head_against_float64(sizes, layout, upstream, problem, request):
+    x, v = make(problem, request.node.name, sizes, layout)
+    weight, d_loss = (None, 1.0) if upstream == "one" else (x.token_weight, 1.7)
+    got, gradients = call(x, v, weight=weight, d_loss=d_loss)
+    common = dict(target="per_head", token_weight=weight, d_loss=d_loss)
+    truth, eager = reference_indexer_kl(x, **common), eager_indexer_kl(x, **common)
+    print(list(x.q.shape), list(x.k.shape), list(v.shape), list(x.index_q.shape))
+    check_attention(got.out, got.lse, x, v)
+    assert_close("kl", got.kl, truth.kl, eager.kl)
+    for name, gradient in zip(GRADIENTS, gradients, strict=True):
+        assert_close(name, gradient, getattr(truth, name), getattr(eager, name))
+    seen = x.key_end > x.key_start
+    used = seen.double() / seen.sum().clamp_min(1) if weight is None else weight.double()
+    terms = used[:, None] * got.kl.double() / got.kl.shape[1]
+    assert abs(got.loss.item() - terms.sum().item()) <= 1e-6 * terms.abs().sum().item()
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@EACH
+def test_attention_against_float64(sizes, layout, problem, request):
+    x, v = make(problem, request.node.name, sizes, layout)
+    out, lse = attention_forward(x.q, x.k, v, softmax_scale=x.softmax_scale, key_start=x.key_start, key_end=x.key_end)
+    check_attention(out, lse, x, v)
+
+
+@pytest.mark.parametrize("heads", [1, 8, 24, 128])
+@pytest.mark.parametrize("layout", ["documents", "window", "arbitrary", "short"])
+def test_latent_attention_against_float64(heads, layout, problem, request):
+    """MLA's absorbed form: values are the first 512 features of the one key head."""
+    x = problem(request.node.name, KernelClass(576, 64, 8), layout, H=heads, G=1)
+    v = x.k[..., :512]
+    out, lse = attention_forward(x.q, x.k, v, softmax_scale=x.softmax_scale, key_start=x.key_start, key_end=x.key_end)
+    check_attention(out, lse, x, v)
+
+
+@pytest.mark.parametrize("where", [0, 300, 500, 899])
+@pytest.mark.parametrize("tensor", ["k", "index_k"])
+def test_a_key_far_above_all_others(tensor, where, problem):
+    """Shifts of the exponentials are raised late, or never."""
+    x, v = make(problem, "sink", HEAD_CLASSES[2], "causal", groups=2)
+    T = x.q.shape[0]
+    large = getattr(x, tensor).clone()
+    large[where % T] *= 64
+    x = replace(x, **{tensor: large})
+    got, gradients = call(x, v)
+    truth, eager = (f(x, target="per_head") for f in (reference_indexer_kl, eager_indexer_kl))
+    check_attention(got.out, got.lse, x, v)
+    assert_close("kl", got.kl, truth.kl, eager.kl)
+    for name, gradient in zip(GRADIENTS, gradients, strict=True):
+        assert gradient.isfinite().all(), name
+
+
+@pytest.mark.parametrize("target", ["mean", "sum_logits"])
+def test_other_targets_are_attention_and_indexer_kl(target, problem, measure):
+    x, v = make(problem, "targets", HEAD_CLASSES[2], "documents")
+    got, gradients = call(x, v, target=target)
+    expected = measure(x, target=target, lse=got.lse if target == "mean" else None)
+    assert torch.equal(got.loss, expected.loss) and torch.equal(got.kl, expected.kl)
+    for name, gradient in zip(GRADIENTS, gradients, strict=True):
+        assert torch.equal(gradient, getattr(expected, name)), name
+    check_attention(got.out, got.lse, x, v)
+
+
+def test_the_same_bits_each_time(problem):
+    x, v = make(problem, "bits", HEAD_CLASSES[1], "documents")
+    first, gradients = call(x, v)
+    for _ in range(20):
+        again, others = call(x, v)
+        assert all(torch.equal(a, b) for a, b in zip((*first, *gradients), (*again, *others), strict=True))
+
+
+def test_memory_that_held_nan(problem):
+    """Every element that is read has been written, every output is written."""
+    x, v = make(problem, "poison", HEAD_CLASSES[2], "arbitrary")
+    expected, gradients = call(x, v)
+    size = 64 * 2**20
+    for _ in range(2):
+        poison = [torch.full((size // 4,), float("nan"), device="cuda") for _ in range(4)]
+        del poison
+        got, others = call(x, v)
+        assert all(torch.equal(a, b) for a, b in zip((*expected, *gradients), (*got, *others), strict=True))
+
+
+def test_backward_may_run_twice(problem):
+    x, v = make(problem, "twice", HEAD_CLASSES[0], "documents")
+    leaves = [leaf.detach().clone().requires_grad_() for leaf in (x.index_q, x.index_k, x.index_weights)]
+    fixed = dict(softmax_scale=x.softmax_scale, key_start=x.key_start, key_end=x.key_end, target="per_head")
+    loss = warmup_attention(x.q, x.k, v, *leaves, **fixed).loss
+    a = torch.autograd.grad(loss, leaves, retain_graph=True)
+    b = torch.autograd.grad(loss, leaves[1:2])
+    assert torch.equal(a[1], b[0])
+
+
+@pytest.mark.parametrize("nothing", ["seen", "keys", "queries"])
+def test_no_query_sees_a_key(nothing, problem):
+    x, v = make(problem, "empty", HEAD_CLASSES[0], "documents")
+    if nothing == "seen":
+        x = replace(x, key_end=x.key_start)
+    elif nothing == "keys":
+        x, v = replace(x, k=x.k[:0], index_k=x.index_k[:0], key_start=0 * x.key_start, key_end=0 * x.key_end), v[:0]
+    else:
+        cut = {name: getattr(x, name)[:0] for name in ("q", "index_q", "index_weights", "key_start", "key_end")}
+        x = replace(x, **cut)
+    got, gradients = call(x, v)
+    assert got.loss == 0 and (got.kl == 0).all() and (got.out == 0).all() and (got.lse == -torch.inf).all()
+    assert all((gradient == 0).all() for gradient in gradients)
+
+
+@pytest.mark.parametrize("inputs", ["strided", "unaligned"])
+def test_any_layout_in_memory(inputs, problem):
+    x, v = make(problem, "strides", HEAD_CLASSES[2], "documents")
+    shift = lambda y: torch.cat([y.new_zeros(1), y.flatten()])[1:].view(y.shape)  # noqa: E731
+    move = {"strided": lambda y: torch.stack([y, y], -1)[..., 0], "unaligned": shift}[inputs]
+    names = ("q", "k", "index_q", "index_k", "index_weights", "key_start", "key_end")
+    other = replace(x, **{name: move(getattr(x, name)) for name in names})
+    expected, gradients = call(x, v)
+    got, others = call(other, move(v))
+    assert all(torch.equal(a, b) for a, b in zip((*expected, *gradients), (*got, *others), strict=True))
+
+
+def test_unsupported_sizes_are_named(problem):
+    x, v = make(problem, "unsupported", HEAD_CLASSES[0], "short")
+    wide = torch.zeros(*x.q.shape[:2], 320, device="cuda").bfloat16()
+    with pytest.raises(ValueError, match="q must have D of 1 to 256 on CUDA"):
+        call(replace(x, q=wide, k=wide[: x.k.shape[0], : x.k.shape[1]]), v)
+    with pytest.raises(ValueError, match=r"index_q must have E in \{32, 64, 128\} on CUDA, got E=16"):
+        call(replace(x, index_q=x.index_q[..., :16].contiguous(), index_k=x.index_k[..., :16].contiguous()), v)
