@@ -23,6 +23,9 @@ SIGNATURES = {
     "indexer_kl": f"(q, k, {INDEX_OPERANDS}, *, softmax_scale, key_start, key_end, lse=None, target='mean', "
     "token_weight=None, workspace_bytes=536870912)",
     "indexer_scores": f"({INDEX_OPERANDS}, key_start, key_end)",
+    "WarmupAttention": "(out, lse, loss, kl)",
+    "warmup_attention": f"(q, k, v, {INDEX_OPERANDS}, *, softmax_scale, key_start, key_end, target='mean', "
+    "token_weight=None, workspace_bytes=536870912)",
 }
 MODULES = sorted(
     module.name

@@ -235,7 +235,6 @@ template <int BN, int D, int V, int HG, int E>
 static __device__ __forceinline__ void at_redo(
     float* s, const float* x, float* o, float* m, float* l, float* c, float* l_tile, float* c_tile, float* alpha,
     float scale, int item, int i, const void* Q, const void* K, int n, int H) {
-  asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");  // o is complete
   const int key = at_key<BN>(item, at_masked(item) + 1 + i);
   at_again<BN, D, HG>(s, at_field(item, 0), at_field(item, 1), key, Q, K, n, H);
   at_raise<BN, E>(s, m, l, c, alpha, scale);
@@ -301,11 +300,13 @@ static __device__ __forceinline__ void at_finish(
     const long long at = (long long)t * H + g * HG + Rows<HG>::head(r);
     const float total = at_quad_sum(l[2 * h] + l[2 * h + 1]), log_l = log2f(total), ln2 = 0.6931471805599453f;
     inverse[h] = seen ? 1.f / total : 0.f;
+    const int4 v = at_numbers(item + 32 + r * 16);
+    const bool several = v.y > v.x + 1;  // with one key both distributions are 1
     if (write) LSE[at] = seen ? (m[h] + log_l) * ln2 : -INFINITY;
     if (E) {
       const float log_y = log2f(at_quad_sum(y[2 * h] + y[2 * h + 1])), cross = at_quad_sum(c[2 * h] + c[2 * h + 1]);
       if (write) LSX[at] = seen ? (n[h] + log_y) * ln2 : -INFINITY;
-      if (write) KL[at] = seen ? (cross * inverse[h] - log_l + log_y) * ln2 : 0.f;
+      if (write) KL[at] = several ? (cross * inverse[h] - log_l + log_y) * ln2 : 0.f;
     }
   }
 }

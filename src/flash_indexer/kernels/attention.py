@@ -165,6 +165,13 @@ def build(D, V, E, HG, BN, QS, TMA_STORE):
                 limits.access_ptr("r"), item, i,
             )  # fmt: skip
         softmax(S, X, sums, tile_sums, scale, "true" if masked else "false")
+        T.wait_wgmma(0)
+        T.warpgroup_fence_operand(O, num_regs=V // 2)
+        release(vempty, (v[0] + 1) % 2, tx)
+        v[0] = v[0] + 1
+        if masked:
+            T.call_extern("handle", f"at_scale<{V}>", O.access_ptr("rw"), alpha.access_ptr("r"))
+        T.call_extern("handle", f"at_pack<{BN}>", P.access_ptr("w"), S.access_ptr("r"))
         v[2] = T.call_extern("int32", f"at_over<{E}>", l_tile.access_ptr("r"), y_tile.access_ptr("r"))
         if v[2] != 0:
             if not masked:
@@ -175,17 +182,11 @@ def build(D, V, E, HG, BN, QS, TMA_STORE):
                         l_tile.access_ptr("rw"), c_tile.access_ptr("rw"), alpha.access_ptr("w"), scale, item, i,
                         T.address_of(Q[0, 0]), T.address_of(K[0, 0]), tokens, H,
                     )  # fmt: skip
+                    T.call_extern("handle", f"at_pack<{BN}>", P.access_ptr("w"), S.access_ptr("r"))
             if E:
                 if v[2] >= 2:
                     raise_index(X, sums, tile_sums)
         add(sums, tile_sums)
-        T.wait_wgmma(0)
-        T.warpgroup_fence_operand(O, num_regs=V // 2)
-        release(vempty, (v[0] + 1) % 2, tx)
-        v[0] = v[0] + 1
-        if masked:
-            T.call_extern("handle", f"at_scale<{V}>", O.access_ptr("rw"), alpha.access_ptr("r"))
-        T.call_extern("handle", f"at_pack<{BN}>", P.access_ptr("w"), S.access_ptr("r"))
 
     @T.macro
     def store_piece(Qs, OUT, slot, row, t0, g, panel, H, tokens):

@@ -104,7 +104,7 @@ static __device__ __forceinline__ void hq_numbers(
     const bool none = Rows<HG, 128>::padding(r) || t >= n;
     const long long at = (long long)t * H + g * HG + Rows<HG, 128>::head(r);
     const int first = none ? 0 : hg_int(KS, t), end = none ? 0 : hg_int(KE, t);
-    const bool seen = end > first;
+    const bool seen = end > first + 1;  // with one key both distributions are 1: no gradient
     x[h] = seen ? hg_float(LSE, at) * HG_LOG2E : HG_NOTHING;
     x[2 + h] = seen ? hg_float(LSX, at) * HG_LOG2E : HG_NOTHING;
     x[4 + h] = none ? 0.f : hg_float(W, at) * HG_LOG2E;
@@ -168,7 +168,7 @@ static __device__ __forceinline__ void hk_gather(
 #pragma unroll
   for (int i = 0; i < N / 64; ++i) {
     const int r = i * 64 + threadIdx.x % 64;
-    const bool seen = end[i] > first[i];
+    const bool seen = end[i] > first[i] + 1;  // with one key both distributions are 1
     asm volatile("st.shared.v4.f32 [%0], {%1, %2, %3, %4};" ::"r"(numbers + r * 16),
                  "f"(seen ? lse[i] * HG_LOG2E : HG_NOTHING), "f"(seen ? lsx[i] * HG_LOG2E : HG_NOTHING),
                  "f"(w[i] * HG_LOG2E), "f"(w[i] * coef[i])
