@@ -157,14 +157,15 @@ static __device__ __forceinline__ void at_raise(
     m[h] = fresh;
   }
 }
-// s = exp2(a - m), x = x - n, and this tile's sums l, y, c; READY: x is weighted already
+// s = exp2(a - m), x = x - n; adds to the sums l and c, whose old values go to `backup`; y is this tile's sum. READY: x is
+// weighted already
 template <int BN, int E, bool READY>
 static __device__ __forceinline__ void at_softmax(
-    float* s, float* x, const float* m, const float* n, const float* w, float* l, float* y, float* c, float scale) {
-#pragma unroll
-  for (int j = 0; j < 4; ++j) l[j] = 0.f;
-#pragma unroll
-  for (int j = 0; j < (E ? 4 : 0); ++j) c[j] = y[j] = 0.f;
+    float* s, float* x, const float* m, const float* n, const float* w, float* l, float* y, float* c, int backup,
+    float scale) {
+  asm volatile("st.shared.v4.f32 [%0], {%1, %2, %3, %4};" ::"r"(backup + (int)threadIdx.x * 16), "f"(l[0] + l[1]),
+               "f"(l[2] + l[3]), "f"(E ? c[0] + c[1] : 0.f), "f"(E ? c[2] + c[3] : 0.f)
+               : "memory");
 #pragma unroll
   for (int i = 0; i < BN / 2; ++i) {
     const int h = i / 2 % 2, j = i % 4;
@@ -174,7 +175,7 @@ static __device__ __forceinline__ void at_softmax(
     if (E) {
       x[i] = READY ? x[i] - n[h] : fmaf(fmaxf(x[i], 0.f), w[h], -n[h]);
       c[j] = fmaf(e, a - x[i], c[j]);
-      y[j] += exp2f(x[i]);
+      y[j] = i < 4 ? exp2f(x[i]) : y[j] + exp2f(x[i]);
     }
   }
 #pragma unroll
@@ -207,7 +208,7 @@ static __device__ __forceinline__ void at_again(
     }
   }
 }
-// whether sums of a tile are too large to go on with their shifts: 1 l, 2 y
+// whether sums are too large to go on with their shifts: 1 l, 2 y
 template <int E>
 static __device__ __forceinline__ int at_over(const float* l, const float* y) {
   float a = l[0], b = E ? y[0] : 0.f;
@@ -220,7 +221,6 @@ static __device__ __forceinline__ int at_over(const float* l, const float* y) {
   if (over) over = __any_sync(0xffffffffu, a > 1e18f) + 2 * __any_sync(0xffffffffu, b > 1e18f);
   return over;
 }
-template <int E>
 static __device__ __forceinline__ void at_total(float* total, const float* sum) {
 #pragma unroll
   for (int j = 0; j < 4; ++j) total[j] += sum[j];
@@ -230,32 +230,38 @@ static __device__ __forceinline__ void at_scale(float* o, const float* by) {
 #pragma unroll
   for (int i = 0; i < V / 2; ++i) o[i] *= by[i / 2 % 2];
 }
-// a tile's softmax once more, with m raised: its sums had outgrown the old one
+// a tile's softmax once more, with m raised to the rows' maxima, and by as much as makes the old l at most one
 template <int BN, int D, int V, int HG, int E>
 static __device__ __forceinline__ void at_redo(
-    float* s, const float* x, float* o, float* m, float* l, float* c, float* l_tile, float* c_tile, float* alpha,
-    float scale, int item, int i, const void* Q, const void* K, int n, int H) {
+    float* s, const float* x, float* o, float* m, float* l, float* c, float* alpha, int backup, float scale, int item,
+    int i, const void* Q, const void* K, int n, int H) {
+  const int4 old = at_numbers(backup + (int)threadIdx.x * 16);
+  l[0] = __int_as_float(old.x), l[2] = __int_as_float(old.y), l[1] = l[3] = 0.f;
+  if (E) c[0] = __int_as_float(old.z), c[2] = __int_as_float(old.w), c[1] = c[3] = 0.f;
   const int key = at_key<BN>(item, at_masked(item) + 1 + i);
   at_again<BN, D, HG>(s, at_field(item, 0), at_field(item, 1), key, Q, K, n, H);
   at_raise<BN, E>(s, m, l, c, alpha, scale);
+#pragma unroll
+  for (int h = 0; h < 2; ++h) {
+    const float more = log2f(fmaxf(at_quad_max(l[2 * h]), 1.f)), shrink = exp2f(-more);
+    if (E) c[2 * h] = (c[2 * h] - more * l[2 * h]) * shrink;
+    l[2 * h] *= shrink;
+    alpha[h] *= shrink;
+    m[h] += more;
+  }
   at_scale<V>(o, alpha);
 #pragma unroll
-  for (int j = 0; j < 4; ++j) l_tile[j] = 0.f;
-#pragma unroll
-  for (int j = 0; j < (E ? 4 : 0); ++j) c_tile[j] = 0.f;
-#pragma unroll
   for (int z = 0; z < BN / 2; ++z) {
-    const int h = z / 2 % 2, j = z % 4;
-    const float a = fmaf(s[z], scale, -m[h]);
+    const float a = fmaf(s[z], scale, -m[z / 2 % 2]);
     s[z] = exp2f(a);
-    l_tile[j] += s[z];
-    if (E) c_tile[j] = fmaf(s[z], a - x[z], c_tile[j]);
+    l[z % 4] += s[z];
+    if (E) c[z % 4] = fmaf(s[z], a - x[z], c[z % 4]);
   }
 }
 // n raised by what the tile's x exceed it
 template <int BN>
 static __device__ __forceinline__ void at_raise_index(
-    float* x, float* n, const float* l, float* y, float* c, const float* l_tile, float* y_tile, float* c_tile) {
+    float* x, float* n, const float* l, float* y, float* c, float* y_tile) {
 #pragma unroll
   for (int h = 0; h < 2; ++h) {
     float most = 0.f;
@@ -268,7 +274,6 @@ static __device__ __forceinline__ void at_raise_index(
     for (int j = 2 * h; j < 2 * h + 2; ++j) {
       y[j] *= shrink;
       c[j] += most * l[j];
-      c_tile[j] += most * l_tile[j];
       y_tile[j] = 0.f;
     }
 #pragma unroll

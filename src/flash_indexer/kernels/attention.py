@@ -70,7 +70,8 @@ def build(D, V, E, HG, BN, QS, TMA_STORE):
 
     @T.macro
     def release(empty, stage, tx):
-        if tx % 128 == 0:
+        T.sync_warp()
+        if tx % 32 == 0:
             T.mbarrier_arrive(empty[stage])
 
     # box b of the row tile: rows b·BOX .. of shared memory; global row, column (in heads)
@@ -102,41 +103,28 @@ def build(D, V, E, HG, BN, QS, TMA_STORE):
             T.wgmma_gemm(IQs[v[1] % QS, :, :], IKs[v[0] % 2, :, :], X, transpose_B=True, clear_accum=True, policy=rows)
 
     @T.macro
-    def softmax(S, X, sums, tile_sums, scale, ready):
-        m, n, w, _l, _y, _c, _alpha = sums
-        l_tile, y_tile, c_tile = tile_sums
+    def softmax(S, X, sums, backup, scale, ready):
+        m, n, w, l, _y, y_tile, c, _alpha = sums
         T.call_extern(
             "handle", f"at_softmax<{BN}, {E}, {ready}>", S.access_ptr("rw"), X.access_ptr("rw"), m.access_ptr("r"),
-            n.access_ptr("r"), w.access_ptr("r"), l_tile.access_ptr("rw"), y_tile.access_ptr("rw"),
-            c_tile.access_ptr("rw"), scale,
+            n.access_ptr("r"), w.access_ptr("r"), l.access_ptr("rw"), y_tile.access_ptr("w"), c.access_ptr("rw"),
+            backup, scale,
         )  # fmt: skip
 
     @T.macro
-    def raise_index(X, sums, tile_sums):
-        _m, n, _w, l, y, c, _alpha = sums
-        l_tile, y_tile, c_tile = tile_sums
+    def raise_index(X, sums):
+        _m, n, _w, l, y, y_tile, c, _alpha = sums
         T.call_extern(
             "handle", f"at_raise_index<{BN}>", X.access_ptr("rw"), n.access_ptr("rw"), l.access_ptr("r"),
-            y.access_ptr("rw"), c.access_ptr("rw"), l_tile.access_ptr("r"), y_tile.access_ptr("rw"),
-            c_tile.access_ptr("rw"),
+            y.access_ptr("rw"), c.access_ptr("rw"), y_tile.access_ptr("rw"),
         )  # fmt: skip
-
-    @T.macro
-    def add(sums, tile_sums):
-        _m, _n, _w, l, y, c, _alpha = sums
-        l_tile, y_tile, c_tile = tile_sums
-        T.call_extern("handle", f"at_total<{E}>", l.access_ptr("rw"), l_tile.access_ptr("r"))
-        if E:
-            T.call_extern("handle", f"at_total<{E}>", y.access_ptr("rw"), y_tile.access_ptr("r"))
-            T.call_extern("handle", f"at_total<{E}>", c.access_ptr("rw"), c_tile.access_ptr("r"))
 
     # O += P v of the tile before; then P of tile i of the masked ones, or of the others
     @T.macro
-    def step(tiles, S, X, P, O, bars, v, sums, tile_sums, item, limits, Q, K, tokens, H, scale, tx, i, masked):
+    def step(tiles, S, X, P, O, bars, v, sums, backup, item, limits, Q, K, tokens, H, scale, tx, i, masked):
         Qs, Ks, Vs, IQs, IKs = tiles
         kfull, kempty, vfull, vempty = bars
-        m, n, w, l, _y, c, alpha = sums
-        l_tile, y_tile, c_tile = tile_sums
+        m, n, w, l, y, y_tile, c, alpha = sums
         v[1] = T.call_extern("int32", "at_opaque", v[1])
         T.barrier_wait(kfull[v[0] % 2], v[0] // 2 % 2)
         products(Qs, Ks, IQs, IKs, S, X, v, tx)
@@ -164,7 +152,7 @@ def build(D, V, E, HG, BN, QS, TMA_STORE):
                 "handle", f"at_mask_index<{BN}>", X.access_ptr("rw"), n.access_ptr("rw"), w.access_ptr("r"),
                 limits.access_ptr("r"), item, i,
             )  # fmt: skip
-        softmax(S, X, sums, tile_sums, scale, "true" if masked else "false")
+        softmax(S, X, sums, backup, scale, "true" if masked else "false")
         T.wait_wgmma(0)
         T.warpgroup_fence_operand(O, num_regs=V // 2)
         release(vempty, (v[0] + 1) % 2, tx)
@@ -172,21 +160,22 @@ def build(D, V, E, HG, BN, QS, TMA_STORE):
         if masked:
             T.call_extern("handle", f"at_scale<{V}>", O.access_ptr("rw"), alpha.access_ptr("r"))
         T.call_extern("handle", f"at_pack<{BN}>", P.access_ptr("w"), S.access_ptr("r"))
-        v[2] = T.call_extern("int32", f"at_over<{E}>", l_tile.access_ptr("r"), y_tile.access_ptr("r"))
+        v[2] = T.call_extern("int32", f"at_over<{E}>", l.access_ptr("r"), y_tile.access_ptr("r"))
         if v[2] != 0:
             if not masked:
                 if v[2] % 2 == 1:
                     T.call_extern(
                         "handle", f"at_redo<{BN}, {D}, {V}, {HG}, {E}>", S.access_ptr("rw"), X.access_ptr("r"),
                         O.access_ptr("rw"), m.access_ptr("rw"), l.access_ptr("rw"), c.access_ptr("rw"),
-                        l_tile.access_ptr("rw"), c_tile.access_ptr("rw"), alpha.access_ptr("w"), scale, item, i,
-                        T.address_of(Q[0, 0]), T.address_of(K[0, 0]), tokens, H,
+                        alpha.access_ptr("w"), backup, scale, item, i, T.address_of(Q[0, 0]), T.address_of(K[0, 0]),
+                        tokens, H,
                     )  # fmt: skip
                     T.call_extern("handle", f"at_pack<{BN}>", P.access_ptr("w"), S.access_ptr("r"))
             if E:
                 if v[2] >= 2:
-                    raise_index(X, sums, tile_sums)
-        add(sums, tile_sums)
+                    raise_index(X, sums)
+        if E:
+            T.call_extern("handle", "at_total", y.access_ptr("rw"), y_tile.access_ptr("r"))
 
     @T.macro
     def store_piece(Qs, OUT, slot, row, t0, g, panel, H, tokens):
@@ -226,6 +215,7 @@ def build(D, V, E, HG, BN, QS, TMA_STORE):
             Ks = T.alloc_shared((2, BN, D), "bfloat16")
             Vs = T.alloc_shared((2, BN, V), "bfloat16")
             Is = T.alloc_shared((QS, 8 + 512), "int32")  # an item, and the numbers of its rows
+            Bs = T.alloc_shared((1024,), "float32")
             S = T.alloc_fragment((128, BN), "float32")
             P = T.alloc_fragment((128, BN), "bfloat16")
             O = T.alloc_fragment((128, V), "float32")
@@ -236,11 +226,11 @@ def build(D, V, E, HG, BN, QS, TMA_STORE):
             else:
                 IQs, IKs, X = Qs, Ks, S
             qfull = T.alloc_barrier([65] * QS)  # the copies, 64 gathering threads
-            qempty = T.alloc_barrier([2] * QS)
+            qempty = T.alloc_barrier([2 if TMA_STORE else 8] * QS)
             kfull = T.alloc_barrier([1] * 2)
-            kempty = T.alloc_barrier([2] * 2)
+            kempty = T.alloc_barrier([8] * 2)
             vfull = T.alloc_barrier([1] * 2)
-            vempty = T.alloc_barrier([2] * 2)
+            vempty = T.alloc_barrier([8] * 2)
             tx = T.get_thread_binding()
             if tx < 256:
                 T.set_max_nreg(REGISTERS[0], 1)
@@ -248,7 +238,6 @@ def build(D, V, E, HG, BN, QS, TMA_STORE):
                 limits = T.alloc_local((4,), "int32")
                 m = T.alloc_local((2,), "float32")
                 l = T.alloc_local((4,), "float32")
-                l_tile = T.alloc_local((4,), "float32")
                 alpha = T.alloc_local((2,), "float32")
                 if E:
                     n = T.alloc_local((2,), "float32")
@@ -256,13 +245,13 @@ def build(D, V, E, HG, BN, QS, TMA_STORE):
                     y = T.alloc_local((4,), "float32")
                     c = T.alloc_local((4,), "float32")
                     y_tile = T.alloc_local((4,), "float32")
-                    c_tile = T.alloc_local((4,), "float32")
                 else:
-                    n, w, y, c, y_tile, c_tile = m, m, l, l, l_tile, l_tile
+                    n, w, y, c, y_tile = m, m, l, l, l
                 tiles = (Qs, Ks, Vs, IQs, IKs)
                 bars = (kfull, kempty, vfull, vempty)
-                sums = (m, n, w, l, y, c, alpha)
-                tile_sums = (l_tile, y_tile, c_tile)
+                sums = (m, n, w, l, y, y_tile, c, alpha)
+                backup = T.alloc_var("int32")
+                backup = T.call_extern("int32", "at_address", T.address_of(Bs[0]))
                 items = T.alloc_var("int32")
                 item = T.alloc_var("int32")
                 v[0] = 0
@@ -310,17 +299,18 @@ def build(D, V, E, HG, BN, QS, TMA_STORE):
                             "handle", f"at_mask_index<{BN}>", X.access_ptr("rw"), n.access_ptr("rw"),
                             w.access_ptr("r"), limits.access_ptr("r"), item, 0,
                         )  # fmt: skip
-                    softmax(S, X, sums, tile_sums, scale, "true")
-                    add(sums, tile_sums)
+                    softmax(S, X, sums, backup, scale, "true")
+                    if E:
+                        T.call_extern("handle", "at_total", y.access_ptr("rw"), y_tile.access_ptr("r"))
                     T.call_extern("handle", f"at_pack<{BN}>", P.access_ptr("w"), S.access_ptr("r"))
                     for i in T.serial(T.call_extern("int32", "at_masked", item)):
                         step(
-                            tiles, S, X, P, O, bars, v, sums, tile_sums, item, limits, Q, K, tokens, H, scale, tx,
+                            tiles, S, X, P, O, bars, v, sums, backup, item, limits, Q, K, tokens, H, scale, tx,
                             i + 1, True,
                         )  # fmt: skip
                     for i in T.serial(T.call_extern("int32", "at_whole", item)):
                         step(
-                            tiles, S, X, P, O, bars, v, sums, tile_sums, item, limits, Q, K, tokens, H, scale, tx, i,
+                            tiles, S, X, P, O, bars, v, sums, backup, item, limits, Q, K, tokens, H, scale, tx, i,
                             False,
                         )  # fmt: skip
                     # O += P v of the last tile
@@ -354,7 +344,6 @@ def build(D, V, E, HG, BN, QS, TMA_STORE):
                             tokens,
                             H,
                         )
-                        T.sync_threads(10 + tx // 128, 128)
                         release(qempty, v[1] % QS, tx)
                     v[1] = v[1] + 1
                 if TMA_STORE:

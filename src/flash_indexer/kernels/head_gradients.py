@@ -60,7 +60,8 @@ def _template(E, N, XS, Y2S, apply, mask):
 
     @T.macro
     def release(empty, stage, tx):
-        if tx % 128 == 0:
+        T.sync_warp()
+        if tx % 32 == 0:
             T.mbarrier_arrive(empty[stage])
 
     @T.macro
@@ -208,11 +209,11 @@ def build_query(D, E, HG, N, XS, Y2S):
             dw = T.alloc_fragment((128,), "float32")
             T.annotate_layout({dw: ROW_LAYOUT})
             fullx = T.alloc_barrier([1] * XS)
-            emptyx = T.alloc_barrier([2] * XS)
+            emptyx = T.alloc_barrier([8] * XS)
             full1 = T.alloc_barrier([1] * 2)
-            empty1 = T.alloc_barrier([2] * 2)
+            empty1 = T.alloc_barrier([8] * 2)
             full2 = T.alloc_barrier([1] * Y2S)
-            empty2 = T.alloc_barrier([2] * Y2S)
+            empty2 = T.alloc_barrier([8] * Y2S)
             tx = T.get_thread_binding()
             if tx < 256:
                 T.set_max_nreg(REGISTERS[0], 1)
@@ -253,7 +254,6 @@ def build_query(D, E, HG, N, XS, Y2S):
                         "handle", f"hq_store<{HG}, {E}>", O.access_ptr("r"), dw.access_ptr("r"), x.access_ptr("r"),
                         item, T.address_of(COEF[0]), T.address_of(DQ[0, 0]), T.address_of(DW[0]), tokens, H,
                     )  # fmt: skip
-                    T.sync_threads(10 + tx // 128, 128)
                     release(emptyx, v[0] % XS, tx)
                     v[0] = v[0] + 1
             else:
@@ -360,11 +360,11 @@ def build_key(D, E, HG, N, XS, Y2S):
             P = T.alloc_fragment((128, N), "bfloat16")
             O = T.alloc_fragment((128, E), "float32")
             fullx = T.alloc_barrier([1] * XS)
-            emptyx = T.alloc_barrier([2] * XS)
+            emptyx = T.alloc_barrier([8] * XS)
             full1 = T.alloc_barrier([1] * 2)
-            empty1 = T.alloc_barrier([2] * 2)
+            empty1 = T.alloc_barrier([8] * 2)
             full2 = T.alloc_barrier([65] * Y2S)  # the copies, 64 gathering threads
-            empty2 = T.alloc_barrier([2] * Y2S)
+            empty2 = T.alloc_barrier([8] * Y2S)
             tx = T.get_thread_binding()
             if TOKENS * HG < N:  # padding rows of index_q: no copy reaches them, a product would read them
                 for z, r, e in T.Parallel(Y2S, N, E):
@@ -407,7 +407,6 @@ def build_key(D, E, HG, N, XS, Y2S):
                         "handle", f"hk_store<{E}>", O.access_ptr("r"), item, T.address_of(DK[0, 0]),
                         T.address_of(PART[0, 0]), nk,
                     )  # fmt: skip
-                    T.sync_threads(10 + tx // 128, 128)
                     release(emptyx, v[0] % XS, tx)
                     v[0] = v[0] + 1
             else:

@@ -13,7 +13,7 @@ def attention(D, V, E, HG):
     """Static sizes of `attention.build` besides D, V, E and HG; E is 0 without an indexer."""
     most = (190 - V // 2) * 4 // 5 if E else (200 - V // 2) * 4 // 3  # registers: O, S and P, and X with an indexer
     for QS in (2, 1):
-        left = SHARED_MEMORY - QS * (256 * (D + E) + 2080)
+        left = SHARED_MEMORY - 4096 - QS * (256 * (D + E) + 2080)
         BN = min(left // (4 * (D + V + E)), most, 128) // 16 * 16  # 128: 144 and more are slower
         if BN >= 64 or QS == 1:
             break

@@ -117,7 +117,7 @@ def per_head_gradients(
         sums: logsumexps of the attention and of the indexer, [T, H]. factor: float32 [T].
     """
     index_q, index_k, weights = index
-    (T, H, E), S, G = index_q.shape, k.shape[0], k.shape[1]
+    (T, H, width), S, G = index_q.shape, k.shape[0], k.shape[1]
     if T == 0 or S == 0:
         zeros = [torch.zeros_like(x) if need else None for x, need in zip(index, needs, strict=True)]
         return zeros[0], zeros[1], zeros[2]
@@ -125,8 +125,10 @@ def per_head_gradients(
         from flash_indexer.kernels import tiles
 
         processors = torch.cuda.get_device_properties(q.device).multi_processor_count
-        q, k = aligned(_padded(q)), aligned(_padded(k))
-        D, heads = q.shape[2], H // G
+        heads = H // G
+        E = _index_width(width, heads)
+        q, k, index_q, index_k = *(aligned(_padded(x)) for x in (q, k)), *(_padded(x, E) for x in (index_q, index_k))
+        D = q.shape[2]
         query, key = tiles.head_gradients_query(D, E), tiles.head_gradients_key(D, E)
         slots = _SLOT_BYTES // (TILE * E * 4)
         rows = Tiles(G, TILE // heads, query["N"], processors)
@@ -154,7 +156,9 @@ def per_head_gradients(
                 )  # fmt: skip
             if items.slots:
                 load_kernel("gradients_reduce", E=E)(total, partials, items.reduce, items.reduce.numel() // 4)
-            d_index_k = total.to(index_k.dtype)
+            d_index_k = total[:, :width].to(index_k.dtype)
+        if needs[0] and d_index_q is not None and width != E:
+            d_index_q = d_index_q[..., :width].contiguous()
         return d_index_q if needs[0] else None, d_index_k, d_weights if needs[2] else None
 
 
@@ -164,6 +168,7 @@ def prepare(q: Tensor, k: Tensor, v: Tensor, E: int, gradients: bool) -> None:
     from flash_indexer.kernels.compile import prepare as compile_missing
 
     D, V, heads = _width(q.shape[2]), _width(v.shape[2]), q.shape[1] // k.shape[1]
+    E = _index_width(E, heads)
     sizes: dict[str, dict[str, int]] = {
         "attention": dict(D=D, V=V, E=E, HG=heads, **tiles.attention(D, V, E, heads)),
     }
@@ -195,11 +200,13 @@ def _heads(
             return Heads(q.new_zeros(T, H, width), lse.fill_(-torch.inf), lse if index is not None else None, kl)
         q, k, v = (aligned(_padded(x)) for x in (q, k, v))
         D, V = q.shape[2], v.shape[2]
-        E = 0 if index is None else index[0].shape[2]
+        E = 0 if index is None else _index_width(index[0].shape[2], heads)
         static = tiles.attention(D, V, E, heads)
         items = attention_items(key_start, key_end, S, Tiles(G, TILE // heads, static["BN"], processors))
         out = q.new_empty(T, H, V)
         index_q, index_k, weights = (q, k.view(S, -1), lse) if index is None else index  # without one: not read
+        if index is not None:
+            index_q, index_k = _padded(index_q, E), _padded(index_k, E)
         lse_index, kl = (lse, lse) if index is None else (torch.empty_like(lse), torch.empty_like(lse))
         count = items.numel() // 8
         load_kernel("attention", D=D, V=V, E=E, HG=heads, **static)(
@@ -220,9 +227,16 @@ def _width(n: int) -> int:
     return -(-n // 64) * 64
 
 
-def _padded(x: Tensor) -> Tensor:
-    """The last dimension filled up with zeros to a multiple of 64: they change neither logits nor outputs."""
-    return x if x.shape[-1] % 64 == 0 else F.pad(x, (0, _width(x.shape[-1]) - x.shape[-1]))
+def _index_width(E: int, heads: int) -> int:
+    """E, or 64 for 32 where a copy of part of a tile would begin between multiples of 128 bytes."""
+    odd = any(max(heads, rows // heads) % 2 for rows in (TILE // 2, TILE))
+    return 64 if E == 32 and odd else E
+
+
+def _padded(x: Tensor, width: int | None = None) -> Tensor:
+    """The last dimension filled up with zeros, to a multiple of 64: they change neither logits nor outputs."""
+    width = _width(x.shape[-1]) if width is None else width
+    return x if x.shape[-1] == width else F.pad(x, (0, width - x.shape[-1]))
 
 
 def _mla(*arguments: Any) -> Heads:
