@@ -54,7 +54,9 @@ TABLE = {
     ),
     **dict.fromkeys(("integration", "data", "training", "checkpoint", "progress", "run_record"), RECIPE),
     **dict.fromkeys(("evaluation", "plots", "report"), RECIPE),
-    **dict.fromkeys(("bench", "baselines"), Row(may=TORCH | {OURS}, must_not=ours("kernels", "cli", "reference"))),
+    **dict.fromkeys(
+        ("bench", "bench_heads", "baselines"), Row(may=TORCH | {OURS}, must_not=ours("kernels", "cli", "reference"))
+    ),
     "__main__": Row(may=ours("cli")),
     "cli": Row(may=TORCH | {OURS, "typer", "rich"}, must_not=ours("kernels")),
 }

@@ -92,9 +92,7 @@ def run(names: list[str], out: Path, *, commit: str = "unknown", say: Callable[[
     unknown = [name for name in names if name not in SIZES]
     if unknown:
         raise ValueError(f"bench: sizes must be of {', '.join(SIZES)}, got {', '.join(unknown)}")
-    if not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0):
-        found = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
-        raise OSError(f"bench: needs a CUDA GPU of compute capability 9.0 (H100, H200), got {found}")
+    needs_gpu()
     out.mkdir(parents=True, exist_ok=True)
     for name in names:
         say(f"{name}: checking, then timing")
@@ -103,6 +101,13 @@ def run(names: list[str], out: Path, *, commit: str = "unknown", say: Callable[[
             file.write(json.dumps(record) + "\n")
         say(summary(record))
         torch.cuda.empty_cache()
+
+
+def needs_gpu() -> None:
+    """Raises OSError without a GPU of compute capability 9.0."""
+    if not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0):
+        found = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
+        raise OSError(f"bench: needs a CUDA GPU of compute capability 9.0 (H100, H200), got {found}")
 
 
 def environment(commit: str) -> dict[str, Any]:

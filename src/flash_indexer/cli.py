@@ -140,15 +140,31 @@ def export(
 @app.command()
 def bench(
     sizes: Annotated[str | None, typer.Option(help="Comma-separated; default: all of the README's table.")] = None,
-    out: Annotated[Path, typer.Option(help="Folder that gets indexer_kl.jsonl.")] = Path("results"),
+    suite: Annotated[str | None, typer.Option(help="mqa64: attention and per-head KL, 8K to 128K tokens.")] = None,
+    batch: Annotated[int | None, typer.Option(help="With --suite: only so many documents.")] = None,
+    verbose: Annotated[bool, typer.Option("--verbose", help="With --suite: percentiles and clocks.")] = False,
+    out: Annotated[Path, typer.Option(help="Folder that gets the measurements, a line each.")] = Path("results"),
     commit: Annotated[str, typer.Option(help="Recorded with the numbers.")] = "unknown",
 ) -> None:
     """Check, then time the operator on this GPU, beside FlashAttention-2, cuDNN and a matrix product."""
+
+    def say(text: str) -> None:
+        console.print(text, highlight=False, soft_wrap=True)
+
     with _plain_errors():
         from flash_indexer import bench as benchmark
+        from flash_indexer import bench_heads
 
+        if suite is None and (batch is not None or verbose):
+            raise ValueError("bench: --batch and --verbose belong to --suite; add --suite mqa64")
+        if suite is not None and sizes is not None:
+            raise ValueError("bench: give --sizes (of indexer_kl) or --suite (of warmup_attention), not both")
+        if suite is not None:
+            bench_heads.run(suite, out, batch=batch, verbose=verbose, commit=commit, say=say)
+            _print_path("results", out / bench_heads.RESULTS)
+            return
         names = sizes.split(",") if sizes else list(benchmark.SIZES)
-        benchmark.run(names, out, commit=commit, say=lambda text: console.print(text, highlight=False))
+        benchmark.run(names, out, commit=commit, say=say)
         _print_path("results", out / "indexer_kl.jsonl")
 
 

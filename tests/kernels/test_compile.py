@@ -15,6 +15,9 @@ KERNELS = list(kernels.every_kernel())
 LAUNCH_REGISTERS = 168  # 65,536 / 384 threads: what setmaxnreg starts from
 EXPONENTIALS = 64  # of one thread for a 128 x 128 tile
 MOST_REGISTERS = {"rows": 64, "gradients_reduce": 128, "finish": 64, "scale": 64}
+HEADS = ("attention", "attention_mla", "head_gradients_query", "head_gradients_key")
+# bytes that producers spill, who have 24 or 40 registers and wait for memory anyway, or that are used once an item
+MOST_SPILLED = {"attention": 500, "head_gradients_query": 64, "head_gradients_key": 1200}
 
 
 def title(kernel: tuple[str, tuple[tuple[str, int], ...]]) -> str:
@@ -30,6 +33,12 @@ def products(name: str, static: dict[str, int]) -> int:
         return 3 * static["D"] // 16
     if name in ("gradients_query", "gradients_key"):
         return 4 * (static["E"] + 128) // 16
+    if name == "attention":  # first tile, masked and whole ones; after the last
+        return 3 * (static["D"] + static["E"]) // 16 + 3 * static["BN"] // 16
+    if name == "attention_mla":
+        return 3 * (36 + 4 + 4)
+    if name in ("head_gradients_query", "head_gradients_key"):
+        return 3 * (static["D"] + static["E"]) // 16 + 3 * static["N"] // 16
     return 0
 
 
@@ -38,13 +47,18 @@ def test_machine_code(kernel, machine):
     name, static = kernel[0], dict(kernel[1])
     code = machine(name, **static)
     assert code.complaints == ()
-    assert (code.spilled, code.stack) == (0, 0)
+    assert code.spilled <= MOST_SPILLED.get(name, 0)
+    if name not in MOST_SPILLED:
+        assert code.stack == 0
     assert code.count("HGMMA") == products(name, static)
     if name in MOST_REGISTERS:
         assert 8 <= code.registers <= MOST_REGISTERS[name]
         return
     assert code.registers == LAUNCH_REGISTERS
-    assert code.count("UTMALDG") > 0 and code.count("USETMAXREG") == 2
+    assert code.count("UTMALDG") > 0 and code.count("USETMAXREG") == (3 if name == "attention_mla" else 2)
+    if name in HEADS:
+        assert code.count("MUFU.EX2") > 0
+        return
     assert code.count("BAR.SYNC") == 1, "after the barriers' initialisation"
     exponentials = code.count("MUFU.EX2")
     if name == "lse" or (name == "score" and static["mode"] == kernels.EXP):

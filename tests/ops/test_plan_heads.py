@@ -6,7 +6,15 @@ import pytest
 import torch
 
 from flash_indexer.intervals import causal_intervals
-from flash_indexer.ops.plan_heads import Tiles, attention_items, default_weight, gradient_items, key_items, row_items
+from flash_indexer.ops.plan_heads import (
+    Tiles,
+    attention_items,
+    default_weight,
+    gradient_items,
+    key_items,
+    latent_rows,
+    row_items,
+)
 
 
 def packed(*lengths):
@@ -88,6 +96,22 @@ def test_key_items_visit_what_is_seen(layout, tokens, max_slots):
     assert sum(b - a for _, a, b, _ in reduce.tolist()) == slots
     firsts = [kt for slot, kt in used if slot < 0]
     assert len(firsts) == len(set(firsts)) == len({kt for _, kt in used})
+
+
+@EACH
+@pytest.mark.parametrize("heads", [1, 24, 128])
+def test_latent_rows_visit_what_is_seen(layout, heads):
+    start, end, num_keys = LAYOUTS[layout]
+    rows, seen = start.shape[0] * heads, visible(start, end, num_keys)
+    items = latent_rows(start, end, heads, 7).tolist()
+    assert sorted(row for row, *_ in items) == list(range(0, rows, 64))
+    for row, first, pairs, low, high, *_ in items:
+        tokens = slice(row // heads, (min(row + 64, rows) - 1) // heads + 1)
+        assert pairs >= 1
+        outside = torch.ones(num_keys, dtype=torch.bool)
+        outside[max(first + 64 - 128 * pairs, 0) : max(first + 64, 0)] = False
+        assert not seen[tokens][:, outside].any()
+        assert seen[tokens, low : max(low, high)].all()
 
 
 def test_the_longest_come_first_and_rounds_alternate():

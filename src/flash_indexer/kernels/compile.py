@@ -84,6 +84,7 @@ def every_kernel():
         yield "score", (("D", E), ("mode", RELU))
         yield "gradients_reduce", (("E", E),)
         yield "finish", (("E", E),)
+    yield "attention_mla", ()
     for D, V, E, HG in ATTENTION:
         for index_width in (0, E):
             sizes = tiles.attention(D, V, index_width, HG)

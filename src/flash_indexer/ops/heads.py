@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from flash_indexer.ops.cuda import aligned, load_kernel
 from flash_indexer.ops.plan import TILE
-from flash_indexer.ops.plan_heads import Tiles, attention_items, default_weight, gradient_items
+from flash_indexer.ops.plan_heads import Tiles, attention_items, default_weight, gradient_items, latent_items
 
 LOG2E = 1.4426950408889634
 MLA_WIDTHS = (576, 512)
@@ -239,5 +239,16 @@ def _padded(x: Tensor, width: int | None = None) -> Tensor:
     return x if x.shape[-1] == width else F.pad(x, (0, width - x.shape[-1]))
 
 
-def _mla(*arguments: Any) -> Heads:
-    raise NotImplementedError
+def _mla(q: Tensor, k: Tensor, v: Tensor, _: None, key_start: Tensor, key_end: Tensor, softmax_scale: float) -> Heads:
+    (T, H, D), S = q.shape, k.shape[0]
+    with torch.cuda.device(q.device):
+        processors = torch.cuda.get_device_properties(q.device).multi_processor_count
+        out, lse = q.new_zeros(T, H, v.shape[2]), torch.full((T, H), -torch.inf, device=q.device)
+        if T and S:
+            items = latent_items(key_start, key_end, S, H, processors)
+            count = items.numel() // 8
+            load_kernel("attention_mla")(
+                aligned(q).view(-1, D), aligned(k).view(S, D), key_start, key_end, items, out.view(T * H, -1),
+                lse.view(-1), H, count, min(count, processors), softmax_scale * LOG2E,
+            )  # fmt: skip
+    return Heads(out, lse, None, None)

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from flash_indexer.ops.plan import TILE, balanced, kept, mean_weight, ragged, sent
 
+_LATENT = 64  # rows of an item and keys of a tile where the attention is latent (MLA)
 _PARTS_PER_PROCESSOR = 12  # pieces of d_index_k's work for each multiprocessor: small enough to balance them
 
 
@@ -41,6 +42,27 @@ def attention_items(key_start: Tensor, key_end: Tensor, num_keys: int, tiles: Ti
         return sent(row_items(start, end, tiles).reshape(-1), key_start.device)
 
     return kept(key_start, key_end, num_keys, ("attention", tiles), make)
+
+
+def latent_items(key_start: Tensor, key_end: Tensor, num_keys: int, heads: int, processors: int) -> Tensor:
+    """Items of `kernels.attention_mla`; kept with the intervals."""
+
+    def make(start: Tensor, end: Tensor) -> Tensor:
+        return sent(latent_rows(start, end, heads, processors).reshape(-1), key_start.device)
+
+    return kept(key_start, key_end, num_keys, ("latent", heads, processors), make)
+
+
+def latent_rows(key_start: Tensor, key_end: Tensor, heads: int, processors: int) -> Tensor:
+    """int32 [items, 8], (row, first key, pairs of key tiles, last start, first end, 0, 0, 0), longest first."""
+    row = torch.arange(0, key_start.shape[0] * heads, _LATENT)
+    first, last = row // heads, (row + _LATENT - 1).clamp(max=key_start.shape[0] * heads - 1) // heads
+    start, end = key_start.long(), key_end.long()
+    pairs = -(-(end[last] - start[first]) // (2 * _LATENT))
+    zero = torch.zeros_like(row)
+    pairs = pairs.clamp(min=1)
+    items = torch.stack([row, end[last] - _LATENT, pairs, start[last], end[first], zero, zero, zero], 1)
+    return balanced(items, pairs, processors).to(torch.int32)
 
 
 def gradient_items(
