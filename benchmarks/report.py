@@ -97,12 +97,41 @@ BARS = (
 )  # fmt: skip
 
 
+def lines_of(path: Path) -> list[Record]:
+    """Every record, oldest first."""
+    if not path.exists():
+        return []
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+
+
 def latest(path: Path) -> dict[str, Record]:
     """The last record of each size."""
-    if not path.exists():
-        return {}
-    records = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-    return {record.get("name", "all"): record for record in records}
+    return {record.get("name", "all"): record for record in lines_of(path)}
+
+
+def heads(results: Path) -> list[str]:
+    """The table of `warmup_attention`, the last record of each number of tokens; each ratio beside its bar."""
+    records = {record["tokens"]: record for record in lines_of(results / "warmup_attention.jsonl")}
+    if not records:
+        return []
+    lines = [
+        "",
+        '`warmup_attention(target="per_head")`: 64 query heads on one key head, D=V=128, E=64, documents of 2,028 to 2,048',
+        "tokens; ours, over FlashAttention-2's (attention alone: over cuDNN's) in the same rounds. `flash-indexer bench",
+        "--suite mqa64` prints it.",
+        "",
+        "| tokens | output + KL | | backward | | both | attention alone | |",
+        "|---:|---:|---:|---:|---:|---:|---:|---:|",
+    ]
+    for tokens, record in sorted(records.items()):
+        ratio = {name: f"{value:.2f} x" for name, value in record["ratios"].items()}
+        lines.append(
+            f"| {tokens:,} | {record['ours_forward']['p50']:.2f} ms | {ratio.get('forward', '')} | "
+            f"{record['ours_backward']['p50']:.2f} ms | {ratio.get('backward', '')} | {record['both']:.2f} ms | "
+            f"{record['ours_attention']['p50']:.2f} ms | {ratio.get('attention', '')} |"
+        )
+    bars = " | ".join(("| bars", "", "0.76 x", "", "0.45 x", "7.80 ms at 32K", "", "0.85 x |"))
+    return [*lines, bars]
 
 
 def section(results: Path = RESULTS) -> str:
@@ -133,6 +162,7 @@ def section(results: Path = RESULTS) -> str:
             f"kernels, {seconds['torch body']:.2f} s with the blockwise torch body, the same loss to "
             f"{warmup['largest_relative_difference']:.0e}.",
         ]
+    lines += heads(results)
     tests = latest(results / "gpu_tests.jsonl").get("all")
     if tests:
         clean = ", ".join(

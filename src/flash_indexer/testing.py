@@ -110,6 +110,7 @@ HEAD_CLASSES = (
     HeadClass(D=256, V=256, E=64, heads=8),
     HeadClass(D=80, V=40, E=32, heads=5),
     HeadClass(D=128, V=64, E=128, heads=12),
+    HeadClass(D=64, V=64, E=32, heads=4),
 )
 
 

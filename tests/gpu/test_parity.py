@@ -85,7 +85,7 @@ def test_unsupported_sizes_are_named(problem, measure):
 
 def test_per_head_asks_for_no_kernel(problem, measure, monkeypatch):
     """It runs the torch body, forward and backward, on any GPU."""
-    monkeypatch.setattr("flash_indexer.ops.cuda._kernel", lambda name, **static: pytest.fail(f"kernel {name}"))
+    monkeypatch.setattr("flash_indexer.ops.cuda.load_kernel", lambda name, **static: pytest.fail(f"kernel {name}"))
     x = problem("per_head", KERNEL_CLASSES[4], "documents", H=8, G=2, I=8)
     options = dict(target="per_head", token_weight=x.token_weight, d_loss=1.7)
     got, truth, eager = measure(x, **options), reference_indexer_kl(x, **options), eager_indexer_kl(x, **options)

@@ -12,8 +12,9 @@ from itertools import product
 import pytest
 
 from flash_indexer.kernels import compile as kernels
-from flash_indexer.ops import cuda
-from flash_indexer.testing import KERNEL_CLASSES
+from flash_indexer.kernels import tiles
+from flash_indexer.ops import cuda, heads
+from flash_indexer.testing import HEAD_CLASSES, KERNEL_CLASSES
 
 SMALLEST, OTHER = (("gradients_reduce", (("E", width),)) for width in (32, 64))
 
@@ -168,3 +169,17 @@ compile.program("gradients_reduce", (("E", 32),))
     seconds, imported = runs[1].stdout.splitlines()[0].split()
     assert float(seconds) < 1 and imported == "False"
     assert all("num_args should be 4" in run.stdout for run in runs)
+
+
+def test_the_classes_of_the_tests_are_compiled_beforehand():
+    """So that no test waits for a compiler: what the operators ask for, for every class of sizes."""
+    listed = set(kernels.every_kernel())
+    for sizes in HEAD_CLASSES:
+        D, V, E = heads._width(sizes.D), heads._width(sizes.V), heads._index_width(sizes.E, sizes.heads)
+        for name, static in (
+            ("attention", dict(D=D, V=V, E=0, HG=sizes.heads, **tiles.attention(D, V, 0, sizes.heads))),
+            ("attention", dict(D=D, V=V, E=E, HG=sizes.heads, **tiles.attention(D, V, E, sizes.heads))),
+            ("head_gradients_query", dict(D=D, E=E, HG=sizes.heads, **tiles.head_gradients_query(D, E))),
+            ("head_gradients_key", dict(D=D, E=E, HG=sizes.heads, **tiles.head_gradients_key(D, E))),
+        ):
+            assert (name, tuple(sorted(static.items()))) in listed, (name, static)
