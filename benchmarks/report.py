@@ -117,8 +117,8 @@ def heads(results: Path) -> list[str]:
     lines = [
         "",
         '`warmup_attention(target="per_head")`: 64 query heads on one key head, D=V=128, E=64, documents of 2,028 to',
-        "2,048 tokens; ours, over FlashAttention-2's (attention alone: over cuDNN's) in the same rounds. `flash-indexer",
-        "bench --suite mqa64` prints it.",
+        "2,048 tokens; ours, over FlashAttention-2's (attention alone: over cuDNN's) in the same rounds, as",
+        "`flash-indexer bench --suite mqa64` prints it.",
         "",
         "| tokens | output + KL | | backward | | both | attention alone | |",
         "|---:|---:|---:|---:|---:|---:|---:|---:|",

@@ -139,14 +139,3 @@ def test_the_attention_operator_keeps_torchs_rules(window):
     operands = (x.q, x.k, v, x.key_start, x.key_end, x.softmax_scale)
     tests = ("test_schema", "test_faketensor", "test_aot_dispatch_static")
     torch.library.opcheck(torch.ops.flash_indexer.attention.default, operands, test_utils=tests)
-
-
-@pytest.mark.parametrize("target", TARGETS)
-def test_gradients_by_differences(target):
-    x, v = problem(shape=Shape(((5, 5), (3, 4)), H=2, G=1, D=4, I=2, E=3), V=2)
-    leaves = [y.clone().requires_grad_() for y in (x.index_q, x.index_k, x.index_weights)]
-
-    def loss(*index):
-        return warmup_attention(x.q, x.k, v, *index, **arguments(x, target=target)).loss
-
-    assert torch.autograd.gradcheck(loss, leaves, nondet_tol=1e-12)
