@@ -73,6 +73,14 @@ def test_row_items_visit_what_is_seen(layout, tokens, keys):
         assert ((first + keys - 1 - last) // keys < right).all()
 
 
+@pytest.mark.parametrize("tokens", [1, 2, 16])
+def test_causal_documents_are_masked_at_the_diagonal_alone(tokens):
+    start, end = packed(2048, 1024)
+    items = row_items(start, end, Tiles(1, tokens, 96, 5))
+    count, right, left = items[:, 3], items[:, 4], items[:, 5]
+    assert (left == count).all() and (right <= 2).all() and (right == 1).float().mean() > 0.8
+
+
 @EACH
 @TOKENS
 @pytest.mark.parametrize("max_slots", [0, 3, 10_000])

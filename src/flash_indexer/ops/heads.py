@@ -162,8 +162,8 @@ def per_head_gradients(
         return d_index_q if needs[0] else None, d_index_k, d_weights if needs[2] else None
 
 
-def prepare(q: Tensor, k: Tensor, v: Tensor, E: int, gradients: bool) -> None:
-    """Has every kernel of the call compiled, those that are missing side by side."""
+def prepare(q: Tensor, k: Tensor, v: Tensor, E: int) -> None:
+    """Has every kernel of the call and of its backward compiled, those that are missing side by side."""
     from flash_indexer.kernels import tiles
     from flash_indexer.kernels.compile import prepare as compile_missing
 
@@ -171,11 +171,10 @@ def prepare(q: Tensor, k: Tensor, v: Tensor, E: int, gradients: bool) -> None:
     E = _index_width(E, heads)
     sizes: dict[str, dict[str, int]] = {
         "attention": dict(D=D, V=V, E=E, HG=heads, **tiles.attention(D, V, E, heads)),
+        "head_gradients_query": dict(D=D, E=E, HG=heads, **tiles.head_gradients_query(D, E)),
+        "head_gradients_key": dict(D=D, E=E, HG=heads, **tiles.head_gradients_key(D, E)),
+        "gradients_reduce": dict(E=E),
     }
-    if gradients:
-        sizes["head_gradients_query"] = dict(D=D, E=E, HG=heads, **tiles.head_gradients_query(D, E))
-        sizes["head_gradients_key"] = dict(D=D, E=E, HG=heads, **tiles.head_gradients_key(D, E))
-        sizes["gradients_reduce"] = dict(E=E)
     compile_missing(*((name, tuple(static.items())) for name, static in sizes.items()))
 
 

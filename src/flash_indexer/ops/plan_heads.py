@@ -106,15 +106,21 @@ def row_tiles(key_start: Tensor, key_end: Tensor, tokens: int) -> RowTiles:
 
 
 def row_items(key_start: Tensor, key_end: Tensor, tiles: Tiles) -> Tensor:
-    """int32 [items, 8], longest first. Key tiles are counted from the right end of what the row tile sees."""
+    """int32 [items, 8], longest first. Key tiles are counted from the right.
+
+    Where all rows see the same first key, the leftmost tile begins there and needs no mask; elsewhere the rightmost one
+    ends at the last key that a row sees.
+    """
     rows = row_tiles(key_start, key_end, tiles.tokens)
     length, keys = rows.last_end - rows.first_start, tiles.keys
     count = ((length + keys - 1) // keys).clamp(min=1)
-    right = torch.minimum((rows.last_end - rows.first_end) // keys + 1, count)
-    left = torch.minimum(torch.maximum((rows.last_end - rows.last_start) // keys, right), count)
+    aligned = rows.first_start == rows.last_start
+    end = torch.where(aligned, rows.first_start + count * keys, rows.last_end)
+    right = torch.minimum((end - rows.first_end) // keys + 1, count)
+    left = torch.minimum(torch.maximum((end - rows.last_start) // keys, right), count)
     zero = torch.zeros_like(count)
     token = torch.arange(count.shape[0]) * tiles.tokens
-    items = torch.stack([token, zero, rows.last_end - keys, count, right, left, zero, zero], 1)
+    items = torch.stack([token, zero, end - keys, count, right, left, zero, zero], 1)
     items = items.repeat_interleave(tiles.groups, 0)
     items[:, 1] = torch.arange(tiles.groups).repeat(count.shape[0])
     return balanced(items, items[:, 3], tiles.processors).to(torch.int32)
