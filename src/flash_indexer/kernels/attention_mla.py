@@ -65,7 +65,7 @@ def build():
             T.mbarrier_arrive(bar[i])
 
     # v: 0 parity of K's full barriers, 1 of the other warpgroup's P, 2 of Q, 3 O is to be scaled, 4 first key of the
-    # tile, 5 ones, 6, 7 keys visible to all rows, 8..11 bounds of the thread's two rows
+    # tile, 5 ones, 6, 7 keys visible to all rows. vb: bounds of the thread's two rows. z: an opaque zero.
     # a: address of 0 own m, 1 the other's m, 2 own P, 3, 4 own and other row sums
     @T.macro
     def qk(wg, Ks, S, kfull, v, z, panels, first):
@@ -135,30 +135,8 @@ def build():
         release(kempty, 2 * wg + wg, tx)
 
     @T.macro
-    def consumer(
-        wg,
-        bx,
-        grid,
-        tx,
-        count,
-        scale,
-        H,
-        Ks,
-        Ms,
-        S,
-        P,
-        O,
-        ITEMS,
-        KS,
-        KE,
-        OUT,
-        LSE,
-        qfull,
-        qempty,
-        kfull,
-        kempty,
-        pready,
-    ):
+    def consumer(wg, bx, grid, tx, count, scale, H, Ks, Ms, S, P, O, ITEMS, KS, KE, OUT, LSE, bars):
+        qfull, qempty, kfull, kempty, pready = bars
         v = T.alloc_local((8,), "int32")
         z = T.alloc_local((1,), "int32")
         vb = T.alloc_local((4,), "int32")
@@ -204,17 +182,9 @@ def build():
             T.call_extern("handle", "mla_sums", f.access_ptr("rw"), a[3])
             T.sync_threads(8, 256)
             T.call_extern(
-                "handle",
-                "mla_store",
-                O.access_ptr("r"),
-                f.access_ptr("r"),
-                a[4],
-                T.address_of(OUT[0, 0]),
-                T.address_of(LSE[0]),
-                row0,
-                nqh,
-                wg,
-            )
+                "handle", "mla_store", O.access_ptr("r"), f.access_ptr("r"), a[4], T.address_of(OUT[0, 0]),
+                T.address_of(LSE[0]), row0, nqh, wg,
+            )  # fmt: skip
 
     @T.prim_func
     def flash_indexer_attention_mla(
@@ -237,61 +207,16 @@ def build():
             kfull = T.alloc_barrier([1] * 18)
             kempty = T.alloc_barrier([4] * 4)  # slot * 2 + half
             pready = T.alloc_barrier([4] * 2)
+            bars = (qfull, qempty, kfull, kempty, pready)
             tx = T.get_thread_binding()
             count = T.alloc_var("int32")
             count = T.call_extern("int32", "mla_count", nitems, bx, grid)
             if tx < 128:
                 T.set_max_nreg(REGISTERS[0], 1)
-                consumer(
-                    0,
-                    bx,
-                    grid,
-                    tx,
-                    count,
-                    scale,
-                    H,
-                    Ks,
-                    Ms,
-                    S0,
-                    P0,
-                    O0,
-                    ITEMS,
-                    KS,
-                    KE,
-                    OUT,
-                    LSE,
-                    qfull,
-                    qempty,
-                    kfull,
-                    kempty,
-                    pready,
-                )
+                consumer(0, bx, grid, tx, count, scale, H, Ks, Ms, S0, P0, O0, ITEMS, KS, KE, OUT, LSE, bars)
             elif tx < 256:
                 T.set_max_nreg(REGISTERS[0], 1)
-                consumer(
-                    1,
-                    bx,
-                    grid,
-                    tx,
-                    count,
-                    scale,
-                    H,
-                    Ks,
-                    Ms,
-                    S1,
-                    P1,
-                    O1,
-                    ITEMS,
-                    KS,
-                    KE,
-                    OUT,
-                    LSE,
-                    qfull,
-                    qempty,
-                    kfull,
-                    kempty,
-                    pready,
-                )
+                consumer(1, bx, grid, tx, count, scale, H, Ks, Ms, S1, P1, O1, ITEMS, KS, KE, OUT, LSE, bars)
             else:
                 T.set_max_nreg(REGISTERS[1], 0)
                 if tx < 288:
