@@ -17,11 +17,6 @@ static __device__ __forceinline__ float at_float(const float* p, long long i) {
   asm volatile("ld.global.nc.f32 %0, [%1];" : "=f"(v) : "l"(p + i));
   return v;
 }
-// keeps what is made of it from being hoisted out of a loop, to where registers run out
-static __device__ __forceinline__ int at_opaque(int x) {
-  asm volatile("" : "+r"(x));
-  return x;
-}
 static __device__ __forceinline__ int at_address(const void* p) { return (int)__cvta_generic_to_shared(p); }
 static __device__ __forceinline__ int at_field(int item, int field) {
   int v;
@@ -72,6 +67,24 @@ static __device__ __forceinline__ float at_quad_max(float x) {
 static __device__ __forceinline__ float at_quad_sum(float x) {
   x += __shfl_xor_sync(0xffffffffu, x, 1);
   return x + __shfl_xor_sync(0xffffffffu, x, 2);
+}
+// S = q k^T and X = index_q index_k^T: addresses of the first row tile and of the first key tile
+template <int D, int E, int BN, int QS>
+static __device__ __forceinline__ void at_logits(
+    float* s, float* x, int q, int k, int index_q, int index_k, int row_tile, int key_tile) {
+  const int half = wg_uniform(threadIdx.x >> 7), rows = wg_uniform(row_tile % QS), keys = wg_uniform(key_tile & 1);
+  using A = Tile<D, 128>;
+  wg_product<BN, D, 128>(s, (q >> 4) + rows * A::SIZE + half * A::HALF, (k >> 4) + keys * Tile<D, BN>::SIZE);
+  if constexpr (E > 0) {
+    using C = Tile<E, 128>;
+    wg_product<BN, E, 128>(
+        x, (index_q >> 4) + rows * C::SIZE + half * C::HALF, (index_k >> 4) + keys * Tile<E, BN>::SIZE);
+  }
+}
+// O += P v
+template <int BN, int V>
+static __device__ __forceinline__ void at_values(float* o, unsigned* p, int v, int key_tile) {
+  wg_accumulate<BN, V>(o, p, (v >> 4) + wg_uniform(key_tile & 1) * Tile<V, BN>::SIZE);
 }
 // 64 threads gather the numbers of an item's rows, [128, 4]: interval and w · log2(e); padding and tokens t >= n see nothing
 template <int HG, int E>
@@ -284,12 +297,12 @@ static __device__ __forceinline__ void at_raise_index(
 }
 // a real, ordered instruction after the wait for the product that reads the old P, or ptxas serialises (C7513)
 template <int BN>
-static __device__ __forceinline__ void at_pack(void* p, const float* s) {
+static __device__ __forceinline__ void at_pack(unsigned* p, const float* s) {
 #pragma unroll
   for (int g = 0; g < BN / 4; ++g) {
     unsigned v;
     asm volatile("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(v) : "f"(s[2 * g + 1]), "f"(s[2 * g]));
-    ((unsigned*)p)[g] = v;
+    p[g] = v;
   }
 }
 // lse, and lsx and kl where E, of the thread's rows; inverse = 1 / l, 0 for a row that saw nothing
@@ -313,6 +326,22 @@ static __device__ __forceinline__ void at_finish(
       if (write) LSX[at] = seen ? (n[h] + log_y) * ln2 : -INFINITY;
       if (write) KL[at] = several ? (cross * inverse[h] - log_l + log_y) * ln2 : 0.f;
     }
+  }
+}
+// o in bfloat16 into the row tile at `rows` of shared memory, swizzled
+template <int V>
+static __device__ __forceinline__ void at_stage(const float* o, int rows) {
+  const int lane = threadIdx.x & 31, r = (threadIdx.x >> 5) * 16 + (lane & 15);
+#pragma unroll
+  for (int g = 0; g < V / 8; g += 2) {
+    unsigned v[4];
+#pragma unroll
+    for (int i = 0; i < 4; ++i)
+      asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(v[i]) : "f"(o[4 * g + 2 * i + 1]), "f"(o[4 * g + 2 * i]));
+    const int address = rows + g / 8 * 16384 + r * 128 + (((g % 8 + (lane >> 4)) ^ (r & 7)) << 4);
+    asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(v[0]), "r"(v[1]),
+                 "r"(v[2]), "r"(v[3])
+                 : "memory");
   }
 }
 template <int HG, int V>

@@ -26,6 +26,7 @@ from pathlib import Path
 
 import tilelang
 import tilelang.language as T
+from tilelang.layout import make_swizzled_layout
 
 PASS_CONFIGS = {
     tilelang.PassConfigKey.TL_ENABLE_FAST_MATH: True,
@@ -34,7 +35,9 @@ PASS_CONFIGS = {
     tilelang.PassConfigKey.TL_DISABLE_THREAD_STORAGE_SYNC: True,
 }
 REGISTERS = (240, 24)  # consumers, producer
-SOURCE = Path(__file__).with_suffix(".cuh").read_text(encoding="utf-8")
+SOURCE = "\n".join(
+    Path(__file__).with_name(name).read_text(encoding="utf-8") for name in ("wgmma.cuh", "attention.cuh")
+)
 
 
 def build(D, V, E, HG, BN, QS, TMA_STORE):
@@ -60,7 +63,6 @@ def build(D, V, E, HG, BN, QS, TMA_STORE):
     BOX, BOXES = (HG, TOKENS) if HG > TOKENS else (TOKENS, HG)
     PIECE = min(BOX, 64)  # rows of one store
     assert not TMA_STORE or (V <= D and QS == 2 and 64 % PIECE == 0 and BOX % PIECE == 0 and BOX * BOXES == 128)
-    rows = T.GemmWarpPolicy.FullRow
     nq, nk, nt, nx, ni = T.dynamic("nq"), T.dynamic("nk"), T.dynamic("nt"), T.dynamic("nx"), T.dynamic("ni")
     kd, kv = T.dynamic("kd"), T.dynamic("kv")
     TOKEN_MAJOR = HG > TOKENS
@@ -95,12 +97,20 @@ def build(D, V, E, HG, BN, QS, TMA_STORE):
                     barrier=full[slot],
                 )
 
+    # S = q k^T and X = index_q index_k^T of row tile v[1] and key tile v[0]
     @T.macro
-    def products(Qs, Ks, IQs, IKs, S, X, v, tx):
-        T.sync_threads(8 + tx // 128, 256)
-        T.wgmma_gemm(Qs[v[1] % QS, :, :], Ks[v[0] % 2, :, :], S, transpose_B=True, clear_accum=True, policy=rows)
-        if E:
-            T.wgmma_gemm(IQs[v[1] % QS, :, :], IKs[v[0] % 2, :, :], X, transpose_B=True, clear_accum=True, policy=rows)
+    def logits(S, X, at, v):
+        T.call_extern(
+            "handle", f"at_logits<{D}, {E}, {BN}, {QS}>", S.access_ptr("rw"), X.access_ptr("rw"), at[0], at[1], at[3],
+            at[4], v[1], v[0],
+        )  # fmt: skip
+
+    # O += P v of key tile v[0] - 1
+    @T.macro
+    def values(O, P, at, v):
+        T.call_extern(
+            "handle", f"at_values<{BN}, {V}>", O.access_ptr("rw"), P.access_ptr("rw"), at[2], v[0] + 1
+        )
 
     @T.macro
     def softmax(S, X, sums, backup, scale, ready):
@@ -121,15 +131,14 @@ def build(D, V, E, HG, BN, QS, TMA_STORE):
 
     # O += P v of the tile before; then P of tile i of the masked ones, or of the others
     @T.macro
-    def step(tiles, S, X, P, O, bars, v, sums, backup, item, limits, Q, K, tokens, H, scale, tx, i, masked):
-        Qs, Ks, Vs, IQs, IKs = tiles
+    def step(S, X, P, O, at, bars, v, sums, backup, item, limits, Q, K, tokens, H, scale, tx, i, masked):
         kfull, kempty, vfull, vempty = bars
         m, n, w, l, y, y_tile, c, alpha = sums
-        v[1] = T.call_extern("int32", "at_opaque", v[1])
         T.barrier_wait(kfull[v[0] % 2], v[0] // 2 % 2)
-        products(Qs, Ks, IQs, IKs, S, X, v, tx)
+        T.sync_threads(8 + tx // 128, 256)
+        logits(S, X, at, v)
         T.barrier_wait(vfull[(v[0] + 1) % 2], (v[0] - 1) // 2 % 2)
-        T.wgmma_gemm(P, Vs[(v[0] + 1) % 2, :, :], O, policy=rows)
+        values(O, P, at, v)
         T.named_barrier_arrive(9 - tx // 128, 256)
         T.wait_wgmma(2 if E else 1)
         T.warpgroup_fence_operand(S, num_regs=BN // 2)
@@ -177,6 +186,23 @@ def build(D, V, E, HG, BN, QS, TMA_STORE):
         if E:
             T.call_extern("handle", "at_total", y.access_ptr("rw"), y_tile.access_ptr("r"))
 
+    # S and X of tile 0 of the next item, or of what lies there after the last one
+    @T.macro
+    def begin(S, X, at, v, qfull, kfull, more):
+        if more:
+            T.barrier_wait(qfull[v[1] % QS], v[1] // QS % 2)
+            T.barrier_wait(kfull[v[0] % 2], v[0] // 2 % 2)
+        logits(S, X, at, v)
+
+    @T.macro
+    def finish(sums, item, LSE, LSX, KL, tokens, H):
+        m, n, _w, l, y, _y_tile, c, alpha = sums
+        T.call_extern(
+            "handle", f"at_finish<{HG}, {E}>", alpha.access_ptr("w"), item, m.access_ptr("r"), n.access_ptr("r"),
+            l.access_ptr("r"), y.access_ptr("r"), c.access_ptr("r"), T.address_of(LSE[0]), T.address_of(LSX[0]),
+            T.address_of(KL[0]), tokens, H,
+        )  # fmt: skip
+
     @T.macro
     def store_piece(Qs, OUT, slot, row, t0, g, panel, H, tokens):
         # row of the tile, first of PIECE; token-major: part of a token's heads, head-major: some tokens of one head
@@ -216,13 +242,15 @@ def build(D, V, E, HG, BN, QS, TMA_STORE):
             Vs = T.alloc_shared((2, BN, V), "bfloat16")
             Is = T.alloc_shared((QS, 8 + 512), "int32")  # an item, and the numbers of its rows
             Bs = T.alloc_shared((1024,), "float32")
-            S = T.alloc_fragment((128, BN), "float32")
-            P = T.alloc_fragment((128, BN), "bfloat16")
-            O = T.alloc_fragment((128, V), "float32")
+            S = T.alloc_local((BN // 2,), "float32")
+            P = T.alloc_local((BN // 4,), "uint32")
+            O = T.alloc_local((V // 2,), "float32")
+            T.annotate_layout({x: make_swizzled_layout(x) for x in (Qs, Ks, Vs)})
             if E:
                 IQs = T.alloc_shared((QS, 128, E), "bfloat16")
                 IKs = T.alloc_shared((2, BN, E), "bfloat16")
-                X = T.alloc_fragment((128, BN), "float32")
+                X = T.alloc_local((BN // 2,), "float32")
+                T.annotate_layout({x: make_swizzled_layout(x) for x in (IQs, IKs)})
             else:
                 IQs, IKs, X = Qs, Ks, S
             qfull = T.alloc_barrier([65] * QS)  # the copies, 64 gathering threads
@@ -247,30 +275,33 @@ def build(D, V, E, HG, BN, QS, TMA_STORE):
                     y_tile = T.alloc_local((4,), "float32")
                 else:
                     n, w, y, c, y_tile = m, m, l, l, l
-                tiles = (Qs, Ks, Vs, IQs, IKs)
                 bars = (kfull, kempty, vfull, vempty)
                 sums = (m, n, w, l, y, y_tile, c, alpha)
+                at = T.alloc_local((5,), "int32")  # addresses of q, k, v, index_q, index_k
+                for j, x in enumerate((Qs, Ks, Vs, IQs, IKs)):
+                    at[j] = T.call_extern("int32", "at_address", T.address_of(x[0, 0, 0]))
                 backup = T.alloc_var("int32")
                 backup = T.call_extern("int32", "at_address", T.address_of(Bs[0]))
                 items = T.alloc_var("int32")
                 item = T.alloc_var("int32")
+                steps = T.alloc_var("int32")
                 v[0] = 0
                 v[1] = 0
                 if tx >= 128:
                     T.named_barrier_arrive(8, 256)
                 items = T.call_extern("int32", "at_count", nitems, bx, grid)
-                for _ in T.serial(items):
+                T.sync_threads(8 + tx // 128, 256)
+                begin(S, X, at, v, qfull, kfull, True)
+                T.named_barrier_arrive(9 - tx // 128, 256)
+                T.wait_wgmma(0)
+                T.warpgroup_fence_operand(S, num_regs=BN // 2)
+                if E:
+                    T.warpgroup_fence_operand(X, num_regs=BN // 2)
+                for it in T.serial(items):
+                    # tile 0: S and X are there; P
                     item = T.call_extern("int32", "at_address", T.address_of(Is[0, 0])) + v[1] % QS * 2080
-                    T.barrier_wait(qfull[v[1] % QS], v[1] // QS % 2)
-                    T.barrier_wait(kfull[v[0] % 2], v[0] // 2 % 2)
-                    # tile 0: S, X and P
-                    products(Qs, Ks, IQs, IKs, S, X, v, tx)
-                    T.named_barrier_arrive(9 - tx // 128, 256)
-                    if TMA_STORE:
-                        if v[1] > 0:  # the last item's outputs have left
-                            if T.shuffle_elect(128):
-                                T.tma_store_wait(0)
-                                T.mbarrier_arrive(qempty[(v[1] + 1) % 2])
+                    release(kempty, v[0] % 2, tx)
+                    v[0] = v[0] + 1
                     T.call_extern("handle", "at_limits", limits.access_ptr("w"), item + 32)
                     if E:
                         T.call_extern("handle", "at_weights", w.access_ptr("w"), item + 32)
@@ -283,13 +314,8 @@ def build(D, V, E, HG, BN, QS, TMA_STORE):
                         if E:
                             y[i] = 0.0
                             c[i] = 0.0
-                    T.clear(O)
-                    T.wait_wgmma(0)
-                    T.warpgroup_fence_operand(S, num_regs=BN // 2)
-                    if E:
-                        T.warpgroup_fence_operand(X, num_regs=BN // 2)
-                    release(kempty, v[0] % 2, tx)
-                    v[0] = v[0] + 1
+                    for i in list(range(V // 2)):
+                        O[i] = 0.0
                     T.call_extern(
                         "handle", f"at_mask<{BN}>", S.access_ptr("rw"), m.access_ptr("rw"), limits.access_ptr("r"),
                         item, 0, scale,
@@ -303,49 +329,57 @@ def build(D, V, E, HG, BN, QS, TMA_STORE):
                     if E:
                         T.call_extern("handle", "at_total", y.access_ptr("rw"), y_tile.access_ptr("r"))
                     T.call_extern("handle", f"at_pack<{BN}>", P.access_ptr("w"), S.access_ptr("r"))
-                    for i in T.serial(T.call_extern("int32", "at_masked", item)):
-                        step(
-                            tiles, S, X, P, O, bars, v, sums, backup, item, limits, Q, K, tokens, H, scale, tx,
-                            i + 1, True,
-                        )  # fmt: skip
-                    for i in T.serial(T.call_extern("int32", "at_whole", item)):
-                        step(
-                            tiles, S, X, P, O, bars, v, sums, backup, item, limits, Q, K, tokens, H, scale, tx, i,
-                            False,
-                        )  # fmt: skip
-                    # O += P v of the last tile
+                    if TMA_STORE:
+                        if v[1] > 0:  # the last item's outputs have left
+                            if T.shuffle_elect(128):
+                                T.tma_store_wait(0)
+                                T.mbarrier_arrive(qempty[(v[1] + 1) % 2])
+                    steps = T.call_extern("int32", "at_masked", item)
+                    for i in T.serial(steps):
+                        step(S, X, P, O, at, bars, v, sums, backup, item, limits, Q, K, tokens, H, scale, tx, i + 1, True)
+                    steps = T.call_extern("int32", "at_whole", item)
+                    for i in T.serial(steps):
+                        step(S, X, P, O, at, bars, v, sums, backup, item, limits, Q, K, tokens, H, scale, tx, i, False)
+                    # O += P v of the last tile, and tile 0 of the next item beside it
                     T.barrier_wait(vfull[(v[0] + 1) % 2], (v[0] - 1) // 2 % 2)
-                    T.wgmma_gemm(P, Vs[(v[0] + 1) % 2, :, :], O, policy=rows)
-                    T.call_extern(
-                        "handle", f"at_finish<{HG}, {E}>", alpha.access_ptr("w"), item, m.access_ptr("r"),
-                        n.access_ptr("r"), l.access_ptr("r"), y.access_ptr("r"), c.access_ptr("r"),
-                        T.address_of(LSE[0]), T.address_of(LSX[0]), T.address_of(KL[0]), tokens, H,
-                    )  # fmt: skip
-                    T.wait_wgmma(0)
+                    if QS == 2:
+                        v[1] = v[1] + 1
+                        T.sync_threads(8 + tx // 128, 256)
+                        values(O, P, at, v)
+                        begin(S, X, at, v, qfull, kfull, it + 1 < items)
+                        T.named_barrier_arrive(9 - tx // 128, 256)
+                        finish(sums, item, LSE, LSX, KL, tokens, H)
+                        T.wait_wgmma(2 if E else 1)
+                    else:
+                        values(O, P, at, v)
+                        finish(sums, item, LSE, LSX, KL, tokens, H)
+                        T.wait_wgmma(0)
                     T.warpgroup_fence_operand(O, num_regs=V // 2)
                     release(vempty, (v[0] + 1) % 2, tx)
                     T.call_extern("handle", f"at_scale<{V}>", O.access_ptr("rw"), alpha.access_ptr("r"))
                     if TMA_STORE:
                         t0 = T.call_extern("int32", "at_field", item, 0)
                         g = T.call_extern("int32", "at_field", item, 1)
-                        T.copy(O, Qs[v[1] % QS, :, 0:V])
+                        T.call_extern("handle", f"at_stage<{V}>", O.access_ptr("r"), at[0] + (v[1] + 1) % 2 * (256 * D))
                         T.fence_proxy_async()
                         T.sync_threads(10 + tx // 128, 128)
                         for z in list(range(64 // PIECE)):
                             for p in list(range(V // 64)):
-                                store_piece(Qs, OUT, v[1] % QS, tx // 128 * 64 + z * PIECE, t0, g, p, H, tokens)
+                                store_piece(Qs, OUT, (v[1] + 1) % 2, tx // 128 * 64 + z * PIECE, t0, g, p, H, tokens)
                     else:
                         T.call_extern(
-                            "handle",
-                            f"at_store<{HG}, {V}>",
-                            O.access_ptr("r"),
-                            item,
-                            T.address_of(OUT[0, 0]),
-                            tokens,
-                            H,
+                            "handle", f"at_store<{HG}, {V}>", O.access_ptr("r"), item, T.address_of(OUT[0, 0]), tokens, H
                         )
-                        release(qempty, v[1] % QS, tx)
-                    v[1] = v[1] + 1
+                        release(qempty, (v[1] + QS - 1) % QS, tx)
+                    if QS == 1:
+                        v[1] = v[1] + 1
+                        T.sync_threads(8 + tx // 128, 256)
+                        begin(S, X, at, v, qfull, kfull, it + 1 < items)
+                        T.named_barrier_arrive(9 - tx // 128, 256)
+                    T.wait_wgmma(0)
+                    T.warpgroup_fence_operand(S, num_regs=BN // 2)
+                    if E:
+                        T.warpgroup_fence_operand(X, num_regs=BN // 2)
                 if TMA_STORE:
                     if T.shuffle_elect(128):
                         T.tma_store_wait(0)
