@@ -1,6 +1,6 @@
 #pragma once
 // Accumulator of one thread: s[4g+2h+c] = row 16·warp + lane/4 + 8h, column 8g + 2·(lane%4) + c. Arrays of two are one
-// number for each of the thread's two rows h. An item in shared memory: t0, g, first key, tiles, right, left (see build).
+// number for each of the thread's two rows h. An item in shared memory: t0, g, first key, tiles, right, left, seen (see build).
 #define AT_UNSEEN -1e30f
 #define AT_UNSET 1e30f
 static __device__ __forceinline__ int at_count(int n, int first, int step) {
@@ -37,11 +37,13 @@ static __device__ __forceinline__ int at_key(int item, int i) {
   const int masked = at_masked(item) + 1;
   return at_field(item, 2) - BN * (i < masked ? at_tile(item, i) : i - masked + at_field(item, 4));
 }
-// every lane of the producer writes the same item: the one that then arrives at the barrier has written it, too
-static __device__ __forceinline__ void at_put(int item, const int* items, int at) {
-#pragma unroll
-  for (int f = 0; f < 6; ++f)
-    asm volatile("st.shared.s32 [%0], %1;" ::"r"(item + f * 4), "r"(at_int(items, (long long)at * 8 + f)) : "memory");
+// lanes 0 to 7 hold the fields of an item, and write them to shared memory
+static __device__ __forceinline__ int at_lane(const int* items, int at) {
+  return at_int(items, (long long)at * 8 + (threadIdx.x & 7));
+}
+static __device__ __forceinline__ void at_put(int item, int field) {
+  asm volatile("st.shared.s32 [%0], %1;" ::"r"(item + ((int)threadIdx.x & 7) * 4), "r"(field) : "memory");
+  __syncwarp();
 }
 static __device__ __forceinline__ int4 at_numbers(int address) {
   int4 v;

@@ -51,10 +51,11 @@ def build(D, V, E, HG, BN, QS, TMA_STORE):
         K     [S, G·D], VAL [S, G·V] bfloat16
         IQ    as Q with E, IK [S, E] bfloat16, W [T·H] float32   index_q, index_k, weights; not read where E is 0
         KS    [T], KE [T] int32             visible keys of each token
-        ITEMS [8·nitems] int32              (t0, g, first, tiles, right, left, 0, 0): TOKENS tokens from t0, heads of g;
+        ITEMS [8·nitems] int32              (t0, g, first, tiles, right, left, seen, 0): TOKENS tokens from t0, heads of g;
                                             key tile j holds the keys first - j·BN + 0 .. BN-1, j = 0 .. tiles - 1;
                                             those with j < right or j >= left are masked, 1 <= right <= left <= tiles.
-                                            Where some row sees its last key in tile j, j < right
+                                            Where some row sees its last key in tile j, j < right. No row
+                                            sees more of tile 0 than its first `seen` keys
         OUT   as Q with V, bfloat16; LSE, LSX, KL [T·H] float32     written; LSX and KL where E is not 0
         H, tokens, nitems, grid int32, scale float32        CTA c of `grid` takes the items c, c + grid, ...; scale
                                                             times log2(e)
@@ -62,6 +63,7 @@ def build(D, V, E, HG, BN, QS, TMA_STORE):
     TOKENS = 128 // HG
     BOX, BOXES = (HG, TOKENS) if HG > TOKENS else (TOKENS, HG)
     PIECE = min(BOX, 64)  # rows of one store
+    NARROW = BN // 32 * 16
     assert not TMA_STORE or (V <= D and QS == 2 and 64 % PIECE == 0 and BOX % PIECE == 0 and BOX * BOXES == 128)
     nq, nk, nt, nx, ni = T.dynamic("nq"), T.dynamic("nk"), T.dynamic("nt"), T.dynamic("nx"), T.dynamic("ni")
     kd, kv = T.dynamic("kd"), T.dynamic("kv")
@@ -97,6 +99,19 @@ def build(D, V, E, HG, BN, QS, TMA_STORE):
                     barrier=full[slot],
                 )
 
+    # the row tile of the item whose fields the lanes hold
+    @T.macro
+    def feed_rows(Q, IQ, Qs, IQs, qfull, qempty, qs, qp, slot, field, H):
+        T.barrier_wait(qempty[qs], qp)
+        T.call_extern("handle", "at_put", slot, field)
+        t0 = T.call_extern("int32", "at_field", slot, 0)
+        g = T.call_extern("int32", "at_field", slot, 1)
+        load_rows(Q, Qs, qs, qfull, D, t0, g, H)
+        if E:
+            load_rows(IQ, IQs, qs, qfull, E, t0, g, H)
+        if T.shuffle_elect(32):
+            T.barrier_arrive(qfull[qs])
+
     # S = q k^T and X = index_q index_k^T of row tile v[1] and key tile v[0]
     @T.macro
     def logits(S, X, at, v):
@@ -113,13 +128,32 @@ def build(D, V, E, HG, BN, QS, TMA_STORE):
         )
 
     @T.macro
-    def softmax(S, X, sums, backup, scale, ready):
+    def softmax(N, S, X, sums, backup, scale, ready):
         m, n, w, l, _y, y_tile, c, _alpha = sums
         T.call_extern(
-            "handle", f"at_softmax<{BN}, {E}, {ready}>", S.access_ptr("rw"), X.access_ptr("rw"), m.access_ptr("r"),
+            "handle", f"at_softmax<{N}, {E}, {ready}>", S.access_ptr("rw"), X.access_ptr("rw"), m.access_ptr("r"),
             n.access_ptr("r"), w.access_ptr("r"), l.access_ptr("rw"), y_tile.access_ptr("w"), c.access_ptr("rw"),
             backup, scale,
         )  # fmt: skip
+
+    # P of tile 0, of which no row sees more than the first N keys
+    @T.macro
+    def first(N, S, X, P, sums, backup, item, limits, scale):
+        m, n, w, _l, y, y_tile, _c, _alpha = sums
+        T.call_extern(
+            "handle", f"at_mask<{N}>", S.access_ptr("rw"), m.access_ptr("rw"), limits.access_ptr("r"), item, 0, scale
+        )
+        if E:
+            T.call_extern(
+                "handle", f"at_mask_index<{N}>", X.access_ptr("rw"), n.access_ptr("rw"), w.access_ptr("r"),
+                limits.access_ptr("r"), item, 0,
+            )  # fmt: skip
+        softmax(N, S, X, sums, backup, scale, "true")
+        if E:
+            T.call_extern("handle", "at_total", y.access_ptr("rw"), y_tile.access_ptr("r"))
+        T.call_extern("handle", f"at_pack<{N}>", P.access_ptr("w"), S.access_ptr("r"))
+        for j in list(range(N // 4, BN // 4)):
+            P[j] = T.cast(0, "uint32")
 
     @T.macro
     def raise_index(X, sums):
@@ -129,6 +163,17 @@ def build(D, V, E, HG, BN, QS, TMA_STORE):
             y.access_ptr("rw"), c.access_ptr("rw"), y_tile.access_ptr("rw"),
         )  # fmt: skip
 
+    # P of the i-th tile that is not masked, with shifts that suit it
+    @T.macro
+    def redo(S, X, P, O, sums, backup, item, Q, K, tokens, H, scale, i):
+        m, _n, _w, l, _y, _y_tile, c, alpha = sums
+        T.call_extern(
+            "handle", f"at_redo<{BN}, {D}, {V}, {HG}, {E}>", S.access_ptr("rw"), X.access_ptr("r"), O.access_ptr("rw"),
+            m.access_ptr("rw"), l.access_ptr("rw"), c.access_ptr("rw"), alpha.access_ptr("w"), backup, scale, item, i,
+            T.address_of(Q[0, 0]), T.address_of(K[0, 0]), tokens, H,
+        )  # fmt: skip
+        T.call_extern("handle", f"at_pack<{BN}>", P.access_ptr("w"), S.access_ptr("r"))
+
     # O += P v of the tile before; then P of tile i of the masked ones, or of the others
     @T.macro
     def step(S, X, P, O, at, bars, v, sums, backup, item, limits, Q, K, tokens, H, scale, tx, i, masked):
@@ -137,6 +182,13 @@ def build(D, V, E, HG, BN, QS, TMA_STORE):
         T.barrier_wait(kfull[v[0] % 2], v[0] // 2 % 2)
         T.sync_threads(8 + tx // 128, 256)
         logits(S, X, at, v)
+        if not E and not masked:
+            v[2] = T.call_extern("int32", f"at_over<{E}>", l.access_ptr("r"), y_tile.access_ptr("r"))
+            if v[2] != 0:
+                T.wait_wgmma(0)
+                T.warpgroup_fence_operand(S, num_regs=BN // 2)
+                redo(S, X, P, O, sums, backup, item, Q, K, tokens, H, scale, i - 1)
+                logits(S, X, at, v)
         T.barrier_wait(vfull[(v[0] + 1) % 2], (v[0] - 1) // 2 % 2)
         values(O, P, at, v)
         T.named_barrier_arrive(9 - tx // 128, 256)
@@ -161,7 +213,7 @@ def build(D, V, E, HG, BN, QS, TMA_STORE):
                 "handle", f"at_mask_index<{BN}>", X.access_ptr("rw"), n.access_ptr("rw"), w.access_ptr("r"),
                 limits.access_ptr("r"), item, i,
             )  # fmt: skip
-        softmax(S, X, sums, backup, scale, "true" if masked else "false")
+        softmax(BN, S, X, sums, backup, scale, "true" if masked else "false")
         T.wait_wgmma(0)
         T.warpgroup_fence_operand(O, num_regs=V // 2)
         release(vempty, (v[0] + 1) % 2, tx)
@@ -169,21 +221,14 @@ def build(D, V, E, HG, BN, QS, TMA_STORE):
         if masked:
             T.call_extern("handle", f"at_scale<{V}>", O.access_ptr("rw"), alpha.access_ptr("r"))
         T.call_extern("handle", f"at_pack<{BN}>", P.access_ptr("w"), S.access_ptr("r"))
-        v[2] = T.call_extern("int32", f"at_over<{E}>", l.access_ptr("r"), y_tile.access_ptr("r"))
-        if v[2] != 0:
-            if not masked:
-                if v[2] % 2 == 1:
-                    T.call_extern(
-                        "handle", f"at_redo<{BN}, {D}, {V}, {HG}, {E}>", S.access_ptr("rw"), X.access_ptr("r"),
-                        O.access_ptr("rw"), m.access_ptr("rw"), l.access_ptr("rw"), c.access_ptr("rw"),
-                        alpha.access_ptr("w"), backup, scale, item, i, T.address_of(Q[0, 0]), T.address_of(K[0, 0]),
-                        tokens, H,
-                    )  # fmt: skip
-                    T.call_extern("handle", f"at_pack<{BN}>", P.access_ptr("w"), S.access_ptr("r"))
-            if E:
+        if E:
+            v[2] = T.call_extern("int32", f"at_over<{E}>", l.access_ptr("r"), y_tile.access_ptr("r"))
+            if v[2] != 0:
+                if not masked:
+                    if v[2] % 2 == 1:
+                        redo(S, X, P, O, sums, backup, item, Q, K, tokens, H, scale, i)
                 if v[2] >= 2:
                     raise_index(X, sums)
-        if E:
             T.call_extern("handle", "at_total", y.access_ptr("rw"), y_tile.access_ptr("r"))
 
     # S and X of tile 0 of the next item, or of what lies there after the last one
@@ -316,19 +361,11 @@ def build(D, V, E, HG, BN, QS, TMA_STORE):
                             c[i] = 0.0
                     for i in list(range(V // 2)):
                         O[i] = 0.0
-                    T.call_extern(
-                        "handle", f"at_mask<{BN}>", S.access_ptr("rw"), m.access_ptr("rw"), limits.access_ptr("r"),
-                        item, 0, scale,
-                    )  # fmt: skip
-                    if E:
-                        T.call_extern(
-                            "handle", f"at_mask_index<{BN}>", X.access_ptr("rw"), n.access_ptr("rw"),
-                            w.access_ptr("r"), limits.access_ptr("r"), item, 0,
-                        )  # fmt: skip
-                    softmax(S, X, sums, backup, scale, "true")
-                    if E:
-                        T.call_extern("handle", "at_total", y.access_ptr("rw"), y_tile.access_ptr("r"))
-                    T.call_extern("handle", f"at_pack<{BN}>", P.access_ptr("w"), S.access_ptr("r"))
+                    steps = T.call_extern("int32", "at_field", item, 6)
+                    if steps <= NARROW:
+                        first(NARROW, S, X, P, sums, backup, item, limits, scale)
+                    else:
+                        first(BN, S, X, P, sums, backup, item, limits, scale)
                     if TMA_STORE:
                         if v[1] > 0:  # the last item's outputs have left
                             if T.shuffle_elect(128):
@@ -340,6 +377,10 @@ def build(D, V, E, HG, BN, QS, TMA_STORE):
                     steps = T.call_extern("int32", "at_whole", item)
                     for i in T.serial(steps):
                         step(S, X, P, O, at, bars, v, sums, backup, item, limits, Q, K, tokens, H, scale, tx, i, False)
+                    if not E:
+                        v[2] = T.call_extern("int32", f"at_over<{E}>", l.access_ptr("r"), y_tile.access_ptr("r"))
+                        if v[2] != 0:
+                            redo(S, X, P, O, sums, backup, item, Q, K, tokens, H, scale, steps - 1)
                     # O += P v of the last tile, and tile 0 of the next item beside it
                     T.barrier_wait(vfull[(v[0] + 1) % 2], (v[0] - 1) // 2 % 2)
                     if QS == 2:
@@ -392,33 +433,23 @@ def build(D, V, E, HG, BN, QS, TMA_STORE):
                     qp = T.alloc_var("int32", 1)
                     key = T.alloc_var("int32")
                     g = T.alloc_var("int32")
-                    t0 = T.alloc_var("int32")
                     tiles = T.alloc_var("int32")
-                    last = T.alloc_var("int32")
-                    at = T.alloc_var("int32")
+                    field = T.alloc_var("int32")  # of the item whose queries come next, one a lane
+                    slot = T.alloc_var("int32")
                     count = T.alloc_var("int32")
                     slots = T.alloc_var("int32")
                     slots = T.call_extern("int32", "at_address", T.address_of(Is[0, 0]))
                     count = T.call_extern("int32", "at_count", nitems, bx, grid)
+                    field = T.call_extern("int32", "at_lane", T.address_of(ITEMS[0]), bx)
+                    slot = slots
+                    feed_rows(Q, IQ, Qs, IQs, qfull, qempty, qs, qp, slot, field, H)
                     for it in T.serial(count):
-                        at = bx + it * grid
-                        t0 = T.call_extern("int32", "at_int", T.address_of(ITEMS[0]), at * 8)
-                        g = T.call_extern("int32", "at_int", T.address_of(ITEMS[0]), at * 8 + 1)
-                        tiles = T.call_extern("int32", "at_int", T.address_of(ITEMS[0]), at * 8 + 3)
-                        T.barrier_wait(qempty[qs], qp)
-                        T.call_extern("handle", "at_put", slots + qs * 2080, T.address_of(ITEMS[0]), at)
-                        load_rows(Q, Qs, qs, qfull, D, t0, g, H)
-                        if E:
-                            load_rows(IQ, IQs, qs, qfull, E, t0, g, H)
-                        if T.shuffle_elect(32):
-                            T.barrier_arrive(qfull[qs])
-                        last = qs
-                        qs = qs + 1
-                        if qs == QS:
-                            qs = 0
-                            qp = qp ^ 1
+                        g = T.call_extern("int32", "at_field", slot, 1)
+                        tiles = T.call_extern("int32", "at_field", slot, 3)
+                        if it + 1 < count:
+                            field = T.call_extern("int32", "at_lane", T.address_of(ITEMS[0]), bx + (it + 1) * grid)
                         for i in T.serial(tiles):
-                            key = T.call_extern("int32", f"at_key<{BN}>", slots + last * 2080, i)
+                            key = T.call_extern("int32", f"at_key<{BN}>", slot, i)
                             T.barrier_wait(kempty[st], ph)
                             T.tma_copy(K[key : key + BN, g * D : g * D + D], Ks[st, :, :], barrier=kfull[st])
                             if E:
@@ -433,6 +464,14 @@ def build(D, V, E, HG, BN, QS, TMA_STORE):
                             if st == 2:
                                 st = 0
                                 ph = ph ^ 1
+                            if i == (T.min(tiles - 1, 2) if QS == 2 else tiles - 1):
+                                qs = qs + 1
+                                if qs == QS:
+                                    qs = 0
+                                    qp = qp ^ 1
+                                if it + 1 < count:
+                                    feed_rows(Q, IQ, Qs, IQs, qfull, qempty, qs, qp, slots + qs * 2080, field, H)
+                        slot = slots + qs * 2080
 
                 elif tx >= 320:
                     qs = T.alloc_var("int32", 0)

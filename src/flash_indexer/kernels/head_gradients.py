@@ -222,6 +222,7 @@ def build_query(D, E, HG, N, XS, Y2S):
                 limits = T.alloc_local((4,), "int32")
                 item = T.alloc_var("int32")
                 items = T.alloc_var("int32")
+                steps = T.alloc_var("int32")
                 tiles = (X1s, X2s, Y1s, Y2s)
                 bars = (full1, empty1, full2, empty2)
 
@@ -241,10 +242,12 @@ def build_query(D, E, HG, N, XS, Y2S):
                     )  # fmt: skip
                     v[5] = 0
                     first(tiles, S, Z, P, O, bars, v, tx, context)
-                    for i in T.serial(T.call_extern("int32", "hq_masked", item) - 1):
+                    steps = T.call_extern("int32", "hq_masked", item) - 1
+                    for i in T.serial(steps):
                         v[5] = i + 1
                         step(tiles, S, Z, P, O, bars, v, tx, context, True)
-                    for _ in T.serial(T.call_extern("int32", "hq_whole", item)):
+                    steps = T.call_extern("int32", "hq_whole", item)
+                    for _ in T.serial(steps):
                         step(tiles, S, Z, P, O, bars, v, tx, context, False)
                     last(tiles, P, O, bars, v, tx)
                     for r, e in T.Parallel(128, E):
@@ -376,6 +379,7 @@ def build_key(D, E, HG, N, XS, Y2S):
                 v = T.alloc_local((6,), "int32")
                 item = T.alloc_var("int32")
                 items = T.alloc_var("int32")
+                steps = T.alloc_var("int32")
                 numbers = T.alloc_var("int32")
                 tiles = (X1s, X2s, Y1s, Y2s)
                 bars = (full1, empty1, full2, empty2)
@@ -395,9 +399,11 @@ def build_key(D, E, HG, N, XS, Y2S):
                         if g > 0:
                             T.barrier_wait(fullx[v[0] % XS], v[0] // XS % 2)
                             item = T.call_extern("int32", "hg_address", T.address_of(Is[0, 0])) + v[0] % XS * 32
-                        for _ in T.serial(T.call_extern("int32", "hk_masked_left", item, g)):
+                        steps = T.call_extern("int32", "hk_masked_left", item, g)
+                        for _ in T.serial(steps):
                             step(tiles, S, Z, P, O, bars, v, tx, context, True)
-                        for _ in T.serial(T.call_extern("int32", "hk_whole_left", item, g)):
+                        steps = T.call_extern("int32", "hk_whole_left", item, g)
+                        for _ in T.serial(steps):
                             step(tiles, S, Z, P, O, bars, v, tx, context, False)
                         if g < G - 1:
                             release(emptyx, v[0] % XS, tx)

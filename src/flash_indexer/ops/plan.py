@@ -21,6 +21,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from flash_indexer.intervals import check_intervals
 
 Made = TypeVar("Made")
+_GREEDY_ROUNDS = 16
 TILE = 128
 BYTES_PER_TILE = TILE * TILE * (4 + 4 + 2)  # teacher scores, index scores, di
 _SIDE_BY_SIDE = {False: 1, True: 8}  # token blocks whose tiles are computed together; one key head, many
@@ -291,12 +292,27 @@ def dealt(items: Tensor, cost: Tensor, processors: int) -> Tensor:
 
 
 def balanced(items: Tensor, cost: Tensor, processors: int) -> Tensor:
-    """Longest first, every second round of `processors` items backwards: each CTA's items cost about the same."""
-    items = items[torch.argsort(cost, descending=True, stable=True)]
-    for n in range(1, items.shape[0] // processors, 2):
-        here = slice(n * processors, (n + 1) * processors)
-        items[here] = items[here].flip(0)
-    return items
+    """Items in an order in which item n is CTA n % processors' and each CTA's cost about the same.
+
+    Longest first, every second round of `processors` items backwards; in the last rounds the longest go to those CTAs
+    that have least.
+    """
+    count, rounds = items.shape[0], -(-items.shape[0] // processors)
+    order = torch.full((rounds * processors,), -1)
+    order[:count] = torch.argsort(cost, descending=True, stable=True)
+    order = order.view(rounds, processors)
+    dealt = max(rounds - _GREEDY_ROUNDS, 0)
+    order[1:dealt:2] = order[1:dealt:2].flip(1)
+    load = cost[order[:dealt].flatten()].view(dealt, processors).sum(0)
+    for n in range(dealt, rounds):
+        here = order[n][order[n] >= 0]
+        place = torch.argsort(load, stable=True)[: here.numel()]
+        order[n] = -1
+        order[n, place] = here
+        load[place] += cost[here]
+    if rounds:
+        order = order[:, torch.argsort(order[-1] < 0, stable=True)]  # who has none of the last round comes last
+    return items[order[order >= 0]]
 
 
 def ragged(counts: Tensor) -> tuple[Tensor, Tensor]:

@@ -14,7 +14,10 @@ from torch import Tensor
 from flash_indexer.ops.plan import TILE, balanced, kept, mean_weight, ragged, sent
 
 _LATENT = 64  # rows of an item and keys of a tile where the attention is latent (MLA)
-_PARTS_PER_PROCESSOR = 12  # pieces of d_index_k's work for each multiprocessor: small enough to balance them
+_PARTS_PER_PROCESSOR = (5, 16)  # pieces of d_index_k's work for each multiprocessor: from, to
+_LENGTHS = 24  # of pieces, from which the best is taken
+_ITEM_STEPS = 1.5  # what an item costs besides its tiles, in tiles
+_SLOT_STEPS = 0.012  # what a partial sum costs, written and read, in tiles of a multiprocessor
 
 
 class HeadGradients(NamedTuple):
@@ -36,7 +39,7 @@ class Tiles(NamedTuple):
 
 
 def attention_items(key_start: Tensor, key_end: Tensor, num_keys: int, tiles: Tiles) -> Tensor:
-    """Items of every row tile: (t0, key head, first key, key tiles, right, left, 0, 0); kept with the intervals."""
+    """Items of every row tile: (t0, key head, first key, key tiles, right, left, seen, 0); kept with the intervals."""
 
     def make(start: Tensor, end: Tensor) -> Tensor:
         return sent(row_items(start, end, tiles).reshape(-1), key_start.device)
@@ -120,10 +123,11 @@ def row_items(key_start: Tensor, key_end: Tensor, tiles: Tiles) -> Tensor:
     left = torch.minimum(torch.maximum((end - rows.last_start) // keys, right), count)
     zero = torch.zeros_like(count)
     token = torch.arange(count.shape[0]) * tiles.tokens
-    items = torch.stack([token, zero, end - keys, count, right, left, zero, zero], 1)
+    seen = rows.last_end - end + keys
+    items = torch.stack([token, zero, end - keys, count, right, left, seen, zero], 1)
     items = items.repeat_interleave(tiles.groups, 0)
     items[:, 1] = torch.arange(tiles.groups).repeat(count.shape[0])
-    return balanced(items, items[:, 3], tiles.processors).to(torch.int32)
+    return balanced(items, items[:, 3] + 1, tiles.processors).to(torch.int32)
 
 
 def key_items(
@@ -145,11 +149,7 @@ def key_items(
     tile, begin, end, whole, stop = (x[seen] for x in (tile, begin, end, whole, stop))
     if tile.numel() == 0:
         return torch.empty(0, 8, dtype=torch.int32), torch.empty(0, 4, dtype=torch.int32), 0
-    length = max(int((end - begin).sum()) // (_PARTS_PER_PROCESSOR * processors), 1)
-    parts = -(-(end - begin) // length)
-    while int((parts - 1).sum()) > max_slots and int(parts.max()) > 1:
-        length *= 2
-        parts = -(-(end - begin) // length)
+    parts = part_counts(end - begin, max_slots, processors)
     owner, place = ragged(parts)
     size = (end - begin)[owner]
     first = begin[owner] + size * place // parts[owner]
@@ -162,4 +162,28 @@ def key_items(
     items = torch.stack([tile[owner], first, last, middle, finish, slot, zero, zero], 1)
     split = parts > 1
     reduce = torch.stack([tile[split], (used - parts + 1)[split], used[split], torch.zeros_like(used[split])], 1)
-    return balanced(items, last - first, processors), reduce, int(used[-1])
+    return balanced(items, (last - first) + _ITEM_STEPS, processors), reduce, int(used[-1])
+
+
+def part_counts(runs: Tensor, max_slots: int, processors: int) -> Tensor:
+    """Into how many parts to cut runs of row tiles, at most max_slots more than there are runs if that can be.
+
+    Small parts even out what the multiprocessors get, large ones write fewer partial sums: the length for which the
+    busiest one ends first.
+    """
+    best, chosen = float("inf"), torch.ones_like(runs)
+    longest, shortest = (max(int(runs.sum()) // (number * processors), 1) for number in _PARTS_PER_PROCESSOR)
+    for length in range(shortest, longest + 1, (longest - shortest) // _LENGTHS + 1):
+        parts = -(-runs // length)
+        slots = int((parts - 1).sum())
+        if slots > max_slots:
+            continue
+        owner, _ = ragged(parts)
+        cost = torch.sort(runs[owner] / parts[owner] + _ITEM_STEPS, descending=True).values
+        rounds = -(-cost.numel() // processors)
+        table = torch.nn.functional.pad(cost, (0, rounds * processors - cost.numel())).view(rounds, processors)
+        table[1::2] = table[1::2].flip(1)
+        total = float(table.sum(0).max()) + _SLOT_STEPS * slots
+        if total < best:
+            best, chosen = total, parts
+    return chosen
