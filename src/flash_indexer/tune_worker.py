@@ -158,7 +158,8 @@ def launch(size: Size, kernel: str, indexer: bool, tiles: dict[str, int]) -> dic
         return dict(zip(("out", "lse"), heads.attention(q, k, v, *intervals, sizes), strict=True))
     indices = (index[0], index[1], index[2])
     if kernel == "attention":
-        return {name: x for name, x in heads.per_head(q, k, v, indices, *intervals, sizes)._asdict().items()}
+        result = heads.per_head(q, k, v, indices, *intervals, sizes)
+        return {name: x for name, x in zip(result._fields, result, strict=True) if x is not None}
     needs = (False, True, False) if kernel == "head_gradients_key" else (True, False, True)
     found = heads.per_head_gradients(q, k, indices, *before(size), *intervals, needs, sizes)
     names = ("d_index_q", "d_index_k", "d_index_weights")
