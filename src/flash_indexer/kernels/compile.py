@@ -95,7 +95,7 @@ def attempt(kernels):
 
 
 def every_kernel():
-    """(name, static sizes) of every kernel that the package can ask for; of those of attention, common sizes."""
+    """(name, static sizes) of every kernel that the package can ask for; of attention, common sizes as shipped."""
     yield from (("rows", (("logits", logits),)) for logits in (0, 1))
     yield "scale", ()
     for D in HEAD_WIDTHS:
