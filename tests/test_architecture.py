@@ -57,6 +57,8 @@ TABLE = {
     **dict.fromkeys(
         ("bench", "bench_heads", "baselines"), Row(may=TORCH | {OURS}, must_not=ours("kernels", "cli", "reference"))
     ),
+    "tune": Row(may=TORCH | {OURS, "rich"}, must_not=ours("cli", "reference")),
+    "tune_worker": Row(may=TORCH | {OURS}, must_not=ours("cli", "kernels", "reference")),
     "__main__": Row(may=ours("cli")),
     "cli": Row(may=TORCH | {OURS, "typer", "rich"}, must_not=ours("kernels")),
 }

@@ -103,11 +103,11 @@ def run(names: list[str], out: Path, *, commit: str = "unknown", say: Callable[[
         torch.cuda.empty_cache()
 
 
-def needs_gpu() -> None:
+def needs_gpu(command: str = "bench") -> None:
     """Raises OSError without a GPU of compute capability 9.0."""
     if not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0):
         found = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
-        raise OSError(f"bench: needs a CUDA GPU of compute capability 9.0 (H100, H200), got {found}")
+        raise OSError(f"{command}: needs a CUDA GPU of compute capability 9.0 (H100, H200), got {found}")
 
 
 def environment(commit: str) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""The command line: warmup, check, evaluate, export. Each command calls the library and prints where things are."""
+"""The command line. Each command calls the library and prints where things are."""
 
 from __future__ import annotations
 
@@ -166,6 +166,39 @@ def bench(
         names = sizes.split(",") if sizes else list(benchmark.SIZES)
         benchmark.run(names, out, commit=commit, say=say)
         _print_path("results", out / "indexer_kl.jsonl")
+
+
+@app.command()
+def tune(
+    heads: Annotated[int, typer.Option(help="Query heads H, as many as index heads.")] = 64,
+    key_heads: Annotated[int, typer.Option(help="Key heads G.")] = 1,
+    head_dim: Annotated[int, typer.Option(help="Width D of queries and keys.")] = 128,
+    value_dim: Annotated[int, typer.Option(help="Width V of values.")] = 128,
+    index_dim: Annotated[int, typer.Option(help="Index dim E: 32, 64 or 128.")] = 64,
+    documents: Annotated[
+        str | None, typer.Option(help="Tokens, such as 2048x4,512; default: 4 of about 2,048.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="File that gets the winners; default: the one kernels read.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Measure, and write nothing.")] = False,
+    show: Annotated[bool, typer.Option("--show", help="Print what is in use, and measure nothing.")] = False,
+    reset: Annotated[bool, typer.Option("--reset", help="Remove the winners: the shipped tiles are used.")] = False,
+) -> None:
+    """Find the fastest tiles of the attention kernels for your shapes on this GPU, and have them used from then on."""
+
+    def say(text: str) -> None:
+        console.print(text, highlight=False, soft_wrap=True, markup=False)
+
+    with _plain_errors():
+        from flash_indexer import tune as tuning
+
+        if dry_run + show + reset > 1:
+            raise ValueError("tune: give one of --dry-run, --show and --reset")
+        if show or reset:
+            act = tuning.show if show else tuning.reset
+            act(out or tuning.location(), say)
+            return
+        size = tuning.parse_size(heads, key_heads, head_dim, value_dim, index_dim, documents)
+        tuning.run(size, out=out, dry_run=dry_run, console=console)
 
 
 def main() -> None:

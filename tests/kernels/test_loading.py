@@ -120,6 +120,28 @@ def test_a_failed_compilation_shows_its_output(cache, monkeypatch):
         kernels._compile_side_by_side([SMALLEST])
 
 
+def test_attempts_go_on_after_a_failure(cache, monkeypatch):
+    """What fails is told from what is there, what compiles and what comes after."""
+    third = ("gradients_reduce", (("E", 128),))
+    pretend_compiled(third, cache)
+    program = "print('the reason {title}'); raise SystemExit({title!r}.endswith('32'))"
+    monkeypatch.setattr(kernels, "CHILD", program)
+    monkeypatch.setattr(kernels.os, "cpu_count", lambda: 1)
+    attempts = kernels.attempt([SMALLEST, third, OTHER, SMALLEST])
+    assert next(attempts) == (third, None)
+    assert next(attempts) == (SMALLEST, "the reason gradients_reduce:E=32\n")
+    pretend_compiled(OTHER, cache)
+    assert list(attempts) == [(OTHER, None)]
+    assert list(kernels.attempt([OTHER, third])) == [(OTHER, None), (third, None)]
+
+
+def test_attempts_need_the_cache(cache, monkeypatch):
+    settings = kernels._settings()
+    monkeypatch.setattr(type(settings), "is_cache_enabled", lambda self: False)
+    with pytest.raises(RuntimeError, match="TileLang's kernel cache must be on, got it disabled"):
+        next(kernels.attempt([SMALLEST]))
+
+
 def test_without_a_compiler_the_remedies_are_named(tmp_path, monkeypatch):
     monkeypatch.setattr(kernels, "_cache_folder", lambda: tmp_path)
     monkeypatch.setattr(type(kernels._settings()), "CUDA_HOME", "")

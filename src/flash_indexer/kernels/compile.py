@@ -73,8 +73,29 @@ def prepare(*kernels):
         _load(*kernel)
 
 
+def attempt(kernels):
+    """Compiles those of `kernels` that the disk cache lacks; one that doesn't compile leaves the others alone.
+
+    Yields (kernel, None), or (kernel, the end of what the compiler said), as soon as each is known.
+
+    Raises:
+        RuntimeError: where the cache is switched off, or without a CUDA compiler.
+    """
+    if not _settings().is_cache_enabled():
+        raise RuntimeError("flash_indexer: TileLang's kernel cache must be on, got it disabled; enable it")
+    kernels = list(dict.fromkeys(kernels))
+    if all(_entry(*kernel) for kernel in kernels):
+        yield from ((kernel, None) for kernel in kernels)
+        return
+    _need_compiler()
+    with _turn():
+        missing = [kernel for kernel in kernels if _entry(*kernel) is None]
+        yield from ((kernel, None) for kernel in kernels if kernel not in missing)
+        yield from _one_after_another(missing)
+
+
 def every_kernel():
-    """(name, static sizes) of every kernel that the package can ask for; of those of attention, common sizes."""
+    """(name, static sizes) of every kernel that the package can ask for; of attention, common sizes as shipped."""
     yield from (("rows", (("logits", logits),)) for logits in (0, 1))
     yield "scale", ()
     for D in HEAD_WIDTHS:
@@ -143,11 +164,20 @@ def _compile_missing(kernels):
 
 
 def _compile_side_by_side(missing):
-    started, workers = time.monotonic(), os.cpu_count() or 1
+    started = time.monotonic()
     names = ", ".join(_title(*kernel) for kernel in missing[:NAMED]) + (", ..." if len(missing) > NAMED else "")
     count = f"{len(missing)} GPU kernel{'s' * (len(missing) > 1)}"
     _say(f"compiling {count}, once; cached in {_cache_folder()}: {names}")
-    waiting, running, done = list(missing), {}, 0
+    with contextlib.closing(_one_after_another(missing)) as compiled:
+        for done, (kernel, complaint) in enumerate(compiled, 1):
+            if complaint is not None:
+                raise RuntimeError(f"flash_indexer: {_title(*kernel)} did not compile:\n{complaint}")
+            _say(f"{done} of {count} compiled ({_title(*kernel)}), {time.monotonic() - started:.0f} s")
+
+
+def _one_after_another(missing):
+    """Compiles in processes of their own, side by side; yields what `attempt` does, in the order of their ends."""
+    waiting, running, workers = list(missing), {}, os.cpu_count() or 1
     with contextlib.ExitStack() as outputs:
         try:
             while waiting or running:
@@ -161,12 +191,9 @@ def _compile_side_by_side(missing):
                     if process.poll() is None:
                         continue
                     del running[kernel]
-                    if process.returncode or _entry(*kernel) is None:
-                        output.seek(0)
-                        tail = "".join(output.readlines()[-20:])
-                        raise RuntimeError(f"flash_indexer: {_title(*kernel)} did not compile:\n{tail}")
-                    done += 1
-                    _say(f"{done} of {count} compiled ({_title(*kernel)}), {time.monotonic() - started:.0f} s")
+                    failed = process.returncode or _entry(*kernel) is None
+                    output.seek(0)
+                    yield kernel, "".join(output.readlines()[-20:]) if failed else None
         finally:
             for process, _ in running.values():
                 process.kill()

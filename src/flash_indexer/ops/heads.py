@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
@@ -15,6 +16,8 @@ from flash_indexer.ops.plan_heads import Tiles, attention_items, default_weight,
 LOG2E = 1.4426950408889634
 MLA_WIDTHS = (576, 512)
 _SLOT_BYTES = 64 * 2**20  # at most this much holds partial sums of d_index_k
+
+Sizes = Mapping[str, Mapping[str, int]]  # static sizes of each kernel named, in place of those chosen for the GPU
 
 
 class Heads(NamedTuple):
@@ -73,12 +76,20 @@ def check_per_head(op: str, q: Tensor, k: Tensor, index_q: Tensor) -> None:
 
 
 def attention(
-    q: Tensor, k: Tensor, v: Tensor, key_start: Tensor, key_end: Tensor, softmax_scale: float
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    key_start: Tensor,
+    key_end: Tensor,
+    softmax_scale: float,
+    sizes: Sizes | None = None,
 ) -> tuple[Tensor, Tensor]:
     """out[t,h] = sum_s exp(scale * q[t,h]·k[s,g(h)] - lse[t,h]) v[s,g(h)] and lse, over the visible keys."""
     check_attention("attention", q, k, v)
-    body = _mla if q.shape[2] == MLA_WIDTHS[0] else _heads
-    out = body(q, k, v, None, key_start, key_end, softmax_scale)
+    if q.shape[2] == MLA_WIDTHS[0]:
+        out = _mla(q, k, v, key_start, key_end, softmax_scale)
+    else:
+        out = _heads(q, k, v, None, key_start, key_end, softmax_scale, sizes)
     return out.out, out.lse
 
 
@@ -90,9 +101,10 @@ def per_head(
     key_start: Tensor,
     key_end: Tensor,
     softmax_scale: float,
+    sizes: Sizes | None = None,
 ) -> Heads:
     """Attention, and KL[t,h] of softmax_s(w ReLU(index_q·index_k)) to it; index is index_q, index_k, index_weights."""
-    return _heads(q, k, v, index, key_start, key_end, softmax_scale)
+    return _heads(q, k, v, index, key_start, key_end, softmax_scale, sizes)
 
 
 def weight_of(token_weight: Tensor | None, key_start: Tensor, key_end: Tensor, num_keys: int) -> Tensor:
@@ -110,6 +122,7 @@ def per_head_gradients(
     key_end: Tensor,
     softmax_scale: float,
     needs: tuple[bool, bool, bool],
+    sizes: Sizes | None = None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Gradients of index_q, index_k and index_weights for sum_t,h factor[t] * KL[t,h]; None where not in `needs`.
 
@@ -122,14 +135,13 @@ def per_head_gradients(
         zeros = [torch.zeros_like(x) if need else None for x, need in zip(index, needs, strict=True)]
         return zeros[0], zeros[1], zeros[2]
     with torch.cuda.device(q.device):
-        from flash_indexer.kernels import tiles
-
         processors = torch.cuda.get_device_properties(q.device).multi_processor_count
         heads = H // G
         E = _index_width(width, heads)
         q, k, index_q, index_k = *(aligned(_padded(x)) for x in (q, k)), *(_padded(x, E) for x in (index_q, index_k))
         D = q.shape[2]
-        query, key = tiles.head_gradients_query(D, E), tiles.head_gradients_key(D, E)
+        shape = dict(D=D, E=E, HG=heads)
+        query, key = (_tiles(f"head_gradients_{kind}", shape, q.device, sizes) for kind in ("query", "key"))
         slots = _SLOT_BYTES // (TILE * E * 4)
         rows = Tiles(G, TILE // heads, query["N"], processors)
         items = gradient_items(key_start, key_end, S, rows, key["N"] // heads, slots)
@@ -141,7 +153,7 @@ def per_head_gradients(
         if needs[0] or needs[2]:
             d_index_q, d_weights = torch.empty_like(index_q), torch.empty_like(weights)
             count = items.query.numel() // 8
-            load_kernel("head_gradients_query", D=D, E=E, HG=heads, **query)(
+            load_kernel("head_gradients_query", **shape, **query)(
                 _rows(q, heads, TILE), common[0], _rows(index_q, heads, TILE), *common[1:], items.query,
                 d_index_q.view(-1, E), d_weights.view(-1), H, T, count, min(count, processors), scale,
             )  # fmt: skip
@@ -150,7 +162,7 @@ def per_head_gradients(
             partials = total.new_empty(max(items.slots, 1) * TILE, E)
             count = items.key.numel() // 8
             if count:
-                load_kernel("head_gradients_key", D=D, E=E, HG=heads, **key)(
+                load_kernel("head_gradients_key", **shape, **key)(
                     _rows(q, heads, key["N"]), common[0], _rows(index_q, heads, key["N"]), *common[1:], items.key,
                     total, partials, H, G, T, count, min(count, processors), scale,
                 )  # fmt: skip
@@ -162,20 +174,32 @@ def per_head_gradients(
         return d_index_q if needs[0] else None, d_index_k, d_weights if needs[2] else None
 
 
+def shapes(D: int, V: int, E: int, heads: int) -> dict[str, dict[str, int]]:
+    """Of each kernel with tiles to choose: the widths that it works on, for `heads` heads of a key head."""
+    E = _index_width(E, heads)
+    gradients = dict(D=_width(D), E=E, HG=heads)
+    return {
+        "attention": dict(D=_width(D), V=_width(V), E=E, HG=heads),
+        "head_gradients_query": gradients, "head_gradients_key": gradients,
+    }  # fmt: skip
+
+
 def prepare(q: Tensor, k: Tensor, v: Tensor, E: int) -> None:
     """Has every kernel of the call and of its backward compiled, those that are missing side by side."""
-    from flash_indexer.kernels import tiles
     from flash_indexer.kernels.compile import prepare as compile_missing
 
-    D, V, heads = _width(q.shape[2]), _width(v.shape[2]), q.shape[1] // k.shape[1]
-    E = _index_width(E, heads)
-    sizes: dict[str, dict[str, int]] = {
-        "attention": dict(D=D, V=V, E=E, HG=heads, **tiles.attention(D, V, E, heads)),
-        "head_gradients_query": dict(D=D, E=E, HG=heads, **tiles.head_gradients_query(D, E)),
-        "head_gradients_key": dict(D=D, E=E, HG=heads, **tiles.head_gradients_key(D, E)),
-        "gradients_reduce": dict(E=E),
-    }
-    compile_missing(*((name, tuple(static.items())) for name, static in sizes.items()))
+    found = shapes(q.shape[2], v.shape[2], E, q.shape[1] // k.shape[1])
+    kernels = [(name, tuple((shape | _tiles(name, shape, q.device)).items())) for name, shape in found.items()]
+    compile_missing(*kernels, ("gradients_reduce", (("E", found["attention"]["E"]),)))
+
+
+def _tiles(kernel: str, shape: dict[str, int], device: torch.device, given: Sizes | None = None) -> dict[str, int]:
+    """Static sizes besides the shape: those given, or the ones chosen for the GPU."""
+    from flash_indexer.kernels import tuned
+
+    if given is not None and kernel in given:
+        return dict(given[kernel])
+    return dict(tuned.sizes(kernel, torch.cuda.get_device_properties(device).name, shape))
 
 
 def _heads(
@@ -186,9 +210,8 @@ def _heads(
     key_start: Tensor,
     key_end: Tensor,
     softmax_scale: float,
+    sizes: Sizes | None,
 ) -> Heads:
-    from flash_indexer.kernels import tiles
-
     (T, H, _), (S, G, width) = q.shape, v.shape
     heads = H // G
     with torch.cuda.device(q.device):
@@ -200,7 +223,8 @@ def _heads(
         q, k, v = (aligned(_padded(x)) for x in (q, k, v))
         D, V = q.shape[2], v.shape[2]
         E = 0 if index is None else _index_width(index[0].shape[2], heads)
-        static = tiles.attention(D, V, E, heads)
+        shape = dict(D=D, V=V, E=E, HG=heads)
+        static = _tiles("attention", shape, q.device, sizes)
         items = attention_items(key_start, key_end, S, Tiles(G, TILE // heads, static["BN"], processors))
         out = q.new_empty(T, H, V)
         index_q, index_k, weights = (q, k.view(S, -1), lse) if index is None else index  # without one: not read
@@ -208,7 +232,7 @@ def _heads(
             index_q, index_k = _padded(index_q, E), _padded(index_k, E)
         lse_index, kl = (lse, lse) if index is None else (torch.empty_like(lse), torch.empty_like(lse))
         count = items.numel() // 8
-        load_kernel("attention", D=D, V=V, E=E, HG=heads, **static)(
+        load_kernel("attention", **shape, **static)(
             _rows(q, heads, TILE), k.view(S, -1), v.view(S, -1), _rows(index_q, heads, TILE), index_k,
             weights.view(-1), key_start, key_end, items, _rows(out, heads, TILE), lse.view(-1), lse_index.view(-1),
             kl.view(-1), H, T, count, min(count, processors), softmax_scale * LOG2E,
@@ -238,7 +262,7 @@ def _padded(x: Tensor, width: int | None = None) -> Tensor:
     return x if x.shape[-1] == width else F.pad(x, (0, width - x.shape[-1]))
 
 
-def _mla(q: Tensor, k: Tensor, v: Tensor, _: None, key_start: Tensor, key_end: Tensor, softmax_scale: float) -> Heads:
+def _mla(q: Tensor, k: Tensor, v: Tensor, key_start: Tensor, key_end: Tensor, softmax_scale: float) -> Heads:
     (T, H, D), S = q.shape, k.shape[0]
     with torch.cuda.device(q.device):
         processors = torch.cuda.get_device_properties(q.device).multi_processor_count

@@ -1,0 +1,49 @@
+"""Which tiles the attention kernels are launched with: those given, or those chosen for the GPU by its name."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from flash_indexer.kernels import compile as kernels
+from flash_indexer.kernels import tiles, tuned
+from flash_indexer.ops import heads
+
+SHAPE = dict(D=128, E=64, HG=64)
+WINNER = {"N": 96, "XS": 1, "Y2S": 3}
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """A GPU by name, on which the gradient of index_q has a winner."""
+
+    def sizes(kernel, name, shape):
+        assert name == "NVIDIA H100 80GB HBM3"
+        return WINNER if kernel == "head_gradients_query" else tiles.default(kernel, shape)
+
+    monkeypatch.setattr(tuned, "sizes", sizes)
+    properties = SimpleNamespace(name="NVIDIA H100 80GB HBM3")
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+
+
+def test_given_sizes_come_before_those_of_the_gpu(gpu):
+    chosen = [heads._tiles(kernel, SHAPE, torch.device("cuda")) for kernel in tiles.KERNELS[1:]]
+    assert chosen == [WINNER, tiles.head_gradients_key(128, 64)]
+    given = {"head_gradients_query": {"N": 64}}
+    assert heads._tiles("head_gradients_query", SHAPE, torch.device("cuda"), given) == {"N": 64}
+    assert heads._tiles("head_gradients_key", SHAPE, torch.device("cuda"), given) == chosen[1]
+
+
+def test_what_is_prepared_is_what_is_launched(gpu, monkeypatch):
+    prepared = {}
+    monkeypatch.setattr(kernels, "prepare", lambda *wanted: prepared.update({name: dict(x) for name, x in wanted}))
+    q, k, v = torch.empty(5, 64, 100), torch.empty(5, 1, 100), torch.empty(5, 1, 128)
+    heads.prepare(q, k, v, 64)
+    assert prepared == {
+        "attention": dict(D=128, V=128, E=64, HG=64, **tiles.attention(128, 128, 64, 64)),
+        "head_gradients_query": SHAPE | WINNER,
+        "head_gradients_key": SHAPE | tiles.head_gradients_key(128, 64),
+        "gradients_reduce": {"E": 64},
+    }
