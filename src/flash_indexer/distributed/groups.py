@@ -1,0 +1,59 @@
+"""Process groups from what callers hold (a group, a mesh, two groups), and the collectives that change shapes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import cast
+
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed import ProcessGroup
+from torch.distributed import _functional_collectives as functional
+from torch.distributed.device_mesh import DeviceMesh
+
+Group = ProcessGroup | DeviceMesh | tuple[ProcessGroup, ProcessGroup]
+
+
+def process_groups(op: str, group: Group, most: int) -> tuple[ProcessGroup, ...]:
+    """The process groups of `group`, `most` of them at most: each dimension of a mesh, in order.
+
+    Raises:
+        ValueError, TypeError: naming what was expected.
+    """
+    expected = (
+        "a process group or a mesh of one dimension"
+        if most == 1
+        else ("a process group, or (context, tensor) as a mesh of two dimensions or a pair of groups")
+    )
+    if isinstance(group, DeviceMesh):
+        found = tuple(group.get_all_groups())
+    elif isinstance(group, tuple):
+        found = group
+    else:
+        found = (group,)
+    for part in found:
+        if not isinstance(part, ProcessGroup):
+            raise TypeError(f"{op}: group must be {expected}, got {type(part).__name__}")
+        if dist.get_rank(part) < 0:
+            raise ValueError(
+                f"{op}: group must hold this process, got a group of ranks "
+                f"{dist.get_process_group_ranks(part)}; pass the group that this process is in"
+            )
+    if not 1 <= len(found) <= most:
+        raise ValueError(f"{op}: group must be {expected}, got {len(found)} groups; slice the mesh by name")
+    return found
+
+
+def all_gather(x: Tensor, group: ProcessGroup) -> Tensor:
+    """[n, ...] on each rank -> [n·world, ...], rank after rank."""
+    return _arrived(functional.all_gather_tensor(x.contiguous(), 0, group))
+
+
+def reduce_scatter(x: Tensor, group: ProcessGroup) -> Callable[[], Tensor]:
+    """Starts sum over ranks, [n·world, ...] -> this rank's [n, ...]; what is returned waits for it and gives it."""
+    coming = functional.reduce_scatter_tensor(x.contiguous(), "sum", 0, group)
+    return lambda: _arrived(coming)
+
+
+def _arrived(x: Tensor) -> Tensor:
+    return cast("Tensor", functional.wait_tensor(x))  # type: ignore[no-untyped-call]

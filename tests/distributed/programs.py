@@ -1,0 +1,99 @@
+"""What the processes of `conftest.Ranks` run: the same function on every rank, the whole problem made on each."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+
+from flash_indexer.distributed import (
+    context_parallel,
+    context_parallel_indexer_kl,
+    context_positions,
+    gather_tokens,
+    tensor_parallel_indexer_kl,
+)
+from flash_indexer.testing import Inputs, Shape, make_inputs
+
+PER_TOKEN = ("q", "index_q", "index_weights", "key_start", "key_end", "lse", "token_weight")
+
+
+def make_groups() -> dict[str, Any]:
+    """Groups of the first two ranks and of all four; the mesh (context, tensor) of two by two."""
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("context", "tensor"))
+    return {"2": dist.new_group([0, 1]), "4": dist.group.WORLD, "mesh": mesh}
+
+
+def shard(x: Inputs, keep: torch.Tensor) -> Inputs:
+    """A rank's tokens; as many queries as keys."""
+    named = {name: getattr(x, name)[keep] for name in (*PER_TOKEN, "k", "index_k")}
+    return replace(x, **named)
+
+
+def some_heads(x: Inputs, rank: int, world: int) -> Inputs:
+    """A rank's teacher heads: whole groups of one key head, or with one key head for all any heads."""
+    H, G = x.q.shape[1], x.k.shape[1]
+    units = H if G == 1 else G
+    bounds = [units * r // world for r in range(world + 1)]
+    a, b = (n * H // units for n in bounds[rank : rank + 2])
+    k = x.k if G == 1 else x.k[:, bounds[rank] : bounds[rank + 1]]
+    return replace(x, q=x.q[:, a:b], k=k, lse=x.lse[:, a:b])
+
+
+def answer(x: Inputs, function: Any, d_loss: float, wanted: tuple[bool, ...] = (True,) * 3, **options: Any) -> Any:
+    """loss, kl, entropy and the gradients of d_loss * loss."""
+    leaves = [leaf.clone() for leaf in (x.index_q, x.index_k, x.index_weights)]
+    for leaf, want in zip(leaves, wanted, strict=True):
+        leaf.requires_grad_(want)
+    result = function(
+        x.q, x.k, *leaves, softmax_scale=x.softmax_scale, key_start=x.key_start, key_end=x.key_end, **options
+    )
+    if any(wanted):
+        (d_loss * result.loss).backward()
+    return [value.detach() for value in result] + [leaf.grad for leaf in leaves]
+
+
+def given(x: Inputs, lse: bool, weighted: bool) -> dict[str, Any]:
+    return dict(lse=x.lse if lse else None, token_weight=x.token_weight if weighted else None)
+
+
+def context(
+    groups: dict[str, Any], *, which: str, layout: str, shape: Shape, seed: int, dtype: torch.dtype, d_loss: float,
+    lse: bool = False, weighted: bool = False, wide: bool = False, **options: Any,
+) -> Any:  # fmt: skip
+    """Context parallel on group "2" or "4", or with tensor parallel on "mesh"."""
+    x = make_inputs(shape, seed=seed, dtype=dtype)
+    group = groups[which]
+    context_group = group.get_group("context") if which == "mesh" else group
+    world, rank = dist.get_world_size(context_group), dist.get_rank(context_group)
+    x = shard(x, context_positions(shape.T, world, rank, layout=layout))
+    if which == "mesh":
+        x = some_heads(x, dist.get_rank(group.get_group("tensor")), 2)
+    before = context_parallel.WIDE_BYTES
+    context_parallel.WIDE_BYTES = 0 if wide else before
+    try:
+        return answer(
+            x, context_parallel_indexer_kl, d_loss, group=group, layout=layout, **given(x, lse, weighted), **options
+        )
+    finally:
+        context_parallel.WIDE_BYTES = before
+
+
+def tensor(
+    groups: dict[str, Any], *, which: str, shape: Shape, seed: int, dtype: torch.dtype, d_loss: float,
+    lse: bool = False, weighted: bool = False, **options: Any,
+) -> Any:  # fmt: skip
+    group = groups[which]
+    x = make_inputs(shape, seed=seed, dtype=dtype)
+    x = some_heads(x, dist.get_rank(group), dist.get_world_size(group))
+    return answer(x, tensor_parallel_indexer_kl, d_loss, group=group, **given(x, lse, weighted), **options)
+
+
+def gather(groups: dict[str, Any], *, which: str, layout: str, length: int) -> Any:
+    group = groups[which]
+    mine = context_positions(length, dist.get_world_size(group), dist.get_rank(group), layout=layout)
+    values = torch.arange(length * 3).view(length, 3)
+    return gather_tokens(values[mine], group, layout=layout)
