@@ -97,3 +97,60 @@ def gather(groups: dict[str, Any], *, which: str, layout: str, length: int) -> A
     mine = context_positions(length, dist.get_world_size(group), dist.get_rank(group), layout=layout)
     values = torch.arange(length * 3).view(length, 3)
     return gather_tokens(values[mine], group, layout=layout)
+
+
+def padded(groups: dict[str, Any], *, which: str, layout: str, shape: Shape, seed: int, length: int) -> Any:
+    """A sequence that doesn't divide, padded to `length` with tokens that see nothing."""
+    group, x = groups[which], make_inputs(shape, seed=seed, dtype=torch.float64)
+    extra = length - shape.T
+    named = {name: getattr(x, name) for name in (*PER_TOKEN, "k", "index_k")}
+    named = {name: torch.cat([y, y[:1].expand(extra, *y.shape[1:])]) for name, y in named.items()}
+    named["key_start"][shape.T :] = named["key_end"][shape.T :] = x.key_end[-1]
+    x = shard(
+        replace(x, **named),
+        context_positions(length, dist.get_world_size(group), dist.get_rank(group), layout=layout),
+    )
+    return answer(x, context_parallel_indexer_kl, 1.0, group=group, layout=layout)
+
+
+def blind(groups: dict[str, Any], *, which: str, function: str) -> Any:
+    """No query of any rank sees a key."""
+    x = make_inputs(Shape(((8, 8),), H=2, G=1, D=8, I=2, E=32), seed=0, dtype=torch.float64)
+    x = replace(x, key_end=x.key_start)
+    return answer(x, FUNCTIONS[function], 1.0, group=groups[which])
+
+
+def without_gradients(groups: dict[str, Any], *, which: str, function: str, wanted: tuple[bool, ...]) -> Any:
+    x = make_inputs(Shape(((8, 8),), H=2, G=1, D=8, I=2, E=32), seed=0, dtype=torch.float64)
+    return answer(x, FUNCTIONS[function], 1.0, wanted, group=groups[which])
+
+
+def again(groups: dict[str, Any], *, which: str, function: str) -> list[str]:
+    """What a second backward, and one with create_graph, are told."""
+    x = make_inputs(Shape(((8, 8),), H=2, G=1, D=8, I=2, E=32), seed=0, dtype=torch.float64)
+    told = []
+    for graph in (False, True):
+        leaf = x.index_q.clone().requires_grad_()
+        loss = FUNCTIONS[function](
+            x.q, x.k, leaf, x.index_k, x.index_weights, softmax_scale=x.softmax_scale, key_start=x.key_start,
+            key_end=x.key_end, group=groups[which],
+        ).loss  # fmt: skip
+        try:
+            loss.backward(create_graph=graph, retain_graph=True)
+            loss.backward()
+        except RuntimeError as error:
+            told.append(str(error))
+    return told
+
+
+def refused(groups: dict[str, Any], *, which: str, function: str, rows: int = 8, **options: Any) -> str:
+    """What a bad call is told; which: a key of groups, or anything else to pass it as it is."""
+    x = make_inputs(Shape(((rows, rows),), H=2, G=1, D=8, I=2, E=32), seed=0, dtype=torch.float64)
+    try:
+        answer(x, FUNCTIONS[function], 1.0, group=groups.get(which, which), **options)
+    except (ValueError, TypeError) as error:
+        return f"{type(error).__name__}: {error}"
+    return "nothing"
+
+
+FUNCTIONS = {"context": context_parallel_indexer_kl, "tensor": tensor_parallel_indexer_kl}

@@ -32,13 +32,10 @@ def process_groups(op: str, group: Group, most: int) -> tuple[ProcessGroup, ...]
     else:
         found = (group,)
     for part in found:
+        if part is dist.GroupMember.NON_GROUP_MEMBER:
+            raise ValueError(f"{op}: group must hold this process, got one of others; pass the group that it is in")
         if not isinstance(part, ProcessGroup):
             raise TypeError(f"{op}: group must be {expected}, got {type(part).__name__}")
-        if dist.get_rank(part) < 0:
-            raise ValueError(
-                f"{op}: group must hold this process, got a group of ranks "
-                f"{dist.get_process_group_ranks(part)}; pass the group that this process is in"
-            )
     if not 1 <= len(found) <= most:
         raise ValueError(f"{op}: group must be {expected}, got {len(found)} groups; slice the mesh by name")
     return found

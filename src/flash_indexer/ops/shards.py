@@ -157,15 +157,15 @@ class CudaStages:
 
     def _allocate(self) -> None:
         shards = self.plan.shards
-        device = self.q.device
         index_q, _, weights = self.index_inputs
         largest = max((shard.teacher.tiles for shard in shards), default=0)
         piece = max((shard.piece for shard in shards), default=0)
         slots = max((shard.own.slots for shard in shards if shard.own is not None), default=0)
-        self.scores = [torch.empty(largest * TILE, TILE, device=device) for _ in range(min(len(shards), 2))]
-        self.index_scores = torch.empty(piece * TILE, TILE, device=device)
-        self.di = torch.empty_like(self.index_scores, dtype=torch.bfloat16)
-        self.partials = torch.empty(max(slots, 1) * TILE, index_q.shape[2], device=device)
+        wide = dict(dtype=cpu.compute_dtype(self.q), device=self.q.device)
+        self.scores = [torch.empty(largest * TILE, TILE, **wide) for _ in range(min(len(shards), 2))]
+        self.index_scores = torch.empty(piece * TILE, TILE, **wide)
+        self.di = torch.empty_like(self.index_scores, dtype=index_q.dtype)
+        self.partials = torch.empty(max(slots, 1) * TILE, index_q.shape[2], **wide)
         sums, queries = self.sums, self.needs[0] or self.needs[2]
         d_index_q, d_weights = sums.d_index_q, sums.d_index_weights
         if queries and d_index_q is None:
