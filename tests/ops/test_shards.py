@@ -155,17 +155,16 @@ def drive(x: Inputs, world: int, needs: tuple[bool, ...] = (True,) * 3, lse: boo
             x.key_start, x.key_end, x.token_weight, x.softmax_scale, settings["target"], settings["workspace"], needs,
         )  # fmt: skip
         ranks.append(make_stages(problem, rank, world, asked.append))
-    summed: list[Tensor] = []
+    following: list[Tensor] = []
     for n in range(ranks[0].chunks + 1):
+        under_way = following
         if n < ranks[0].chunks:
-            following = torch.stack([stages.teacher(n) for stages in ranks]).sum(0)
+            following = [stages.teacher(n) for stages in ranks]
             assert asked[-1] >= int(x.key_end[ranks[0].rows(n)[-1][1] - 1])
         if n > 0:
-            pieces = summed[-1].chunk(world)
+            pieces = torch.stack(under_way).sum(0).chunk(world)
             for stages, piece in zip(ranks, pieces, strict=True):
-                stages.index(n - 1, piece.clone())
-        if n < ranks[0].chunks:
-            summed.append(following)
+                stages.index(n - 1, piece)
     return [stages.sums for stages in ranks]
 
 

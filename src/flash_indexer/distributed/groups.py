@@ -31,7 +31,8 @@ def process_groups(op: str, group: Group, most: int) -> tuple[ProcessGroup, ...]
         found = group
     else:
         found = (group,)
-    for part in found:
+    parts: tuple[object, ...] = found
+    for part in parts:
         if part is dist.GroupMember.NON_GROUP_MEMBER:
             raise ValueError(f"{op}: group must hold this process, got one of others; pass the group that it is in")
         if not isinstance(part, ProcessGroup):

@@ -161,11 +161,11 @@ class CudaStages:
         largest = max((shard.teacher.tiles for shard in shards), default=0)
         piece = max((shard.piece for shard in shards), default=0)
         slots = max((shard.own.slots for shard in shards if shard.own is not None), default=0)
-        wide = dict(dtype=cpu.compute_dtype(self.q), device=self.q.device)
-        self.scores = [torch.empty(largest * TILE, TILE, **wide) for _ in range(min(len(shards), 2))]
-        self.index_scores = torch.empty(piece * TILE, TILE, **wide)
+        wide = torch.empty(0, dtype=cpu.compute_dtype(self.q), device=self.q.device)
+        self.scores = [wide.new_empty(largest * TILE, TILE) for _ in range(min(len(shards), 2))]
+        self.index_scores = wide.new_empty(piece * TILE, TILE)
         self.di = torch.empty_like(self.index_scores, dtype=index_q.dtype)
-        self.partials = torch.empty(max(slots, 1) * TILE, index_q.shape[2], **wide)
+        self.partials = wide.new_empty(max(slots, 1) * TILE, index_q.shape[2])
         sums, queries = self.sums, self.needs[0] or self.needs[2]
         d_index_q, d_weights = sums.d_index_q, sums.d_index_weights
         if queries and d_index_q is None:
