@@ -1,15 +1,8 @@
-"""Four processes that stay: forked from a server that has imported torch, joined by gloo, asked over pipes."""
+"""Four processes joined by gloo, and the ruler for what they return."""
 
 from __future__ import annotations
 
-import importlib.util
-import multiprocessing
-import socket
-import traceback
-from collections.abc import Callable, Iterator
-from datetime import timedelta
-from multiprocessing.connection import Connection
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -17,76 +10,10 @@ import torch
 
 from flash_indexer.testing import Result, Shape, assert_close, eager_indexer_kl, make_inputs, reference_indexer_kl
 
-WORLD = 4
-SECONDS = 60  # after which a rank that has not answered is taken to hang
-PROGRAMS = Path(__file__).with_name("programs.py")
-
-
-def serve(rank: int, port: int, pipe: Connection) -> None:
-    """Runs the functions of programs.py by name until told None; answers with (True, result) or (False, traceback)."""
-    import torch.distributed as dist
-
-    torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=WORLD, timeout=timedelta(seconds=SECONDS)
-    )
-    spec = importlib.util.spec_from_file_location("programs", PROGRAMS)
-    assert spec is not None and spec.loader is not None
-    programs = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(programs)
-    groups = programs.make_groups()
-    while (asked := pipe.recv()) is not None:
-        name, arguments = asked
-        try:
-            pipe.send((True, getattr(programs, name)(groups, **arguments)))
-        except Exception:
-            pipe.send((False, traceback.format_exc()))
-    dist.destroy_process_group()
-
-
-class Ranks:
-    """call(program, world, ...): what the first `world` ranks return, in order."""
-
-    def __init__(self) -> None:
-        server = multiprocessing.get_context("forkserver")
-        server.set_forkserver_preload(["flash_indexer.testing", "flash_indexer.distributed"])
-        with socket.socket() as found:
-            found.bind(("127.0.0.1", 0))
-            port = found.getsockname()[1]
-        self.pipes, self.processes = [], []
-        for rank in range(WORLD):
-            ours, theirs = server.Pipe()
-            self.pipes.append(ours)
-            self.processes.append(server.Process(target=serve, args=(rank, port, theirs), daemon=True))
-            self.processes[-1].start()
-
-    def call(self, program: str, world: int, **arguments: Any) -> list[Any]:
-        for pipe in self.pipes[:world]:
-            pipe.send((program, arguments))
-        answers = []
-        for rank, pipe in enumerate(self.pipes[:world]):
-            if not pipe.poll(SECONDS):
-                self.end()
-                pytest.fail(f"{program}: rank {rank} of {world} did not answer in {SECONDS} s")
-            answers.append(pipe.recv())
-        for rank, (good, value) in enumerate(answers):
-            assert good, f"rank {rank}: {value}"
-        return [value for _, value in answers]
-
-    def end(self) -> None:
-        for process in self.processes:
-            process.kill()
-
 
 @pytest.fixture(scope="session")
-def ranks() -> Iterator[Ranks]:
-    pool = Ranks()
-    yield pool
-    for pipe in pool.pipes:
-        pipe.send(None)
-    for process in pool.processes:
-        process.join(10)
-    pool.end()
+def ranks(start_ranks: Callable[..., Any]) -> Any:
+    return start_ranks("gloo", 4, seconds=60)
 
 
 @pytest.fixture(scope="session")

@@ -1,13 +1,16 @@
-"""What the processes of `conftest.Ranks` run: the same function on every rank, the whole problem made on each."""
+"""What the processes of `Ranks` run: the same function on every rank, the whole problem made on each."""
 
 from __future__ import annotations
 
+import traceback
 from dataclasses import replace
+from datetime import timedelta
+from multiprocessing.connection import Connection
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from flash_indexer.distributed import (
     context_parallel,
@@ -21,10 +24,41 @@ from flash_indexer.testing import Inputs, Shape, make_inputs
 PER_TOKEN = ("q", "index_q", "index_weights", "key_start", "key_end", "lse", "token_weight")
 
 
-def make_groups() -> dict[str, Any]:
-    """Groups of the first two ranks and of all four; the mesh (context, tensor) of two by two."""
-    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("context", "tensor"))
-    return {"2": dist.new_group([0, 1]), "4": dist.group.WORLD, "mesh": mesh}
+def serve(rank: int, world: int, port: int, backend: str, seconds: int, pipe: Connection) -> None:
+    """Runs functions of this file by name until told None; answers with (True, result) or (False, traceback)."""
+    torch.set_num_threads(1)
+    device = torch.device("cuda", rank) if backend == "nccl" else torch.device("cpu")
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    dist.init_process_group(
+        backend, init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=world,
+        timeout=timedelta(seconds=seconds), device_id=device if device.type == "cuda" else None,
+    )  # fmt: skip
+    groups = make_groups(device)
+    while (asked := pipe.recv()) is not None:
+        name, arguments = asked
+        try:
+            pipe.send((True, globals()[name](groups, **arguments)))
+        except Exception:
+            pipe.send((False, traceback.format_exc()))
+    dist.destroy_process_group()
+
+
+def make_groups(device: torch.device) -> dict[str, Any]:
+    """Groups of the first two ranks and of four, meshes (context, tensor), and this rank's device."""
+    world, names = dist.get_world_size(), ("context", "tensor")
+    shapes = {"mesh": (2, 2)} if world == 4 else {"1x2": (1, 2), "2x1": (2, 1)}
+    meshes = {key: init_device_mesh(device.type, size, mesh_dim_names=names) for key, size in shapes.items()}
+    return {"2": dist.new_group([0, 1]), "4": dist.group.WORLD, **meshes, "device": device}
+
+
+def problem(groups: dict[str, Any], shape: Shape, seed: int, dtype: torch.dtype) -> Inputs:
+    """On this rank's device; bfloat16 index vectors in eighths, so that index logits are exact in any order."""
+    x = make_inputs(shape, seed=seed, dtype=dtype, device=groups["device"])
+    if dtype != torch.bfloat16:
+        return x
+    index_q, index_k = ((y.float() * 8).round().div(8).to(dtype) for y in (x.index_q, x.index_k))
+    return replace(x, index_q=index_q, index_k=index_k)
 
 
 def shard(x: Inputs, keep: torch.Tensor) -> Inputs:
@@ -53,7 +87,7 @@ def answer(x: Inputs, function: Any, d_loss: float, wanted: tuple[bool, ...] = (
     )
     if any(wanted):
         (d_loss * result.loss).backward()
-    return [value.detach() for value in result] + [leaf.grad for leaf in leaves]
+    return [value if value is None else value.detach().cpu() for value in (*result, *(leaf.grad for leaf in leaves))]
 
 
 def given(x: Inputs, lse: bool, weighted: bool) -> dict[str, Any]:
@@ -65,13 +99,15 @@ def context(
     lse: bool = False, weighted: bool = False, wide: bool = False, **options: Any,
 ) -> Any:  # fmt: skip
     """Context parallel on group "2" or "4", or with tensor parallel on "mesh"."""
-    x = make_inputs(shape, seed=seed, dtype=dtype)
+    x = problem(groups, shape, seed, dtype)
     group = groups[which]
-    context_group = group.get_group("context") if which == "mesh" else group
+    meshed = isinstance(group, DeviceMesh)
+    context_group = group.get_group("context") if meshed else group
     world, rank = dist.get_world_size(context_group), dist.get_rank(context_group)
     x = shard(x, context_positions(shape.T, world, rank, layout=layout))
-    if which == "mesh":
-        x = some_heads(x, dist.get_rank(group.get_group("tensor")), 2)
+    if meshed:
+        heads = group.get_group("tensor")
+        x = some_heads(x, dist.get_rank(heads), dist.get_world_size(heads))
     before = context_parallel.WIDE_BYTES
     context_parallel.WIDE_BYTES = 0 if wide else before
     try:
@@ -87,7 +123,7 @@ def tensor(
     lse: bool = False, weighted: bool = False, **options: Any,
 ) -> Any:  # fmt: skip
     group = groups[which]
-    x = make_inputs(shape, seed=seed, dtype=dtype)
+    x = problem(groups, shape, seed, dtype)
     x = some_heads(x, dist.get_rank(group), dist.get_world_size(group))
     return answer(x, tensor_parallel_indexer_kl, d_loss, group=group, **given(x, lse, weighted), **options)
 
