@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import cast
 
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
-from torch.distributed import _functional_collectives as functional
 from torch.distributed.device_mesh import DeviceMesh
+
+try:
+    from torch.distributed import all_gather_single, reduce_scatter_single
+except ImportError:  # their names before torch 2.13
+    from torch.distributed import all_gather_into_tensor as all_gather_single
+    from torch.distributed import reduce_scatter_tensor as reduce_scatter_single
 
 Group = ProcessGroup | DeviceMesh | tuple[ProcessGroup, ProcessGroup]
 
@@ -44,14 +48,19 @@ def process_groups(op: str, group: Group, most: int) -> tuple[ProcessGroup, ...]
 
 def all_gather(x: Tensor, group: ProcessGroup) -> Tensor:
     """[n, ...] on each rank -> [n·world, ...], rank after rank."""
-    return _arrived(functional.all_gather_tensor(x.contiguous(), 0, group))
+    out = x.new_empty(x.shape[0] * dist.get_world_size(group), *x.shape[1:])
+    all_gather_single(out, x.contiguous(), group=group)
+    return out
 
 
 def reduce_scatter(x: Tensor, group: ProcessGroup) -> Callable[[], Tensor]:
     """Starts sum over ranks, [n·world, ...] -> this rank's [n, ...]; what is returned waits for it and gives it."""
-    coming = functional.reduce_scatter_tensor(x.contiguous(), "sum", 0, group)
-    return lambda: _arrived(coming)
+    x = x.contiguous()
+    out = x.new_empty(x.shape[0] // dist.get_world_size(group), *x.shape[1:])
+    work = reduce_scatter_single(out, x, group=group, async_op=True)
 
+    def arrived() -> Tensor:
+        work.wait()
+        return out
 
-def _arrived(x: Tensor) -> Tensor:
-    return cast("Tensor", functional.wait_tensor(x))  # type: ignore[no-untyped-call]
+    return arrived
