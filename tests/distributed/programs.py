@@ -190,3 +190,14 @@ def refused(groups: dict[str, Any], *, which: str, function: str, rows: int = 8,
 
 
 FUNCTIONS = {"context": context_parallel_indexer_kl, "tensor": tensor_parallel_indexer_kl}
+
+
+def megatron(groups: dict[str, Any], *, which: str, tensors: list[torch.Tensor], **options: Any) -> Any:
+    """The adapter's loss and gradients, the heads of the query shared out."""
+    from flash_indexer.integration.megatron import dsa_indexer_loss
+
+    group = groups[which]
+    query = tensors[0].chunk(dist.get_world_size(group), 2)[dist.get_rank(group)]
+    leaves = [x.clone().requires_grad_() for x in tensors[2:]]
+    loss = dsa_indexer_loss(query, tensors[1], *leaves, tensor_group=group, **options)
+    return [loss.detach(), *torch.autograd.grad(loss, leaves)]
