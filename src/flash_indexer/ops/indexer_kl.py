@@ -113,6 +113,28 @@ def _body(
                 softmax_scale, target, workspace_bytes, needs,
             )  # fmt: skip
         say_torch_body()
+    return torch_body(
+        q, k, index_q, index_k, index_weights, lse, key_start, key_end, token_weight,
+        softmax_scale, target, workspace_bytes, needs,
+    )  # fmt: skip
+
+
+def torch_body(
+    q: Tensor,
+    k: Tensor,
+    index_q: Tensor,
+    index_k: Tensor,
+    index_weights: Tensor,
+    lse: Tensor | None,
+    key_start: Tensor,
+    key_end: Tensor,
+    token_weight: Tensor | None,
+    softmax_scale: float,
+    target: str,
+    workspace_bytes: int,
+    needs: Sequence[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """What `cuda.indexer_kl` returns, computed chunk by chunk in torch, on any device."""
     seen = key_end > key_start
     dtype = cpu.compute_dtype(q)
     weight = seen.to(dtype) / seen.sum().clamp_min(1) if token_weight is None else token_weight.to(dtype)
@@ -127,7 +149,8 @@ def _body(
         x.new_empty(0) if gradient is None else gradient.to(x.dtype)
         for x, gradient in zip((index_q, index_k, index_weights), sums[2:], strict=True)
     )
-    return (weight * kl.mean(-1)).sum(), sums.kl, sums.entropy, *gradients  # type: ignore[return-value]
+    d_index_q, d_index_k, d_weights = gradients
+    return (weight * kl.mean(-1)).sum(), sums.kl, sums.entropy, d_index_q, d_index_k, d_weights
 
 
 # not torch.library.custom_op, whose first call imports torch._dynamo: seconds in which nothing is computed
