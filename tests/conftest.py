@@ -113,3 +113,9 @@ def start_ranks() -> Iterator[Callable[..., Ranks]]:
     yield start
     for ranks in started:
         ranks.end()
+
+
+@pytest.fixture(scope="session")
+def pair(start_ranks: Callable[..., Ranks]) -> Ranks:
+    """Two processes joined by gloo."""
+    return start_ranks("gloo", 2, seconds=60)

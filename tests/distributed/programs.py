@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import runpy
 import traceback
 from dataclasses import replace
 from datetime import timedelta
 from multiprocessing.connection import Connection
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -201,3 +203,28 @@ def megatron(groups: dict[str, Any], *, which: str, tensors: list[torch.Tensor],
     leaves = [x.clone().requires_grad_() for x in tensors[2:]]
     loss = dsa_indexer_loss(query, tensors[1], *leaves, tensor_group=group, **options)
     return [loss.detach(), *torch.autograd.grad(loss, leaves)]
+
+
+def benchmark(groups: dict[str, Any], *, path: str, wrong: str) -> Any:
+    """The benchmark's record of its tiny size, or what it ends with where `wrong` of one rank's result is wrong."""
+    bench = SimpleNamespace(**runpy.run_path(path))
+    inner = bench.shard
+
+    def broken(whole: Any, way: str) -> Any:
+        part = inner(whole, way)
+        step = part.step
+
+        def wrongly() -> list[torch.Tensor]:
+            values = step()
+            if dist.get_rank() == 1 and wrong:
+                values[("loss", "kl", "d_index_q", "d_index_k", "d_index_weights").index(wrong)] *= 1.01
+            return values
+
+        part.step = wrongly
+        return part
+
+    bench.measure.__globals__["shard"] = broken
+    try:
+        return bench.measure(bench.SIZES["tiny"], ["context", "contiguous", "tensor"], 2, groups["device"])
+    except SystemExit as error:
+        return str(error)

@@ -106,14 +106,13 @@ def test_packed_parameters_are_checked() -> None:
         dsa_indexer_loss(*tensors(5, 5, 1), softmax_scale=0.3, loss_coeff=1.0, packed_seq_params=packed)
 
 
-def test_sharded_heads(start_ranks: Any) -> None:
+def test_sharded_heads(pair: Any) -> None:
     """Two ranks with half of the heads each get what one process gets."""
     inputs = tensors(7, 7, 2)
     expected = dsa_indexer_loss(*inputs, softmax_scale=0.3, loss_coeff=0.7)
     gradients = torch.autograd.grad(expected, inputs[2:])
-    ranks = start_ranks("gloo", 2, seconds=60)
     plain = [x.detach() for x in inputs]
-    for loss, *got in ranks.call("megatron", 2, which="2", tensors=plain, softmax_scale=0.3, loss_coeff=0.7):
+    for loss, *got in pair.call("megatron", 2, which="2", tensors=plain, softmax_scale=0.3, loss_coeff=0.7):
         torch.testing.assert_close(loss, expected.detach())
         for mine, theirs in zip(got, gradients, strict=True):
             torch.testing.assert_close(mine, theirs)

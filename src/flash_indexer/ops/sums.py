@@ -130,5 +130,5 @@ def say_torch_body() -> None:
         _said.add("cuda")
         warnings.warn(
             'flash_indexer: target="per_head" on CUDA runs the blockwise torch body (exact, not near the GPU\'s peak)',
-            stacklevel=5,
+            stacklevel=4,
         )
