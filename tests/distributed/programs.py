@@ -158,6 +158,14 @@ def blind(groups: dict[str, Any], *, which: str, function: str) -> Any:
     return answer(x, FUNCTIONS[function], 1.0, group=groups[which])
 
 
+def under_autocast(groups: dict[str, Any], *, which: str, function: str) -> Any:
+    """What autocast to bfloat16 changes: nothing."""
+    x = make_inputs(Shape(((8, 8),), H=2, G=1, D=8, I=2, E=32), seed=0)
+    plain = answer(x, FUNCTIONS[function], 1.0, group=groups[which])
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        return plain, answer(x, FUNCTIONS[function], 1.0, group=groups[which])
+
+
 def without_gradients(groups: dict[str, Any], *, which: str, function: str, wanted: tuple[bool, ...]) -> Any:
     x = make_inputs(Shape(((8, 8),), H=2, G=1, D=8, I=2, E=32), seed=0, dtype=torch.float64)
     return answer(x, FUNCTIONS[function], 1.0, wanted, group=groups[which])

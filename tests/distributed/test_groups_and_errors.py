@@ -70,6 +70,12 @@ def test_only_wanted_gradients_are_given(ranks: Any, function: str, wanted: tupl
 
 
 @BOTH
+def test_autocast_changes_nothing(ranks: Any, function: str) -> None:
+    for plain, autocast in ranks.call("under_autocast", 2, which="2", function=function):
+        assert all(torch.equal(a, b) for a, b in zip(plain, autocast, strict=True))
+
+
+@BOTH
 def test_a_second_backward_is_refused(ranks: Any, function: str) -> None:
     for told in ranks.call("again", 2, which="2", function=function):
         assert len(told) == 2

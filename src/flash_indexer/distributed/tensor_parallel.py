@@ -91,14 +91,15 @@ def sharded_sums(problem: Problem, group: ProcessGroup, before: Callable[[int], 
     rank, world = dist.get_rank(group), dist.get_world_size(group)
     stages = make_stages(problem, rank, world, before)
     sums, exchanged = stages.sums, []
-    coming = [reduce_scatter(stages.teacher(n), group) for n in range(min(stages.chunks, 1))]
-    for n in range(stages.chunks):
-        piece = coming.pop()
-        if n + 1 < stages.chunks:
-            coming.append(reduce_scatter(stages.teacher(n + 1), group))
-        stages.index(n, piece())
-        if sums.d_index_q is not None:
-            exchanged += exchange_rows(sums.d_index_q, stages, n, group)
+    with torch.autocast(problem.q.device.type, enabled=False):
+        coming = [reduce_scatter(stages.teacher(n), group) for n in range(min(stages.chunks, 1))]
+        for n in range(stages.chunks):
+            piece = coming.pop()
+            if n + 1 < stages.chunks:
+                coming.append(reduce_scatter(stages.teacher(n + 1), group))
+            stages.index(n, piece())
+            if sums.d_index_q is not None:
+                exchanged += exchange_rows(sums.d_index_q, stages, n, group)
     for values in (sums.kl, sums.entropy, sums.d_index_weights):
         if values is not None:
             dist.all_reduce(values, group=group)  # zeros but for each rank's own rows: exact
