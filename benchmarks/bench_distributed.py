@@ -57,7 +57,7 @@ SIZES = {
     "v32_64k": Size(128, 1, 576, 64, 128, 65536),
     "v32_8k": Size(128, 1, 576, 64, 128, 8192),
     "v32_expanded_32k": Size(128, 128, 192, 64, 128, 32768),
-    "tiny": Size(8, 2, 16, 3, 32, 256),
+    "tiny": Size(8, 4, 16, 3, 32, 256),
 }
 
 
@@ -152,6 +152,9 @@ def shard(whole: Shard, way: str) -> Shard:
     options = dict(whole.options, group=dist.group.WORLD)
     if way == "tensor":
         q, k, *index = whole.tensors
+        if q.shape[1] % world or (k.shape[1] > 1 and k.shape[1] % world):
+            heads = f"H={q.shape[1]} G={k.shape[1]}"
+            raise SystemExit(f"bench_distributed: {heads} can't be shared out evenly over {world} ranks")
         q = q.chunk(world, 1)[rank].contiguous()
         k = k if k.shape[1] == 1 else k.chunk(world, 1)[rank].contiguous()
         options["lse"] = options["lse"].chunk(world, 1)[rank].contiguous()
