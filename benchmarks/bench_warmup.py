@@ -76,7 +76,11 @@ def warm_up(path: Path, name: str, steps: int, sequence_length: int) -> list[dic
         "--sequence-length", str(sequence_length), "--steps", str(steps), "--evaluate-sequences", "0",
         "--warmup-steps", "2",
     ]  # fmt: skip
-    body = mock.patch.object(operator.cuda, "indexer_kl", torch_body) if name == "torch body" else mock.MagicMock()
+    body = (
+        mock.patch.object(operator.cuda, "indexer_kl", operator.torch_body)
+        if name == "torch body"
+        else mock.MagicMock()
+    )
     with body:
         cli.app(command, standalone_mode=False)
     return [json.loads(line) for line in (out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
@@ -86,11 +90,6 @@ def median_step(rows: list[dict[str, float]]) -> float:
     """The rows' clock runs on through the run."""
     times = [row["seconds"] for row in rows]
     return round(statistics.median(b - a for a, b in pairwise(times[SKIPPED:])), 4)
-
-
-def torch_body(*arguments: object) -> tuple[torch.Tensor, ...]:
-    with torch.autocast("cuda", enabled=False):
-        return operator._blockwise(*arguments)  # type: ignore[arg-type]
 
 
 def write_model(path: Path) -> None:

@@ -77,6 +77,12 @@ def check_indexer_kl(
     return Sizes(T, S, H, G, D, I, E)
 
 
+def check_workspace(op: str, workspace_bytes: int) -> None:
+    """Raises ValueError unless workspace_bytes is positive."""
+    if workspace_bytes <= 0:
+        raise ValueError(f"{op}: workspace_bytes must be positive, got {workspace_bytes}")
+
+
 def check_attention(op: str, q: Tensor, k: Tensor, v: Tensor, key_start: Tensor, key_end: Tensor, scale: float) -> None:
     """Checks every argument of attention: q [T, H, D], k [S, G, D], v [S, G, V]."""
     _rank(op, "q", q, "[T, H, D]", 3)

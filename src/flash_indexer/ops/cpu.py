@@ -44,11 +44,8 @@ def teacher_scores(
     out = torch.empty(rows, k.shape[0], dtype=dtype, device=q.device) if out is None else out
     out.zero_()
     if target == "sum_logits":
-        for g in range(k.shape[1]):
-            summed = q[:, g * per_group : (g + 1) * per_group].to(dtype).sum(1)
-            out.addmm_(summed.mul_(softmax_scale), k[:, g].to(dtype).T)
-        fill_unseen(out, key_start, key_end, torch.finfo(dtype).min)
-        out.sub_(out.amax(-1, keepdim=True)).exp_()
+        summed_logits(q, k, softmax_scale=softmax_scale, out=out)
+        exp_logits(out, key_start, key_end)
     elif lse is None:
         raise ValueError('teacher_scores: lse must be [R, H] for target="mean", got None; take it from teacher_lse')
     else:
@@ -57,6 +54,21 @@ def teacher_scores(
             torch.mm(q[:, h].to(dtype) * softmax_scale, k[:, h // per_group].to(dtype).T, out=scratch)
             out.add_(scratch.sub_(lse[:, h : h + 1]).exp_())
     return fill_unseen(out, key_start, key_end, 0.0)
+
+
+def summed_logits(q: Tensor, k: Tensor, *, softmax_scale: float, out: Tensor) -> None:
+    """out[t,s] += scale * sum_h q[t,h]·k[s,g(h)], the heads of a group summed first; out is [R, C]."""
+    per_group = q.shape[1] // k.shape[1]
+    for g in range(k.shape[1]):
+        summed = q[:, g * per_group : (g + 1) * per_group].to(out.dtype).sum(1)
+        out.addmm_(summed.mul_(softmax_scale), k[:, g].to(out.dtype).T)
+
+
+def exp_logits(logits: Tensor, key_start: Tensor, key_end: Tensor) -> None:
+    """exp(x - max_s x) of the visible logits, 0 elsewhere, in place: what "sum_logits" calls p before normalisation."""
+    fill_unseen(logits, key_start, key_end, torch.finfo(logits.dtype).min)
+    logits.sub_(logits.amax(-1, keepdim=True)).exp_()
+    fill_unseen(logits, key_start, key_end, 0.0)
 
 
 def teacher_lse(

@@ -6,7 +6,7 @@ tokens by 128 keys, [tiles * 128, 128]; `ops.plan` says which, and what each CTA
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -67,17 +67,49 @@ def indexer_kl(
     needs: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """loss, kl [T], entropy [T] and the gradients of index_q, index_k, index_weights (empty where not in `needs`)."""
+    out, weight, kl, entropy = sums(
+        q, k, index_q, index_k, index_weights, lse, key_start, key_end, token_weight,
+        softmax_scale, target, workspace_bytes, needs,
+    )  # fmt: skip
+    with torch.cuda.device(q.device):
+        loss, d_index_k = finish(out.index_k, weight, kl, index_k)
+    d_index_q = out.index_q if needs[0] and out.index_q is not None else index_q.new_empty(0)
+    d_weights = out.weights if needs[2] and out.weights is not None else index_weights.new_empty(0)
+    return loss, kl, entropy, d_index_q, d_index_k, d_weights
+
+
+def sums(
+    q: Tensor,
+    k: Tensor,
+    index_q: Tensor,
+    index_k: Tensor,
+    index_weights: Tensor,
+    lse: Tensor | None,
+    key_start: Tensor,
+    key_end: Tensor,
+    token_weight: Tensor | None,
+    softmax_scale: float,
+    target: str,
+    workspace_bytes: int,
+    needs: Sequence[bool],
+    before: Callable[[int], object] | None = None,
+) -> tuple[Gradients, Tensor, Tensor, Tensor]:
+    """The gradients, index_k's still the sum in float32; the token weights used; kl [T]; entropy [T].
+
+    before: called with n ahead of each step that reads the teacher's keys before the n-th, and no others.
+    """
     check_supported(q, index_q)
-    I, E = index_q.shape[1:]
+    E = index_q.shape[2]
     with torch.cuda.device(q.device):
         processors = torch.cuda.get_device_properties(q.device).multi_processor_count
-        sizes = Sizes(k.shape[0], E, _padded_heads(I), k.shape[1] > 1, workspace_bytes, processors)
-        work = plan(key_start, key_end, sizes)
-        _prepare(q, index_q, target == "mean", lse is None, tuple(needs))
+        work = plan(key_start, key_end, plan_sizes(k, index_q, workspace_bytes, processors))
+        prepare_kernels(q, index_q, target == "mean", lse is None, tuple(needs))
         q, k, index_q, index_k, index_weights = map(aligned, (q, k, index_q, index_k, index_weights))
         key_start, key_end = key_start.contiguous(), key_end.contiguous()
         weight = work.weight if token_weight is None else token_weight.contiguous()
         if target == "mean" and work.chunks:
+            if lse is None and before is not None:
+                before(k.shape[0])
             lse = teacher_lse(q, k, key_start, key_end, softmax_scale) if lse is None else lse.contiguous()
         make = torch.empty_like if work.complete else torch.zeros_like
         kl, entropy = (make(weight) for _ in range(2))
@@ -92,6 +124,8 @@ def indexer_kl(
         p, scores = (torch.empty(largest * TILE, TILE, device=q.device) for _ in range(2))
         di = torch.empty_like(p, dtype=torch.bfloat16)
         for chunk in work.chunks:
+            if before is not None:
+                before(chunk.keys)
             if target == "mean":
                 teacher_scores(q, k, lse, chunk, p, softmax_scale, processors)
             else:
@@ -100,10 +134,13 @@ def indexer_kl(
             kl_rows(p, scores, work, chunk, (key_start, key_end, weight), (di, kl, entropy), target == "sum_logits")
             if any(needs):
                 index_gradients(di, index_q, index_k, index_weights, work, chunk, partials, out, processors)
-        loss, d_index_k = finish(out.index_k, weight, kl, index_k)
-        d_index_q = out.index_q if needs[0] and out.index_q is not None else index_q.new_empty(0)
-        d_weights = out.weights if needs[2] and out.weights is not None else index_weights.new_empty(0)
-    return loss, kl, entropy, d_index_q, d_index_k, d_weights
+    return out, weight, kl, entropy
+
+
+def plan_sizes(k: Tensor, index_q: Tensor, workspace_bytes: int, processors: int) -> Sizes:
+    """What the plan depends on besides the intervals."""
+    I, E = index_q.shape[1:]
+    return Sizes(k.shape[0], E, _padded_heads(I), k.shape[1] > 1, workspace_bytes, processors)
 
 
 def teacher_lse(q: Tensor, k: Tensor, key_start: Tensor, key_end: Tensor, softmax_scale: float) -> Tensor:
@@ -260,7 +297,7 @@ def _score(
     )  # fmt: skip
 
 
-def _prepare(q: Tensor, index_q: Tensor, mean: bool, without_lse: bool, needs: tuple[bool, ...]) -> None:
+def prepare_kernels(q: Tensor, index_q: Tensor, mean: bool, without_lse: bool, needs: tuple[bool, ...]) -> None:
     """Has every kernel of the call compiled, those that are missing side by side."""
     from flash_indexer.kernels.compile import prepare
 

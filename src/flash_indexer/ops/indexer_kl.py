@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from flash_indexer.intervals import check_intervals
 from flash_indexer.ops import cpu, cuda
-from flash_indexer.ops.checks import check_indexer_kl
+from flash_indexer.ops.checks import check_indexer_kl, check_workspace
+from flash_indexer.ops.sums import Problem, blockwise, say_torch_body
 
 _NAME = "flash_indexer::indexer_kl"
 
@@ -82,8 +81,7 @@ def indexer_kl(
         token_weight=token_weight,
     )
     check_indexer_kl(tensors, key_start, key_end, target, softmax_scale)
-    if workspace_bytes <= 0:
-        raise ValueError(f"indexer_kl: workspace_bytes must be positive, got {workspace_bytes}")
+    check_workspace("indexer_kl", workspace_bytes)
     grad = torch.is_grad_enabled()
     needs = [grad and x.requires_grad for x in (index_q, index_k, index_weights)]
     loss, kl, entropy, *_ = _indexer_kl(
@@ -114,22 +112,14 @@ def _body(
                 q, k, index_q, index_k, index_weights, lse, key_start, key_end, token_weight,
                 softmax_scale, target, workspace_bytes, needs,
             )  # fmt: skip
-        _say_torch_body()
-    check_intervals(key_start, key_end, k.shape[0])
-    with torch.autocast(q.device.type, enabled=False):
-        return _blockwise(
-            q, k, index_q, index_k, index_weights, lse, key_start, key_end, token_weight,
-            softmax_scale, target, workspace_bytes, needs,
-        )  # fmt: skip
+        say_torch_body()
+    return torch_body(
+        q, k, index_q, index_k, index_weights, lse, key_start, key_end, token_weight,
+        softmax_scale, target, workspace_bytes, needs,
+    )  # fmt: skip
 
 
-# not torch.library.custom_op, whose first call imports torch._dynamo: seconds in which nothing is computed
-torch.library.define(_NAME, torch.library.infer_schema(_body, mutates_args=()))
-torch.library.impl(_NAME, "default", _body)
-_indexer_kl = torch.ops.flash_indexer.indexer_kl.default
-
-
-def _blockwise(
+def torch_body(
     q: Tensor,
     k: Tensor,
     index_q: Tensor,
@@ -144,66 +134,29 @@ def _blockwise(
     workspace_bytes: int,
     needs: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Loops over chunks of query rows; "per_head" is the "mean" problem of every (teacher head, index head) pair."""
-    T, H = q.shape[:2]
-    dtype = cpu.compute_dtype(q)
+    """What `cuda.indexer_kl` returns, computed chunk by chunk in torch, on any device."""
     seen = key_end > key_start
+    dtype = cpu.compute_dtype(q)
     weight = seen.to(dtype) / seen.sum().clamp_min(1) if token_weight is None else token_weight.to(dtype)
-    per_head = target == "per_head"
-    problems = [(h, h + 1) for h in range(H)] if per_head else [(0, H)]
-    kl = torch.zeros(T, len(problems), dtype=dtype, device=q.device)
-    entropy = torch.zeros_like(kl)
-    d_index_q, d_index_k, d_index_w = _empty_gradients(index_q, index_k, index_weights, needs)
-    d_keys = d_index_k.zero_() if d_index_k.dtype == dtype else torch.zeros_like(d_index_k, dtype=dtype)
-    index_heads = 1 if per_head else index_q.shape[1]
-    tiles = 2 + (index_heads if any(needs) else 1)
-    temporary = 1  # tile that logsumexp and entropy allocate
-    chunks = cpu.plan_chunks(key_start, key_end, tiles + temporary, dtype.itemsize, workspace_bytes)
-    largest = max(((end - begin) * (last - first) for begin, end, first, last in chunks), default=0)
-    flat = torch.empty(tiles * largest, dtype=dtype, device=q.device)
-    for begin, end, first, last in chunks:
-        here, keys = slice(begin, end), slice(first, last)
-        starts = (key_start[here] - first).clamp_(0, last - first)
-        ends = (key_end[here] - first).clamp_(0, last - first)
-        elements = tiles * (end - begin) * (last - first)
-        buffers = flat[:elements].view(tiles, end - begin, last - first)
-        p, scores, terms = buffers[0], buffers[1], buffers[2:]
-        for column, (low, high) in enumerate(problems):
-            groups = slice(low * k.shape[1] // H, (high - 1) * k.shape[1] // H + 1)
-            query, key = q[here, low:high], k[keys, groups]
-            row_lse = lse[here, low:high].to(dtype) if lse is not None else None
-            if row_lse is None and target != "sum_logits":
-                row_lse = cpu.teacher_lse(query, key, starts, ends, softmax_scale=softmax_scale, scratch=terms[0])
-            cpu.teacher_scores(
-                query,
-                key,
-                row_lse,
-                starts,
-                ends,
-                softmax_scale=softmax_scale,
-                target=target,
-                out=p,
-                scratch=terms[0],
-            )
-            heads = slice(low, high) if per_head else slice(None)
-            iq, iw, ik = index_q[here, heads], index_weights[here, heads], index_k[keys]
-            relu = terms[:index_heads] if any(needs) else terms[:1]
-            cpu.index_scores(iq, ik, iw, starts, ends, out=scores, relu=relu)
-            share = weight[here] / len(problems)
-            kl[here, column], entropy[here, column], di = cpu.kl_rows(p, scores, share, starts, ends)
-            if any(needs):
-                cpu.index_gradients(
-                    di, relu, iq, ik, iw,
-                    d_index_q=d_index_q[here, heads] if needs[0] else None,
-                    d_index_k=d_keys[keys] if needs[1] else None,
-                    d_index_w=d_index_w[here, heads] if needs[2] else None,
-                )  # fmt: skip
-    loss = (weight * kl.mean(-1)).sum()
-    if needs[1] and d_keys is not d_index_k:
-        d_index_k.copy_(d_keys)
-    if not per_head:
-        kl, entropy = kl[:, 0], entropy[:, 0]
-    return loss, kl, entropy, d_index_q, d_index_k, d_index_w
+    sums = blockwise(
+        Problem(
+            q, k, index_q, index_k, index_weights, lse, key_start, key_end, weight,
+            softmax_scale, target, workspace_bytes, needs,
+        )
+    )  # fmt: skip
+    kl = sums.kl if target == "per_head" else sums.kl[:, None]
+    gradients = (
+        x.new_empty(0) if gradient is None else gradient.to(x.dtype)
+        for x, gradient in zip((index_q, index_k, index_weights), sums[2:], strict=True)
+    )
+    d_index_q, d_index_k, d_weights = gradients
+    return (weight * kl.mean(-1)).sum(), sums.kl, sums.entropy, d_index_q, d_index_k, d_weights
+
+
+# not torch.library.custom_op, whose first call imports torch._dynamo: seconds in which nothing is computed
+torch.library.define(_NAME, torch.library.infer_schema(_body, mutates_args=()))
+torch.library.impl(_NAME, "default", _body)
+_indexer_kl = torch.ops.flash_indexer.indexer_kl.default
 
 
 def _empty_gradients(
@@ -269,24 +222,21 @@ def _scaled(ctx: Any, d_loss: Tensor) -> Sequence[Tensor]:
     gradients: Sequence[Tensor] = ctx.saved_tensors
     if any(type(gradient) is not Tensor for gradient in gradients):
         return [gradient * d_loss for gradient in gradients]
-    if ctx.kernels:
-        cuda.scale(gradients, d_loss)
+    scale_gradients(gradients, d_loss, ctx.kernels)
+    return gradients
+
+
+def scale_gradients(gradients: Sequence[Tensor], factor: Tensor, kernels: bool) -> None:
+    """The gradients of index_q, index_k and index_weights (empty where not wanted) *= factor, in place.
+
+    kernels: in one launch on a GPU of the kernels, else by torch.
+    """
+    if kernels:
+        cuda.scale(gradients, factor)
     else:
         for gradient in gradients:
-            gradient.mul_(d_loss)
-    return gradients
+            gradient.mul_(factor)
 
 
 torch.library.register_fake(_NAME, _fake)
 torch.library.register_autograd(_NAME, _backward, setup_context=_setup_context)
-_said: set[str] = set()
-
-
-def _say_torch_body() -> None:
-    """Says once a process that target="per_head" on CUDA runs the blockwise torch body."""
-    if "cuda" not in _said:
-        _said.add("cuda")
-        warnings.warn(
-            'flash_indexer: target="per_head" on CUDA runs the blockwise torch body (exact, not near the GPU\'s peak)',
-            stacklevel=4,
-        )

@@ -44,6 +44,8 @@ class Sizes(NamedTuple):
 class Chunk:
     """Rows begin .. end - 1 (begin a multiple of 128), `tiles` score tiles, `slots` partial sums of d_index_k.
 
+    Of the keys, those before `keys` are read, in whole tiles.
+
     Items are flat int32 tensors with four numbers each; item n belongs to the CTA n % grid.
     score (token, key, tile, 0) · query (token, key tile, count, tile base) · key (key tile, block, end, slot or -1) ·
     reduce (key tile, slot, end, 0)
@@ -53,6 +55,7 @@ class Chunk:
     end: int
     tiles: int
     slots: int
+    keys: int
     score: Tensor
     query: Tensor
     key: Tensor
@@ -112,8 +115,14 @@ def kept(
 
 def make_plan(key_start: Tensor, key_end: Tensor, sizes: Sizes, device: torch.device) -> Plan:
     """The plan of valid intervals on the CPU, its lists on `device`."""
+    return plan_spans(key_start, key_end, sizes, device, cut(*visible_tiles(key_start, key_end, TILE), sizes))
+
+
+def plan_spans(
+    key_start: Tensor, key_end: Tensor, sizes: Sizes, device: torch.device, spans: list[tuple[int, int]]
+) -> Plan:
+    """The plan whose chunks are these runs of 128-token blocks, each of which sees a key."""
     first, end = visible_tiles(key_start, key_end, TILE)
-    spans = cut(first, end, sizes)
     base = torch.zeros_like(first)
     lists: list[Tensor] = []
     shapes = []
@@ -128,14 +137,15 @@ def make_plan(key_start: Tensor, key_end: Tensor, sizes: Sizes, device: torch.de
         lists.append(query_items(group_first, group_end, blocks, begin, stop, tokens, sizes.processors))
         items, reduce, slots = key_items(first, end, begin, stop, sizes)
         lists += [items, reduce]
-        shapes.append((begin, stop, int((end - first)[begin:stop].sum()), slots))
+        keys = min(int(end[begin:stop].max()) * TILE, sizes.S)
+        shapes.append((begin, stop, int((end - first)[begin:stop].sum()), slots, keys))
     flat = torch.cat([*(x.reshape(-1) for x in lists), blocks.reshape(-1)]).to(torch.int32)
     flat = sent(flat, device)
     pieces = torch.split(flat, [*(x.numel() for x in lists), blocks.numel()])
     T = key_start.shape[0]
     chunks = tuple(
-        Chunk(b * TILE, min(e * TILE, T), tiles, slots, *pieces[4 * n : 4 * n + 4])
-        for n, (b, e, tiles, slots) in enumerate(shapes)
+        Chunk(b * TILE, min(e * TILE, T), tiles, slots, keys, *pieces[4 * n : 4 * n + 4])
+        for n, (b, e, tiles, slots, keys) in enumerate(shapes)
     )
     return Plan(
         chunks, pieces[-1], mean_weight(key_start, key_end).to(device), T > 0 and bool((group_end > group_first).all())
