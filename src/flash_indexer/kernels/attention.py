@@ -16,10 +16,14 @@ A tile of 128 rows holds HG heads (those of one key head g) of 128 // HG tokens,
     tensor cores     | S X of tile i+1 | O += P v of tile i | S X of i+2 ...      of one warpgroup, while the other one
     everything else  |                 | softmaxes of i+1   |                     is at its softmaxes
 
+The last product of an item shares its turn with the first ones of the next item, whose queries came long before;
+outputs are scaled and stored beside them. Where row tiles have one place only (QS = 1), items follow one another.
+
 Only key tiles that cross some row's interval are masked, and they come first: every row that sees a key sees one there.
-Shifts are in powers of two. m, of a, follows the row's maximum lazily: it is raised when a row
-outgrows it by 2^8. n, of x, is the maximum of the first tile that the row sees, raised when a tile's sum passes 1e30. A
-row that has seen nothing yet has both at UNSET, with which every term is zero.
+Softmaxes of the first one visit its first half alone where no row sees more. Shifts are in powers of two: m, of a, is
+the maximum of the masked tiles, n, of x, that of the first tile that the row sees. They are raised after the fact,
+where a sum has passed 1e18: see `redo`, which forms the tile's logits once more. Without an indexer this is found out
+beside the next tile's first product. A row that has seen nothing yet has both at UNSET: every term is then zero.
 """
 
 from pathlib import Path
@@ -51,8 +55,8 @@ def build(D, V, E, HG, BN, QS, TMA_STORE):
         K     [S, G·D], VAL [S, G·V] bfloat16
         IQ    as Q with E, IK [S, E] bfloat16, W [T·H] float32   index_q, index_k, weights; not read where E is 0
         KS    [T], KE [T] int32             visible keys of each token
-        ITEMS [8·nitems] int32              (t0, g, first, tiles, right, left, seen, 0): TOKENS tokens from t0, heads of g;
-                                            key tile j holds the keys first - j·BN + 0 .. BN-1, j = 0 .. tiles - 1;
+        ITEMS [8·nitems] int32              (t0, g, first, tiles, right, left, seen, 0): TOKENS tokens from t0, heads of
+                                            g; key tile j holds the keys first - j·BN + 0 .. BN-1, j = 0 .. tiles - 1;
                                             those with j < right or j >= left are masked, 1 <= right <= left <= tiles.
                                             Where some row sees its last key in tile j, j < right. No row
                                             sees more of tile 0 than its first `seen` keys
@@ -123,9 +127,7 @@ def build(D, V, E, HG, BN, QS, TMA_STORE):
     # O += P v of key tile v[0] - 1
     @T.macro
     def values(O, P, at, v):
-        T.call_extern(
-            "handle", f"at_values<{BN}, {V}>", O.access_ptr("rw"), P.access_ptr("rw"), at[2], v[0] + 1
-        )
+        T.call_extern("handle", f"at_values<{BN}, {V}>", O.access_ptr("rw"), P.access_ptr("rw"), at[2], v[0] + 1)
 
     @T.macro
     def softmax(N, S, X, sums, backup, scale, ready):
@@ -373,7 +375,9 @@ def build(D, V, E, HG, BN, QS, TMA_STORE):
                                 T.mbarrier_arrive(qempty[(v[1] + 1) % 2])
                     steps = T.call_extern("int32", "at_masked", item)
                     for i in T.serial(steps):
-                        step(S, X, P, O, at, bars, v, sums, backup, item, limits, Q, K, tokens, H, scale, tx, i + 1, True)
+                        step(
+                            S, X, P, O, at, bars, v, sums, backup, item, limits, Q, K, tokens, H, scale, tx, i + 1, True
+                        )
                     steps = T.call_extern("int32", "at_whole", item)
                     for i in T.serial(steps):
                         step(S, X, P, O, at, bars, v, sums, backup, item, limits, Q, K, tokens, H, scale, tx, i, False)
@@ -409,8 +413,9 @@ def build(D, V, E, HG, BN, QS, TMA_STORE):
                                 store_piece(Qs, OUT, (v[1] + 1) % 2, tx // 128 * 64 + z * PIECE, t0, g, p, H, tokens)
                     else:
                         T.call_extern(
-                            "handle", f"at_store<{HG}, {V}>", O.access_ptr("r"), item, T.address_of(OUT[0, 0]), tokens, H
-                        )
+                            "handle", f"at_store<{HG}, {V}>", O.access_ptr("r"), item, T.address_of(OUT[0, 0]), tokens,
+                            H,
+                        )  # fmt: skip
                         release(qempty, (v[1] + QS - 1) % QS, tx)
                     if QS == 1:
                         v[1] = v[1] + 1
