@@ -196,10 +196,10 @@ static __device__ __forceinline__ void at_softmax(
 #pragma unroll
   for (int j = 0; j < 4; ++j) asm volatile("" : "+f"(l[j]));  // here, between the exponentials, not after a branch
 }
-// s = q k^T once more, of the thread's warp alone, from global memory: key tile that begins at `key`
+// s = q k^T once more, of the thread's warp alone, from global memory: i-th tile that is not masked
 template <int BN, int D, int HG>
-static __device__ __forceinline__ void at_again(
-    float* s, int t0, int g, int key, const void* Q, const void* K, int n, int H) {
+static __device__ __forceinline__ void at_again(float* s, int item, int i, const void* Q, const void* K, int n, int H) {
+  const int t0 = at_field(item, 0), g = at_field(item, 1), key = at_key<BN>(item, at_masked(item) + 1 + i);
   const int lane = threadIdx.x & 31, stride = H / HG * D;
   const unsigned* q[2];
 #pragma unroll
@@ -253,8 +253,7 @@ static __device__ __forceinline__ void at_redo(
   const int4 old = at_numbers(backup + (int)threadIdx.x * 16);
   l[0] = __int_as_float(old.x), l[2] = __int_as_float(old.y), l[1] = l[3] = 0.f;
   if (E) c[0] = __int_as_float(old.z), c[2] = __int_as_float(old.w), c[1] = c[3] = 0.f;
-  const int key = at_key<BN>(item, at_masked(item) + 1 + i);
-  at_again<BN, D, HG>(s, at_field(item, 0), at_field(item, 1), key, Q, K, n, H);
+  at_again<BN, D, HG>(s, item, i, Q, K, n, H);
   at_raise<BN, E>(s, m, l, c, alpha, scale);
 #pragma unroll
   for (int h = 0; h < 2; ++h) {

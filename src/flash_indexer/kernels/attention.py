@@ -186,11 +186,14 @@ def build(D, V, E, HG, BN, QS, TMA_STORE):
         logits(S, X, at, v)
         if not E and not masked:
             v[2] = T.call_extern("int32", f"at_over<{E}>", l.access_ptr("r"), y_tile.access_ptr("r"))
-            if v[2] != 0:
+            if v[2] != 0:  # for this warp alone: it can't issue the warpgroup's products again
                 T.wait_wgmma(0)
                 T.warpgroup_fence_operand(S, num_regs=BN // 2)
                 redo(S, X, P, O, sums, backup, item, Q, K, tokens, H, scale, i - 1)
-                logits(S, X, at, v)
+                T.call_extern(
+                    "handle", f"at_again<{BN}, {D}, {HG}>", S.access_ptr("w"), item, i, T.address_of(Q[0, 0]),
+                    T.address_of(K[0, 0]), tokens, H,
+                )  # fmt: skip
         T.barrier_wait(vfull[(v[0] + 1) % 2], (v[0] - 1) // 2 % 2)
         values(O, P, at, v)
         T.named_barrier_arrive(9 - tx // 128, 256)
@@ -307,6 +310,14 @@ def build(D, V, E, HG, BN, QS, TMA_STORE):
             vfull = T.alloc_barrier([1] * 2)
             vempty = T.alloc_barrier([8] * 2)
             tx = T.get_thread_binding()
+            if TOKENS * HG < 128:  # rows that no copy reaches: what lies there could make sums overflow
+                for z, r, d in T.Parallel(QS, 128, D):
+                    Qs[z, r, d] = T.cast(0.0, "bfloat16")
+                if E:
+                    for z, r, d in T.Parallel(QS, 128, E):
+                        IQs[z, r, d] = T.cast(0.0, "bfloat16")
+                T.fence_proxy_async()
+                T.sync_threads()
             if tx < 256:
                 T.set_max_nreg(REGISTERS[0], 1)
                 v = T.alloc_local((3,), "int32")  # key tiles and items so far; which sums of a tile are too large
