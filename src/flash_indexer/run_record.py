@@ -77,7 +77,7 @@ def read_record(out: Path, resume: bool) -> dict[str, Any] | None:
     try:
         record: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
         settings_from(record["settings"])
-        record["steps"], record["base_fingerprint"], record["data_fingerprint"], record["processes"]
+        record["steps"], record["base_fingerprint"], record["data_fingerprint"], record["sequences_per_step"]
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"warmup: {file} is not a run's record ({error!r}); choose another --out") from error
     return record

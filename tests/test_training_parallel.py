@@ -1,0 +1,122 @@
+"""Runs of 2 and 4 processes, in every way of sharing the work out, against one process: loss, gradients, weights."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors.torch import load_file
+
+from flash_indexer.run_record import WarmupSettings, read_metrics
+from flash_indexer.training import micro_batches
+
+STEPS = 20
+FIRST_GRADIENTS = """
+from safetensors.torch import save_file
+from flash_indexer import training
+summed = training.sum_gradients
+def sum_and_save(parameters, **options):
+    parameters = list(parameters)
+    summed(parameters, **options)
+    training.sum_gradients = summed
+    save_file({str(n): parameter.grad for n, parameter in enumerate(parameters)}, out + ".gradients")
+training.sum_gradients = sum_and_save
+"""
+STOP = """
+from flash_indexer import training
+forward, steps = training.forward, []
+def stopping(handle, batch):
+    steps.append(handle.token_weight)
+    if len(steps) == 13:
+        raise RuntimeError("stopped")
+    forward(handle, batch)
+training.forward = stopping
+"""
+
+
+@pytest.fixture(scope="module")
+def build(tiny_settings: Any, checkpoint: Path, mla_checkpoint: Path) -> Any:
+    def settings(model: str, dp: int = 1, **changes: Any) -> WarmupSettings:
+        path = mla_checkpoint if model == "deepseek_v3" else checkpoint
+        values = dict(
+            model=str(path), sequence_length=64, steps=STEPS, save_every=STEPS, batch_size=4 // dp, rope_dim=None
+        )  # fmt: skip
+        return tiny_settings(**(values | changes))
+
+    return settings
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory, runs: Any, build: Any) -> dict[str, Path]:
+    """One process, 4 sequences of 64 tokens a step."""
+    outs = {model: tmp_path_factory.mktemp("alone") / "run" for model in ("llama", "deepseek_v3")}
+    runs.finish([runs.start(FIRST_GRADIENTS, build(model), out) for model, out in outs.items()])
+    return outs
+
+
+def assert_same_training(one: Path, other: Path) -> None:
+    """Equal but for the order of floating-point sums. Steps enlarge that, where a logit's sign decides a gradient."""
+    mine, theirs = (read_metrics(out / "metrics.jsonl") for out in (one, other))
+    assert len(mine) == len(theirs) == STEPS
+    for row, same in zip(mine, theirs, strict=True):
+        assert row["kl"] == pytest.approx(same["kl"], rel=2e-4)
+        assert row["uniform_kl"] == pytest.approx(same["uniform_kl"], rel=1e-5)
+        assert (row["tokens"], row["lr"]) == (same["tokens"], same["lr"])
+    for file, tolerance in ((".gradients", 3e-5), ("/checkpoint/indexer.safetensors", 5e-2)):
+        first, second = (load_file(f"{out}{file}") for out in (one, other))
+        assert first.keys() == second.keys()
+        for name, tensor in first.items():
+            assert (tensor - second[name]).norm() <= tolerance * tensor.norm(), (file, name)
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [(dict(count=2), dict(count=4)), (dict(count=4, cp=2, tp=2), dict(count=1)), (dict(count=1), dict(count=4, cp=2))],
+    ids=["2-4", "4 as cp x tp-1", "1-4 as dp x cp"],
+)
+def test_a_run_goes_on_under_another_number_of_processes(
+    tmp_path: Path, runs: Any, build: Any, alone: Any, before: dict[str, Any], after: dict[str, Any]
+) -> None:
+    """Killed by an error after 12 steps, with a checkpoint of step 10."""
+    out, settings = tmp_path / "run", build("llama", save_every=10)
+    codes, exitcode = [FIRST_GRADIENTS + STOP, STOP, STOP, STOP], 1
+    for place in (before, after):
+        sizes = {name: size for name, size in place.items() if name != "count"}
+        dp = place["count"] // (sizes.get("cp", 1) * sizes.get("tp", 1))
+        settings = build("llama", dp, save_every=10)
+        runs.finish(runs.ranks(place["count"], settings, out, parallel=sizes, codes=codes), exitcode)
+        codes, exitcode = [], 0
+    assert_same_training(alone["llama"], out)
+
+
+def test_a_step_that_cannot_be_shared_out_is_refused(build: Any) -> None:
+    with pytest.raises(ValueError, match="processes must divide the 4 sequences of an optimizer step .*, got 3"):
+        micro_batches(build("llama"), 4, 3)
+    assert micro_batches(build("llama", batch_size=4), 12, 2) == (3, 2)
+
+
+@pytest.mark.parametrize(
+    ("model", "processes", "parallel"),
+    [
+        ("llama", 2, dict(cp=2)),
+        ("llama", 2, dict(cp=2, layout="contiguous")),
+        ("llama", 4, dict(cp=4)),
+        ("llama", 4, dict(cp=2, layout="contiguous", fsdp=True)),
+        ("llama", 2, dict(tp=2)),
+        ("llama", 4, dict(tp=2, fsdp=True)),
+        ("llama", 4, dict(cp=2, tp=2)),
+        ("llama", 4, dict()),
+        ("llama", 2, dict(fsdp=True)),
+        ("deepseek_v3", 4, dict(fsdp=True)),
+        ("deepseek_v3", 2, dict(cp=2)),
+        ("deepseek_v3", 4, dict(cp=2, tp=2)),
+    ],
+    ids=lambda x: "-".join(f"{k}={v}" for k, v in x.items()) or "dp" if isinstance(x, dict) else str(x),
+)
+def test_many_processes_train_what_one_does(
+    tmp_path: Path, runs: Any, build: Any, alone: Any, model: str, processes: int, parallel: dict[str, Any]
+) -> None:
+    dp = processes // (parallel.get("cp", 1) * parallel.get("tp", 1))
+    runs.finish(runs.ranks(processes, build(model, dp), tmp_path / "run", parallel=parallel, codes=[FIRST_GRADIENTS]))
+    assert_same_training(alone[model], tmp_path / "run")
