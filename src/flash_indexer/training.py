@@ -74,7 +74,7 @@ def warm_up(
     processes = Processes(parallel)
     processes.check_length(settings.sequence_length)
     if settings.dtype == "auto":
-        settings = replace(settings, dtype="bfloat16" if processes.device.type == "cuda" else "float32")
+        settings = replace(settings, dtype=str(default_dtype()).removeprefix("torch."))
     console = (console or Console()) if processes.is_main else Console(quiet=True)
     with processes.telling(out / CHECKPOINT):
         return _warm_up(settings, out, record, console, processes)
@@ -287,6 +287,11 @@ def micro_batches(settings: WarmupSettings, per_step: int, dp: int) -> tuple[int
     each = per_step // dp
     size = max(n for n in range(1, min(each, settings.batch_size) + 1) if each % n == 0)
     return size, each // size
+
+
+def default_dtype() -> torch.dtype:
+    """The dtype that the operators take of a model: bfloat16 on CUDA, float32 elsewhere."""
+    return torch.bfloat16 if torch.cuda.is_available() else torch.float32
 
 
 def forward(handle: IndexerHandle, batch: dict[str, Tensor]) -> None:
