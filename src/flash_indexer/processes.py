@@ -17,6 +17,7 @@ from torch import Tensor
 from flash_indexer.distributed.context_parallel import LAYOUTS, context_positions
 from flash_indexer.distributed.gradients import all_sum
 from flash_indexer.distributed.mesh import Parallel, make_parallel
+from flash_indexer.integration.atomic import readable_directory
 
 
 @dataclass(frozen=True)
@@ -103,7 +104,8 @@ class Processes:
         except RuntimeError as error:
             if not _is_lost_contact(error):
                 raise
-            saved = f"the checkpoint in {checkpoint} is intact" if checkpoint.exists() else "no checkpoint was written"
+            written = readable_directory(checkpoint).exists()
+            saved = f"the checkpoint in {checkpoint} is intact" if written else "no checkpoint was written"
             reason = str(error).strip().partition("\n")[0]
             raise ConnectionError(
                 f"warmup: process {self.rank} of {self.count} lost contact with another process, which died or did not "
@@ -124,5 +126,5 @@ def leave() -> None:
 
 
 def _is_lost_contact(error: RuntimeError) -> bool:
-    text = str(error)
-    return isinstance(error, dist.DistError) or "gloo/transport" in text or "ProcessGroupGloo" in text
+    """NCCL's errors have a type of their own; gloo's and those of a wait are known by their words alone."""
+    return isinstance(error, dist.DistError) or any(word in str(error) for word in ("gloo/transport", "timed out"))

@@ -1,4 +1,4 @@
-"""IndexerTrainer trains what a plain loop does, alone and over two processes, and resumes; what it cannot do it says."""
+"""IndexerTrainer trains what a plain loop does, on one process and two, and resumes; what it cannot do it says."""
 
 from __future__ import annotations
 
