@@ -23,6 +23,25 @@ def sum_and_save(parameters, **options):
     save_file({str(n): parameter.grad for n, parameter in enumerate(parameters)}, out + ".gradients")
 training.sum_gradients = sum_and_save
 """
+CHANGE = """
+from flash_indexer import training
+forward = training.forward
+def changing(handle, batch):
+    forward(handle, batch)
+    handle.model.get_parameter("model.layers.1.mlp.up_proj.weight").to_local()[0, 0] += 1e-3
+training.forward = changing
+"""
+CATCH = """
+import os
+os.environ.update(environment)
+original = training.warm_up
+def caught(*args, **options):
+    try:
+        original(*args, **options)
+    except RuntimeError as error:
+        open(f"{out}.{environment['RANK']}", "w").write(str(error))
+training.warm_up = caught
+"""
 STOP = """
 from flash_indexer import training
 forward, steps = training.forward, []
@@ -88,6 +107,14 @@ def test_a_run_goes_on_under_another_number_of_processes(
         runs.finish(runs.ranks(place["count"], settings, out, parallel=sizes, codes=codes), exitcode)
         codes, exitcode = [], 0
     assert_same_training(alone["llama"], out)
+
+
+def test_a_shard_that_changed_is_found(tmp_path: Path, runs: Any, build: Any) -> None:
+    codes = [CHANGE + CATCH, CHANGE + CATCH]
+    runs.finish(runs.ranks(2, build("llama", steps=1), tmp_path / "run", parallel=dict(fsdp=True), codes=codes))
+    for rank in (0, 1):
+        said = (tmp_path / f"run.{rank}").read_text()
+        assert said == "warmup: the frozen model's parameters changed during training", said
 
 
 def test_a_step_that_cannot_be_shared_out_is_refused(build: Any) -> None:

@@ -282,6 +282,8 @@ def attach(
     rope_dim = min(32, head_dim) if rope_dim is None else rope_dim
     if target not in ("mean", "per_head", "sum_logits"):
         raise ValueError(f'attach: target must be "mean", "per_head" or "sum_logits", got {target!r}')
+    if target == "per_head" and parallel is not None and parallel.tp > 1:
+        raise ValueError(f'attach: target="per_head" has no sum over heads to share out, got tp={parallel.tp}; use cp')
     if target == "per_head" and num_heads != config.num_attention_heads:
         raise ValueError(
             f'attach: target="per_head" needs num_heads = {config.num_attention_heads}, the model\'s, got {num_heads}'
