@@ -64,7 +64,7 @@ def test_lost_contact_is_told_in_one_message(tmp_path: Path, reason: str) -> Non
     processes = one_of(Parallel())
     with (
         pytest.raises(
-            ConnectionError, match="process 0 of 1 lost contact .* no checkpoint was written: look for the fi"
+            ConnectionError, match="process 0 of 1 lost contact .* no checkpoint was written: look for the first"
         ),
         processes.telling(tmp_path / "checkpoint"),
     ):

@@ -100,6 +100,15 @@ def test_when_one_process_hangs_the_other_ends_within_the_timeout(
     assert "or did not answer for 4 s" in said and "no checkpoint was written" in said, said
 
 
+def test_a_process_that_never_came_is_told(tmp_path: Path, runs: Any, checkpoint: Path, texts: Path) -> None:
+    alone = "import os\nos.environ['WORLD_SIZE'] = '2'\n"
+    out = tmp_path / "run"
+    code = COMMAND.replace("from flash", f"{alone}from flash") + "main()"
+    runs.finish(runs.ranks(1, None, out, codes=[code], arguments=command(checkpoint, texts, out)), 1, within=40)
+    said = Path(f"{out}.0").read_text()
+    assert "the processes did not all meet within 4 s" in said and "Traceback" not in said, said
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("options", [[], ["--cp", "2", "--fsdp"]], ids=["dp", "cp, fsdp"])
 def test_killed_at_ten_random_moments(

@@ -55,11 +55,13 @@ training.forward = stopping
 
 
 @pytest.fixture(scope="module")
-def build(tiny_settings: Any, checkpoint: Path, mla_checkpoint: Path) -> Any:
+def build(tiny_settings: Any, checkpoint: Path, mla_checkpoint: Path, window_checkpoint: Path) -> Any:
+    paths = dict(llama=checkpoint, deepseek_v3=mla_checkpoint, mistral=window_checkpoint)
+
     def settings(model: str, dp: int = 1, **changes: Any) -> WarmupSettings:
-        path = mla_checkpoint if model == "deepseek_v3" else checkpoint
         values = dict(
-            model=str(path), sequence_length=64, steps=STEPS, save_every=STEPS, batch_size=4 // dp, rope_dim=None
+            model=str(paths[model]), sequence_length=64, steps=STEPS, save_every=STEPS, batch_size=4 // dp,
+            rope_dim=None,
         )  # fmt: skip
         return tiny_settings(**(values | changes))
 
@@ -107,6 +109,15 @@ def test_a_run_goes_on_under_another_number_of_processes(
         runs.finish(runs.ranks(place["count"], settings, out, parallel=sizes, codes=codes), exitcode)
         codes, exitcode = [], 0
     assert_same_training(alone["llama"], out)
+
+
+def test_windows_and_layers_without_indexers_see_all_processes_keys(tmp_path: Path, runs: Any, build: Any) -> None:
+    """And heads of their own with target="per_head"."""
+    settings = build("mistral", layers=(0, 2), target="per_head", num_heads=4)
+    one, two = tmp_path / "one", tmp_path / "two"
+    runs.finish([runs.start(FIRST_GRADIENTS, settings, one)])
+    runs.finish(runs.ranks(2, settings, two, parallel=dict(cp=2), codes=[FIRST_GRADIENTS]))
+    assert_same_training(one, two)
 
 
 def test_a_shard_that_changed_is_found(tmp_path: Path, runs: Any, build: Any) -> None:

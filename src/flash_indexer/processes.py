@@ -49,19 +49,30 @@ class ParallelSettings:
 
 
 class Processes:
-    """This process and the others. Started by torchrun or accelerate launch, or one process alone."""
+    """This process and the others. Started by torchrun or accelerate launch, or one process alone.
+
+    Raises:
+        ConnectionError: the others were not there in time. ValueError: their number is no multiple of cp · tp.
+    """
 
     def __init__(self, settings: ParallelSettings) -> None:
         self.settings = settings
         limit = InitProcessGroupKwargs(timeout=timedelta(seconds=settings.timeout))
-        self.accelerator = Accelerator(cpu=not torch.cuda.is_available(), kwargs_handlers=[limit])
-        self.device: torch.device = self.accelerator.device
-        self.count: int = self.accelerator.num_processes
-        self.rank: int = self.accelerator.process_index
-        self.is_main: bool = self.accelerator.is_main_process
-        self.parallel: Parallel = make_parallel(
-            self.device.type, cp=settings.cp, tp=settings.tp, layout=settings.layout, timeout=settings.timeout
-        )
+        try:
+            accelerator = Accelerator(cpu=not torch.cuda.is_available(), kwargs_handlers=[limit])
+            sizes = {name: getattr(settings, name) for name in ("cp", "tp", "layout", "timeout")}
+            self.parallel: Parallel = make_parallel(accelerator.device.type, **sizes)
+        except RuntimeError as error:
+            if not _is_lost_contact(error):
+                raise
+            raise ConnectionError(
+                f"warmup: the processes did not all meet within {settings.timeout:g} s ({_first_line(error)}); check "
+                "that each was started, and that MASTER_ADDR and MASTER_PORT name a machine that all can reach"
+            ) from error
+        self.device: torch.device = accelerator.device
+        self.count: int = accelerator.num_processes
+        self.rank: int = accelerator.process_index
+        self.is_main: bool = accelerator.is_main_process
 
     def sum(self, x: Tensor) -> Tensor:
         """Sum over the processes, each token of a batch counted once: the copies that tp makes share their count."""
@@ -106,11 +117,10 @@ class Processes:
                 raise
             written = readable_directory(checkpoint).exists()
             saved = f"the checkpoint in {checkpoint} is intact" if written else "no checkpoint was written"
-            reason = str(error).strip().partition("\n")[0]
             raise ConnectionError(
                 f"warmup: process {self.rank} of {self.count} lost contact with another process, which died or did not "
-                f"answer for {self.settings.timeout:g} s ({reason}); {saved}: look for the first error among the "
-                "processes' messages, then start again with --resume, with as many processes or another number"
+                f"answer for {self.settings.timeout:g} s ({_first_line(error)}); {saved}: look for the first error of "
+                "all processes, then start again with --resume, with as many processes or another number"
             ) from error
 
 
@@ -123,6 +133,10 @@ def leave() -> None:
     """Takes this process out of the group, if it is in one, so that it can end without a warning."""
     if dist.is_initialized():
         PartialState().destroy_process_group()
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0]
 
 
 def _is_lost_contact(error: RuntimeError) -> bool:
