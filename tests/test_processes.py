@@ -10,6 +10,7 @@ import torch
 
 from flash_indexer.distributed.mesh import Parallel
 from flash_indexer.processes import ParallelSettings, Processes
+from flash_indexer.run_record import warmup_command
 
 
 def one_of(parallel: Parallel) -> Processes:
@@ -75,3 +76,8 @@ def test_lost_contact_is_told_in_one_message(tmp_path: Path, reason: str) -> Non
         raise RuntimeError(reason)
     with pytest.raises(RuntimeError, match="another thing"), processes.telling(tmp_path / "checkpoint"):
         raise RuntimeError("another thing")
+
+
+def test_the_command_of_a_shared_run_trains_as_much_in_one_process() -> None:
+    run = dict(batch_size=2, accumulation=1, steps=5, sequences_per_step=8)
+    assert warmup_command(run, "out") == ("flash-indexer warmup --out out --batch-size 2 --accumulation 4 --steps 5")

@@ -12,6 +12,7 @@ from flash_indexer.run_record import WarmupSettings, read_metrics
 from flash_indexer.training import micro_batches
 
 STEPS = 20
+LONG: dict[str, Any] = dict(sequence_length=320, batch_size=1, steps=1)
 FIRST_GRADIENTS = """
 from safetensors.torch import save_file
 from flash_indexer import training
@@ -76,6 +77,20 @@ def alone(tmp_path_factory: pytest.TempPathFactory, runs: Any, build: Any) -> di
     return outs
 
 
+@pytest.fixture(scope="module")
+def long_text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("long") / "long.txt"
+    path.write_text(" ".join(f"w{n * n % 59}" for n in range(700)))
+    return path
+
+
+@pytest.fixture(scope="module")
+def alone_long(tmp_path_factory: pytest.TempPathFactory, runs: Any, build: Any, long_text: Path) -> Path:
+    out = tmp_path_factory.mktemp("alone") / "run"
+    runs.finish([runs.start("", build("llama", **LONG, data=str(long_text)), out)])
+    return out
+
+
 def assert_same_training(one: Path, other: Path) -> None:
     """Equal but for the order of floating-point sums. Steps enlarge that, where a logit's sign decides a gradient."""
     mine, theirs = (read_metrics(out / "metrics.jsonl") for out in (one, other))
@@ -118,6 +133,16 @@ def test_windows_and_layers_without_indexers_see_all_processes_keys(tmp_path: Pa
     runs.finish([runs.start(FIRST_GRADIENTS, settings, one)])
     runs.finish(runs.ranks(2, settings, two, parallel=dict(cp=2), codes=[FIRST_GRADIENTS]))
     assert_same_training(one, two)
+
+
+@pytest.mark.parametrize("parallel", [dict(cp=2), dict(tp=2)], ids=["cp", "tp"])
+def test_mass_is_that_of_all_heads_and_keys(
+    tmp_path: Path, runs: Any, build: Any, alone_long: Path, long_text: Path, parallel: dict[str, int]
+) -> None:
+    settings = build("llama", **LONG, data=str(long_text))
+    runs.finish(runs.ranks(2, settings, tmp_path / "run", parallel=parallel))
+    (mine,), (theirs,) = (read_metrics(out / "metrics.jsonl") for out in (alone_long, tmp_path / "run"))
+    assert 0 < mine["mass"] < 1 and mine["mass"] == pytest.approx(theirs["mass"], rel=1e-3)
 
 
 def test_a_shard_that_changed_is_found(tmp_path: Path, runs: Any, build: Any) -> None:
