@@ -92,15 +92,15 @@ def median_step(rows: list[dict[str, float]]) -> float:
     return round(statistics.median(b - a for a, b in pairwise(times[SKIPPED:])), 4)
 
 
-def write_model(path: Path) -> None:
+def write_model(path: Path, **changes: int) -> None:
     """Random weights, spread so that attention is far from uniform."""
     torch.manual_seed(0)
-    config = LlamaConfig(
+    sizes = dict(
         vocab_size=VOCABULARY, hidden_size=576, intermediate_size=1536, num_hidden_layers=30, num_attention_heads=9,
         num_key_value_heads=3, max_position_embeddings=8192, bos_token_id=None, eos_token_id=0,
         tie_word_embeddings=True,
     )  # fmt: skip
-    model = AutoModelForCausalLM.from_config(config)
+    model = AutoModelForCausalLM.from_config(LlamaConfig(**(sizes | changes)))
     for name, parameter in model.named_parameters():
         if name.endswith(("q_proj.weight", "k_proj.weight")):
             torch.nn.init.normal_(parameter, std=0.1)

@@ -1,11 +1,14 @@
-"""A tiny checkpoint with its tokenizer, and texts for it; processes that stay and are asked over pipes."""
+"""Tiny checkpoints, texts for them, and processes: runs of the recipe, and ranks that are asked over pipes."""
 
 from __future__ import annotations
 
 import multiprocessing
 import random
 import socket
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
@@ -14,24 +17,34 @@ import torch
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
-from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, DeepseekV3Config, LlamaConfig, MistralConfig, PreTrainedTokenizerFast
+
+from flash_indexer.run_record import WarmupSettings
 
 WORDS = 60
+SIZES: dict[str, Any] = dict(
+    vocab_size=WORDS + 1, hidden_size=48, intermediate_size=64, num_hidden_layers=3, max_position_embeddings=256,
+    bos_token_id=None, eos_token_id=WORDS,
+)  # fmt: skip
+RUN = """
+import io, os
+from rich.console import Console
+os.environ.update(environment)
+from flash_indexer.processes import ParallelSettings
+from flash_indexer.run_record import WarmupSettings
+from flash_indexer.training import warm_up
+console = Console(file=io.StringIO())
+warm_up(WarmupSettings(**settings), out, resume=resume, console=console, parallel=ParallelSettings(**parallel))
+"""
 RANK = """
 import runpy
 runpy.run_path(programs)["serve"](rank, world, port, backend, seconds, pipe)
 """
 
 
-@pytest.fixture(scope="session")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A Llama of 3 layers, 6 heads over 2 key heads, whose attention is far from uniform. Read only."""
-    path = tmp_path_factory.mktemp("tiny") / "model"
+def write_checkpoint(path: Path, config: Any) -> Path:
+    """A model whose attention is far from uniform, with a tokenizer of words."""
     torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=WORDS + 1, hidden_size=48, intermediate_size=64, num_hidden_layers=3, num_attention_heads=6,
-        num_key_value_heads=2, max_position_embeddings=256, bos_token_id=None, eos_token_id=WORDS,
-    )  # fmt: skip
     model = AutoModelForCausalLM.from_config(config)
     for name, tensor in sorted(model.state_dict().items()):
         if "norm" not in name:
@@ -41,6 +54,41 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     words.pre_tokenizer = WhitespaceSplit()
     PreTrainedTokenizerFast(tokenizer_object=words, eos_token="<eos>").save_pretrained(path)
     return path
+
+
+def fork_server() -> Any:
+    """The one server that new processes are forked from, within milliseconds; it has imported what they all need."""
+    server = multiprocessing.get_context("forkserver")
+    models = ["transformers.models.llama.modeling_llama", "transformers.models.deepseek_v3.modeling_deepseek_v3"]
+    models += ["transformers.models.mistral.modeling_mistral"]
+    ours = ["flash_indexer.testing", "flash_indexer.distributed", "flash_indexer.training"]
+    server.set_forkserver_preload([*ours, *models, "torch.distributed.fsdp"])
+    return server
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Llama of 3 layers, 6 heads over 2 key heads. Read only."""
+    config = LlamaConfig(**SIZES, num_attention_heads=6, num_key_value_heads=2)
+    return write_checkpoint(tmp_path_factory.mktemp("tiny") / "model", config)
+
+
+@pytest.fixture(scope="session")
+def mla_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A DeepSeek-V3 of 3 layers, 4 heads, the last layer of experts. Read only."""
+    config = DeepseekV3Config(
+        **SIZES, num_attention_heads=4, num_key_value_heads=4, q_lora_rank=32, kv_lora_rank=24, qk_rope_head_dim=8,
+        qk_nope_head_dim=16, v_head_dim=12, first_k_dense_replace=2, moe_intermediate_size=32, n_routed_experts=4,
+        n_shared_experts=1, num_experts_per_tok=2, n_group=1, topk_group=1,
+    )  # fmt: skip
+    return write_checkpoint(tmp_path_factory.mktemp("tiny") / "mla", config)
+
+
+@pytest.fixture(scope="session")
+def window_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Mistral of 3 layers, 4 heads over 2 key heads, whose queries see 9 keys. Read only."""
+    config = MistralConfig(**SIZES, num_attention_heads=4, num_key_value_heads=2, sliding_window=9)
+    return write_checkpoint(tmp_path_factory.mktemp("tiny") / "window", config)
 
 
 @pytest.fixture(scope="session")
@@ -54,6 +102,70 @@ def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+class Runs:
+    """Warm-up runs in new processes."""
+
+    def __init__(self) -> None:
+        self.context = fork_server()
+        self.start("", None, Path()).join()
+
+    def start(self, code: str, settings: WarmupSettings | None, out: Path, **names: Any) -> BaseProcess:
+        """`code`, then `warm_up(settings, out)`; other names are variables of both. Without settings the code alone."""
+        names = dict(out=str(out), resume=True, parallel={}, environment={}) | names
+        if settings is not None:
+            names, code = names | dict(settings=asdict(settings)), code + RUN
+        process: BaseProcess = self.context.Process(target=exec, args=(code, names))
+        process.start()
+        return process
+
+    def ranks(
+        self, count: int, settings: WarmupSettings | None, out: Path, *, codes: Sequence[str] = (), **names: Any
+    ) -> list[BaseProcess]:
+        """One run of `count` processes in torchrun's environment; codes[rank], if there, comes before its run."""
+        with socket.socket() as found:
+            found.bind(("127.0.0.1", 0))
+            port = int(found.getsockname()[1])
+        started = []
+        for rank in range(count):
+            environment = dict(
+                RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(count), LOCAL_WORLD_SIZE=str(count),
+                MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), ACCELERATE_USE_CPU="true",
+            )  # fmt: skip
+            code = codes[rank] if rank < len(codes) else ""
+            started.append(self.start(code, settings, out, environment=environment, **names))
+        return started
+
+    @staticmethod
+    def finish(processes: Sequence[BaseProcess], exitcode: int = 0, *, within: float = 120) -> None:
+        """Waits for all of them, and requires that each ends so."""
+        end = time.monotonic() + within
+        for process in processes:
+            process.join(max(0.0, end - time.monotonic()))
+        found = [process.exitcode for process in processes]
+        for process in processes:
+            process.kill()
+        assert found == [exitcode] * len(processes)
+
+
+@pytest.fixture(scope="session")
+def runs() -> Runs:
+    return Runs()
+
+
+@pytest.fixture(scope="session")
+def tiny_settings(checkpoint: Path, texts: Path) -> Callable[..., WarmupSettings]:
+    """`tiny_settings(**changes)`: a run of 12 steps on the tiny Llama."""
+
+    def build(**changes: Any) -> WarmupSettings:
+        values = dict(
+            model=str(checkpoint), data=str(texts), sequence_length=32, steps=12, warmup_steps=3, num_heads=4,
+            head_dim=32, rope_dim=16, save_every=4,
+        )  # fmt: skip
+        return WarmupSettings(**(values | changes))
+
+    return build
+
+
 class Ranks:
     """Processes, forked from a server that has imported torch, which run functions of distributed/programs.py.
 
@@ -61,8 +173,7 @@ class Ranks:
     """
 
     def __init__(self, backend: str, world: int, seconds: int) -> None:
-        server = multiprocessing.get_context("forkserver")
-        server.set_forkserver_preload(["flash_indexer.testing", "flash_indexer.distributed"])
+        server = fork_server()
         with socket.socket() as found:
             found.bind(("127.0.0.1", 0))
             port = found.getsockname()[1]

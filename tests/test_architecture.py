@@ -52,7 +52,7 @@ TABLE = {
     "distributed": Row(
         may=TORCH | ours("intervals", "modules", "ops"), must_not=frozenset({"tilelang", "transformers"})
     ),
-    **dict.fromkeys(("integration", "data", "training", "checkpoint", "progress", "run_record"), RECIPE),
+    **dict.fromkeys(("integration", "data", "training", "processes", "checkpoint", "progress", "run_record"), RECIPE),
     **dict.fromkeys(("evaluation", "plots", "report"), RECIPE),
     **dict.fromkeys(
         ("bench", "bench_heads", "baselines"), Row(may=TORCH | {OURS}, must_not=ours("kernels", "cli", "reference"))

@@ -109,6 +109,9 @@ def test_resume_with_the_recorded_layers_is_no_conflict(warmup: Any) -> None:
         (["--steps", "0"], "error warmup: steps must be at least 1"),
         (["--sequence-length", "100000"], "error pack: one sequence needs"),
         (["--rope-dim", "33"], "error .*rope_dim"),
+        (["--cp", "2"], r"error make_parallel: the number of processes must be a multiple of cp \* tp = 2 \* 1, got 1"),
+        (["--tp", "0"], "error warmup: tp must be at least 1, got 0"),
+        (["--timeout", "0"], "error warmup: timeout must be positive"),
     ],
 )
 def test_errors_are_one_message_and_exit_code_1(

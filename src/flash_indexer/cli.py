@@ -54,22 +54,34 @@ def warmup(
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or auto (bfloat16 on CUDA).")] = "auto",
     save_every: Annotated[int, typer.Option(help="Steps between checkpoints.")] = 50,
     evaluate_sequences: Annotated[int, typer.Option(help="Held-out sequences to judge on at the end; 0: none.")] = 4,
+    cp: Annotated[int, typer.Option("--cp", help="Processes that share each sequence (context parallel).")] = 1,
+    tp: Annotated[int, typer.Option("--tp", help="Processes that share the heads (tensor parallel).")] = 1,
+    cp_layout: Annotated[str, typer.Option(help="zigzag (balanced) or contiguous.")] = "zigzag",
+    fsdp: Annotated[bool, typer.Option("--fsdp", help="Shard the frozen model over the processes (FSDP2).")] = False,
+    timeout: Annotated[float, typer.Option(help="Seconds without an answer after which a process is given up.")] = 600,
 ) -> None:
     """Warm up a model's indexers; with a report on held-out text at the end."""
     with _plain_errors():
+        from flash_indexer.processes import ParallelSettings, is_main_process, leave
         from flash_indexer.run_record import WarmupSettings, read_run
-        from flash_indexer.training import held_out_batches, is_main_process, warm_up
+        from flash_indexer.training import held_out_batches, warm_up
 
         given = {name: value for name, value in context.params.items() if name in WarmupSettings.__dataclass_fields__}
         given["layers"] = _parse_layers(layers)
         settings = WarmupSettings(**given)
         explicit = {name: getattr(settings, name) for name in given if _was_given(context, name)}
         _refuse_other_settings(out, resume, explicit)
-        handle = warm_up(settings, out, resume=resume, console=console)
+        parallel = ParallelSettings(cp=cp, tp=tp, layout=cp_layout, fsdp=fsdp, timeout=timeout)
+        handle = warm_up(settings, out, resume=resume, console=console, parallel=parallel)
+        main, run = is_main_process(), read_run(out)
+        leave()
+        if not main:
+            return
         _print_path("indexer", out / "checkpoint")
-        run = read_run(out)
-        if is_main_process() and evaluate_sequences > 0 and (held_out is not None or run["data"] is None):
+        if evaluate_sequences > 0 and (held_out is not None or run["data"] is None):
             batches = held_out_batches(run, held_out, evaluate_sequences)
+            if cp * tp > 1 or fsdp:
+                handle, _, _ = _load(out, None)
             _judge(handle, batches, out, out / "report", run)
 
 

@@ -62,9 +62,11 @@ class WarmupSettings:
 
 
 def read_run(out: Path) -> dict[str, Any]:
-    """The settings of the run in `out`, with its steps; empty where there is none."""
+    """The settings of the run in `out`, with its steps and the sequences of one; empty where there is none."""
     record = read_record(out, resume=True)
-    return {} if record is None else {**record["settings"], "steps": record["steps"]}
+    if record is None:
+        return {}
+    return {**record["settings"], "steps": record["steps"], "sequences_per_step": record["sequences_per_step"]}
 
 
 def read_record(out: Path, resume: bool) -> dict[str, Any] | None:
@@ -77,7 +79,7 @@ def read_record(out: Path, resume: bool) -> dict[str, Any] | None:
     try:
         record: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
         settings_from(record["settings"])
-        record["steps"], record["base_fingerprint"], record["data_fingerprint"], record["processes"]
+        record["steps"], record["base_fingerprint"], record["data_fingerprint"], record["sequences_per_step"]
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"warmup: {file} is not a run's record ({error!r}); choose another --out") from error
     return record
@@ -93,8 +95,13 @@ def settings_from(plain: dict[str, Any]) -> WarmupSettings:
 
 
 def warmup_command(run: Mapping[str, Any], out: str | Path) -> str:
-    """The command line that trains with a run's settings; what it chose by time budget is spelled out as steps."""
+    """The command line that trains with a run's settings; what it chose by time budget is spelled out as steps.
+
+    One process then takes the sequences that a run over data-parallel processes shared out, in more micro-batches.
+    """
     words = ["flash-indexer", "warmup", "--out", str(out)]
+    if "sequences_per_step" in run:
+        run = {**run, "accumulation": run["sequences_per_step"] // run["batch_size"]}
     for field in fields(WarmupSettings):
         value = run.get(field.name, field.default)
         if value is not None and value != field.default and field.name != "minutes":

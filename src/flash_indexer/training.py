@@ -1,7 +1,8 @@
 """The dense warm-up recipe: a frozen model, its indexers, AdamW, and checkpoints that survive a kill.
 
 The data's order is a function of seed and step, and nothing else is random after the indexers' initialisation, so a
-resumed run repeats an uninterrupted one bit for bit on the same machine.
+resumed run repeats an uninterrupted one bit for bit on the same machine, and under another number of processes to
+the rounding of sums: an optimizer step's sequences stay the same ones.
 """
 
 from __future__ import annotations
@@ -15,15 +16,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator, PartialState
 from rich.console import Console
 from torch import Tensor
 
 from flash_indexer.checkpoint import load_checkpoint, save_checkpoint, write_json
 from flash_indexer.data import PackedDataset, load_documents, pack, standard_library_documents
+from flash_indexer.distributed.context_parallel import gather_tokens
+from flash_indexer.distributed.gradients import sum_gradients
 from flash_indexer.integration.models import load_model, load_tokenizer, model_fingerprint
+from flash_indexer.integration.sharding import shard_model
 from flash_indexer.integration.transformers import IndexerHandle, LayerCapture, attach
 from flash_indexer.metrics import MetricSums, layer_sums
+from flash_indexer.processes import ParallelSettings, Processes
 from flash_indexer.progress import StepProgress
 from flash_indexer.run_record import METRICS_FILE, RUN_FILE, WarmupSettings, keep_rows, read_record, settings_from
 
@@ -35,12 +39,22 @@ CHECKPOINT = "checkpoint"
 
 
 def warm_up(
-    settings: WarmupSettings, out: str | Path, *, resume: bool = False, console: Console | None = None
+    settings: WarmupSettings,
+    out: str | Path,
+    *,
+    resume: bool = False,
+    console: Console | None = None,
+    parallel: ParallelSettings | None = None,
 ) -> IndexerHandle:
     """Trains the indexers of a model with loss = mean over tokens and layers' sum of KL(teacher || indexer).
 
     Writes into `out`: run.json (settings), metrics.jsonl (a row a step), checkpoint/ (a native indexer directory with
     the optimizer's state). With `resume`, a run found there goes on from its checkpoint, with its own settings.
+
+    Args:
+        parallel: how the run is shared out over the processes that torchrun or accelerate launch started. It may
+            change at a resumption, and with it the number of processes: batch_size * accumulation * data-parallel
+            processes, the sequences of an optimizer step, stays as it was, in micro-batches of batch_size at most.
 
     Returns:
         The handle with the trained indexers attached.
@@ -48,28 +62,45 @@ def warm_up(
     Raises:
         ValueError, FileNotFoundError: for unusable settings, data or checkpoints.
         FloatingPointError: a loss is not finite; names layer and step. The last checkpoint stays.
+        ConnectionError: another process died or did not answer in time. The last checkpoint stays.
         RuntimeError: the frozen model changed or got gradients.
 
     Source: DeepSeek-V3.2-Exp technical report (2025), section 2.1: lr 1e-3, main model frozen, dense attention.
     """
-    console = console or Console()
-    accelerator = Accelerator(cpu=not torch.cuda.is_available())
-    out = Path(out)
+    out, parallel = Path(out), parallel or ParallelSettings()
     record = read_record(out, resume)
     if record is not None:
         settings = settings_from(record["settings"])
+    processes = Processes(parallel)
+    processes.check_length(settings.sequence_length)
     if settings.dtype == "auto":
-        settings = replace(settings, dtype="bfloat16" if accelerator.device.type == "cuda" else "float32")
+        settings = replace(settings, dtype=str(default_dtype()).removeprefix("torch."))
+    console = (console or Console()) if processes.is_main else Console(quiet=True)
+    with processes.telling(out / CHECKPOINT):
+        return _warm_up(settings, out, record, console, processes)
+
+
+def _warm_up(
+    settings: WarmupSettings, out: Path, record: dict[str, Any] | None, console: Console, processes: Processes
+) -> IndexerHandle:
+    per_step = settings.batch_size * settings.accumulation * processes.parallel.dp
+    if record is not None:
+        per_step = int(record["sequences_per_step"])
+    micro_batches(settings, per_step, processes.parallel.dp)
     with console.status(f"loading {settings.model}"):
         model, tokenizer = load_model(settings.model, dtype=getattr(torch, settings.dtype))
-        model.to(accelerator.device).eval()
-        before = model_fingerprint(model)
+        before = held = model_fingerprint(model)
+        fsdp = processes.settings.fsdp and processes.count > 1
+        if not fsdp or processes.parallel.tp > 1:
+            torch.nn.Module.to(model, processes.device)
+        if fsdp or processes.parallel.tp > 1:
+            shard_model(model, processes.parallel, fsdp=fsdp)
+            held = model_fingerprint(model)
     torch.manual_seed(settings.seed)
     handle = attach(
         model, num_heads=settings.num_heads, head_dim=settings.head_dim, rope_dim=settings.rope_dim,
-        target=settings.target, layers=settings.layers,
+        target=settings.target, layers=settings.layers, parallel=processes.parallel,
     )  # fmt: skip
-    per_step = settings.batch_size * settings.accumulation * accelerator.num_processes
     documents = standard_library_documents("train") if settings.data is None else _documents(settings)
     packing: dict[str, Any] = dict(sequence_length=settings.sequence_length, seed=settings.seed)
     if record is not None:
@@ -79,20 +110,21 @@ def warm_up(
     else:
         with console.status("measuring the time of a step"):
             steps = _steps_in(
-                handle, pack(documents, tokenizer, **packing, max_sequences=per_step), settings, accelerator
+                handle, pack(documents, tokenizer, **packing, max_sequences=per_step), settings, processes
             )
-    data = pack(documents, tokenizer, **packing, max_sequences=steps * per_step, progress=accelerator.is_main_process)
-    found = dict(base_fingerprint=before, data_fingerprint=data.fingerprint, processes=accelerator.num_processes)
+    data = pack(documents, tokenizer, **packing, max_sequences=steps * per_step, progress=processes.is_main)
+    found = dict(base_fingerprint=before, data_fingerprint=data.fingerprint)
     if record is None:
-        accelerator.wait_for_everyone()  # until every rank has seen that no run was here
+        processes.wait()  # until every rank has seen that no run was here
         out.mkdir(parents=True, exist_ok=True)
-        if accelerator.is_main_process:
-            write_json(out / RUN_FILE, dict(settings=asdict(settings), steps=steps, torch=torch.__version__, **found))
+        if processes.is_main:
+            facts = dict(steps=steps, sequences_per_step=per_step, torch=torch.__version__, **found)
+            write_json(out / RUN_FILE, dict(settings=asdict(settings), **facts))
     else:
         _check_same(record, found)
-    run = _Run(settings, steps, out, handle, data, accelerator, before, console)
+    run = _Run(settings, steps, per_step, out, handle, data, processes, before, console)
     run.train()
-    _audit(handle, before)
+    _audit(handle, held)
     return handle
 
 
@@ -102,10 +134,12 @@ class _Run:
 
     settings: WarmupSettings
     steps: int
+    per_step: int
+    """Sequences of an optimizer step, over all processes."""
     out: Path
     handle: IndexerHandle
     data: PackedDataset
-    accelerator: Accelerator
+    processes: Processes
     base_fingerprint: str
     console: Console
 
@@ -116,10 +150,11 @@ class _Run:
         done = 0
         if (self.out / CHECKPOINT).exists() or (self.out / f".{CHECKPOINT}.old").exists():
             done = load_checkpoint(self.out / CHECKPOINT, handle, optimizer, base_fingerprint=self.base_fingerprint)
-        if self.accelerator.is_main_process:
+        main = self.processes.is_main
+        if main:
             keep_rows(self.out / METRICS_FILE, done)
-        started, watch = time.perf_counter(), _MassWatch(handle)
-        with StepProgress(self.console, self.steps, done, quiet=not self.accelerator.is_main_process) as progress:
+        started, watch = time.perf_counter(), _MassWatch(handle, self.processes)
+        with StepProgress(self.console, self.steps, done, quiet=not main) as progress:
             for step in range(done + 1, self.steps + 1):
                 watch.on = step % 10 == 0 or step in (1, self.steps)
                 kl, uniform = self._gradients(step)
@@ -133,11 +168,10 @@ class _Run:
                 row = dict(
                     step=step, loss=float(kl.mean()), kl_over_uniform=float(kl.mean() / uniform.mean()),
                     mass=watch.take(), lr=lr, seconds=round(time.perf_counter() - started, 3),
-                    tokens=step * settings.batch_size * settings.accumulation * settings.sequence_length
-                    * self.accelerator.num_processes,
+                    tokens=step * self.per_step * settings.sequence_length,
                     kl=kl.tolist(), uniform_kl=uniform.tolist(),
                 )  # fmt: skip
-                if self.accelerator.is_main_process:
+                if main:
                     with (self.out / METRICS_FILE).open("a", encoding="utf-8") as file:
                         file.write(json.dumps(row) + "\n")
                     if step % settings.save_every == 0 or step == self.steps:
@@ -146,7 +180,7 @@ class _Run:
                             base_name=settings.model, base_fingerprint=self.base_fingerprint,
                         )  # fmt: skip
                 progress.step(row)
-        self.accelerator.wait_for_everyone()
+        self.processes.wait()
         watch.close()
 
     def _gradients(self, step: int) -> tuple[Tensor, Tensor]:
@@ -155,24 +189,19 @@ class _Run:
         Returns:
             mean KL and mean uniform KL per layer, [layers] each.
         """
-        handle, accelerator = self.handle, self.accelerator
-        batches = list(self._batches(step))
-        tokens = torch.tensor(float(sum(batch["input_ids"].numel() for batch in batches)), device=accelerator.device)
-        total = float(_reduced(accelerator, tokens))
+        handle, processes = self.handle, self.processes
+        total = self.per_step * self.settings.sequence_length
         handle.token_weight = 1 / total
-        means = torch.zeros(2, len(handle.layers), device=accelerator.device)
-        for batch in batches:
-            forward(handle, batch)
-            share = batch["input_ids"].numel() / total
+        means = torch.zeros(2, len(handle.layers), device=processes.device)
+        for batch in self._batches(step):
+            own = processes.part(batch)
+            forward(handle, own)
+            share = own["input_ids"].numel() / total
             for column, (_, loss) in enumerate(sorted(handle.losses().items())):
                 means[0, column] += share * loss.kl
                 means[1, column] += share * loss.uniform_kl
-        if accelerator.num_processes > 1:
-            gradients = [p.grad for p in handle.indexers.parameters() if p.grad is not None]
-            flat = _reduced(accelerator, torch.cat([g.flatten().float() for g in gradients]))
-            for gradient, part in zip(gradients, torch.split(flat, [g.numel() for g in gradients]), strict=True):
-                gradient.copy_(part.view_as(gradient))
-            means = _reduced(accelerator, means)
+        sum_gradients(handle.indexers.parameters(), replicas=processes.parallel.tp, timeout=processes.settings.timeout)
+        means = processes.sum(means)
         kl, uniform = means.cpu()
         for layer, value in zip(sorted(handle.layers), kl.tolist(), strict=True):
             if not math.isfinite(value):
@@ -184,15 +213,18 @@ class _Run:
         return kl, uniform
 
     def _batches(self, step: int) -> Iterator[dict[str, Tensor]]:
-        """This rank's micro-batches of a step; the data is gone through again, in another order, when it ends."""
-        settings, accelerator = self.settings, self.accelerator
-        size, world = settings.batch_size, accelerator.num_processes
-        first = (step - 1) * settings.accumulation * size * world
-        for micro in range(settings.accumulation):
-            begin = first + (micro * world + accelerator.process_index) * size
+        """This rank's micro-batches of a step; the data is gone through again, in another order, when it ends.
+
+        Ranks of one dp_rank get the same ones.
+        """
+        parallel = self.processes.parallel
+        size, count = micro_batches(self.settings, self.per_step, parallel.dp)
+        first = (step - 1) * self.per_step
+        for micro in range(count):
+            begin = first + (micro * parallel.dp + parallel.dp_rank) * size
             items = [self.data[self._index(begin + i)] for i in range(size)]
             yield {
-                name: torch.stack([item[name] for item in items]).to(accelerator.device)
+                name: torch.stack([item[name] for item in items]).to(self.processes.device)
                 for name in ("input_ids", "position_ids")
             }
 
@@ -205,10 +237,13 @@ class _Run:
 
 
 class _MassWatch:
-    """Attention mass in the indexer's top 64 of each layer's last query rows, on the steps where it is on."""
+    """Attention mass in the indexer's top 64 of each layer's last query rows, on the steps where it is on.
 
-    def __init__(self, handle: IndexerHandle) -> None:
-        self.handle, self.on = handle, False
+    With tensor parallelism the mean over processes is the mean over all heads.
+    """
+
+    def __init__(self, handle: IndexerHandle, processes: Processes) -> None:
+        self.handle, self.processes, self.on = handle, processes, False
         self.sums = MetricSums()
         handle.observer = self._look
 
@@ -218,27 +253,51 @@ class _MassWatch:
         rows = slice(-MASS_ROWS, None)
         names = ("q", "lse", "index_q", "index_weights", "key_start", "key_end")
         part = replace(capture, **{name: getattr(capture, name)[rows].detach() for name in names})
+        parallel = self.processes.parallel
+        if (group := parallel.group("cp")) is not None:
+            k, index_k = (gather_tokens(x, group, layout=parallel.layout) for x in (part.k, part.index_k))
+            part = replace(part, k=k, index_k=index_k)
         self.sums = self.sums + layer_sums(part, ks=(MASS_K,))
 
     def take(self) -> float | None:
-        """Mean mass since the last call; None where no query saw enough keys."""
+        """Mean mass since the last call, over all processes where it was on; None where no query saw enough keys."""
         sums, self.sums = self.sums, MetricSums()
+        if not self.on:
+            return None
         mass = sums.at_k.get(MASS_K)
-        return mass.indexer / mass.queries if mass is not None and mass.queries else None
+        found = [0.0, 0.0] if mass is None else [float(mass.indexer), float(mass.queries)]
+        held, queries = self.processes.sum(torch.tensor(found, device=self.processes.device)).tolist()
+        return held / queries if queries else None
 
     def close(self) -> None:
         self.handle.observer = None
+
+
+def micro_batches(settings: WarmupSettings, per_step: int, dp: int) -> tuple[int, int]:
+    """Sequences of a micro-batch, batch_size at most, and micro-batches of a step, of each of dp processes.
+
+    Raises:
+        ValueError: the sequences of a step can't be shared out evenly.
+    """
+    if per_step % dp:
+        raise ValueError(
+            f"warmup: the number of data-parallel processes must divide the {per_step} sequences of an optimizer step "
+            f"(--batch-size x --accumulation x processes when the run began), got {dp}; start another number of them"
+        )
+    each = per_step // dp
+    size = max(n for n in range(1, min(each, settings.batch_size) + 1) if each % n == 0)
+    return size, each // size
+
+
+def default_dtype() -> torch.dtype:
+    """The dtype that the operators take of a model: bfloat16 on CUDA, float32 elsewhere."""
+    return torch.bfloat16 if torch.cuda.is_available() else torch.float32
 
 
 def forward(handle: IndexerHandle, batch: dict[str, Tensor]) -> None:
     """One forward of the frozen decoder, without logits; gradients of the indexers are added inside it."""
     with torch.no_grad():
         handle.decoder(input_ids=batch["input_ids"], position_ids=batch["position_ids"], use_cache=False)
-
-
-def is_main_process() -> bool:
-    """True in the one process of a run that writes and reports."""
-    return bool(PartialState().is_main_process)
 
 
 def held_out_batches(run: Mapping[str, Any], data: str | None, sequences: int) -> list[dict[str, Tensor]]:
@@ -258,24 +317,18 @@ def _documents(settings: WarmupSettings) -> Any:
     return load_documents(settings.data, column=settings.column)
 
 
-def _steps_in(handle: IndexerHandle, data: PackedDataset, settings: WarmupSettings, accelerator: Accelerator) -> int:
+def _steps_in(handle: IndexerHandle, data: PackedDataset, settings: WarmupSettings, processes: Processes) -> int:
     """Steps that fit the time budget, from the faster of two trial steps; their gradients are thrown away."""
     seconds = []
-    batch = {name: value[None].to(accelerator.device) for name, value in data[0].items()}
+    batch = processes.part({name: value[None].to(processes.device) for name, value in data[0].items()})
     for _ in range(2):
         started = time.perf_counter()
         forward(handle, batch)
         seconds.append((time.perf_counter() - started) * settings.batch_size * settings.accumulation)
         handle.indexers.zero_grad(set_to_none=True)
-    budget = torch.tensor(settings.minutes * 60 / min(seconds), device=accelerator.device)
-    mean = _reduced(accelerator, budget) / accelerator.num_processes
+    budget = torch.tensor(settings.minutes * 60 / min(seconds), device=processes.device)
+    mean = processes.sum(budget) / (processes.count / processes.parallel.tp)
     return max(1, int(mean))
-
-
-def _reduced(accelerator: Accelerator, x: Tensor) -> Tensor:
-    """Sum over all ranks."""
-    total: Tensor = accelerator.reduce(x, reduction="sum") if accelerator.num_processes > 1 else x
-    return total
 
 
 def _lr_factor(settings: WarmupSettings, step: int, steps: int) -> float:
@@ -289,12 +342,12 @@ def _lr_factor(settings: WarmupSettings, step: int, steps: int) -> float:
 
 
 def _check_same(record: dict[str, Any], found: dict[str, Any]) -> None:
-    """A resumed run must see the model, the data and the number of processes it began with."""
+    """A resumed run must see the model and the data it began with."""
     for name, value in found.items():
         if record[name] != value:
             raise ValueError(
                 f"warmup: {name} must be {record[name]} as when the run began, got {value}; "
-                "resume with the same model, data and processes, or start a new run in another --out"
+                "resume with the same model and data, or start a new run in another --out"
             )
 
 

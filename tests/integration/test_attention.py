@@ -45,7 +45,8 @@ def test_output_and_lse_are_the_softmax_over_the_visible_keys(
 ) -> None:
     torch.manual_seed(0)
     q, k, v = torch.randn(21, H, D), torch.randn(21, G, D), torch.randn(21, G, V)
-    out, lse = causal_attention(q, k, v, boundaries, softmax_scale=0.37, window=window)
+    positions = torch.cat([torch.arange(end - begin) for begin, end in itertools.pairwise(boundaries)])[None]
+    out, lse = causal_attention(q, k, v, packing(positions), softmax_scale=0.37, window=window)
     want_out, want_lse = naive(q, k, v, boundaries, 0.37, window)
     assert out.shape == (21, H, V) and lse.shape == (21, H)
     torch.testing.assert_close(out.double(), want_out, rtol=1e-5, atol=1e-5)

@@ -3,50 +3,100 @@
 from __future__ import annotations
 
 import itertools
-from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from flash_indexer.distributed.context_parallel import context_positions, gather_tokens
+from flash_indexer.distributed.mesh import Parallel
+from flash_indexer.ops import attention_forward
 
-class Packing(NamedTuple):
-    """Where the documents of a batch lie once its rows are flattened into T tokens."""
-
-    boundaries: tuple[int, ...]
-    """First token of each document, and T at the end: cu_seqlens."""
-    document_start: Tensor
-    """int32 [T]: the first token of each token's document."""
+_ALONE = Parallel()
 
 
-def packing(position_ids: Tensor) -> Packing:
-    """Documents of a batch: position_ids [B, L] restart wherever one begins; every row begins one."""
-    rows, length = position_ids.shape
+class Packing:
+    """Where the documents of a batch lie once its rows are flattened into T tokens, S of them over all cp processes.
+
+    Attributes:
+        boundaries: first token of each document, and S at the end: cu_seqlens.
+        document_start: int32 [S]: the first token of each token's document.
+        rows: int32 [T]: this process's tokens among the S; without context parallelism 0, 1, ... and T = S.
+    """
+
+    def __init__(self, boundaries: tuple[int, ...], document_start: Tensor, rows: Tensor) -> None:
+        self.boundaries, self.document_start, self.rows = boundaries, document_start, rows
+        self._visible: dict[int | None, tuple[Tensor, Tensor]] = {}
+
+    def visible(self, window: int | None) -> tuple[Tensor, Tensor]:
+        """key_start and key_end [T]: the same tensors for every layer, whose plans the operators then keep."""
+        if window not in self._visible:
+            key_start, key_end = self.document_start[self.rows], self.rows + 1
+            if window is not None:
+                key_start = torch.maximum(key_start, key_end - window)
+            self._visible[window] = key_start, key_end
+        return self._visible[window]
+
+
+def packing(position_ids: Tensor, parallel: Parallel = _ALONE) -> Packing:
+    """Documents of a batch: position_ids [B, L] restart wherever one begins; every row begins one.
+
+    With context parallelism position_ids [1, T] are this process's part of one sequence of all the batch's tokens.
+    """
+    group = parallel.group("cp")
+    if group is None:
+        rows = torch.arange(position_ids.numel(), dtype=torch.int32, device=position_ids.device)
+    else:
+        position_ids = gather_tokens(position_ids.flatten(), group, layout=parallel.layout)[None]
+        rows = context_positions(position_ids.numel(), parallel.cp, parallel.cp_rank, layout=parallel.layout)
+        rows = rows.to(position_ids.device, torch.int32)
     begins = torch.ones_like(position_ids, dtype=torch.bool)
     begins[:, 1:] = position_ids[:, 1:] != position_ids[:, :-1] + 1
     first = begins.flatten().nonzero().flatten()
-    token = torch.arange(rows * length, device=position_ids.device)
+    token = torch.arange(position_ids.numel(), device=position_ids.device)
     document_start = first[torch.searchsorted(first, token, right=True) - 1]
-    return Packing((*first.tolist(), rows * length), document_start.int())
+    return Packing((*first.tolist(), position_ids.numel()), document_start.int(), rows)
 
 
 def causal_attention(
-    q: Tensor, k: Tensor, v: Tensor, boundaries: tuple[int, ...], *, softmax_scale: float, window: int | None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    packed: Packing,
+    *,
+    softmax_scale: float,
+    window: int | None,
+    parallel: Parallel = _ALONE,
 ) -> tuple[Tensor, Tensor]:
     """out[t,h] = sum_s softmax(scale * q[t,h]·k[s,g(h)])[s] * v[s,g(h)] and lse[t,h], causal within each document.
 
+    On the CPU torch's flash attention, a document at a time; on a GPU, and over the keys of all context-parallel
+    processes, `attention_forward`.
+
     Args:
-        q: [T, H, D]. k: [T, G, D]. v: [T, G, V]. boundaries: cu_seqlens as a tuple.
+        q: [T, H, D]. k: [T, G, D]. v: [T, G, V]: this process's tokens and heads.
         softmax_scale: the model's own. window: a query sees at most this many keys, itself included; None all.
 
     Returns:
         out [T, H, V] in q's dtype and lse [T, H], natural logarithm, float32 (float64 for float64 inputs).
     """
-    body = _flash_cuda if q.device.type == "cuda" else _flash_cpu
-    width = max(q.shape[-1], v.shape[-1])  # flash attention wants one width; zeros change neither logits nor output
-    query, key, value = (x if x.shape[-1] == width else F.pad(x, (0, width - x.shape[-1])) for x in (q, k, v))
-    out, lse = body(query, key, value, boundaries, softmax_scale, window)
-    return out[..., : v.shape[-1]], lse
+    group = parallel.group("cp")
+    if group is None and q.device.type == "cpu":
+        width = max(q.shape[-1], v.shape[-1])  # it wants one width; zeros change neither logits nor output
+        query, key, value = (x if x.shape[-1] == width else F.pad(x, (0, width - x.shape[-1])) for x in (q, k, v))
+        out, lse = _flash_cpu(query, key, value, packed.boundaries, softmax_scale, window)
+        return out[..., : v.shape[-1]], lse
+    if group is not None:
+        k, v = (gather_tokens(x, group, layout=parallel.layout) for x in (k, v))
+    query, key, value = (at_least_float32(x) if x.device.type == "cpu" else x for x in (q, k, v))
+    key_start, key_end = packed.visible(window)
+    out, lse = attention_forward(query, key, value, softmax_scale=softmax_scale, key_start=key_start, key_end=key_end)
+    return out.to(q.dtype), lse
+
+
+def at_least_float32(x: Tensor) -> Tensor:
+    """x in float32, or in float64 where it is that: what the CPU operators take."""
+    return x if x.dtype == torch.float64 else x.float()
 
 
 def _flash_cpu(
@@ -69,16 +119,3 @@ def _flash_cpu(
         outs.append(out[0].transpose(0, 1))
         lses.append(lse[0].transpose(0, 1))
     return torch.cat(outs), torch.cat(lses)
-
-
-def _flash_cuda(
-    q: Tensor, k: Tensor, v: Tensor, boundaries: tuple[int, ...], softmax_scale: float, window: int | None
-) -> tuple[Tensor, Tensor]:
-    """FlashAttention-2's variable-length form, all documents in one call."""
-    cu_seqlens = torch.tensor(boundaries, dtype=torch.int32, device=q.device)
-    longest = max(end - begin for begin, end in itertools.pairwise(boundaries))
-    options: dict[str, Any] = {} if window is None else dict(window_size_left=window - 1, window_size_right=0)
-    out, lse, *_ = torch.ops.aten._flash_attention_forward(
-        q, k, v, cu_seqlens, cu_seqlens, longest, longest, 0.0, True, False, scale=softmax_scale, **options
-    )
-    return out, lse.transpose(0, 1)

@@ -17,17 +17,22 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
-from flash_indexer.integration.attention import Packing, causal_attention, packing
+from flash_indexer.distributed.mesh import Parallel
+from flash_indexer.integration.attention import Packing, at_least_float32, causal_attention, packing
 from flash_indexer.integration.families import FAMILIES, find_decoder, is_attachable, resized_rotary
+from flash_indexer.integration.loss import layer_kl
 from flash_indexer.modules import LightningIndexer
-from flash_indexer.ops import indexer_kl
 
 _NAME = "lightning_indexer_teacher"  # Transformers takes any name with "flash" in it for FlashAttention
 
 
 @dataclass(frozen=True)
 class LayerCapture:
-    """One attached layer's attention in one forward, batch rows flattened into T tokens (S = T)."""
+    """One attached layer's attention in one forward, batch rows flattened into T tokens (S = T).
+
+    Context parallelism: q, k, v and the index tensors are this process's tokens, key_start and key_end count all keys.
+    Tensor parallelism: q, k, v, lse and out are this process's heads.
+    """
 
     layer: int
     q: Tensor
@@ -62,6 +67,11 @@ class _Tap:
         self.q_residual: Tensor | None = None
         self.rope: tuple[Tensor, Tensor] | None = None
 
+    def run(self, q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None) -> Tensor:
+        if self.layer in self.handle.layers:
+            return self.handle._capture(self, q, k, v, scale, window)
+        return self.handle._attend(q, k, v, scale, window)[0]
+
 
 class IndexerHandle:
     """Indexers attached to a model. `remove()` leaves the model as it was, to the bit.
@@ -73,21 +83,22 @@ class IndexerHandle:
         layers: attached layers, ascending. target: see `flash_indexer.indexer_kl`.
         token_weight: weight of every token's KL in the loss; None means 1/T of each forward. Training sets it to
             1 / (tokens of the whole optimizer step over all ranks).
+        parallel: how sequence and heads are shared out over processes.
         observer: called with each layer's capture before the default loss, for logging; None for none.
     """
 
-    def __init__(self, model: PreTrainedModel, indexers: nn.ModuleDict, target: str) -> None:
+    def __init__(self, model: PreTrainedModel, indexers: nn.ModuleDict, target: str, parallel: Parallel) -> None:
         self.model = model
         self.decoder: Any = find_decoder(model)
         self.indexers = indexers
         self.layers = tuple(int(name) for name in indexers)
         self.target = target
+        self.parallel = parallel
         self.token_weight: float | None = None
         self.observer: Callable[[LayerCapture], None] | None = None
         self._losses: dict[int, LayerLoss] = {}
         self._consumer: Consumer | None = None
         self._packing: Packing | None = None
-        self._intervals: dict[int | None, tuple[Tensor, Tensor]] = {}
         self._undo: list[Callable[[], object]] = []
         self._seen: set[int] = set()
 
@@ -100,7 +111,15 @@ class IndexerHandle:
         """Hands captures to `consumer` instead of the loss; a tensor [T, H, V] it returns replaces the output.
 
         The indexers then run without gradients.
+
+        Raises:
+            ValueError: sequence or heads are shared out over processes, so that no capture is whole.
         """
+        if self.parallel.cp * self.parallel.tp > 1:
+            raise ValueError(
+                "using: captures must be whole, got a model attached with context or tensor parallelism; attach it in "
+                "one process to evaluate"
+            )
         before, self._consumer = self._consumer, consumer
         try:
             yield self
@@ -147,8 +166,8 @@ class IndexerHandle:
         positions = kwargs.get("position_ids")
         if positions is None:
             positions = torch.arange(tokens.shape[1], device=tokens.device)[None]
-        self._packing = packing(positions.expand(tokens.shape[:2]))
-        self._losses, self._seen, self._intervals = {}, set(), {}
+        self._packing = packing(positions.expand(tokens.shape[:2]), self.parallel)
+        self._losses, self._seen = {}, set()
 
     def _end(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         """After the decoder: every attached layer must have passed through the attention function."""
@@ -158,7 +177,7 @@ class IndexerHandle:
                 f"attach: layers {missing[:5]} did not call the registered attention function; "
                 f"attachable are {FAMILIES}"
             )
-        self._packing, self._intervals = None, {}
+        self._packing = None
 
     def _capture(self, tap: _Tap, q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None) -> Tensor:
         """Runs one attached layer's attention, then its indexer and the consumer."""
@@ -167,9 +186,9 @@ class IndexerHandle:
             raise ValueError(
                 f"attach: on CUDA the model must be bfloat16, got {q.dtype}; load it with that dtype (--dtype bfloat16)"
             )
-        out, lse = causal_attention(q, k, v, self._packing.boundaries, softmax_scale=scale, window=window)
-        key_start, key_end = self._visible(q, window)
-        wide = (lambda x: x) if q.device.type == "cuda" else _at_least_float32
+        out, lse = self._attend(q, k, v, scale, window)
+        key_start, key_end = self._packing.visible(window)
+        wide = (lambda x: x) if q.device.type == "cuda" else at_least_float32
         hidden = wide(tap.hidden.flatten(0, -2))
         residual = None if tap.q_residual is None else wide(tap.q_residual.flatten(0, -2))
         cos, sin = (x.expand(*tap.hidden.shape[:-1], -1).flatten(0, -2) for x in tap.rope)
@@ -187,29 +206,19 @@ class IndexerHandle:
         replaced = self._consumer(capture)
         return out if replaced is None else replaced.to(out.dtype)
 
-    def _visible(self, q: Tensor, window: int | None) -> tuple[Tensor, Tensor]:
-        """key_start and key_end of the batch: the same tensors for every layer, whose plans the operator then keeps."""
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None) -> tuple[Tensor, Tensor]:
         assert self._packing is not None
-        if window not in self._intervals:
-            key_end = torch.arange(1, q.shape[0] + 1, dtype=torch.int32, device=q.device)
-            key_start = self._packing.document_start
-            if window is not None:
-                key_start = torch.maximum(key_start, key_end - window)
-            self._intervals[window] = key_start, key_end
-        return self._intervals[window]
+        return causal_attention(q, k, v, self._packing, softmax_scale=scale, window=window, parallel=self.parallel)
 
     def _loss(self, capture: LayerCapture) -> None:
         """The default consumer: the layer's KL and, in train() mode, its backward."""
         if self.observer is not None:
             self.observer(capture)
         T = capture.q.shape[0]
-        weight = capture.index_weights.new_full((T,), 1 / T if self.token_weight is None else self.token_weight)
+        each = 1 / (T * self.parallel.cp) if self.token_weight is None else self.token_weight
+        weight = capture.index_weights.new_full((T,), each)
         with torch.enable_grad():
-            loss, kl, entropy = indexer_kl(
-                capture.q, capture.k, capture.index_q, capture.index_k, capture.index_weights,
-                softmax_scale=capture.softmax_scale, key_start=capture.key_start, key_end=capture.key_end,
-                lse=None if self.target == "sum_logits" else capture.lse, target=self.target, token_weight=weight,
-            )  # fmt: skip
+            loss, kl, entropy = layer_kl(capture, target=self.target, token_weight=weight, parallel=self.parallel)
             if loss.requires_grad:
                 loss.backward()  # type: ignore[no-untyped-call]
         visible = (capture.key_end - capture.key_start).to(kl.dtype).log()
@@ -225,6 +234,7 @@ def attach(
     rope_dim: int | None = None,
     target: str = "mean",
     layers: Sequence[int] | None = None,
+    parallel: Parallel | None = None,
 ) -> IndexerHandle:
     """Gives every layer of a dense model a fresh lightning indexer that learns from the layer's own attention.
 
@@ -238,6 +248,8 @@ def attach(
         model: a loaded causal language model. Its parameters stop requiring gradients until `remove()`.
         num_heads: I. head_dim: E. rope_dim: None means min(32, head_dim), for MLA qk_rope_head_dim.
         target: see `flash_indexer.indexer_kl`. layers: indices of the layers to attach; None means all.
+        parallel: how sequence and heads are shared out over processes. With cp > 1 the model is given this process's
+            part of input_ids and position_ids (`context_positions` of the flattened batch); with tp > 1 it is sharded.
 
     Raises:
         ValueError: for a family that can't be attached, layers that don't exist, or sizes that don't fit.
@@ -270,6 +282,8 @@ def attach(
     rope_dim = min(32, head_dim) if rope_dim is None else rope_dim
     if target not in ("mean", "per_head", "sum_logits"):
         raise ValueError(f'attach: target must be "mean", "per_head" or "sum_logits", got {target!r}')
+    if target == "per_head" and parallel is not None and parallel.tp > 1:
+        raise ValueError(f'attach: target="per_head" has no sum over heads to share out, got tp={parallel.tp}; use cp')
     if target == "per_head" and num_heads != config.num_attention_heads:
         raise ValueError(
             f'attach: target="per_head" needs num_heads = {config.num_attention_heads}, the model\'s, got {num_heads}'
@@ -281,7 +295,7 @@ def attach(
             config.hidden_size, num_heads=num_heads, head_dim=head_dim, q_lora_rank=rank,
             rope_dim=rope_dim, rope_interleaved=False,
         ).to(device)  # fmt: skip
-    handle = IndexerHandle(model, indexers, target)
+    handle = IndexerHandle(model, indexers, target, parallel or Parallel())
     rotary = None if mla else resized_rotary(decoder, config, rope_dim).to(device)
     _install(handle, decoder, attentions, rotary)
     return handle
@@ -299,10 +313,12 @@ def _install(handle: IndexerHandle, decoder: Any, attentions: list[Any], rotary:
     undo.append(lambda: model.set_attn_implementation(before))
     undo.append(decoder.register_forward_pre_hook(handle._begin, with_kwargs=True).remove)
     undo.append(decoder.register_forward_hook(handle._end).remove)
-    for layer in handle.layers:
-        module, tap = attentions[layer], _Tap(handle, layer)
+    for layer, module in enumerate(attentions):
+        tap = _Tap(handle, layer)
         module.__dict__["_flash_indexer"] = tap
         undo.append(partial(module.__dict__.pop, "_flash_indexer", None))
+        if layer not in handle.layers:
+            continue
         hook = _inputs_hook(tap, rotary)
         undo.append(module.register_forward_pre_hook(hook, with_kwargs=True).remove)
         if getattr(module, "q_a_layernorm", None) is not None:
@@ -361,13 +377,11 @@ def _attention(
     q, k, v = (x.transpose(1, 2).flatten(0, 1) for x in (query, key, value))
     scale = q.shape[-1] ** -0.5 if scaling is None else float(scaling)
     tap: _Tap | None = module.__dict__.get("_flash_indexer")
-    if tap is not None:
-        out = tap.handle._capture(tap, q, k, v, scale, sliding_window)
-    else:
-        positions = kwargs.get("position_ids")
-        positions = torch.arange(L, device=q.device)[None] if positions is None else positions
-        boundaries = packing(positions.expand(B, L)).boundaries
-        out, _ = causal_attention(q, k, v, boundaries, softmax_scale=scale, window=sliding_window)
+    if tap is None:
+        raise ValueError(
+            f"attach: {type(module).__name__} is outside of the attached decoder; attachable are {FAMILIES}"
+        )
+    out = tap.run(q, k, v, scale, sliding_window)
     return torch.unflatten(out, 0, (B, L)), None
 
 
@@ -378,10 +392,6 @@ def _no_mask(*args: Any, attention_mask: Tensor | None = None, **kwargs: Any) ->
             "attach: attention_mask must be all ones or absent: batches are packed, not padded; "
             "concatenate documents and restart position_ids at 0 for each"
         )
-
-
-def _at_least_float32(x: Tensor) -> Tensor:
-    return x if x.dtype == torch.float64 else x.float()
 
 
 AttentionInterface.register(_NAME, _attention)

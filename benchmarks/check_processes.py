@@ -1,0 +1,117 @@
+"""`flash-indexer warmup` over several GPUs of a machine against one: the same losses, and what a dead process does.
+
+    python benchmarks/check_processes.py --gpus 2        or 4, 8
+
+Random weights (8 layers, H=16, G=4, D=64; index heads 8 of 64), so that nothing has to be downloaded; every way of
+sharing the work out runs by torchrun with the same sequences a step. Prints the largest relative difference of a
+layer's KL over all steps, and the seconds of a step; then kills one of two processes that no agent watches, and
+prints after how many seconds the other ended, and its last words. Exits with 1 where a difference is above 3%.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+
+from bench_warmup import median_step, write_model, write_texts
+
+LARGEST = 3e-2  # bfloat16 sums in another order; a missing rank or head would be far above
+TIMEOUT = 30
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--gpus", type=int, default=torch.cuda.device_count())
+    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--sequence-length", type=int, default=8192)
+    given = parser.parse_args()
+    n, bad = given.gpus, []
+    ways = {
+        "dp": [],
+        "dp, fsdp": ["--fsdp"],
+        "cp": ["--cp", n],
+        "cp contiguous": ["--cp", n, "--cp-layout", "contiguous"],
+    }
+    ways |= {"cp, fsdp": ["--cp", n, "--fsdp"], "tp": ["--tp", min(n, 4)]}
+    if n >= 4:
+        ways |= {"cp x tp": ["--cp", n // 2, "--tp", 2], "tp, fsdp": ["--tp", 2, "--fsdp"]}
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder)
+        write_model(
+            path / "model", hidden_size=1024, intermediate_size=2816, num_hidden_layers=8, num_attention_heads=16,
+            num_key_value_heads=4,
+        )  # fmt: skip
+        write_texts(path / "texts.jsonl", given.steps * given.sequence_length * n)
+        want = warm_up(path, "one", given, 1, ["--batch-size", n])
+        print(f"one GPU: {median_step(want):.3f} s a step")
+        for name, options in ways.items():
+            data_parallel = n // (options[1] if options and options[0] in ("--cp", "--tp") else 1)
+            if name == "cp x tp":
+                data_parallel = n // (options[1] * options[3])
+            got = warm_up(path, name, given, n, [*options, "--batch-size", n // data_parallel])
+            worst = max(
+                abs(a - b) / abs(b)
+                for mine, theirs in zip(got, want, strict=True)
+                for a, b in zip(mine["kl"], theirs["kl"], strict=True)
+            )
+            bad += [name] if worst > LARGEST else []
+            print(f"{name}: KL within {worst:.1e}, {median_step(got):.3f} s a step", flush=True)
+        watch_a_death(path, given)
+    if bad:
+        raise SystemExit(f"check_processes: above {LARGEST}: {bad}")
+
+
+def command(path: Path, name: str, given: argparse.Namespace, options: list[object]) -> list[str]:
+    words = [
+        "flash_indexer", "warmup", "--out", path / name, "--model", path / "model", "--data", path / "texts.jsonl",
+        "--sequence-length", given.sequence_length, "--steps", given.steps, "--evaluate-sequences", 0,
+        "--warmup-steps", 2, "--timeout", TIMEOUT * 10, *options,
+    ]  # fmt: skip
+    return [str(word) for word in words]
+
+
+def warm_up(
+    path: Path, name: str, given: argparse.Namespace, processes: int, options: list[object]
+) -> list[dict[str, list[float]]]:
+    """The rows of a run's metrics."""
+    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", "-m"]
+    done = subprocess.run([*start, *command(path, name, given, options)], capture_output=True, text=True)
+    if done.returncode:
+        raise SystemExit(f"check_processes: {name} failed:\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}")
+    return [json.loads(line) for line in (path / name / "metrics.jsonl").read_text().splitlines()]
+
+
+def watch_a_death(path: Path, given: argparse.Namespace) -> None:
+    """Kills rank 1 of 2, without an agent that would end the other."""
+    started = []
+    options = ["--steps", 100000, "--timeout", TIMEOUT, "--save-every", 1]
+    for rank in (0, 1):
+        place = dict(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE=2, MASTER_ADDR="127.0.0.1", MASTER_PORT=29511)
+        environment = os.environ | {key: str(value) for key, value in place.items()}
+        words = [sys.executable, "-m", *command(path, "dead", given, options)]
+        started.append(subprocess.Popen(words, env=environment, stderr=subprocess.PIPE, text=True))
+    while not (path / "dead" / "checkpoint").exists():
+        time.sleep(1)
+    began = time.monotonic()
+    started[1].send_signal(signal.SIGKILL)
+    try:
+        _, said = started[0].communicate(timeout=TIMEOUT * 5)
+        ended = f"ended with {started[0].returncode} after {time.monotonic() - began:.0f} s (timeout {TIMEOUT} s)"
+    except subprocess.TimeoutExpired:
+        started[0].kill()
+        _, said = started[0].communicate()
+        ended = f"still ran {TIMEOUT * 5} s later"
+    print(f"a process died: the other {ended}; its last words:\n{said[-1500:]}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,51 @@
+"""A loop over processes with the frozen model sharded by FSDP2: torchrun --nproc-per-node 8 examples/fsdp2.py ..."""
+
+import argparse
+
+import torch
+import torch.distributed as dist
+
+from flash_indexer.data import load_documents, pack
+from flash_indexer.distributed.gradients import sum_gradients
+from flash_indexer.distributed.mesh import make_parallel
+from flash_indexer.integration.export import export
+from flash_indexer.integration.models import load_model
+from flash_indexer.integration.sharding import shard_model
+from flash_indexer.integration.transformers import attach
+from flash_indexer.training import default_dtype
+
+parser = argparse.ArgumentParser()
+parser.add_argument("--model", required=True)
+parser.add_argument("--data", required=True)
+parser.add_argument("--out", required=True)
+parser.add_argument("--steps", type=int, default=1000)
+parser.add_argument("--sequence-length", type=int, default=1024)
+given = parser.parse_args()
+
+device = "cuda" if torch.cuda.is_available() else "cpu"
+dist.init_process_group("nccl" if device == "cuda" else "gloo")
+rank, world = dist.get_rank(), dist.get_world_size()
+if device == "cuda":
+    torch.cuda.set_device(rank % torch.cuda.device_count())
+
+model, tokenizer = load_model(given.model, dtype=default_dtype())
+packed = pack(load_documents(given.data), tokenizer, sequence_length=given.sequence_length, seed=0)
+
+shard_model(model, make_parallel(device), fsdp=True)  # before attach: the indexers stay whole on every process
+torch.manual_seed(0)  # and begin with the same weights everywhere
+handle = attach(model)
+handle.token_weight = 1 / (world * given.sequence_length)  # a mean over all tokens of an optimizer step
+optimizer = torch.optim.AdamW(handle.indexers.parameters(), lr=1e-3, weight_decay=0.0, eps=1e-12)
+for step in range(given.steps):
+    batch = {name: x[None].to(device) for name, x in packed[(step * world + rank) % len(packed)].items()}
+    with torch.no_grad():
+        handle.decoder(**batch, use_cache=False)  # every layer's backward runs inside
+    sum_gradients(handle.indexers.parameters())  # one all-reduce
+    optimizer.step()
+    optimizer.zero_grad()
+    if rank == 0:
+        losses = [loss.kl for loss in handle.losses().values()]
+        print(f"step {step + 1}: KL {sum(losses) / len(losses):.4f}")
+if rank == 0:
+    export(handle, given.out, format="native")
+dist.destroy_process_group()

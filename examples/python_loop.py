@@ -1,0 +1,35 @@
+"""Warm-up as a plain Python loop in one process: nothing but torch, a Transformers model and `attach`."""
+
+import argparse
+
+import torch
+
+from flash_indexer.data import load_documents, pack
+from flash_indexer.integration.export import export
+from flash_indexer.integration.models import load_model
+from flash_indexer.integration.transformers import attach
+from flash_indexer.training import default_dtype
+
+parser = argparse.ArgumentParser()
+parser.add_argument("--model", required=True)
+parser.add_argument("--data", required=True)
+parser.add_argument("--out", required=True)
+parser.add_argument("--steps", type=int, default=1000)
+parser.add_argument("--sequence-length", type=int, default=1024)
+given = parser.parse_args()
+
+device = "cuda" if torch.cuda.is_available() else "cpu"
+model, tokenizer = load_model(given.model, dtype=default_dtype())
+packed = pack(load_documents(given.data), tokenizer, sequence_length=given.sequence_length, seed=0)
+
+handle = attach(model.to(device))
+optimizer = torch.optim.AdamW(handle.indexers.parameters(), lr=1e-3, weight_decay=0.0, eps=1e-12)
+for step in range(given.steps):
+    batch = {name: x[None].to(device) for name, x in packed[step % len(packed)].items()}
+    with torch.no_grad():
+        handle.decoder(**batch, use_cache=False)  # every layer's backward runs inside
+    optimizer.step()
+    optimizer.zero_grad()
+    losses = [loss.kl for loss in handle.losses().values()]
+    print(f"step {step + 1}: KL {sum(losses) / len(losses):.4f}")
+export(handle, given.out, format="native")

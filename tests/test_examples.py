@@ -1,0 +1,50 @@
+"""The scripts under examples/, run as a person runs them, on a tiny model."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from flash_indexer.integration.native import read_native
+from flash_indexer.run_record import read_metrics
+
+ROOT = Path(__file__).resolve().parents[1]
+EXAMPLE = """
+import os, runpy, sys
+os.environ.update(environment)
+sys.argv = arguments
+sys.stdout = open(printed, "a")
+runpy.run_path(arguments[0], run_name="__main__")
+"""
+
+
+@pytest.mark.parametrize(("name", "processes"), [("python_loop", 1), ("trainer", 1), ("trainer", 2), ("fsdp2", 2)])
+def test_an_example_trains_and_leaves_an_indexer(
+    tmp_path: Path, runs: Any, checkpoint: Path, texts: Path, name: str, processes: int
+) -> None:
+    out, printed = tmp_path / "out", tmp_path / "printed"
+    arguments = [f"{ROOT}/examples/{name}.py", "--model", str(checkpoint), "--data", str(texts), "--out", str(out)]
+    arguments += ["--steps", "12", "--sequence-length", "64"]
+    code = dict(codes=[EXAMPLE] * processes, arguments=arguments, printed=str(printed))
+    runs.finish(runs.ranks(processes, None, out, **code))
+    assert read_native(out).config.layers == (0, 1, 2)
+    assert "step 12: KL 0." in printed.read_text() or "'train_loss':" in printed.read_text(), printed.read_text()
+
+
+def test_torchrun_and_accelerate_launch_the_command_line(tmp_path: Path, checkpoint: Path, texts: Path) -> None:
+    folder = Path(sys.executable).parent
+    environment = os.environ | dict(PATH=f"{folder}:{os.environ['PATH']}", OMP_NUM_THREADS="1")
+    options = ["--steps", "6", "--sequence-length", "32", "--num-heads", "2", "--head-dim", "32", "--batch-size", "2"]
+    command = ["bash", f"{ROOT}/examples/launch.sh", "2", str(checkpoint), str(texts), str(tmp_path), *options]
+    done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("step 6/6") == 2, done.stdout  # one process speaks
+    for name, sequences in (("context-parallel", 2), ("data-parallel", 4)):
+        rows = read_metrics(tmp_path / name / "metrics.jsonl")
+        assert [row["tokens"] for row in rows] == [step * sequences * 32 for step in range(1, 7)]
+        assert f"indexer  {tmp_path / name / 'checkpoint'}" in done.stdout, done.stdout
