@@ -55,7 +55,8 @@ TABLE = {
     **dict.fromkeys(("integration", "data", "training", "processes", "checkpoint", "progress", "run_record"), RECIPE),
     **dict.fromkeys(("evaluation", "plots", "report"), RECIPE),
     **dict.fromkeys(
-        ("bench", "bench_heads", "baselines"), Row(may=TORCH | {OURS}, must_not=ours("kernels", "cli", "reference"))
+        ("bench", "bench_heads", "bench_attention", "baselines"),
+        Row(may=TORCH | {OURS}, must_not=ours("kernels", "cli", "reference")),
     ),
     "tune": Row(may=TORCH | {OURS, "rich"}, must_not=ours("cli", "reference")),
     "tune_worker": Row(may=TORCH | {OURS}, must_not=ours("cli", "kernels", "reference")),

@@ -80,11 +80,16 @@ def test_sampled_rows_refuse_a_wrong_result():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--suite", "mqa"], "suite must be of mqa64, got mqa"),
+        (["--suite", "mqa"], "suite must be of mqa64, attention, got mqa"),
         (["--suite", "mqa64", "--batch", "0"], "batch must be a number of documents"),
-        (["--batch", "4"], "--batch and --verbose belong to --suite"),
+        (["--batch", "4"], "--batch and --verbose belong to --suite mqa64"),
+        (["--suite", "attention", "--verbose"], "--batch and --verbose belong to --suite mqa64"),
         (["--suite", "mqa64", "--sizes", "mqa64"], "not both"),
-        *([] if torch.cuda.is_available() else [(["--suite", "mqa64"], "needs a CUDA GPU")]),
+        *(
+            []
+            if torch.cuda.is_available()
+            else [(["--suite", name], "needs a CUDA GPU") for name in ("mqa64", "attention")]
+        ),
     ],
 )
 def test_bad_options_are_named(options, message, tmp_path):

@@ -152,9 +152,9 @@ def export(
 @app.command()
 def bench(
     sizes: Annotated[str | None, typer.Option(help="Comma-separated; default: all of the README's table.")] = None,
-    suite: Annotated[str | None, typer.Option(help="mqa64: attention and per-head KL, 8K to 128K tokens.")] = None,
-    batch: Annotated[int | None, typer.Option(help="With --suite: only so many documents.")] = None,
-    verbose: Annotated[bool, typer.Option("--verbose", help="With --suite: percentiles and clocks.")] = False,
+    suite: Annotated[str | None, typer.Option(help="mqa64: attention and per-head KL; attention: it alone.")] = None,
+    batch: Annotated[int | None, typer.Option(help="With --suite mqa64: only so many documents.")] = None,
+    verbose: Annotated[bool, typer.Option("--verbose", help="With --suite mqa64: percentiles and clocks.")] = False,
     out: Annotated[Path, typer.Option(help="Folder that gets the measurements, a line each.")] = Path("results"),
     commit: Annotated[str, typer.Option(help="Recorded with the numbers.")] = "unknown",
 ) -> None:
@@ -165,12 +165,16 @@ def bench(
 
     with _plain_errors():
         from flash_indexer import bench as benchmark
-        from flash_indexer import bench_heads
+        from flash_indexer import bench_attention, bench_heads
 
-        if suite is None and (batch is not None or verbose):
-            raise ValueError("bench: --batch and --verbose belong to --suite; add --suite mqa64")
+        if suite in (None, bench_attention.SUITE) and (batch is not None or verbose):
+            raise ValueError("bench: --batch and --verbose belong to --suite mqa64; add it")
         if suite is not None and sizes is not None:
             raise ValueError("bench: give --sizes (of indexer_kl) or --suite (of warmup_attention), not both")
+        if suite == bench_attention.SUITE:
+            bench_attention.run(out, commit=commit, say=say)
+            _print_path("results", out / bench_attention.RESULTS)
+            return
         if suite is not None:
             bench_heads.run(suite, out, batch=batch, verbose=verbose, commit=commit, say=say)
             _print_path("results", out / bench_heads.RESULTS)
