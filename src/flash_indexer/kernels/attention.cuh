@@ -37,14 +37,6 @@ static __device__ __forceinline__ int at_key(int item, int i) {
   const int masked = at_masked(item) + 1;
   return at_field(item, 2) - BN * (i < masked ? at_tile(item, i) : i - masked + at_field(item, 4));
 }
-// lanes 0 to 7 hold the fields of an item, and write them to shared memory
-static __device__ __forceinline__ int at_lane(const int* items, int at) {
-  return at_int(items, (long long)at * 8 + (threadIdx.x & 7));
-}
-static __device__ __forceinline__ void at_put(int item, int field) {
-  asm volatile("st.shared.s32 [%0], %1;" ::"r"(item + ((int)threadIdx.x & 7) * 4), "r"(field) : "memory");
-  __syncwarp();
-}
 static __device__ __forceinline__ int4 at_numbers(int address) {
   int4 v;
   asm volatile("ld.shared.v4.s32 {%0, %1, %2, %3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "r"(address));

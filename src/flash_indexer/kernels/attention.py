@@ -40,7 +40,7 @@ PASS_CONFIGS = {
 }
 REGISTERS = (240, 24)  # consumers, producer
 SOURCE = "\n".join(
-    Path(__file__).with_name(name).read_text(encoding="utf-8") for name in ("wgmma.cuh", "attention.cuh")
+    Path(__file__).with_name(name).read_text(encoding="utf-8") for name in ("wgmma.cuh", "items.cuh", "attention.cuh")
 )
 
 
@@ -105,11 +105,11 @@ def build(D, V, E, HG, BN, QS, TMA_STORE):
 
     # the row tile of the item whose fields the lanes hold
     @T.macro
-    def feed_rows(Q, IQ, Qs, IQs, qfull, qempty, qs, qp, slot, field, H):
+    def feed_rows(Q, IQ, Qs, IQs, qfull, qempty, qs, qp, slots, field, H):
         T.barrier_wait(qempty[qs], qp)
-        T.call_extern("handle", "at_put", slot, field)
-        t0 = T.call_extern("int32", "at_field", slot, 0)
-        g = T.call_extern("int32", "at_field", slot, 1)
+        T.call_extern("handle", "it_put", slots + qs * 2080, field)
+        t0 = T.call_extern("int32", "it_pick", field, 0)
+        g = T.call_extern("int32", "it_pick", field, 1)
         load_rows(Q, Qs, qs, qfull, D, t0, g, H)
         if E:
             load_rows(IQ, IQs, qs, qfull, E, t0, g, H)
@@ -450,22 +450,22 @@ def build(D, V, E, HG, BN, QS, TMA_STORE):
                     key = T.alloc_var("int32")
                     g = T.alloc_var("int32")
                     tiles = T.alloc_var("int32")
-                    field = T.alloc_var("int32")  # of the item whose queries come next, one a lane
-                    slot = T.alloc_var("int32")
+                    field = T.alloc_var("int32")  # of the item under way, one a lane
+                    coming = T.alloc_var("int32")  # of the next one
                     count = T.alloc_var("int32")
                     slots = T.alloc_var("int32")
                     slots = T.call_extern("int32", "at_address", T.address_of(Is[0, 0]))
                     count = T.call_extern("int32", "at_count", nitems, bx, grid)
-                    field = T.call_extern("int32", "at_lane", T.address_of(ITEMS[0]), bx)
-                    slot = slots
-                    feed_rows(Q, IQ, Qs, IQs, qfull, qempty, qs, qp, slot, field, H)
+                    coming = T.call_extern("int32", "it_lane", T.address_of(ITEMS[0]), bx)
+                    feed_rows(Q, IQ, Qs, IQs, qfull, qempty, qs, qp, slots, coming, H)
                     for it in T.serial(count):
-                        g = T.call_extern("int32", "at_field", slot, 1)
-                        tiles = T.call_extern("int32", "at_field", slot, 3)
+                        field = coming
+                        g = T.call_extern("int32", "it_pick", field, 1)
+                        tiles = T.call_extern("int32", "it_pick", field, 3)
                         if it + 1 < count:
-                            field = T.call_extern("int32", "at_lane", T.address_of(ITEMS[0]), bx + (it + 1) * grid)
+                            coming = T.call_extern("int32", "it_lane", T.address_of(ITEMS[0]), bx + (it + 1) * grid)
                         for i in T.serial(tiles):
-                            key = T.call_extern("int32", f"at_key<{BN}>", slot, i)
+                            key = T.call_extern("int32", f"it_key<{BN}>", field, i)
                             T.barrier_wait(kempty[st], ph)
                             T.tma_copy(K[key : key + BN, g * D : g * D + D], Ks[st, :, :], barrier=kfull[st])
                             if E:
@@ -486,8 +486,7 @@ def build(D, V, E, HG, BN, QS, TMA_STORE):
                                     qs = 0
                                     qp = qp ^ 1
                                 if it + 1 < count:
-                                    feed_rows(Q, IQ, Qs, IQs, qfull, qempty, qs, qp, slots + qs * 2080, field, H)
-                        slot = slots + qs * 2080
+                                    feed_rows(Q, IQ, Qs, IQs, qfull, qempty, qs, qp, slots, coming, H)
 
                 elif tx >= 320:
                     qs = T.alloc_var("int32", 0)

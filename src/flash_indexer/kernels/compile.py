@@ -50,7 +50,6 @@ ATTENTION = (  # D, V, E, heads of a key head: common sizes, and those of the te
     (256, 256, 64, 8), (128, 64, 64, 5), (128, 64, 128, 12), (64, 64, 32, 4),
 )  # fmt: skip
 CHILD = "import sys; sys.path[:] = {path!r}; from flash_indexer.kernels.compile import main; main([{title!r}])"
-SHARED_SOURCE = "wgmma.cuh"
 EXECUTABLE = "executable.so"  # of a cache entry
 NAMED = 8  # kernels that a progress line names
 
@@ -292,11 +291,13 @@ def _cache_folder():
 
 @functools.cache
 def _version(module):
-    """Of the module's source, of the target and of TileLang: modules of kernels share one header and nothing else."""
+    """Of the module's source with the headers that it names, of the target and of TileLang."""
     digest = hashlib.sha256(f"{metadata.version('tilelang')} {TARGET}".encode())
-    for name in (f"{module}.py", f"{module}.cuh", SHARED_SOURCE):
-        source = Path(__file__).with_name(name)
-        digest.update(source.read_bytes() if source.exists() else b"")
+    source = Path(__file__).with_name(f"{module}.py").read_bytes()
+    digest.update(source)
+    for header in sorted(Path(__file__).parent.glob("*.cuh")):
+        if header.name == f"{module}.cuh" or header.name.encode() in source:
+            digest.update(header.read_bytes())
     return digest.hexdigest()[:16]
 
 

@@ -41,12 +41,6 @@ static __device__ __forceinline__ int4 hg_limits(int address) {
   asm volatile("ld.shared.v4.s32 {%0, %1, %2, %3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "r"(address));
   return v;
 }
-// every lane of the producer writes the same item: the one that then arrives at the barrier has written it, too
-static __device__ __forceinline__ void hg_put(int item, const int* items, int at) {
-#pragma unroll
-  for (int f = 0; f < 8; ++f)
-    asm volatile("st.shared.s32 [%0], %1;" ::"r"(item + f * 4), "r"(hg_int(items, (long long)at * 8 + f)) : "memory");
-}
 static __device__ __forceinline__ int hg_row(int h) {
   return (threadIdx.x >> 5) * 16 + ((threadIdx.x & 31) >> 2) + 8 * h;
 }

@@ -39,7 +39,9 @@ PASS_CONFIGS = {
 }
 REGISTERS = (240, 24)  # consumers, producers
 KEY_REGISTERS = (232, 40)  # a gathering producer needs more
-SOURCE = Path(__file__).with_suffix(".cuh").read_text(encoding="utf-8")
+SOURCE = "\n".join(
+    Path(__file__).with_name(name).read_text(encoding="utf-8") for name in ("items.cuh", "head_gradients.cuh")
+)
 
 # scalars of the rows of a 128-row tile, as its accumulator's threads own them: two a thread, alike in the four of a row
 ROW_LAYOUT = Fragment(
@@ -272,14 +274,18 @@ def build_query(D, E, HG, N, XS, Y2S):
                     g = T.alloc_var("int32")
                     t0 = T.alloc_var("int32")
                     slot = T.alloc_var("int32")
+                    field = T.alloc_var("int32")  # of the item, one a lane
+                    rows = T.alloc_var("int32")
                     count = T.alloc_var("int32")
                     count = T.call_extern("int32", "hg_count", nitems, bx, grid)
                     for it in T.serial(count):
-                        t0 = T.call_extern("int32", "hg_int", T.address_of(ITEMS[0]), (bx + it * grid) * 8)
-                        g = T.call_extern("int32", "hg_int", T.address_of(ITEMS[0]), (bx + it * grid) * 8 + 1)
+                        field = T.call_extern("int32", "it_lane", T.address_of(ITEMS[0]), bx + it * grid)
+                        t0 = T.call_extern("int32", "it_pick", field, 0)
+                        g = T.call_extern("int32", "it_pick", field, 1)
+                        rows = T.call_extern("int32", "it_pick", field, 3)
                         slot = T.call_extern("int32", "hg_address", T.address_of(Is[0, 0])) + xs * 32
                         T.barrier_wait(emptyx[xs], xp)
-                        T.call_extern("handle", "hg_put", slot, T.address_of(ITEMS[0]), bx + it * grid)
+                        T.call_extern("handle", "it_put", slot, field)
                         load(Q, X1s, xs, fullx, D, t0, g, H)
                         load(IQ, X2s, xs, fullx, E, t0, g, H)
                         if T.shuffle_elect(32):
@@ -288,8 +294,8 @@ def build_query(D, E, HG, N, XS, Y2S):
                         if xs == XS:
                             xs = 0
                             xp = xp ^ 1
-                        for i in T.serial(T.call_extern("int32", "hg_field", slot, 3)):
-                            key = T.call_extern("int32", f"hq_key<{N}>", slot, i)
+                        for i in T.serial(rows):
+                            key = T.call_extern("int32", f"it_key<{N}>", field, i)
                             T.barrier_wait(empty1[s1], p1)
                             T.tma_copy(K[key : key + N, g * D : g * D + D], Y1s[s1, :, :], barrier=full1[s1])
                             if T.shuffle_elect(32):
@@ -427,16 +433,18 @@ def build_key(D, E, HG, N, XS, Y2S):
                     key = T.alloc_var("int32")
                     t0 = T.alloc_var("int32")
                     slot = T.alloc_var("int32")
+                    field = T.alloc_var("int32")  # of the item, one a lane
                     rows = T.alloc_var("int32")
                     count = T.alloc_var("int32")
                     count = T.call_extern("int32", "hg_count", nitems, bx, grid)
                     for it in T.serial(count):
-                        key = T.call_extern("int32", "hg_int", T.address_of(ITEMS[0]), (bx + it * grid) * 8) * 128
+                        field = T.call_extern("int32", "it_lane", T.address_of(ITEMS[0]), bx + it * grid)
+                        key = T.call_extern("int32", "it_pick", field, 0) * 128
                         rows = T.call_extern("int32", "hk_rows", T.address_of(ITEMS[0]), (bx + it * grid) * 8)
                         for g in T.serial(G):
                             slot = T.call_extern("int32", "hg_address", T.address_of(Is[0, 0])) + xs * 32
                             T.barrier_wait(emptyx[xs], xp)
-                            T.call_extern("handle", "hg_put", slot, T.address_of(ITEMS[0]), bx + it * grid)
+                            T.call_extern("handle", "it_put", slot, field)
                             T.tma_copy(K[key : key + 128, g * D : g * D + D], X1s[xs, :, :], barrier=fullx[xs])
                             T.tma_copy(IK[key : key + 128, 0:E], X2s[xs, :, :], barrier=fullx[xs])
                             if T.shuffle_elect(32):
