@@ -33,8 +33,8 @@ def products(name: str, static: dict[str, int]) -> int:
         return 3 * static["D"] // 16
     if name in ("gradients_query", "gradients_key"):
         return 4 * (static["E"] + 128) // 16
-    if name == "attention":  # first tile, masked and whole ones; after the last
-        return 3 * (static["D"] + static["E"]) // 16 + 3 * static["BN"] // 16
+    if name == "attention":  # logits before all items, of masked and whole tiles, beside the last; values but before
+        return 4 * (static["D"] + static["E"]) // 16 + 3 * static["BN"] // 16
     if name == "attention_mla":
         return 3 * (36 + 4 + 4)
     if name in ("head_gradients_query", "head_gradients_key"):

@@ -205,3 +205,14 @@ def test_the_classes_of_the_tests_are_compiled_beforehand():
             ("head_gradients_key", dict(D=D, E=E, HG=sizes.heads, **tiles.head_gradients_key(D, E))),
         ):
             assert (name, tuple(sorted(static.items()))) in listed, (name, static)
+
+
+@pytest.mark.parametrize("module, depends", [("attention", True), ("attention_mla", False)])
+def test_a_kernels_version_is_of_the_headers_that_it_names(module, depends, monkeypatch):
+    before = kernels._version(module)
+    read = type(kernels.Path()).read_bytes
+    monkeypatch.setattr(type(kernels.Path()), "read_bytes", lambda path: read(path) + b" " * (path.name == "wgmma.cuh"))
+    kernels._version.cache_clear()
+    assert (kernels._version(module) != before) == depends
+    monkeypatch.undo()
+    kernels._version.cache_clear()
