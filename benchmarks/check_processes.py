@@ -14,6 +14,7 @@ import argparse
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -33,6 +34,7 @@ def main() -> None:
     parser.add_argument("--gpus", type=int, default=torch.cuda.device_count())
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--sequence-length", type=int, default=8192)
+    parser.add_argument("--ways", help="comma-separated; default: all that so many GPUs allow")
     given = parser.parse_args()
     n, bad = given.gpus, []
     ways = {
@@ -44,6 +46,8 @@ def main() -> None:
     ways |= {"cp, fsdp": ["--cp", n, "--fsdp"], "tp": ["--tp", min(n, 4)]}
     if n >= 4:
         ways |= {"cp x tp": ["--cp", n // 2, "--tp", 2], "tp, fsdp": ["--tp", 2, "--fsdp"]}
+    if given.ways is not None:
+        ways = {name: ways[name] for name in given.ways.split(",")}
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder)
         write_model(
@@ -65,9 +69,9 @@ def main() -> None:
             )
             bad += [name] if worst > LARGEST else []
             print(f"{name}: KL within {worst:.1e}, {median_step(got):.3f} s a step", flush=True)
-        watch_a_death(path, given)
+        bad += watch_a_death(path, given)
     if bad:
-        raise SystemExit(f"check_processes: above {LARGEST}: {bad}")
+        raise SystemExit(f"check_processes: above {LARGEST}, or not ended as they should: {bad}")
 
 
 def command(path: Path, name: str, given: argparse.Namespace, options: list[object]) -> list[str]:
@@ -90,16 +94,23 @@ def warm_up(
     return [json.loads(line) for line in (path / name / "metrics.jsonl").read_text().splitlines()]
 
 
-def watch_a_death(path: Path, given: argparse.Namespace) -> None:
-    """Kills rank 1 of 2, without an agent that would end the other."""
+def watch_a_death(path: Path, given: argparse.Namespace) -> list[str]:
+    """Kills rank 1 of 2, without an agent that would end the other; ["a death"] where it did not end as it should."""
     started = []
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
     options = ["--steps", 100000, "--timeout", TIMEOUT, "--save-every", 1]
     for rank in (0, 1):
-        place = dict(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE=2, MASTER_ADDR="127.0.0.1", MASTER_PORT=29511)
+        place = dict(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE=2, MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
         environment = os.environ | {key: str(value) for key, value in place.items()}
         words = [sys.executable, "-m", *command(path, "dead", given, options)]
         started.append(subprocess.Popen(words, env=environment, stderr=subprocess.PIPE, text=True))
     while not (path / "dead" / "checkpoint").exists():
+        if any(process.poll() is not None for process in started):
+            for process in started:
+                process.kill()
+            raise SystemExit(f"check_processes: a process ended by itself:\n{started[0].communicate()[1][-3000:]}")
         time.sleep(1)
     began = time.monotonic()
     started[1].send_signal(signal.SIGKILL)
@@ -110,7 +121,8 @@ def watch_a_death(path: Path, given: argparse.Namespace) -> None:
         started[0].kill()
         _, said = started[0].communicate()
         ended = f"still ran {TIMEOUT * 5} s later"
-    print(f"a process died: the other {ended}; its last words:\n{said[-1500:]}")
+    print(f"a process died: the other {ended}; its last words:\n{said[-1500:]}", flush=True)
+    return [] if started[0].returncode == 1 and "lost contact" in said else ["a death"]
 
 
 if __name__ == "__main__":

@@ -145,9 +145,7 @@ def run(size: Size, *, out: Path | None, dry_run: bool, console: Console, worker
     needs_gpu("tune")
     path = location() if out is None else out
     if path.exists() and tuned.read(path) is None:
-        raise ValueError(
-            f"tune: --out must be a file of tune, or not exist, got {path}; remove it (--reset) or choose another"
-        )
+        raise ValueError(f"tune: --out must be a file of tune, or not exist, got {path}; delete it or choose another")
     todo = stages(size)
     with _progress(console) as bar, worker or Worker() as process:
         if not console.is_terminal:
@@ -304,7 +302,7 @@ def reset(path: Path, say: Callable[[str], None]) -> None:
         ValueError: where it holds something else.
     """
     if path.exists() and path != location() and tuned.read(path) is None:
-        raise ValueError(f"tune: --out must be a file of tune to be removed, got {path}")
+        raise ValueError(f"tune: --out must be a file of tune to be removed, got {path}; delete it yourself")
     say(f"removed {path}" if path.exists() else f"{path}: there is none")
     path.unlink(missing_ok=True)
     tuned.forget()

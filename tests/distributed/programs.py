@@ -166,8 +166,10 @@ def under_autocast(groups: dict[str, Any], *, which: str, function: str) -> Any:
         return plain, answer(x, FUNCTIONS[function], 1.0, group=groups[which])
 
 
-def without_gradients(groups: dict[str, Any], *, which: str, function: str, wanted: tuple[bool, ...]) -> Any:
-    x = make_inputs(Shape(((8, 8),), H=2, G=1, D=8, I=2, E=32), seed=0, dtype=torch.float64)
+def without_gradients(
+    groups: dict[str, Any], *, which: str, function: str, wanted: tuple[bool, ...], dtype: torch.dtype = torch.float64
+) -> Any:
+    x = problem(groups, Shape(((8, 8),), H=2, G=1, D=64, I=2, E=32), 0, dtype)
     return answer(x, FUNCTIONS[function], 1.0, wanted, group=groups[which])
 
 

@@ -93,3 +93,14 @@ def test_context_and_tensor_parallel(ranks: Any, baseline: Any, case: tuple[Shap
     judge(join(parts if mesh == "2x1" else parts[:1], "zigzag", shape.T), shape, baseline, **options)
     if mesh == "1x2":
         assert all(torch.equal(a, b) for a, b in zip(*parts, strict=True)), "ranks of the tensor group differ"
+
+
+@pytest.mark.parametrize("function", ["context", "tensor"])
+@pytest.mark.parametrize("only", range(3))
+def test_one_gradient_alone(ranks: Any, function: str, only: int) -> None:
+    """What is not wanted has no gradient, and its absence does not disturb the scaling of the other."""
+    wanted = tuple(n == only for n in range(3))
+    call = dict(which="2", function=function, dtype=torch.bfloat16)
+    full, part = (ranks.call("without_gradients", 2, **call, wanted=w)[0] for w in ((True,) * 3, wanted))
+    for want, got, expected in zip(wanted, part[3:], full[3:], strict=True):
+        assert torch.equal(got, expected) if want else got is None

@@ -33,6 +33,17 @@ def looked_up(file, *entries, gpu=GPU, **changes):
     return tuned.sizes("head_gradients_query", gpu, SHAPE)
 
 
+def test_the_file_is_read_once(file):
+    """A search that ends while a process runs changes none of the process's tiles."""
+    looked_up(file)  # nothing in it, and one shape asked for
+    later = SHAPE | {"HG": 32}
+    content = dict(format=tuned.FORMAT, version=tuned.VERSION, entries=[entry(shape=later)])
+    file.write_text(json.dumps(content), encoding="utf-8")
+    assert tuned.sizes("head_gradients_query", GPU, later) == tiles.default("head_gradients_query", later)
+    tuned.forget()
+    assert tuned.sizes("head_gradients_query", GPU, later) == WINNER
+
+
 def test_an_entry_replaces_the_default(file):
     assert tuned.sizes("head_gradients_query", GPU, SHAPE) == DEFAULT, "without a file"
     assert looked_up(file, entry()) == WINNER != DEFAULT

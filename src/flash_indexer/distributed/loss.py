@@ -54,6 +54,7 @@ class _Known(torch.autograd.Function):
         ctx: Any, op: str, kernels: bool, loss: Tensor, gradients: list[Tensor | None], *leaves: Tensor
     ) -> Tensor:
         ctx.op, ctx.kernels, ctx.gradients = op, kernels, gradients
+        ctx.absent = [leaf.new_empty(0) for leaf in leaves]  # in each leaf's dtype, as the kernel that scales wants it
         return loss.clone()
 
     @staticmethod
@@ -66,5 +67,6 @@ class _Known(torch.autograd.Function):
                 "second backward, or add the losses and call backward once"
             )
         gradients, ctx.gradients = ctx.gradients, None
-        scale_gradients([d_loss.new_empty(0) if x is None else x for x in gradients], d_loss, ctx.kernels)
+        given = [none if x is None else x for x, none in zip(gradients, ctx.absent, strict=True)]
+        scale_gradients(given, d_loss, ctx.kernels)
         return None, None, None, None, *gradients

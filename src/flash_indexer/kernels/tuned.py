@@ -30,13 +30,19 @@ def sizes(kernel, gpu, shape):
 
 def forget():
     """Reads the file again when sizes are asked for next."""
+    _entries.cache_clear()
     _sizes.cache_clear()
+
+
+@functools.cache
+def _entries():
+    return read(location()) or []
 
 
 @functools.cache
 def _sizes(kernel, gpu, shape):
     shape = dict(shape)
-    for entry in read(location()) or []:
+    for entry in _entries():
         if (entry.get("kernel"), entry.get("shape")) == (kernel, shape) and refusal(entry, gpu) is None:
             return next(x for x in tiles.candidates(kernel, shape) if x == entry["sizes"])
     return tiles.default(kernel, shape)
