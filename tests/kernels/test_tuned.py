@@ -33,7 +33,7 @@ def looked_up(file, *entries, gpu=GPU, **changes):
     return tuned.sizes("head_gradients_query", gpu, SHAPE)
 
 
-def test_the_file_is_read_once(file):
+def test_another_shape_does_not_read_it_again(file):
     """A search that ends while a process runs changes none of the process's tiles."""
     looked_up(file)  # nothing in it, and one shape asked for
     later = SHAPE | {"HG": 32}
