@@ -134,6 +134,42 @@ def heads(results: Path) -> list[str]:
     return [*lines, bars]
 
 
+def attention(results: Path) -> list[str]:
+    """A table of the attention forward alone, each size beside its bar."""
+    records = latest(results / "attention.jsonl")
+    titles = {
+        "gqa32": ("H=32 G=8 D=128, 8 documents of 4,096", "1 x cuDNN"),
+        "mqa64": ("H=64 G=1 D=128, 16 documents of 2,048", "0.85 x cuDNN"),
+        "mla": ("MLA 576/512, absorbed, H=128, 8,192 tokens", "480 TFLOP/s or more"),
+    }
+    if not records:
+        return []
+    lines = ["", "The attention forward with its logsumexp, causal (`flash-indexer bench --suite attention`):", ""]
+    lines += ["| size | time | rate | over cuDNN | bar |", "|---|---:|---:|---:|---|"]
+    for name, (title, bar) in titles.items():
+        if name in records:
+            record = records[name]
+            ratio = f"{record['over_cudnn']:.2f} x" if record["over_cudnn"] else "takes no such width"
+            lines.append(
+                f"| {title} | {record['ours']['p50']:.2f} ms | {record['tflops']:.0f} TFLOP/s | {ratio} | {bar} |"
+            )
+    return lines
+
+
+def processes(results: Path) -> list[str]:
+    """A sentence on context and tensor parallelism."""
+    record = latest(results / "distributed.jsonl").get("v32_64k")
+    if not record:
+        return []
+    ways = {name: f"{value:.2f} x" for name, value in record["speedup"].items()}
+    return [
+        "",
+        f"{record['ranks']} GPUs, {record['size']['tokens']:,} tokens at DeepSeek-V3.2's sizes, collectives included: "
+        f"context parallel {ways['context']} one GPU",
+        f"(bar: 1.85), tensor parallel {ways['tensor']}. [How it scales](docs/scaling.md).",
+    ]
+
+
 def section(results: Path = RESULTS) -> str:
     """The text between the markers."""
     records = latest(results / "indexer_kl.jsonl")
@@ -162,7 +198,7 @@ def section(results: Path = RESULTS) -> str:
             f"kernels, {seconds['torch body']:.2f} s with the blockwise torch body, the same loss to "
             f"{warmup['largest_relative_difference']:.0e}.",
         ]
-    lines += heads(results)
+    lines += heads(results) + attention(results) + processes(results)
     tests = latest(results / "gpu_tests.jsonl").get("all")
     if tests:
         clean = ", ".join(
@@ -211,12 +247,12 @@ def row(bar: Bar, records: dict[str, Record]) -> str:
     return f"| {bar.title} | {time} | {bar.what.format(f'{value:.2f}')} | {bar.limit:g} | {met} |"
 
 
-def rewrite(readme: str, text: str) -> str:
-    """README with the section between its markers replaced."""
-    if BEGIN not in readme or END not in readme:
-        raise ValueError(f"report: README.md must hold the lines {BEGIN!r} and {END!r}")
-    head, rest = readme.split(BEGIN)
-    return f"{head}{BEGIN}\n{text}\n{END}{rest.split(END)[1]}"
+def rewrite(page: str, text: str, begin: str = BEGIN, end: str = END) -> str:
+    """The page with the section between its markers replaced."""
+    if begin not in page or end not in page:
+        raise ValueError(f"report: the page must hold the lines {begin!r} and {end!r}")
+    head, rest = page.split(begin)
+    return f"{head}{begin}\n{text}\n{end}{rest.split(end)[1]}"
 
 
 def plot(records: dict[str, Record], path: Path) -> None:
