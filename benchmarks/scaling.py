@@ -112,8 +112,8 @@ def section(points: list[Record], pair: Record, model: Model) -> str:
         f"Gathering the keys ({pair['key_bytes'] / 1e6:.0f} MB) takes {medians['gather_keys']:.2f} ms there, "
         f"{model.bytes_per_ms / 1e6:.0f} GB/s received.",
         "",
-        f"Predicted: {LAYERS} layers, {SEQUENCES} sequences of {TOKENS:,} tokens a step, {STEPS:,} steps, H={HEADS};",
-        "each sequence on an equal share of the GPUs by context parallelism, at the efficiency and rate measured on two.",
+        f"Predicted: {LAYERS} layers, {SEQUENCES} sequences of {TOKENS:,} tokens a step, {STEPS:,} steps;",
+        "each sequence on an equal share of the GPUs by context parallelism, with efficiency and rate measured on two.",
         "",
         "| GPUs | ranks a sequence | a step | of it exchange | all steps | memory a rank |",
         "|---:|---:|---:|---:|---:|---:|",
