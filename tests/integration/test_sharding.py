@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from flash_indexer.distributed.mesh import Parallel
@@ -97,6 +98,25 @@ def test_captures_and_targets_that_are_not_whole_are_refused(tiny: Tiny) -> None
         handle.using(lambda capture: None),
     ):
         pass
+
+
+def test_a_part_of_a_sequence_needs_its_positions(tiny: Tiny) -> None:
+    handle = attach(tiny("llama"), num_heads=2, head_dim=32, parallel=Parallel(cp=2))
+    with pytest.raises(ValueError, match="with cp=2 the forward needs position_ids, got None; pass this process"):
+        handle.decoder(input_ids=torch.arange(8)[None], use_cache=False)
+
+
+@pytest.mark.parametrize(
+    "rope",
+    [dict(rope_type="dynamic", factor=2.0), dict(rope_type="longrope", short_factor=[1.0] * 4, long_factor=[2.0] * 4)],
+    ids=["dynamic", "longrope"],
+)
+def test_rope_that_depends_on_the_longest_position_is_refused_over_parts(tiny: Tiny, rope: dict[str, Any]) -> None:
+    parameters = dict(rope_theta=10000.0, original_max_position_embeddings=32, **rope)
+    model = tiny("llama", rope_parameters=parameters)
+    with pytest.raises(ValueError, match=f'same for all positions with cp=2, got "{rope["rope_type"]}"'):
+        attach(model, num_heads=2, head_dim=16, rope_dim=8, parallel=Parallel(cp=2))
+    attach(model, num_heads=2, head_dim=16, rope_dim=8).remove()
 
 
 def test_a_model_of_another_family_is_refused() -> None:
