@@ -23,7 +23,9 @@ runpy.run_path(arguments[0], run_name="__main__")
 """
 
 
-@pytest.mark.parametrize(("name", "processes"), [("python_loop", 1), ("trainer", 1), ("trainer", 2), ("fsdp2", 1), ("fsdp2", 2)])
+@pytest.mark.parametrize(
+    ("name", "processes"), [("python_loop", 1), ("trainer", 1), ("trainer", 2), ("fsdp2", 1), ("fsdp2", 2)]
+)
 def test_an_example_trains_and_leaves_an_indexer(
     tmp_path: Path, runs: Any, checkpoint: Path, texts: Path, name: str, processes: int
 ) -> None:
