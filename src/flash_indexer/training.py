@@ -242,7 +242,8 @@ class _Run:
 class _MassWatch:
     """Attention mass in the indexer's top 64 of each layer's last query rows, on the steps where it is on.
 
-    With tensor parallelism the mean over processes is the mean over all heads.
+    The last 128 tokens of each micro-batch, whichever context-parallel processes hold them. With tensor parallelism
+    the mean over processes is the mean over all heads.
     """
 
     def __init__(self, handle: IndexerHandle, processes: Processes) -> None:
@@ -253,14 +254,15 @@ class _MassWatch:
     def _look(self, capture: LayerCapture) -> None:
         if not self.on:
             return
-        rows = slice(-MASS_ROWS, None)
+        parallel = self.processes.parallel
+        rows = capture.key_end > len(capture.q) * parallel.cp - MASS_ROWS  # key_end is a token's position + 1
         names = ("q", "lse", "index_q", "index_weights", "key_start", "key_end")
         part = replace(capture, **{name: getattr(capture, name)[rows].detach() for name in names})
-        parallel = self.processes.parallel
         if (group := parallel.group("cp")) is not None:
             k, index_k = (gather_tokens(x, group, layout=parallel.layout) for x in (part.k, part.index_k))
             part = replace(part, k=k, index_k=index_k)
-        self.sums = self.sums + layer_sums(part, ks=(MASS_K,))
+        if len(part.q):
+            self.sums = self.sums + layer_sums(part, ks=(MASS_K,))
 
     def take(self) -> float | None:
         """Mean mass since the last call, over all processes where it was on; None where no query saw enough keys."""
