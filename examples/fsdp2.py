@@ -31,6 +31,8 @@ if device == "cuda":
 model, tokenizer = load_model(given.model, dtype=default_dtype())
 packed = pack(load_documents(given.data), tokenizer, sequence_length=given.sequence_length, seed=0)
 
+if world == 1:
+    model.to(device)  # nothing to share out: FSDP2 would move it
 shard_model(model, make_parallel(device), fsdp=True)  # before attach: the indexers stay whole on every process
 torch.manual_seed(0)  # and begin with the same weights everywhere
 handle = attach(model)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import re
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ from click.testing import Result
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
+from flash_indexer import training
 from flash_indexer.cli import _parse_layers, app
 from flash_indexer.integration.native import load_native, read_native
 from flash_indexer.run_record import read_metrics
@@ -139,6 +142,32 @@ def test_a_bug_keeps_its_traceback(warmup: Any, monkeypatch: pytest.MonkeyPatch)
 
     monkeypatch.setattr("flash_indexer.training.warm_up", broken)
     assert isinstance(warmup().exception, AttributeError)
+
+
+def test_evaluation_holds_one_model_and_says_where_memory_ends(
+    warmup: Any, texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    alive = []
+    train = training.warm_up
+
+    def trained(*args: Any, **options: Any) -> Any:
+        handle = train(*args, **options)
+        alive.append(weakref.ref(handle.model))
+        return handle
+
+    def load(*args: object) -> None:
+        gc.collect()
+        alive.append(alive[0]() is None)
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nmore")
+
+    monkeypatch.setattr("flash_indexer.training.warm_up", trained)
+    monkeypatch.setattr("flash_indexer.cli._load", load)
+    found = warmup("--fsdp", "--held-out", texts)
+    assert alive[1] is True, "the trained model was held while the whole one was loaded"
+    assert found.exit_code == 1 and isinstance(found.exception, SystemExit), found.output
+    said = plain(found.output)
+    assert "ran out of memory (CUDA out of memory. Tried to allocate 2.00 GiB.)" in said
+    assert f"saved in {tmp_path}/run/checkpoint: run `flash-indexer evaluate --out {tmp_path}/run`" in said
 
 
 def test_error_text_is_not_taken_for_markup(warmup: Any, tmp_path: Path) -> None:

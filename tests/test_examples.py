@@ -23,7 +23,9 @@ runpy.run_path(arguments[0], run_name="__main__")
 """
 
 
-@pytest.mark.parametrize(("name", "processes"), [("python_loop", 1), ("trainer", 1), ("trainer", 2), ("fsdp2", 2)])
+@pytest.mark.parametrize(
+    ("name", "processes"), [("python_loop", 1), ("trainer", 1), ("trainer", 2), ("fsdp2", 1), ("fsdp2", 2)]
+)
 def test_an_example_trains_and_leaves_an_indexer(
     tmp_path: Path, runs: Any, checkpoint: Path, texts: Path, name: str, processes: int
 ) -> None:
@@ -36,6 +38,12 @@ def test_an_example_trains_and_leaves_an_indexer(
     assert "step 12: KL 0." in printed.read_text() or "'train_loss':" in printed.read_text(), printed.read_text()
 
 
+def test_an_odd_number_of_processes_is_refused_by_the_launcher(tmp_path: Path) -> None:
+    command = ["bash", f"{ROOT}/examples/launch.sh", "3", "model", "data", str(tmp_path / "out")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2 and "PROCESSES must be even" in done.stderr and "got 3" in done.stderr
+
+
 def test_torchrun_and_accelerate_launch_the_command_line(tmp_path: Path, checkpoint: Path, texts: Path) -> None:
     folder = Path(sys.executable).parent
     environment = os.environ | dict(PATH=f"{folder}:{os.environ['PATH']}", OMP_NUM_THREADS="1")
@@ -43,6 +51,8 @@ def test_torchrun_and_accelerate_launch_the_command_line(tmp_path: Path, checkpo
     command = ["bash", f"{ROOT}/examples/launch.sh", "2", str(checkpoint), str(texts), str(tmp_path), *options]
     done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr[-3000:]
+    again = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=240)
+    assert again.returncode == 0, again.stderr[-3000:]
     assert done.stdout.count("step 6/6") == 2, done.stdout  # one process speaks
     for name, sequences in (("context-parallel", 2), ("data-parallel", 4)):
         rows = read_metrics(tmp_path / name / "metrics.jsonl")

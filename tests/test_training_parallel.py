@@ -12,7 +12,7 @@ from flash_indexer.run_record import WarmupSettings, read_metrics
 from flash_indexer.training import micro_batches
 
 STEPS = 20
-LONG: dict[str, Any] = dict(sequence_length=320, batch_size=1, steps=1)
+LONG: dict[str, Any] = dict(sequence_length=640, batch_size=1, steps=1)
 FIRST_GRADIENTS = """
 from safetensors.torch import save_file
 from flash_indexer import training
@@ -135,9 +135,11 @@ def test_windows_and_layers_without_indexers_see_all_processes_keys(tmp_path: Pa
     assert_same_training(one, two)
 
 
-@pytest.mark.parametrize("parallel", [dict(cp=2), dict(tp=2)], ids=["cp", "tp"])
+@pytest.mark.parametrize(
+    "parallel", [dict(cp=2), dict(cp=2, layout="contiguous"), dict(tp=2)], ids=["zigzag", "contiguous", "tp"]
+)
 def test_mass_is_that_of_all_heads_and_keys(
-    tmp_path: Path, runs: Any, build: Any, alone_long: Path, long_text: Path, parallel: dict[str, int]
+    tmp_path: Path, runs: Any, build: Any, alone_long: Path, long_text: Path, parallel: dict[str, Any]
 ) -> None:
     settings = build("llama", **LONG, data=str(long_text))
     runs.finish(runs.ranks(2, settings, tmp_path / "run", parallel=parallel))
@@ -169,6 +171,7 @@ def test_a_step_that_cannot_be_shared_out_is_refused(build: Any) -> None:
         ("llama", 2, dict(tp=2)),
         pytest.param("llama", 4, dict(tp=2, fsdp=True), marks=pytest.mark.slow),
         ("llama", 4, dict(cp=2, tp=2)),
+        ("llama", 4, dict(cp=2, tp=2, fsdp=True)),
         ("llama", 4, dict()),
         ("llama", 2, dict(fsdp=True)),
         pytest.param("deepseek_v3", 4, dict(fsdp=True), marks=pytest.mark.slow),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import shutil
 import signal
 import time
 from pathlib import Path
@@ -34,6 +35,18 @@ import time
 from flash_indexer import training
 look = training.read_record
 training.read_record = lambda *args: (time.sleep(1), look(*args))[1]
+"""
+ELSEWHERE = """
+import os
+os.environ.update(environment)
+from flash_indexer import training
+original = training.warm_up
+def caught(settings, _, **options):
+    try:
+        original(settings, {out!r}, **options)
+    except Exception as error:
+        open({out!r} + ".said", "w").write(type(error).__name__ + ": " + str(error))
+training.warm_up = caught
 """
 
 
@@ -99,6 +112,28 @@ def test_killed_at_random_times(tmp_path: Path, runs: Any, tiny_settings: Any, s
         assert len(steps(cut)) >= before - 1, "more than the step under way was lost"
     assert process.exitcode == 0 and kills >= 3, kills
     assert_same_run(whole, cut)
+
+
+@pytest.mark.parametrize("copied", [[], ["run.json"], ["run.json", "checkpoint"]], ids=["none", "record", "other"])
+def test_ranks_that_see_different_folders_are_refused(
+    tmp_path: Path, runs: Any, tiny_settings: Any, copied: list[str]
+) -> None:
+    """Without a shared disk: rank 1 has no record, no checkpoint, or a run of other settings."""
+    outs, settings = [tmp_path / "0", tmp_path / "1"], tiny_settings(batch_size=2, steps=3)
+    runs.finish([runs.start("", settings, outs[0])])
+    outs[1].mkdir()
+    for name in copied:
+        source = outs[0] / name
+        (shutil.copytree if source.is_dir() else shutil.copy)(source, outs[1] / name)
+    if "checkpoint" in copied:
+        record = json.loads((outs[1] / "run.json").read_text())
+        record["settings"]["lr"] *= 2
+        (outs[1] / "run.json").write_text(json.dumps(record))
+    codes = [ELSEWHERE.format(out=str(out)) for out in outs]
+    runs.finish(runs.ranks(2, settings, outs[0], codes=codes))
+    for out in outs:
+        said = out.with_name(f"{out.name}.said").read_text()
+        assert said.startswith("ValueError: warmup: --out must be one folder that all processes see, got "), said
 
 
 @pytest.mark.parametrize("accumulation", [1, 2])

@@ -62,6 +62,8 @@ def warmup(
 ) -> None:
     """Warm up a model's indexers; with a report on held-out text at the end."""
     with _plain_errors():
+        import torch
+
         from flash_indexer.processes import ParallelSettings, is_main_process, leave
         from flash_indexer.run_record import WarmupSettings, read_run
         from flash_indexer.training import held_out_batches, warm_up
@@ -80,9 +82,12 @@ def warmup(
         _print_path("indexer", out / "checkpoint")
         if evaluate_sequences > 0 and (held_out is not None or run["data"] is None):
             batches = held_out_batches(run, held_out, evaluate_sequences)
-            if cp * tp > 1 or fsdp:
-                handle, _, _ = _load(out, None)
-            _judge(handle, batches, out, out / "report", run)
+            with _memory_for_evaluation(out):
+                if cp * tp > 1 or fsdp:
+                    del handle
+                    torch.cuda.empty_cache()
+                    handle, _, _ = _load(out, None)
+                _judge(handle, batches, out, out / "report", run)
 
 
 @app.command()
@@ -323,6 +328,20 @@ def _parse_layers(text: str | None) -> tuple[int, ...] | None:
     except ValueError:
         raise ValueError(f"warmup: --layers must be like 0,1,5-9, got {text!r}") from None
     return tuple(chosen)
+
+
+@contextmanager
+def _memory_for_evaluation(out: Path) -> Iterator[None]:
+    """The training is over and saved: that the whole model does not fit beside its evaluation must not hide it."""
+    import torch
+
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise ValueError(
+            f"warmup: the evaluation ran out of memory ({str(error).partition(chr(10))[0]}); the indexer is trained "
+            f"and saved in {out / 'checkpoint'}: run `flash-indexer evaluate --out {out}` where the whole model fits"
+        ) from error
 
 
 @contextmanager

@@ -82,6 +82,22 @@ class Processes:
         """Returns when all processes have called it."""
         all_sum(torch.zeros(1, device=self.device), timeout=self.settings.timeout)
 
+    def agree(self, out: Path, found: int) -> None:
+        """Returns when all processes have called it with the same number, what they found in `out`.
+
+        Raises:
+            ValueError: in every process, where one found another number.
+        """
+        each = torch.zeros(self.count, dtype=torch.int64, device=self.device)
+        each[self.rank] = found
+        each = all_sum(each, timeout=self.settings.timeout)
+        if bool((each != each[0]).any()):
+            other = int((each != each[0]).nonzero()[0])
+            raise ValueError(
+                f"warmup: --out must be one folder that all processes see, got {out}, where process {other} found "
+                "another run, or another step of it, than process 0; use a shared disk"
+            )
+
     def check_length(self, sequence_length: int) -> None:
         """Raises ValueError where cp processes can't take equal parts of a sequence."""
         cp, layout = self.parallel.cp, self.parallel.layout

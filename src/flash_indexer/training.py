@@ -14,6 +14,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
+from zlib import crc32
 
 import torch
 from rich.console import Console
@@ -60,7 +61,8 @@ def warm_up(
         The handle with the trained indexers attached.
 
     Raises:
-        ValueError, FileNotFoundError: for unusable settings, data or checkpoints.
+        ValueError, FileNotFoundError: for unusable settings, data or checkpoints, and where `out` is not one folder
+            that all processes see.
         FloatingPointError: a loss is not finite; names layer and step. The last checkpoint stays.
         ConnectionError: another process died or did not answer in time. The last checkpoint stays.
         RuntimeError: the frozen model changed or got gradients.
@@ -72,11 +74,12 @@ def warm_up(
     if record is not None:
         settings = settings_from(record["settings"])
     processes = Processes(parallel)
-    processes.check_length(settings.sequence_length)
     if settings.dtype == "auto":
         settings = replace(settings, dtype=str(default_dtype()).removeprefix("torch."))
     console = (console or Console()) if processes.is_main else Console(quiet=True)
     with processes.telling(out / CHECKPOINT):
+        processes.agree(out, -1 if record is None else crc32(json.dumps(record, sort_keys=True).encode()))
+        processes.check_length(settings.sequence_length)
         return _warm_up(settings, out, record, console, processes)
 
 
@@ -115,7 +118,6 @@ def _warm_up(
     data = pack(documents, tokenizer, **packing, max_sequences=steps * per_step, progress=processes.is_main)
     found = dict(base_fingerprint=before, data_fingerprint=data.fingerprint)
     if record is None:
-        processes.wait()  # until every rank has seen that no run was here
         out.mkdir(parents=True, exist_ok=True)
         if processes.is_main:
             facts = dict(steps=steps, sequences_per_step=per_step, torch=torch.__version__, **found)
@@ -150,6 +152,7 @@ class _Run:
         done = 0
         if (self.out / CHECKPOINT).exists() or (self.out / f".{CHECKPOINT}.old").exists():
             done = load_checkpoint(self.out / CHECKPOINT, handle, optimizer, base_fingerprint=self.base_fingerprint)
+        self.processes.agree(self.out, done)
         main = self.processes.is_main
         if main:
             keep_rows(self.out / METRICS_FILE, done)
@@ -239,7 +242,8 @@ class _Run:
 class _MassWatch:
     """Attention mass in the indexer's top 64 of each layer's last query rows, on the steps where it is on.
 
-    With tensor parallelism the mean over processes is the mean over all heads.
+    The last 128 tokens of each micro-batch, whichever context-parallel processes hold them. With tensor parallelism
+    the mean over processes is the mean over all heads.
     """
 
     def __init__(self, handle: IndexerHandle, processes: Processes) -> None:
@@ -250,14 +254,15 @@ class _MassWatch:
     def _look(self, capture: LayerCapture) -> None:
         if not self.on:
             return
-        rows = slice(-MASS_ROWS, None)
+        parallel = self.processes.parallel
+        rows = capture.key_end > len(capture.q) * parallel.cp - MASS_ROWS  # key_end is a token's position + 1
         names = ("q", "lse", "index_q", "index_weights", "key_start", "key_end")
         part = replace(capture, **{name: getattr(capture, name)[rows].detach() for name in names})
-        parallel = self.processes.parallel
         if (group := parallel.group("cp")) is not None:
             k, index_k = (gather_tokens(x, group, layout=parallel.layout) for x in (part.k, part.index_k))
             part = replace(part, k=k, index_k=index_k)
-        self.sums = self.sums + layer_sums(part, ks=(MASS_K,))
+        if len(part.q):
+            self.sums = self.sums + layer_sums(part, ks=(MASS_K,))
 
     def take(self) -> float | None:
         """Mean mass since the last call, over all processes where it was on; None where no query saw enough keys."""

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from flash_indexer.distributed.mesh import Parallel
@@ -88,6 +89,23 @@ def test_heads_that_tp_does_not_divide_are_refused(tiny: Tiny) -> None:
         shard_model(tiny("deepseek_v3"), Parallel(tp=3), fsdp=False)
 
 
+def test_fsdp_with_nothing_left_to_share_out_is_refused(tiny: Tiny) -> None:
+    with pytest.raises(ValueError, match=r"fsdp shares parameters out over dp \* cp processes, got 1 with tp=2; start"):
+        shard_model(tiny("llama"), Parallel(tp=2), fsdp=True)
+
+
+def test_fsdp_beside_tp_shares_out_over_the_processes_of_a_sequence(tmp_path: Path, runs: Any) -> None:
+    model = LlamaForCausalLM(LlamaConfig(**SIZES, num_key_value_heads=2))
+    model.save_pretrained(tmp_path / "model")
+    names = dict(path=str(tmp_path / "model"), sizes=dict(cp=2, tp=2), fsdp=True)
+    runs.finish(runs.ranks(4, None, tmp_path / "rank", codes=[SHARD] * 4, **names))
+    found = [json.loads((tmp_path / f"rank.{rank}").read_text()) for rank in range(4)]
+    assert all(rank["error"] < 1e-5 and rank["same"] and rank["changed"] and rank["equal"] for rank in found)
+    for name, parameter in model.named_parameters():
+        copies = 1 if any(part in name for part in ("q_proj", "k_proj", "v_proj", "o_proj", "mlp")) else 2
+        assert sum(rank["local"][name] for rank in found) == copies * parameter.numel(), name
+
+
 def test_captures_and_targets_that_are_not_whole_are_refused(tiny: Tiny) -> None:
     with pytest.raises(ValueError, match='target="per_head" has no sum over heads to share out, got tp=2; use cp'):
         attach(tiny("llama"), num_heads=6, target="per_head", parallel=Parallel(tp=2))
@@ -97,6 +115,25 @@ def test_captures_and_targets_that_are_not_whole_are_refused(tiny: Tiny) -> None
         handle.using(lambda capture: None),
     ):
         pass
+
+
+def test_a_part_of_a_sequence_needs_its_positions(tiny: Tiny) -> None:
+    handle = attach(tiny("llama"), num_heads=2, head_dim=32, parallel=Parallel(cp=2))
+    with pytest.raises(ValueError, match="with cp=2 the forward needs position_ids, got None; pass this process"):
+        handle.decoder(input_ids=torch.arange(8)[None], use_cache=False)
+
+
+@pytest.mark.parametrize(
+    "rope",
+    [dict(rope_type="dynamic", factor=2.0), dict(rope_type="longrope", short_factor=[1.0] * 4, long_factor=[2.0] * 4)],
+    ids=["dynamic", "longrope"],
+)
+def test_rope_that_depends_on_the_longest_position_is_refused_over_parts(tiny: Tiny, rope: dict[str, Any]) -> None:
+    parameters = dict(rope_theta=10000.0, original_max_position_embeddings=32, **rope)
+    model = tiny("llama", rope_parameters=parameters)
+    with pytest.raises(ValueError, match=f'same for all positions with cp=2, got "{rope["rope_type"]}"'):
+        attach(model, num_heads=2, head_dim=16, rope_dim=8, parallel=Parallel(cp=2))
+    attach(model, num_heads=2, head_dim=16, rope_dim=8).remove()
 
 
 def test_a_model_of_another_family_is_refused() -> None:

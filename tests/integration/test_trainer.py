@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import TrainingArguments
+from transformers import TrainerCallback, TrainerState, TrainingArguments
 
 from flash_indexer.data import PackedDataset, load_documents, pack
 from flash_indexer.distributed.mesh import Parallel
@@ -124,6 +124,20 @@ def test_evaluation_leaves_no_gradient(tmp_path: Path, checkpoint: Path, data: P
         )
     assert found["eval_loss"] == pytest.approx(float(sum(x.kl for x in handle.losses().values()) / 3), rel=1e-5)
     assert all(parameter.grad is None for parameter in handle.indexers.parameters())
+
+
+def test_a_loss_that_is_not_finite_ends_the_training(tmp_path: Path, checkpoint: Path, data: PackedDataset) -> None:
+    handle = handle_of(checkpoint)
+
+    class Break(TrainerCallback):
+        def on_step_end(self, args: TrainingArguments, state: TrainerState, *more: Any, **_: Any) -> None:
+            if state.global_step == 2:
+                handle.indexers["1"].weights_proj.weight.data.fill_(float("nan"))
+
+    arguments = TrainingArguments(str(tmp_path), **OPTIONS, save_strategy="no")
+    trainer = IndexerTrainer(handle, args=arguments, train_dataset=data, callbacks=[Break()])
+    with pytest.raises(FloatingPointError, match="the loss of layer 1 is nan at step 3; resume from"):
+        trainer.train()
 
 
 def test_what_it_cannot_do_it_says(tmp_path: Path, checkpoint: Path, data: PackedDataset) -> None:

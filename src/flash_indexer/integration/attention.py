@@ -38,6 +38,22 @@ class Packing:
         return self._visible[window]
 
 
+def batch_positions(position_ids: Tensor | None, tokens: Tensor, parallel: Parallel = _ALONE) -> Tensor:
+    """position_ids as [B, L], the shape of `tokens`; None means 0, 1, ... in each row.
+
+    Raises:
+        ValueError: None with context parallelism, where this process's tokens are not the first ones.
+    """
+    if position_ids is None:
+        if parallel.cp > 1:
+            raise ValueError(
+                f"attach: with cp={parallel.cp} the forward needs position_ids, got None; pass this process's part of "
+                "the batch's position_ids, at context_positions(tokens, cp, cp_rank, layout=...)"
+            )
+        position_ids = torch.arange(tokens.shape[1], device=tokens.device)[None]
+    return position_ids.expand(tokens.shape[:2])
+
+
 def packing(position_ids: Tensor, parallel: Parallel = _ALONE) -> Packing:
     """Documents of a batch: position_ids [B, L] restart wherever one begins; every row begins one.
 

@@ -25,6 +25,21 @@ def is_attachable(module: object) -> bool:
     )
 
 
+def check_rope(config: Any, cp: int) -> None:
+    """Raises ValueError where rope's frequencies depend on the positions that a process sees, and it sees only a part.
+
+    Source: `dynamic_rope_update` in transformers.modeling_rope_utils: "dynamic" and "longrope" read max(position_ids).
+    """
+    parameters = getattr(config, "rope_parameters", None) or {}
+    kinds = [parameters.get("rope_type"), *(x.get("rope_type") for x in parameters.values() if isinstance(x, dict))]
+    for kind in kinds:
+        if cp > 1 and kind is not None and ("dynamic" in kind or kind == "longrope"):
+            raise ValueError(
+                f"attach: rope_type must be one whose frequencies are the same for all positions with cp={cp}, got "
+                f'"{kind}", which reads the longest position of each process\'s part; use cp=1'
+            )
+
+
 def resized_rotary(decoder: Any, config: Any, rope_dim: int) -> nn.Module:
     """The model's rotary embedding with rope_dim dims."""
     resized = copy.deepcopy(config)

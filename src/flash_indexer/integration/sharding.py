@@ -22,16 +22,22 @@ def shard_model(model: PreTrainedModel, parallel: Parallel, *, fsdp: bool) -> No
     """Shares a frozen model's parameters out, in place, before `attach`. Every process calls it on the same weights.
 
     tp > 1: attention heads and the columns of dense MLPs over the tp processes; experts stay whole.
-    fsdp: each decoder layer, and what is left, over all processes (with tp > 1: over the dp processes). A layer's
-    parameters are gathered for its forward alone. CPU weights move to their GPU layer by layer.
+    fsdp: each decoder layer, and what is left, over all processes (with tp > 1: over the dp · cp processes with
+    its heads). A layer's parameters are gathered for its forward alone. CPU weights move to their GPU layer by layer.
 
     Raises:
-        ValueError: the heads can't be divided by tp, or the model is of no family that `attach` knows.
+        ValueError: the heads can't be divided by tp, tp leaves fsdp no processes to share parameters out over, or the
+            model is of no family that `attach` knows.
     """
     decoder: Any = find_decoder(model)
     blocks = list(getattr(decoder, "layers", None) or [])
     if not blocks or not all(is_attachable(getattr(block, "self_attn", None)) for block in blocks):
         raise ValueError(f"shard_model: model must be one of the {FAMILIES}; got {type(model).__name__}")
+    if fsdp and parallel.tp == parallel.world > 1:
+        raise ValueError(
+            f"shard_model: fsdp shares parameters out over dp * cp processes, got 1 with tp={parallel.tp}; start more "
+            "processes, or leave fsdp out"
+        )
     if parallel.tp > 1:
         config = model.config.get_text_config()
         _check_heads(config, parallel.tp)
@@ -41,8 +47,13 @@ def shard_model(model: PreTrainedModel, parallel: Parallel, *, fsdp: bool) -> No
     if fsdp and parallel.mesh is not None:
         everyone: Any = dist.group.WORLD
         alone = parallel.tp == 1
-        mesh = DeviceMesh.from_group(everyone, parallel.mesh.device_type) if alone else parallel.mesh["dp"]
+        mesh = DeviceMesh.from_group(everyone, parallel.mesh.device_type) if alone else _beside_tp(parallel.mesh)
         _fully_shard(model, decoder, blocks, mesh)
+
+
+def _beside_tp(mesh: DeviceMesh) -> DeviceMesh:
+    """The processes with this one's heads: a part of the mesh that tp is a part of, as FSDP2 requires."""
+    return mesh["dp", "cp"]._flatten("dp_cp")
 
 
 def _check_heads(config: Any, tp: int) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterator
 from typing import Any
@@ -72,16 +73,20 @@ class IndexerTrainer(Trainer):
 
         Returns:
             this micro-batch's part of the step's loss, detached; the Trainer adds them and averages over processes.
+
+        Raises:
+            FloatingPointError: a layer's loss is not finite in some process; names layer and step, in all of them.
         """
         tokens = inputs["input_ids"].numel()
         total = float(tokens * self.args.world_size if num_items_in_batch is None else num_items_in_batch)
         self.handle.token_weight = 1 / total
         self.handle.indexers.train()
-        loss = self._forward(inputs)
+        kl = self._forward(inputs)
+        self._check_finite(all_sum(kl.clone()))
         if self.accelerator.sync_gradients:
             sum_gradients(self.handle.indexers.parameters())
         share: float = tokens * self.args.world_size / total
-        return loss * share
+        return kl.mean() * share
 
     def prediction_step(
         self,
@@ -92,15 +97,26 @@ class IndexerTrainer(Trainer):
     ) -> tuple[Tensor, None, None]:
         """The loss of an evaluation batch, without gradients."""
         self.handle.indexers.train(False)
-        return self._forward(inputs), None, None
+        return self._forward(inputs).mean(), None, None
+
+    def _check_finite(self, kl: Tensor) -> None:
+        """The Trainer's own logs pass over a loss that is not finite (logging_nan_inf_filter)."""
+        for layer, value in zip(sorted(self.handle.losses()), kl.tolist(), strict=True):
+            if not math.isfinite(value):
+                raise FloatingPointError(
+                    f"IndexerTrainer: the loss of layer {layer} is {value} at step {self.state.global_step + 1}; "
+                    "resume from an earlier checkpoint with a smaller learning_rate or max_grad_norm, and check the "
+                    "model's weights for NaN"
+                )
 
     def _forward(self, inputs: dict[str, Any]) -> Tensor:
+        """Mean KL of each layer, ascending: [layers]."""
         self.handle.model.train(False)
         inputs = self._prepare_inputs(inputs)
         known = {name: inputs[name] for name in ("input_ids", "position_ids", "attention_mask") if name in inputs}
         with torch.no_grad():
             self.handle.decoder(**known, use_cache=False)
-        return torch.stack([loss.kl for loss in self.handle.losses().values()]).mean()
+        return torch.stack([loss.kl for _, loss in sorted(self.handle.losses().items())])
 
     def _wrap_model(self, model: nn.Module, training: bool = True, dataloader: Any = None) -> nn.Module:
         """What the Trainer zeroes, clips and steps is the indexers; as a module of its own, nothing wraps it in DDP."""

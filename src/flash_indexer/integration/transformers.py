@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
 from flash_indexer.distributed.mesh import Parallel
-from flash_indexer.integration.attention import Packing, at_least_float32, causal_attention, packing
-from flash_indexer.integration.families import FAMILIES, find_decoder, is_attachable, resized_rotary
+from flash_indexer.integration.attention import Packing, at_least_float32, batch_positions, causal_attention, packing
+from flash_indexer.integration.families import FAMILIES, check_rope, find_decoder, is_attachable, resized_rotary
 from flash_indexer.integration.loss import layer_kl
 from flash_indexer.modules import LightningIndexer
 
@@ -163,10 +163,8 @@ class IndexerHandle:
         tokens = kwargs.get("inputs_embeds") if tokens is None else tokens
         if tokens is None:
             raise ValueError("attach: the decoder needs input_ids or inputs_embeds")
-        positions = kwargs.get("position_ids")
-        if positions is None:
-            positions = torch.arange(tokens.shape[1], device=tokens.device)[None]
-        self._packing = packing(positions.expand(tokens.shape[:2]), self.parallel)
+        positions = batch_positions(kwargs.get("position_ids"), tokens, self.parallel)
+        self._packing = packing(positions, self.parallel)
         self._losses, self._seen = {}, set()
 
     def _end(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
@@ -252,7 +250,7 @@ def attach(
             part of input_ids and position_ids (`context_positions` of the flattened batch); with tp > 1 it is sharded.
 
     Raises:
-        ValueError: for a family that can't be attached, layers that don't exist, or sizes that don't fit.
+        ValueError: a family or rope that can't be attached, layers that don't exist, or sizes that don't fit.
     """
     decoder = find_decoder(model)
     blocks = getattr(decoder, "layers", None)
@@ -273,6 +271,7 @@ def attach(
             f"attach: attention with softcap is not supported, got {type(model).__name__} with "
             f"attn_logit_softcapping={config.attn_logit_softcapping}; attachable are {FAMILIES}"
         )
+    check_rope(config, 1 if parallel is None else parallel.cp)
     mla = hasattr(attentions[0], "kv_b_proj")
     rank = getattr(config, "q_lora_rank", None) if mla else None
     if mla:
