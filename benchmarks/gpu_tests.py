@@ -51,6 +51,7 @@ def main() -> None:
     record = {
         **environment(arguments.commit),
         "trees": dict(zip(("src", "tests"), arguments.trees or trees(), strict=True)),
+        "gpus": torch.cuda.device_count(),
         "arguments": for_pytest,
         **counts,
         "sanitizers": verdicts,
