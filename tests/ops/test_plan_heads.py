@@ -13,6 +13,7 @@ from flash_indexer.ops.plan_heads import (
     gradient_items,
     key_items,
     latent_rows,
+    part_counts,
     row_items,
 )
 
@@ -144,3 +145,34 @@ def test_contents_are_checked():
     start, end = packed(10)
     with pytest.raises(ValueError, match="key_end"):
         attention_items(start, end, 9, Tiles(1, 2, 128, 4))
+
+
+@EACH
+@TOKENS
+def test_no_row_sees_more_of_the_first_tile_than_it_says(layout, tokens):
+    """And where the last row sees anything, it sees its last key there: what is visited beyond is in vain."""
+    start, end, num_keys = LAYOUTS[layout]
+    seen = visible(start, end, num_keys)
+    for token, _, first, _, _, _, count, _ in row_items(start, end, Tiles(1, tokens, 96, 4)).tolist():
+        keys = seen[token : token + tokens].any(0).nonzero().flatten()
+        last = min(token + tokens, start.shape[0]) - 1
+        if keys.numel():
+            assert int(keys[-1]) + 1 <= first + count <= first + 96
+        if seen[last].any():
+            assert first + count == end[last]
+
+
+def test_parts_end_together_and_keep_to_their_slots():
+    runs = torch.arange(40, 1080, 16)
+    for limit in (10, 200, 2000):
+        parts = part_counts(runs, limit, 132)
+        assert (parts >= 1).all() and int((parts - 1).sum()) <= limit
+    items, _, slots = key_items(*packed(2035, 2037, 2031, 2040), 8143, 2, 2048, 132)
+    load = torch.zeros(132).index_add_(0, torch.arange(items.shape[0]) % 132, (items[:, 2] - items[:, 1]).float() + 1.5)
+    assert load.max() <= 1.03 * load.mean() and slots < 1000
+
+
+def test_the_last_rounds_even_out_what_the_first_left():
+    items = row_items(*packed(2035, 2037, 2031, 2040), Tiles(1, 2, 128, 132))
+    load = torch.zeros(132).index_add_(0, torch.arange(items.shape[0]) % 132, items[:, 3].float() + 1)
+    assert load.max() <= 1.01 * load.mean()
