@@ -31,6 +31,24 @@ def wrapper(*args, **options):
     return function(*args, **options)
 owner.{name} = wrapper
 """
+STUCK = """
+import time
+from flash_indexer import training
+from flash_indexer.distributed.heartbeat import Heartbeat
+Heartbeat.GRACE = 1.0
+function, left = training.forward, [6]
+def wrapper(*args, **options):
+    left[0] -= 1
+    return function(*args, **options) if left[0] else time.sleep(600)
+training.forward = wrapper
+"""
+ENDLESS_END = """
+try:
+    main()
+finally:
+    import time
+    time.sleep(600)
+"""
 TIMEOUT = 4.0
 KILLED = -signal.SIGKILL
 
@@ -87,17 +105,36 @@ def test_when_one_process_dies_the_others_say_so_and_the_run_goes_on(
 def test_when_one_process_hangs_the_other_ends_within_the_timeout(
     tmp_path: Path, runs: Any, checkpoint: Path, texts: Path
 ) -> None:
+    """Even where the interpreter cannot end, as when NCCL does not let its group be taken down."""
     out = tmp_path / "run"
     stop = SIGNAL_SELF.format(owner="flash_indexer.training", name="forward", call=3, signal="SIGSTOP")
-    codes = [COMMAND + "main()", COMMAND + stop + "main()"]
+    codes = [COMMAND + ENDLESS_END, COMMAND + stop + "main()"]
     first, hanging = runs.ranks(2, None, out, codes=codes, arguments=command(checkpoint, texts, out))
     try:
         first.join(TIMEOUT + 30)
         assert first.exitcode == 1
     finally:
         hanging.kill()
+        first.kill()
     said = Path(f"{out}.0").read_text()
     assert "or did not answer for 4 s" in said and "no checkpoint was written" in said, said
+
+
+def test_when_one_process_dies_the_other_ends_though_its_main_thread_is_stuck(
+    tmp_path: Path, runs: Any, checkpoint: Path, texts: Path
+) -> None:
+    """As in a CUDA synchronisation behind an operation of NCCL that never ends."""
+    out, die = tmp_path / "run", dict(owner="flash_indexer.training", name="forward", call=6, signal="SIGKILL")
+    codes = [COMMAND + STUCK + "main()", COMMAND + SIGNAL_SELF.format(**die) + "main()"]
+    first, dying = runs.ranks(2, None, out, codes=codes, arguments=command(checkpoint, texts, out))
+    dying.join(60)
+    first.join(TIMEOUT + 3 + 1 + 3)  # three intervals of a second, the grace, and what a busy machine takes
+    ended = first.exitcode, dying.exitcode
+    first.kill()
+    assert ended == (1, KILLED)
+    said = Path(f"{out}.0").read_text()
+    assert "error warmup: process 0 of 2 lost contact with another process" in said, said
+    assert "(no sign of life from process 1); the checkpoint in" in said and "--resume" in said, said
 
 
 def test_a_process_that_never_came_is_told(tmp_path: Path, runs: Any, checkpoint: Path, texts: Path) -> None:

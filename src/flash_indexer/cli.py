@@ -13,6 +13,8 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
+from flash_indexer.progress import print_error
+
 app = typer.Typer(
     no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
     help="Train and judge lightning indexers (DeepSeek Sparse Attention) for dense models.",
@@ -350,5 +352,9 @@ def _plain_errors() -> Iterator[None]:
     try:
         yield
     except (ValueError, OSError, ArithmeticError) as error:
-        Console(stderr=True).print(f"[bold red]error[/bold red] {escape(str(error))}", highlight=False, soft_wrap=True)
+        print_error(error)
+        if isinstance(error, ConnectionError):
+            from flash_indexer.processes import end_if_shared
+
+            end_if_shared(1)
         raise typer.Exit(1) from error

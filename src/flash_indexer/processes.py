@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
+from typing import NoReturn
 
 import torch
 import torch.distributed as dist
@@ -16,8 +20,10 @@ from torch import Tensor
 
 from flash_indexer.distributed.context_parallel import LAYOUTS, context_positions
 from flash_indexer.distributed.gradients import all_sum
+from flash_indexer.distributed.heartbeat import Heartbeat
 from flash_indexer.distributed.mesh import Parallel, make_parallel
 from flash_indexer.integration.atomic import readable_directory
+from flash_indexer.progress import print_error
 
 
 @dataclass(frozen=True)
@@ -119,25 +125,39 @@ class Processes:
 
     @contextmanager
     def telling(self, checkpoint: Path) -> Iterator[None]:
-        """Turns the failure of a collective operation into one message for a person.
+        """Turns the loss of another process into one message for a person. At its end all processes wait for all.
 
-        Gloo fails at once when a process dies, and after the timeout when one hangs; NCCL after the timeout.
+        Gloo fails at once when a process dies, and after the timeout when one hangs. NCCL may let this process wait on
+        its GPU for ever, where nothing can be raised: after the timeout, and a grace, the message is then printed
+        and the process ends with exit code 1.
 
         Raises:
             ConnectionError: names the process, what happened, the checkpoint and how to go on.
         """
         try:
-            yield
+            with Heartbeat(self.settings.timeout, partial(self._end, checkpoint)) if self.count > 1 else nullcontext():
+                yield
+                self.wait()
         except RuntimeError as error:
             if not _is_lost_contact(error):
                 raise
-            written = readable_directory(checkpoint).exists()
-            saved = f"the checkpoint in {checkpoint} is intact" if written else "no checkpoint was written"
-            raise ConnectionError(
-                f"warmup: process {self.rank} of {self.count} lost contact with another process, which died or did not "
-                f"answer for {self.settings.timeout:g} s ({_first_line(error)}); {saved}: look for the first error of "
-                "all processes, then start again with --resume, with as many processes or another number"
-            ) from error
+            raise self._lost_contact(checkpoint, _first_line(error)) from error
+
+    def _lost_contact(self, checkpoint: Path, reason: str) -> ConnectionError:
+        written = readable_directory(checkpoint).exists()
+        saved = f"the checkpoint in {checkpoint} is intact" if written else "no checkpoint was written"
+        return ConnectionError(
+            f"warmup: process {self.rank} of {self.count} lost contact with another process, which died or did not "
+            f"answer for {self.settings.timeout:g} s ({reason}); {saved}: look for the first error of all processes, "
+            "then start again with --resume, with as many processes or another number"
+        )
+
+    def _end(self, checkpoint: Path, reason: str) -> NoReturn:
+        """From a thread, while the main thread is stuck, perhaps with the lock of stdout in hand."""
+        try:
+            print_error(self._lost_contact(checkpoint, reason))
+        finally:
+            os._exit(1)
 
 
 def is_main_process() -> bool:
@@ -149,6 +169,15 @@ def leave() -> None:
     """Takes this process out of the group, if it is in one, so that it can end without a warning."""
     if dist.is_initialized():
         PartialState().destroy_process_group()
+
+
+def end_if_shared(code: int) -> None:
+    """Ends this process at once if others belong to its group: the orderly end of NCCL can hang where one is gone."""
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        for stream in (sys.stdout, sys.stderr):
+            with suppress(OSError, ValueError):  # closed
+                stream.flush()
+        os._exit(code)
 
 
 def _first_line(error: Exception) -> str:

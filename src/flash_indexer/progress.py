@@ -1,4 +1,4 @@
-"""The training progress bar."""
+"""What a person sees of a run: the progress bar, and the error that ended it."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from types import TracebackType
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 
@@ -39,3 +40,10 @@ class StepProgress:
         self._bar.update(self._task, completed=row["step"], description=text)
         if not self._quiet and not self._console.is_terminal and (row["step"] % 10 == 0 or row["step"] == self._steps):
             self._console.print(f"step {row['step']}/{self._steps}  {text}  {row['seconds']:.0f} s", highlight=False)
+
+
+def print_error(error: Exception) -> None:
+    """The message alone, on stderr; with the cursor, which a bar that nobody stopped leaves hidden."""
+    console = Console(stderr=True)
+    console.show_cursor()
+    console.print(f"[bold red]error[/bold red] {escape(str(error))}", highlight=False, soft_wrap=True)

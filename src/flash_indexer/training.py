@@ -64,7 +64,8 @@ def warm_up(
         ValueError, FileNotFoundError: for unusable settings, data or checkpoints, and where `out` is not one folder
             that all processes see.
         FloatingPointError: a loss is not finite; names layer and step. The last checkpoint stays.
-        ConnectionError: another process died or did not answer in time. The last checkpoint stays.
+        ConnectionError: another process died or did not answer in time. The last checkpoint stays. A process that is
+            stuck waiting for its GPU can't raise it: it prints the message and ends with exit code 1.
         RuntimeError: the frozen model changed or got gradients.
 
     Source: DeepSeek-V3.2-Exp technical report (2025), section 2.1: lr 1e-3, main model frozen, dense attention.
