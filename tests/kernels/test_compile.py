@@ -34,7 +34,7 @@ def products(name: str, static: dict[str, int]) -> int:
     if name in ("gradients_query", "gradients_key"):
         return 4 * (static["E"] + 128) // 16
     if name == "attention":  # logits before all items, of masked and whole tiles, beside the last; values but before
-        return 4 * (static["D"] + static["E"]) // 16 + 3 * static["BN"] // 16
+        return 4 * (static["D"] + static["E"]) // 16 + (3 * static["BN"] // 16 if static["V"] else 0)
     if name == "attention_mla":
         return 3 * (36 + 4 + 4)
     if name in ("head_gradients_query", "head_gradients_key"):

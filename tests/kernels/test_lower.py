@@ -23,6 +23,8 @@ STREAMED = [
     ("attention", dict(D=128, V=128, E=64, HG=64, **tiles.attention(128, 128, 64, 64))),
     ("attention", dict(D=64, V=64, E=0, HG=3, **tiles.attention(64, 64, 0, 3))),
     ("attention", dict(D=256, V=256, E=64, HG=8, **tiles.attention(256, 256, 64, 8))),
+    ("attention", dict(D=128, V=0, E=64, HG=64, **tiles.attention(128, 0, 64, 64))),
+    ("attention", dict(D=256, V=0, E=64, HG=5, **tiles.attention(256, 0, 64, 5))),
     ("attention_mla", dict()),
     ("head_gradients_query", dict(D=128, E=64, HG=64, **tiles.head_gradients_query(128, 64))),
     ("head_gradients_query", dict(D=128, E=128, HG=1, **tiles.head_gradients_query(128, 128))),
@@ -45,7 +47,7 @@ def title(value: object) -> str:
 def barriers(name: str, static: dict[str, int]) -> int:
     """A full and an empty one for each slot of the rings."""
     if name == "attention":
-        return 2 * (static["QS"] + 2 + 2)
+        return 2 * (static["QS"] + 2 + 2)  # without values, theirs stay unused
     if name == "attention_mla":
         return 2 + 18 + 4 + 2  # queries; panels of two key tiles, handed back in halves; P of either warpgroup
     if name.startswith("head_gradients"):
@@ -65,7 +67,8 @@ def test_tensor_cores_are_fed_by_the_copy_engine(name, static, source):
     body = text[text.index("__global__") :]
     assert "tl::tma_load(" in body
     if name == "attention":  # by calls of wgmma.cuh: logits before the items, in both kinds of steps and of their ends
-        assert body.count("at_logits<") >= 4 and body.count("at_values<") >= 3 and "wgmma_ss<" in text
+        assert body.count("at_logits<") >= 4 and "wgmma_ss<" in text
+        assert body.count("at_values<") >= 3 if static["V"] else "at_values<" not in body
     else:
         assert "tl::wgmma_ss<" in body
     assert len(re.findall(r"\.init\(\d+\);", body)) == barriers(name, static)
@@ -76,6 +79,19 @@ def test_tensor_cores_are_fed_by_the_copy_engine(name, static, source):
     assert len(re.findall(r"tl::warpgroup_reg_(?:alloc|dealloc)<", body)) == (3 if name == "attention_mla" else 2)
     assert "__launch_bounds__(384, 1)" in text
     assert "wait_wgmma<" in body and "mma_sync" not in body
+
+
+@pytest.mark.parametrize("V", [0, 128])
+def test_without_values_the_output_is_the_entropy(V, source):
+    """And no value is copied, packed or stored; with values nothing of the entropy is computed."""
+    text = source("attention", D=128, V=V, E=64, HG=64, **tiles.attention(128, V, 64, 64))
+    body = text[text.index('extern "C" __global__') :]
+    entropy = int(V == 0)
+    assert f"at_finish<64, 64, {entropy}>" in body and f"at_finish<64, 64, {1 - entropy}>" not in body
+    assert f"at_softmax<64, 64, {entropy}, true>" in body or f"at_softmax<48, 64, {entropy}, true>" in body
+    for mark in ("VAL_desc", "at_pack<", "at_scale<", "tl::tma_store("):
+        assert (mark in body) == (V > 0), mark
+    assert ("float* __restrict__ OUT" in body) == (V == 0)
 
 
 @pytest.mark.parametrize("name, static", STREAMED + ROWWISE, ids=title)

@@ -13,7 +13,7 @@ PROBLEMS = [
     (kernel, shape | widths)
     for sizes in HEAD_CLASSES
     for kernel, shape in heads.shapes(*sizes).items()
-    for widths in ([{}, {"E": 0}] if kernel == "attention" else [{}])
+    for widths in ([{}, {"E": 0}, {"V": 0}] if kernel == "attention" else [{}])
 ]
 TUNED, RAGGED = ([problem for problem in PROBLEMS if problem[1]["HG"] == count] for count in (64, 12))
 
@@ -28,7 +28,7 @@ EACH = pytest.mark.parametrize("kernel, shape", PROBLEMS, ids=title)
 def shared_bytes(kernel, D, E, HG, V=0, BN=0, QS=0, TMA_STORE=0, N=0, XS=0, Y2S=0):
     """What the builders allocate, in bytes, without barriers."""
     if kernel == "attention":
-        return 2 * (QS * 128 * (D + E) + 2 * BN * (D + E + V)) + QS * 4 * 520 + 4 * 1024
+        return 2 * (QS * 128 * (D + E) + 2 * BN * (D + E + V)) + QS * 4 * 520 + 4 * (1024 if V else 1536)
     numbers = 4 * Y2S * 6 * N if kernel == "head_gradients_key" else 0
     return 2 * (XS * 128 * (D + E) + 2 * N * D + Y2S * N * E) + numbers + 4 * XS * 8
 
@@ -51,7 +51,7 @@ def test_candidates_fit(kernel, shape):
         if kernel == "head_gradients_key":
             assert keys in (64, 128) and shape["HG"] <= keys
         if sizes.get("TMA_STORE"):
-            assert shape["V"] <= shape["D"] and sizes["QS"] == 2 and 128 % shape["HG"] == 0
+            assert 0 < shape["V"] <= shape["D"] and sizes["QS"] == 2 and 128 % shape["HG"] == 0
 
 
 def test_there_is_a_choice():

@@ -39,11 +39,28 @@ def test_given_sizes_come_before_those_of_the_gpu(gpu):
 def test_what_is_prepared_is_what_is_launched(gpu, monkeypatch):
     prepared = {}
     monkeypatch.setattr(kernels, "prepare", lambda *wanted: prepared.update({name: dict(x) for name, x in wanted}))
-    q, k, v = torch.empty(5, 64, 100), torch.empty(5, 1, 100), torch.empty(5, 1, 128)
-    heads.prepare(q, k, v, 64)
+    q, k = torch.empty(5, 64, 100), torch.empty(5, 1, 100)
+    heads.prepare(q, k, 128, 64)
     assert prepared == {
         "attention": dict(D=128, V=128, E=64, HG=64, **tiles.attention(128, 128, 64, 64)),
         "head_gradients_query": SHAPE | WINNER,
         "head_gradients_key": SHAPE | tiles.head_gradients_key(128, 64),
         "gradients_reduce": {"E": 64},
     }
+
+
+@pytest.mark.parametrize(
+    "needs, gradients",
+    [
+        ((True, True, True), {"head_gradients_query", "head_gradients_key", "gradients_reduce", "scale"}),
+        ((False, False, True), {"head_gradients_query", "scale"}),
+        ((False, True, False), {"head_gradients_key", "gradients_reduce", "scale"}),
+        ((False, False, False), set()),
+    ],
+)
+def test_no_kernel_is_prepared_for_a_gradient_that_is_not_wanted(gpu, monkeypatch, needs, gradients):
+    prepared = {}
+    monkeypatch.setattr(kernels, "prepare", lambda *wanted: prepared.update({name: dict(x) for name, x in wanted}))
+    heads.prepare(torch.empty(5, 64, 100), torch.empty(5, 1, 100), 0, 64, needs)
+    assert prepared.pop("attention") == dict(D=128, V=0, E=64, HG=64, **tiles.attention(128, 0, 64, 64))
+    assert prepared.keys() == gradients

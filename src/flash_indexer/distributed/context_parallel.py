@@ -103,7 +103,8 @@ def context_parallel_indexer_kl(
         workspace_bytes: as in `indexer_kl`, for each rank. The gathered k and index_k come on top of it.
 
     The same upstream gradient is expected on every rank. Keys of more than 256 MiB are sent piece by piece in global
-    order; a chunk of queries starts as soon as the keys that it sees are there (with lse given; finding it needs all).
+    order; a chunk of queries starts as soon as the keys that it sees are there (with lse given; finding it needs all,
+    and so do the kernels of "per_head", which take a rank's queries in one pass).
 
     Returns:
         loss: scalar. kl, entropy: of this rank's rows, as in `indexer_kl`.

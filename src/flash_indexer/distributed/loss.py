@@ -41,7 +41,7 @@ def finish(op: str, loss: Tensor, sums: Sums, leaves: Sequence[Tensor]) -> Index
     gradients = [
         None if gradient is None else gradient.to(leaf.dtype) for gradient, leaf in zip(sums[2:], leaves, strict=True)
     ]
-    kernels = leaves[0].is_cuda and sums.kl.ndim == 1  # else the torch body ran, on any GPU
+    kernels = leaves[0].is_cuda and sums.kl.ndim == 1  # "per_head" may have run in torch, on any GPU
     known = _Known.apply(op, kernels, loss, gradients, *leaves)  # type: ignore[no-untyped-call]
     return IndexerKL(known, sums.kl, sums.entropy)
 

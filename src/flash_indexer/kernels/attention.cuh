@@ -146,9 +146,9 @@ static __device__ __forceinline__ void at_mask_index(
   at_mask<BN>(x, n, limits, item, i, 1.f);
 }
 // m = max(m, rowmax(s)), with what was summed under the old shift; o is rescaled by alpha when its product is done
-template <int BN, int E>
+template <int BN, int E, int ENTROPY>
 static __device__ __forceinline__ void at_raise(
-    const float* s, float* m, float* l, float* c, float* alpha, float scale) {
+    const float* s, float* m, float* l, float* c, float* d, float* alpha, float scale) {
 #pragma unroll
   for (int h = 0; h < 2; ++h) {
     float most = fmaxf(s[2 * h], s[2 * h + 1]);
@@ -159,26 +159,32 @@ static __device__ __forceinline__ void at_raise(
 #pragma unroll
     for (int i = 2 * h; i < 2 * h + 2; ++i) {
       if (E) c[i] = (c[i] + delta * l[i]) * alpha[h];
+      if (ENTROPY) d[i] = (d[i] + delta * l[i]) * alpha[h];
       l[i] *= alpha[h];
     }
     m[h] = fresh;
   }
 }
-// s = exp2(a - m), x = x - n; adds to the sums l and c, whose old values go to `backup`; y is this tile's sum. READY: x is
-// weighted already
-template <int BN, int E, bool READY>
+// s = e = exp2(a - m), x = x - n; adds to the sums l of e, c of e (a - m - x) and d of e (a - m), whose old values go to
+// `backup`; y is this tile's sum of exp2(x). READY: x is weighted already
+template <int BN, int E, int ENTROPY, bool READY>
 static __device__ __forceinline__ void at_softmax(
-    float* s, float* x, const float* m, const float* n, const float* w, float* l, float* y, float* c, int backup,
-    float scale) {
+    float* s, float* x, const float* m, const float* n, const float* w, float* l, float* y, float* c, float* d,
+    int backup, float scale) {
   asm volatile("st.shared.v4.f32 [%0], {%1, %2, %3, %4};" ::"r"(backup + (int)threadIdx.x * 16), "f"(l[0] + l[1]),
                "f"(l[2] + l[3]), "f"(E ? c[0] + c[1] : 0.f), "f"(E ? c[2] + c[3] : 0.f)
                : "memory");
+  if (ENTROPY)
+    asm volatile("st.shared.v2.f32 [%0], {%1, %2};" ::"r"(backup + 4096 + (int)threadIdx.x * 8),
+                 "f"(d[0] + d[1]), "f"(d[2] + d[3])
+                 : "memory");
 #pragma unroll
   for (int i = 0; i < BN / 2; ++i) {
     const int h = i / 2 % 2, j = i % 4;
     const float a = fmaf(s[i], scale, -m[h]), e = exp2f(a);
     l[j] += e;
     s[i] = e;
+    if (ENTROPY) d[j] = fmaf(e, a, d[j]);
     if (E) {
       x[i] = READY ? x[i] - n[h] : fmaf(fmaxf(x[i], 0.f), w[h], -n[h]);
       c[j] = fmaf(e, a - x[i], c[j]);
@@ -238,19 +244,27 @@ static __device__ __forceinline__ void at_scale(float* o, const float* by) {
   for (int i = 0; i < V / 2; ++i) o[i] *= by[i / 2 % 2];
 }
 // a tile's softmax once more, with m raised to the rows' maxima, and by as much as makes the old l at most one
-template <int BN, int D, int V, int HG, int E>
+template <int BN, int D, int V, int HG, int E, int ENTROPY>
 static __device__ __forceinline__ void at_redo(
-    float* s, const float* x, float* o, float* m, float* l, float* c, float* alpha, int backup, float scale, int item,
-    int i, const void* Q, const void* K, int n, int H) {
+    float* s, const float* x, float* o, float* m, float* l, float* c, float* d, float* alpha, int backup, float scale,
+    int item, int i, const void* Q, const void* K, int n, int H) {
   const int4 old = at_numbers(backup + (int)threadIdx.x * 16);
   l[0] = __int_as_float(old.x), l[2] = __int_as_float(old.y), l[1] = l[3] = 0.f;
   if (E) c[0] = __int_as_float(old.z), c[2] = __int_as_float(old.w), c[1] = c[3] = 0.f;
+  if (ENTROPY) {
+    asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];"
+                 : "=f"(d[0]), "=f"(d[2])
+                 : "r"(backup + 4096 + (int)threadIdx.x * 8)
+                 : "memory");
+    d[1] = d[3] = 0.f;
+  }
   at_again<BN, D, HG>(s, item, i, Q, K, n, H);
-  at_raise<BN, E>(s, m, l, c, alpha, scale);
+  at_raise<BN, E, ENTROPY>(s, m, l, c, d, alpha, scale);
 #pragma unroll
   for (int h = 0; h < 2; ++h) {
     const float more = log2f(fmaxf(at_quad_max(l[2 * h]), 1.f)), shrink = exp2f(-more);
     if (E) c[2 * h] = (c[2 * h] - more * l[2 * h]) * shrink;
+    if (ENTROPY) d[2 * h] = (d[2 * h] - more * l[2 * h]) * shrink;
     l[2 * h] *= shrink;
     alpha[h] *= shrink;
     m[h] += more;
@@ -262,6 +276,7 @@ static __device__ __forceinline__ void at_redo(
     s[z] = exp2f(a);
     l[z % 4] += s[z];
     if (E) c[z % 4] = fmaf(s[z], a - x[z], c[z % 4]);
+    if (ENTROPY) d[z % 4] = fmaf(s[z], a, d[z % 4]);
   }
 }
 // n raised by what the tile's x exceed it
@@ -298,11 +313,12 @@ static __device__ __forceinline__ void at_pack(unsigned* p, const float* s) {
     p[g] = v;
   }
 }
-// lse, and lsx and kl where E, of the thread's rows; inverse = 1 / l, 0 for a row that saw nothing
-template <int HG, int E>
+// lse, lsx and kl where E, and the entropy where asked for, of the thread's rows; inverse = 1 / l, 0 for a row that saw
+// nothing
+template <int HG, int E, int ENTROPY>
 static __device__ __forceinline__ void at_finish(
-    float* inverse, int item, const float* m, const float* n, const float* l, const float* y, const float* c, float* LSE,
-    float* LSX, float* KL, int tokens, int H) {
+    float* inverse, int item, const float* m, const float* n, const float* l, const float* y, const float* c,
+    const float* d, float* LSE, float* LSX, float* KL, float* ENT, int tokens, int H) {
   const int t0 = at_field(item, 0), g = at_field(item, 1);
 #pragma unroll
   for (int h = 0; h < 2; ++h) {
@@ -318,6 +334,11 @@ static __device__ __forceinline__ void at_finish(
       const float log_y = log2f(at_quad_sum(y[2 * h] + y[2 * h + 1])), cross = at_quad_sum(c[2 * h] + c[2 * h + 1]);
       if (write) LSX[at] = seen ? (n[h] + log_y) * ln2 : -INFINITY;
       if (write) KL[at] = several ? (cross * inverse[h] - log_l + log_y) * ln2 : 0.f;
+    }
+    if (ENTROPY) {  // log2(l) - d / l, less a power of two near l in both, which would cancel
+      const float power = rintf(log_l), rest = log2f(total * exp2f(-power));
+      const float own = at_quad_sum(fmaf(-power, l[2 * h], d[2 * h]) + fmaf(-power, l[2 * h + 1], d[2 * h + 1]));
+      if (write) ENT[at] = several ? fmaxf(rest - own * inverse[h], 0.f) * ln2 : 0.f;
     }
   }
 }

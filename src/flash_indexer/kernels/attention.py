@@ -49,7 +49,8 @@ def build(D, V, E, HG, BN, QS, TMA_STORE):
 
     E: index head width (32, 64 or 128); 0 leaves the indexer out. BN: keys of a tile. QS: row tiles in shared memory, 1
     or 2. TMA_STORE: whether outputs leave through shared memory, in the place of their queries (V <= D, QS = 2), or
-    from registers. Run-time arguments, with TOKENS = 128 // HG:
+    from registers. V = 0 leaves values and output out, and gives the entropy of each row's attention instead (E > 0,
+    TMA_STORE = 0). Run-time arguments, with TOKENS = 128 // HG:
 
         Q     [T·H, D] bfloat16; the same memory is read as [T, H·D] where HG <= TOKENS
         K     [S, G·D], VAL [S, G·V] bfloat16
@@ -60,7 +61,8 @@ def build(D, V, E, HG, BN, QS, TMA_STORE):
                                             those with j < right or j >= left are masked, 1 <= right <= left <= tiles.
                                             Where some row sees its last key in tile j, j < right. No row
                                             sees more of tile 0 than its first `seen` keys
-        OUT   as Q with V, bfloat16; LSE, LSX, KL [T·H] float32     written; LSX and KL where E is not 0
+        OUT   as Q with V, bfloat16; LSE, LSX, KL [T·H] float32     written; LSX and KL where E is not 0. Where V is 0
+                                            VAL is not read, and OUT is the entropy, [T·H] float32
         H, tokens, nitems, grid int32, scale float32        CTA c of `grid` takes the items c, c + grid, ...; scale
                                                             times log2(e)
     """
@@ -68,6 +70,8 @@ def build(D, V, E, HG, BN, QS, TMA_STORE):
     BOX, BOXES = (HG, TOKENS) if HG > TOKENS else (TOKENS, HG)
     PIECE = min(BOX, 64)  # rows of one store
     NARROW = BN // 32 * 16
+    ENTROPY = int(V == 0)
+    assert V or (E and not TMA_STORE)
     assert not TMA_STORE or (V <= D and QS == 2 and 64 % PIECE == 0 and BOX % PIECE == 0 and BOX * BOXES == 128)
     nq, nk, nt, nx, ni = T.dynamic("nq"), T.dynamic("nk"), T.dynamic("nt"), T.dynamic("nx"), T.dynamic("ni")
     kd, kv = T.dynamic("kd"), T.dynamic("kv")
@@ -75,6 +79,7 @@ def build(D, V, E, HG, BN, QS, TMA_STORE):
     qd, qv = (D, V) if TOKEN_MAJOR else (T.dynamic("qd"), T.dynamic("qv"))
     index_q = (nq, E if TOKEN_MAJOR else T.dynamic("qe")) if E else (T.dynamic("n0"), T.dynamic("n1"))
     index_k = (nk, E) if E else (T.dynamic("n2"), T.dynamic("n3"))
+    output, output_type = ((nx,), "float32") if ENTROPY else ((nq, qv), "bfloat16")
 
     @T.macro
     def release(empty, stage, tx):
@@ -127,21 +132,43 @@ def build(D, V, E, HG, BN, QS, TMA_STORE):
     # O += P v of key tile v[0] - 1
     @T.macro
     def values(O, P, at, v):
-        T.call_extern("handle", f"at_values<{BN}, {V}>", O.access_ptr("rw"), P.access_ptr("rw"), at[2], v[0] + 1)
+        if V:
+            T.call_extern("handle", f"at_values<{BN}, {V}>", O.access_ptr("rw"), P.access_ptr("rw"), at[2], v[0] + 1)
+
+    @T.macro
+    def pack(N, S, P):
+        if V:
+            T.call_extern("handle", f"at_pack<{N}>", P.access_ptr("w"), S.access_ptr("r"))
+
+    @T.macro
+    def rescale(O, by):
+        if V:
+            T.call_extern("handle", f"at_scale<{V}>", O.access_ptr("rw"), by.access_ptr("r"))
+
+    @T.macro
+    def values_ready(bars, v):
+        if V:
+            T.barrier_wait(bars[2][(v[0] + 1) % 2], (v[0] - 1) // 2 % 2)
+
+    @T.macro
+    def values_done(O, bars, v, tx):
+        if V:
+            T.warpgroup_fence_operand(O, num_regs=V // 2)
+            release(bars[3], (v[0] + 1) % 2, tx)
 
     @T.macro
     def softmax(N, S, X, sums, backup, scale, ready):
-        m, n, w, l, _y, y_tile, c, _alpha = sums
+        m, n, w, l, _y, y_tile, c, d, _alpha = sums
         T.call_extern(
-            "handle", f"at_softmax<{N}, {E}, {ready}>", S.access_ptr("rw"), X.access_ptr("rw"), m.access_ptr("r"),
-            n.access_ptr("r"), w.access_ptr("r"), l.access_ptr("rw"), y_tile.access_ptr("w"), c.access_ptr("rw"),
-            backup, scale,
+            "handle", f"at_softmax<{N}, {E}, {ENTROPY}, {ready}>", S.access_ptr("rw"), X.access_ptr("rw"),
+            m.access_ptr("r"), n.access_ptr("r"), w.access_ptr("r"), l.access_ptr("rw"), y_tile.access_ptr("w"),
+            c.access_ptr("rw"), d.access_ptr("rw"), backup, scale,
         )  # fmt: skip
 
     # P of tile 0, of which no row sees more than the first N keys
     @T.macro
     def first(N, S, X, P, sums, backup, item, limits, scale):
-        m, n, w, _l, y, y_tile, _c, _alpha = sums
+        m, n, w, _l, y, y_tile, _c, _d, _alpha = sums
         T.call_extern(
             "handle", f"at_mask<{N}>", S.access_ptr("rw"), m.access_ptr("rw"), limits.access_ptr("r"), item, 0, scale
         )
@@ -153,13 +180,14 @@ def build(D, V, E, HG, BN, QS, TMA_STORE):
         softmax(N, S, X, sums, backup, scale, "true")
         if E:
             T.call_extern("handle", "at_total", y.access_ptr("rw"), y_tile.access_ptr("r"))
-        T.call_extern("handle", f"at_pack<{N}>", P.access_ptr("w"), S.access_ptr("r"))
-        for j in list(range(N // 4, BN // 4)):
-            P[j] = T.cast(0, "uint32")
+        pack(N, S, P)
+        if V:
+            for j in list(range(N // 4, BN // 4)):
+                P[j] = T.cast(0, "uint32")
 
     @T.macro
     def raise_index(X, sums):
-        _m, n, _w, l, y, y_tile, c, _alpha = sums
+        _m, n, _w, l, y, y_tile, c, _d, _alpha = sums
         T.call_extern(
             "handle", f"at_raise_index<{BN}>", X.access_ptr("rw"), n.access_ptr("rw"), l.access_ptr("r"),
             y.access_ptr("rw"), c.access_ptr("rw"), y_tile.access_ptr("rw"),
@@ -168,19 +196,19 @@ def build(D, V, E, HG, BN, QS, TMA_STORE):
     # P of the i-th tile that is not masked, with shifts that suit it
     @T.macro
     def redo(S, X, P, O, sums, backup, item, Q, K, tokens, H, scale, i):
-        m, _n, _w, l, _y, _y_tile, c, alpha = sums
+        m, _n, _w, l, _y, _y_tile, c, d, alpha = sums
         T.call_extern(
-            "handle", f"at_redo<{BN}, {D}, {V}, {HG}, {E}>", S.access_ptr("rw"), X.access_ptr("r"), O.access_ptr("rw"),
-            m.access_ptr("rw"), l.access_ptr("rw"), c.access_ptr("rw"), alpha.access_ptr("w"), backup, scale, item, i,
-            T.address_of(Q[0, 0]), T.address_of(K[0, 0]), tokens, H,
+            "handle", f"at_redo<{BN}, {D}, {V}, {HG}, {E}, {ENTROPY}>", S.access_ptr("rw"), X.access_ptr("r"),
+            O.access_ptr("rw"), m.access_ptr("rw"), l.access_ptr("rw"), c.access_ptr("rw"), d.access_ptr("rw"),
+            alpha.access_ptr("w"), backup, scale, item, i, T.address_of(Q[0, 0]), T.address_of(K[0, 0]), tokens, H,
         )  # fmt: skip
-        T.call_extern("handle", f"at_pack<{BN}>", P.access_ptr("w"), S.access_ptr("r"))
+        pack(BN, S, P)
 
     # O += P v of the tile before; then P of tile i of the masked ones, or of the others
     @T.macro
     def step(S, X, P, O, at, bars, v, sums, backup, item, limits, Q, K, tokens, H, scale, tx, i, masked):
-        kfull, kempty, vfull, vempty = bars
-        m, n, w, l, y, y_tile, c, alpha = sums
+        kfull, kempty, _vfull, _vempty = bars
+        m, n, w, l, y, y_tile, c, d, alpha = sums
         T.barrier_wait(kfull[v[0] % 2], v[0] // 2 % 2)
         T.sync_threads(8 + tx // 128, 256)
         logits(S, X, at, v)
@@ -194,10 +222,10 @@ def build(D, V, E, HG, BN, QS, TMA_STORE):
                     "handle", f"at_again<{BN}, {D}, {HG}>", S.access_ptr("w"), item, i, T.address_of(Q[0, 0]),
                     T.address_of(K[0, 0]), tokens, H,
                 )  # fmt: skip
-        T.barrier_wait(vfull[(v[0] + 1) % 2], (v[0] - 1) // 2 % 2)
+        values_ready(bars, v)
         values(O, P, at, v)
         T.named_barrier_arrive(9 - tx // 128, 256)
-        T.wait_wgmma(2 if E else 1)
+        T.wait_wgmma((1 if E else 0) + (1 if V else 0))
         T.warpgroup_fence_operand(S, num_regs=BN // 2)
         if masked:
             T.call_extern("handle", "at_limits", limits.access_ptr("w"), item + 32)
@@ -206,11 +234,11 @@ def build(D, V, E, HG, BN, QS, TMA_STORE):
                 scale,
             )  # fmt: skip
             T.call_extern(
-                "handle", f"at_raise<{BN}, {E}>", S.access_ptr("r"), m.access_ptr("rw"), l.access_ptr("rw"),
-                c.access_ptr("rw"), alpha.access_ptr("w"), scale,
+                "handle", f"at_raise<{BN}, {E}, {ENTROPY}>", S.access_ptr("r"), m.access_ptr("rw"), l.access_ptr("rw"),
+                c.access_ptr("rw"), d.access_ptr("rw"), alpha.access_ptr("w"), scale,
             )  # fmt: skip
         if E:
-            T.wait_wgmma(1)
+            T.wait_wgmma(1 if V else 0)
             T.warpgroup_fence_operand(X, num_regs=BN // 2)
         release(kempty, v[0] % 2, tx)
         if masked and E:
@@ -219,13 +247,13 @@ def build(D, V, E, HG, BN, QS, TMA_STORE):
                 limits.access_ptr("r"), item, i,
             )  # fmt: skip
         softmax(BN, S, X, sums, backup, scale, "true" if masked else "false")
-        T.wait_wgmma(0)
-        T.warpgroup_fence_operand(O, num_regs=V // 2)
-        release(vempty, (v[0] + 1) % 2, tx)
+        if V:
+            T.wait_wgmma(0)
+        values_done(O, bars, v, tx)
         v[0] = v[0] + 1
         if masked:
-            T.call_extern("handle", f"at_scale<{V}>", O.access_ptr("rw"), alpha.access_ptr("r"))
-        T.call_extern("handle", f"at_pack<{BN}>", P.access_ptr("w"), S.access_ptr("r"))
+            rescale(O, alpha)
+        pack(BN, S, P)
         if E:
             v[2] = T.call_extern("int32", f"at_over<{E}>", l.access_ptr("r"), y_tile.access_ptr("r"))
             if v[2] != 0:
@@ -245,12 +273,12 @@ def build(D, V, E, HG, BN, QS, TMA_STORE):
         logits(S, X, at, v)
 
     @T.macro
-    def finish(sums, item, LSE, LSX, KL, tokens, H):
-        m, n, _w, l, y, _y_tile, c, alpha = sums
+    def finish(sums, item, LSE, LSX, KL, ENT, tokens, H):
+        m, n, _w, l, y, _y_tile, c, d, alpha = sums
         T.call_extern(
-            "handle", f"at_finish<{HG}, {E}>", alpha.access_ptr("w"), item, m.access_ptr("r"), n.access_ptr("r"),
-            l.access_ptr("r"), y.access_ptr("r"), c.access_ptr("r"), T.address_of(LSE[0]), T.address_of(LSX[0]),
-            T.address_of(KL[0]), tokens, H,
+            "handle", f"at_finish<{HG}, {E}, {ENTROPY}>", alpha.access_ptr("w"), item, m.access_ptr("r"),
+            n.access_ptr("r"), l.access_ptr("r"), y.access_ptr("r"), c.access_ptr("r"), d.access_ptr("r"),
+            T.address_of(LSE[0]), T.address_of(LSX[0]), T.address_of(KL[0]), T.address_of(ENT[0]), tokens, H,
         )  # fmt: skip
 
     @T.macro
@@ -282,19 +310,19 @@ def build(D, V, E, HG, BN, QS, TMA_STORE):
         Q: T.Tensor((nq, qd), "bfloat16"), K: T.Tensor((nk, kd), "bfloat16"), VAL: T.Tensor((nk, kv), "bfloat16"),
         IQ: T.Tensor(index_q, "bfloat16"), IK: T.Tensor(index_k, "bfloat16"), W: T.Tensor((nx,), "float32"),
         KS: T.Tensor((nt,), "int32"), KE: T.Tensor((nt,), "int32"), ITEMS: T.Tensor((ni,), "int32"),
-        OUT: T.Tensor((nq, qv), "bfloat16"), LSE: T.Tensor((nx,), "float32"), LSX: T.Tensor((nx,), "float32"),
+        OUT: T.Tensor(output, output_type), LSE: T.Tensor((nx,), "float32"), LSX: T.Tensor((nx,), "float32"),
         KL: T.Tensor((nx,), "float32"), H: T.int32, tokens: T.int32, nitems: T.int32, grid: T.int32, scale: T.float32,
     ):  # fmt: skip
         with T.Kernel(grid, threads=384) as bx:
             T.import_source(SOURCE)
             Qs = T.alloc_shared((QS, 128, D), "bfloat16")
             Ks = T.alloc_shared((2, BN, D), "bfloat16")
-            Vs = T.alloc_shared((2, BN, V), "bfloat16")
+            Vs = T.alloc_shared((2, BN, V), "bfloat16") if V else Ks
             Is = T.alloc_shared((QS, 8 + 512), "int32")  # an item, and the numbers of its rows
-            Bs = T.alloc_shared((1024,), "float32")
+            Bs = T.alloc_shared((1536 if ENTROPY else 1024,), "float32")
             S = T.alloc_local((BN // 2,), "float32")
-            P = T.alloc_local((BN // 4,), "uint32")
-            O = T.alloc_local((V // 2,), "float32")
+            P = T.alloc_local((BN // 4,), "uint32") if V else S
+            O = T.alloc_local((V // 2,), "float32") if V else S
             T.annotate_layout({x: make_swizzled_layout(x) for x in (Qs, Ks, Vs)})
             if E:
                 IQs = T.alloc_shared((QS, 128, E), "bfloat16")
@@ -333,8 +361,9 @@ def build(D, V, E, HG, BN, QS, TMA_STORE):
                     y_tile = T.alloc_local((4,), "float32")
                 else:
                     n, w, y, c, y_tile = m, m, l, l, l
+                d = T.alloc_local((4,), "float32") if ENTROPY else l
                 bars = (kfull, kempty, vfull, vempty)
-                sums = (m, n, w, l, y, y_tile, c, alpha)
+                sums = (m, n, w, l, y, y_tile, c, d, alpha)
                 at = T.alloc_local((5,), "int32")  # addresses of q, k, v, index_q, index_k
                 for j, x in enumerate((Qs, Ks, Vs, IQs, IKs)):
                     at[j] = T.call_extern("int32", "at_address", T.address_of(x[0, 0, 0]))
@@ -372,6 +401,8 @@ def build(D, V, E, HG, BN, QS, TMA_STORE):
                         if E:
                             y[i] = 0.0
                             c[i] = 0.0
+                        if ENTROPY:
+                            d[i] = 0.0
                     for i in list(range(V // 2)):
                         O[i] = 0.0
                     steps = T.call_extern("int32", "at_field", item, 6)
@@ -397,22 +428,23 @@ def build(D, V, E, HG, BN, QS, TMA_STORE):
                         if v[2] != 0:
                             redo(S, X, P, O, sums, backup, item, Q, K, tokens, H, scale, steps - 1)
                     # O += P v of the last tile, and tile 0 of the next item beside it
-                    T.barrier_wait(vfull[(v[0] + 1) % 2], (v[0] - 1) // 2 % 2)
+                    values_ready(bars, v)
                     if QS == 2:
                         v[1] = v[1] + 1
                         T.sync_threads(8 + tx // 128, 256)
                         values(O, P, at, v)
                         begin(S, X, at, v, qfull, kfull, it + 1 < items)
                         T.named_barrier_arrive(9 - tx // 128, 256)
-                        finish(sums, item, LSE, LSX, KL, tokens, H)
-                        T.wait_wgmma(2 if E else 1)
+                        finish(sums, item, LSE, LSX, KL, OUT if ENTROPY else LSE, tokens, H)
+                        if V:
+                            T.wait_wgmma(2 if E else 1)
                     else:
                         values(O, P, at, v)
-                        finish(sums, item, LSE, LSX, KL, tokens, H)
-                        T.wait_wgmma(0)
-                    T.warpgroup_fence_operand(O, num_regs=V // 2)
-                    release(vempty, (v[0] + 1) % 2, tx)
-                    T.call_extern("handle", f"at_scale<{V}>", O.access_ptr("rw"), alpha.access_ptr("r"))
+                        finish(sums, item, LSE, LSX, KL, OUT if ENTROPY else LSE, tokens, H)
+                        if V:
+                            T.wait_wgmma(0)
+                    values_done(O, bars, v, tx)
+                    rescale(O, alpha)
                     if TMA_STORE:
                         t0 = T.call_extern("int32", "at_field", item, 0)
                         g = T.call_extern("int32", "at_field", item, 1)
@@ -423,10 +455,11 @@ def build(D, V, E, HG, BN, QS, TMA_STORE):
                             for p in list(range(V // 64)):
                                 store_piece(Qs, OUT, (v[1] + 1) % 2, tx // 128 * 64 + z * PIECE, t0, g, p, H, tokens)
                     else:
-                        T.call_extern(
-                            "handle", f"at_store<{HG}, {V}>", O.access_ptr("r"), item, T.address_of(OUT[0, 0]), tokens,
-                            H,
-                        )  # fmt: skip
+                        if V:
+                            T.call_extern(
+                                "handle", f"at_store<{HG}, {V}>", O.access_ptr("r"), item, T.address_of(OUT[0, 0]),
+                                tokens, H,
+                            )  # fmt: skip
                         release(qempty, (v[1] + QS - 1) % QS, tx)
                     if QS == 1:
                         v[1] = v[1] + 1
@@ -472,10 +505,11 @@ def build(D, V, E, HG, BN, QS, TMA_STORE):
                                 T.tma_copy(IK[key : key + BN, 0:E], IKs[st, :, :], barrier=kfull[st])
                             if T.shuffle_elect(32):
                                 T.barrier_arrive(kfull[st])
-                            T.barrier_wait(vempty[st], ph)
-                            T.tma_copy(VAL[key : key + BN, g * V : g * V + V], Vs[st, :, :], barrier=vfull[st])
-                            if T.shuffle_elect(32):
-                                T.barrier_arrive(vfull[st])
+                            if V:
+                                T.barrier_wait(vempty[st], ph)
+                                T.tma_copy(VAL[key : key + BN, g * V : g * V + V], Vs[st, :, :], barrier=vfull[st])
+                                if T.shuffle_elect(32):
+                                    T.barrier_arrive(vfull[st])
                             st = st + 1
                             if st == 2:
                                 st = 0

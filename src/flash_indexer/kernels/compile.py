@@ -107,9 +107,9 @@ def every_kernel():
         yield "finish", (("E", E),)
     yield "attention_mla", ()
     for D, V, E, HG in ATTENTION:
-        for index_width in (0, E):
-            sizes = tiles.attention(D, V, index_width, HG)
-            yield "attention", _sorted(D=D, V=V, E=index_width, HG=HG, **sizes)
+        for value_width, index_width in ((V, 0), (V, E), (0, E)):
+            sizes = tiles.attention(D, value_width, index_width, HG)
+            yield "attention", _sorted(D=D, V=value_width, E=index_width, HG=HG, **sizes)
         yield "head_gradients_query", _sorted(D=D, E=E, HG=HG, **tiles.head_gradients_query(D, E))
         yield "head_gradients_key", _sorted(D=D, E=E, HG=HG, **tiles.head_gradients_key(D, E))
     for name, E, IP in product(("gradients_query", "gradients_key"), INDEX_WIDTHS, PADDED_HEADS):

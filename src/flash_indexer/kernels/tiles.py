@@ -15,17 +15,17 @@ KERNELS = ("attention", "head_gradients_query", "head_gradients_key")
 
 
 def attention(D, V, E, HG):
-    """Static sizes of `attention.build` besides D, V, E and HG; E is 0 without an indexer."""
+    """Static sizes of `attention.build` besides D, V, E and HG; E is 0 without an indexer, V without values."""
     for QS in (2, 1):
         BN = min(_most_keys(D, V, E, QS), 128)  # 144 and more are slower
         if BN >= 64 or QS == 1:
             break
-    return {"BN": BN, "QS": QS, "TMA_STORE": int(V <= D and QS == 2 and whole_boxes(HG))}
+    return {"BN": BN, "QS": QS, "TMA_STORE": int(0 < V <= D and QS == 2 and whole_boxes(HG))}
 
 
 def _most_keys(D, V, E, QS):
     registers = (190 - V // 2) * 4 // 5 if E else (200 - V // 2) * 4 // 3  # O, S and P, and X with an indexer
-    left = SHARED_MEMORY - 4096 - QS * (256 * (D + E) + 2080)
+    left = SHARED_MEMORY - (4096 if V else 6144) - QS * (256 * (D + E) + 2080)
     return min(left // (4 * (D + V + E)), registers, MAX_KEYS) // 16 * 16
 
 
@@ -84,7 +84,7 @@ def candidates(kernel, shape):
 
 def _attention(shipped, D, V, E, HG):
     for QS, TMA_STORE in ((2, 1), (2, 0), (1, 0)):
-        if not TMA_STORE or (V <= D and whole_boxes(HG)):
+        if not TMA_STORE or (0 < V <= D and whole_boxes(HG)):
             for BN in range(min(64, shipped["BN"]), _most_keys(D, V, E, QS) + 1, 16):
                 yield {"BN": BN, "QS": QS, "TMA_STORE": TMA_STORE}
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -27,6 +27,15 @@ class Heads(NamedTuple):
     lse: Tensor
     lse_index: Tensor | None
     kl: Tensor | None
+
+
+class Statistics(NamedTuple):
+    """float32 [T, H]: logsumexp of the attention and of the indexer, KL, and the attention's entropy."""
+
+    lse: Tensor
+    lse_index: Tensor
+    kl: Tensor
+    entropy: Tensor
 
 
 def check_attention(op: str, q: Tensor, k: Tensor, v: Tensor) -> None:
@@ -107,6 +116,21 @@ def per_head(
     return _heads(q, k, v, index, key_start, key_end, softmax_scale, sizes)
 
 
+def statistics(
+    q: Tensor,
+    k: Tensor,
+    index: tuple[Tensor, Tensor, Tensor],
+    key_start: Tensor,
+    key_end: Tensor,
+    softmax_scale: float,
+    sizes: Sizes | None = None,
+) -> Statistics:
+    """`per_head` without values: in place of the output the entropy -sum_s p log p of each row's attention p."""
+    out = _heads(q, k, None, index, key_start, key_end, softmax_scale, sizes)
+    assert out.lse_index is not None and out.kl is not None
+    return Statistics(out.lse, out.lse_index, out.kl, out.out)
+
+
 def weight_of(token_weight: Tensor | None, key_start: Tensor, key_end: Tensor, num_keys: int) -> Tensor:
     """token_weight, or the mean over the queries that see a key."""
     return default_weight(key_start, key_end, num_keys) if token_weight is None else token_weight.contiguous()
@@ -129,11 +153,28 @@ def per_head_gradients(
     Args:
         sums: logsumexps of the attention and of the indexer, [T, H]. factor: float32 [T].
     """
+    a, b, c = gradient_sums(q, k, index, sums, factor, key_start, key_end, softmax_scale, needs, sizes)
+    return a, None if b is None else b.to(index[1].dtype), c
+
+
+def gradient_sums(
+    q: Tensor,
+    k: Tensor,
+    index: tuple[Tensor, Tensor, Tensor],
+    sums: tuple[Tensor, Tensor],
+    factor: Tensor,
+    key_start: Tensor,
+    key_end: Tensor,
+    softmax_scale: float,
+    needs: tuple[bool, bool, bool],
+    sizes: Sizes | None = None,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """`per_head_gradients`, that of index_k still the sum in float32."""
     index_q, index_k, weights = index
     (T, H, width), S, G = index_q.shape, k.shape[0], k.shape[1]
     if T == 0 or S == 0:
         zeros = [torch.zeros_like(x) if need else None for x, need in zip(index, needs, strict=True)]
-        return zeros[0], zeros[1], zeros[2]
+        return zeros[0], None if zeros[1] is None else zeros[1].float(), zeros[2]
     with torch.cuda.device(q.device):
         processors = torch.cuda.get_device_properties(q.device).multi_processor_count
         heads = H // G
@@ -168,7 +209,7 @@ def per_head_gradients(
                 )  # fmt: skip
             if items.slots:
                 load_kernel("gradients_reduce", E=E)(total, partials, items.reduce, items.reduce.numel() // 4)
-            d_index_k = total[:, :width].to(index_k.dtype)
+            d_index_k = total[:, :width].contiguous()
         if needs[0] and d_index_q is not None and width != E:
             d_index_q = d_index_q[..., :width].contiguous()
         return d_index_q if needs[0] else None, d_index_k, d_weights if needs[2] else None
@@ -184,13 +225,24 @@ def shapes(D: int, V: int, E: int, heads: int) -> dict[str, dict[str, int]]:
     }  # fmt: skip
 
 
-def prepare(q: Tensor, k: Tensor, v: Tensor, E: int) -> None:
-    """Has every kernel of the call and of its backward compiled, those that are missing side by side."""
+def prepare(q: Tensor, k: Tensor, V: int, E: int, needs: Sequence[bool] = (True, True, True)) -> None:
+    """Has every kernel of the call and of its gradients compiled, those that are missing side by side.
+
+    V: width of the values, 0 for `statistics`. needs: as in `per_head_gradients`.
+    """
     from flash_indexer.kernels.compile import prepare as compile_missing
 
-    found = shapes(q.shape[2], v.shape[2], E, q.shape[1] // k.shape[1])
+    found = shapes(q.shape[2], V, E, q.shape[1] // k.shape[1])
+    if not (needs[0] or needs[2]):
+        del found["head_gradients_query"]
+    if not needs[1]:
+        del found["head_gradients_key"]
     kernels = [(name, tuple((shape | _tiles(name, shape, q.device)).items())) for name, shape in found.items()]
-    compile_missing(*kernels, ("gradients_reduce", (("E", found["attention"]["E"]),)))
+    if needs[1]:
+        kernels.append(("gradients_reduce", (("E", found["attention"]["E"]),)))
+    if V == 0 and any(needs):
+        kernels.append(("scale", ()))
+    compile_missing(*kernels)
 
 
 def _tiles(kernel: str, shape: dict[str, int], device: torch.device, given: Sizes | None = None) -> dict[str, int]:
@@ -205,28 +257,31 @@ def _tiles(kernel: str, shape: dict[str, int], device: torch.device, given: Size
 def _heads(
     q: Tensor,
     k: Tensor,
-    v: Tensor,
+    v: Tensor | None,
     index: tuple[Tensor, Tensor, Tensor] | None,
     key_start: Tensor,
     key_end: Tensor,
     softmax_scale: float,
     sizes: Sizes | None,
 ) -> Heads:
-    (T, H, _), (S, G, width) = q.shape, v.shape
-    heads = H // G
+    """Without values, out is the entropy."""
+    (T, H, _), (S, G, _) = q.shape, k.shape
+    width, heads = 0 if v is None else v.shape[2], H // G
     with torch.cuda.device(q.device):
         processors = torch.cuda.get_device_properties(q.device).multi_processor_count
         lse = torch.empty(T, H, device=q.device)
         if T == 0 or S == 0:
             kl = None if index is None else torch.zeros_like(lse)
-            return Heads(q.new_zeros(T, H, width), lse.fill_(-torch.inf), lse if index is not None else None, kl)
-        q, k, v = (aligned(_padded(x)) for x in (q, k, v))
-        D, V = q.shape[2], v.shape[2]
+            out = torch.zeros_like(lse) if v is None else q.new_zeros(T, H, width)
+            return Heads(out, lse.fill_(-torch.inf), lse if index is not None else None, kl)
+        q, k = (aligned(_padded(x)) for x in (q, k))
+        v = k if v is None else aligned(_padded(v))  # without values: not read
+        D, V = q.shape[2], _width(width)
         E = 0 if index is None else _index_width(index[0].shape[2], heads)
         shape = dict(D=D, V=V, E=E, HG=heads)
         static = _tiles("attention", shape, q.device, sizes)
         items = attention_items(key_start, key_end, S, Tiles(G, TILE // heads, static["BN"], processors))
-        out = q.new_empty(T, H, V)
+        out = q.new_empty(T, H, V) if V else torch.empty_like(lse)
         index_q, index_k, weights = (q, k.view(S, -1), lse) if index is None else index  # without one: not read
         if index is not None:
             index_q, index_k = _padded(index_q, E), _padded(index_k, E)
@@ -234,8 +289,8 @@ def _heads(
         count = items.numel() // 8
         load_kernel("attention", **shape, **static)(
             _rows(q, heads, TILE), k.view(S, -1), v.view(S, -1), _rows(index_q, heads, TILE), index_k,
-            weights.view(-1), key_start, key_end, items, _rows(out, heads, TILE), lse.view(-1), lse_index.view(-1),
-            kl.view(-1), H, T, count, min(count, processors), softmax_scale * LOG2E,
+            weights.view(-1), key_start, key_end, items, _rows(out, heads, TILE) if V else out.view(-1), lse.view(-1),
+            lse_index.view(-1), kl.view(-1), H, T, count, min(count, processors), softmax_scale * LOG2E,
         )  # fmt: skip
         out = out if width == V else out[..., :width].contiguous()
     return Heads(out, lse, None if index is None else lse_index, None if index is None else kl)

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from flash_indexer.ops import cpu, cuda
+from flash_indexer.ops import cpu, cuda, per_head
 from flash_indexer.ops.checks import check_indexer_kl, check_workspace
 from flash_indexer.ops.sums import Problem, blockwise, say_torch_body
 
@@ -47,19 +47,23 @@ def indexer_kl(
     alone and averages over heads; "sum_logits" takes p = softmax(scale * sum_h q[t,h]·k[s,g(h)]).
 
     The gradients of index_q, index_k and index_weights are computed together with the loss, in one pass over the
-    teacher; backward only scales them, in place, so it may run once.
+    teacher ("per_head" on a GPU: one for the loss, one each for those of queries and of keys, no scores in memory);
+    backward only scales them, in place, so it may run once.
 
     Args:
         q: teacher queries [T, H, D]. k: teacher keys [S, G, D], H % G == 0. Constants.
         index_q: [T, I, E]. index_k: [S, E]. index_weights: [T, I], the factors I^-0.5 and E^-0.5 included.
         softmax_scale: the model's own softmax scale.
         key_start, key_end: int32 [T], non-decreasing; an empty interval gives KL 0 and zero gradients.
-        lse: [T, H], natural log of the sum of exp(scale * q·k) over exactly the visible keys; None computes it.
+        lse: [T, H], natural log of the sum of exp(scale * q·k) over exactly the visible keys; None computes it. Not
+            read by the kernels of "per_head", whose one pass yields it with the loss.
         target: "mean" (the paper's), "per_head" or "sum_logits".
         token_weight: [T]; None means 1/n for the n queries that see a key.
         workspace_bytes: bound on the memory for score tiles; query rows are processed in chunks that fit.
 
     Dtypes: on CUDA q, k, index_q, index_k bfloat16 and the rest float32; on the CPU float32 or float64 throughout.
+    Sizes on CUDA: the kernels' (an error names them); but "per_head" runs in torch, with a warning that says why, where
+    D > 256, E is not 32, 64 or 128, H/G > 64 with E = 128 or D > 192, or the GPU is not of compute capability 9.0.
 
     Returns:
         loss: scalar, differentiable in index_q, index_k and index_weights.
@@ -112,7 +116,12 @@ def _body(
                 q, k, index_q, index_k, index_weights, lse, key_start, key_end, token_weight,
                 softmax_scale, target, workspace_bytes, needs,
             )  # fmt: skip
-        say_torch_body()
+        reason = per_head.refusal(q, k, index_q)
+        if reason is None:
+            return per_head.indexer_kl(
+                q, k, (index_q, index_k, index_weights), key_start, key_end, token_weight, softmax_scale, needs
+            )
+        say_torch_body(reason)
     return torch_body(
         q, k, index_q, index_k, index_weights, lse, key_start, key_end, token_weight,
         softmax_scale, target, workspace_bytes, needs,
@@ -200,7 +209,8 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
     ctx.set_materialize_grads(False)  # the gradients of kl, entropy and of the gradients: zeros nobody reads
     ctx.save_for_backward(*output[3:])
     ctx.needs = inputs[-1]
-    ctx.kernels = inputs[0].is_cuda and inputs[10] != "per_head"  # else the torch body ran, on any GPU
+    q, k, index_q, *_ = inputs  # a size that "per_head" has no kernels for ran in the torch body, on any GPU
+    ctx.kernels = q.is_cuda and (inputs[10] != "per_head" or per_head.refusal(q, k, index_q) is None)
     ctx.consumed = False
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from flash_indexer.intervals import check_intervals
-from flash_indexer.ops import cpu, cuda
+from flash_indexer.ops import cpu, cuda, per_head
 
 
 class Problem(NamedTuple):
@@ -56,7 +56,15 @@ def indexer_kl_sums(problem: Problem, before: Callable[[int], object] | None = N
             out, _, kl, entropy = cuda.sums(*problem, before)
             needs = problem.needs
             return Sums(kl, entropy, out.index_q if needs[0] else None, out.index_k, out.weights if needs[2] else None)
-        say_torch_body()
+        reason = per_head.refusal(problem.q, problem.k, problem.index_q)
+        if reason is None:
+            index = problem.index_q, problem.index_k, problem.index_weights
+            kl, entropy, gradients = per_head.sums(
+                problem.q, problem.k, index, problem.key_start, problem.key_end, problem.token_weight,
+                problem.softmax_scale, problem.needs, before,
+            )  # fmt: skip
+            return Sums(kl, entropy, *gradients)
+        say_torch_body(reason)
     return blockwise(problem, before)
 
 
@@ -124,11 +132,12 @@ def blockwise(problem: Problem, before: Callable[[int], object] | None = None) -
 _said: set[str] = set()
 
 
-def say_torch_body() -> None:
-    """Says once a process that target="per_head" on CUDA runs the blockwise torch body."""
-    if "cuda" not in _said:
-        _said.add("cuda")
+def say_torch_body(reason: str) -> None:
+    """Says once a process for each reason that target="per_head" on CUDA runs the blockwise torch body."""
+    if reason not in _said:
+        _said.add(reason)
         warnings.warn(
-            'flash_indexer: target="per_head" on CUDA runs the blockwise torch body (exact, not near the GPU\'s peak)',
+            'flash_indexer: target="per_head" runs the blockwise torch body (exact, not near the GPU\'s peak) here: '
+            f"{reason}",
             stacklevel=4,
         )

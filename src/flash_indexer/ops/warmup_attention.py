@@ -103,7 +103,7 @@ def _body(
     """out, lse, loss, kl, and what backward needs besides: the indexer's logsumexp and each token's weight."""
     heads.check_attention("warmup_attention", q, k, v)
     heads.check_per_head("warmup_attention", q, k, index_q)
-    heads.prepare(q, k, v, index_q.shape[2])
+    heads.prepare(q, k, v.shape[2], index_q.shape[2])
     weight = heads.weight_of(token_weight, key_start, key_end, k.shape[0])
     index = tuple(aligned(x) for x in (index_q, index_k, index_weights))
     starts, ends = key_start.contiguous(), key_end.contiguous()
