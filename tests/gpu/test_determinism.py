@@ -15,6 +15,7 @@ CASES = {
     "smollm2": (SMOLLM2, "long", dict(H=9, G=3, I=8), "mean"),
     "deepseek": (DEEPSEEK, "causal", dict(H=32, G=1, I=64), "mean"),
     "padded heads": (NARROW, "documents", dict(H=16, G=8, I=37), "mean"),
+    "per_head": (KernelClass(128, 64, 8), "long", dict(H=12, G=3, I=12), "per_head"),
     "sum_logits": (KernelClass(96, 128, 8), "long", dict(H=4, G=1, I=5), "sum_logits"),
 }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import random
 import zlib
 from dataclasses import replace
@@ -9,7 +10,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from flash_indexer import reference, warmup_attention
+from flash_indexer import indexer_kl, reference, warmup_attention
 from flash_indexer.ops import attention_forward
 from flash_indexer.testing import (
     HEAD_CLASSES,
@@ -21,6 +22,7 @@ from flash_indexer.testing import (
 )
 
 pytestmark = pytest.mark.gpu
+operator = importlib.import_module("flash_indexer.ops.indexer_kl")  # the module: the package exports its function
 LAYOUTS = ("causal", "documents", "window", "cached_prefix", "fewer_keys", "arbitrary", "long", "short")
 GRADIENTS = ("d_index_q", "d_index_k", "d_index_weights")
 EACH = pytest.mark.parametrize("sizes", HEAD_CLASSES, ids=lambda sizes: "D{}-V{}-E{}-heads{}".format(*sizes))
@@ -43,6 +45,21 @@ def call(x, v, *, weight=None, d_loss=1.0, target="per_head"):
     fixed = dict(softmax_scale=x.softmax_scale, key_start=x.key_start, key_end=x.key_end, target=target)
     result = warmup_attention(x.q, x.k, v, *leaves, **fixed, token_weight=weight)
     (d_loss * result.loss).backward()
+    return result, [leaf.grad for leaf in leaves]
+
+
+def call_alone(x, *, weight=None, d_loss=1.0, needs=(True, True, True), **others):
+    """`indexer_kl` of the same heads, by the kernels and not in torch."""
+    leaves = [
+        leaf.detach().clone().requires_grad_(need)
+        for leaf, need in zip((x.index_q, x.index_k, x.index_weights), needs, strict=True)
+    ]
+    fixed = dict(softmax_scale=x.softmax_scale, key_start=x.key_start, key_end=x.key_end, target="per_head")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(operator, "torch_body", lambda *_: pytest.fail("the torch body ran"))
+        result = indexer_kl(x.q, x.k, *leaves, **fixed, token_weight=weight, **others)
+        if any(needs):
+            (d_loss * result.loss).backward()
     return result, [leaf.grad for leaf in leaves]
 
 
@@ -101,6 +118,10 @@ def test_per_head_against_float64(sizes, layout, upstream, problem, request):
     eager = worst_of_four(x, truth, **common)
     print(list(x.q.shape), list(x.k.shape), list(v.shape), list(x.index_q.shape))
     check_attention(got.out, got.lse, x, v)
+    check_loss(got, gradients, truth, eager, x, weight)
+
+
+def check_loss(got, gradients, truth, eager, x, weight):
     assert_close("kl", *map(long_rows, (got.kl, truth.kl, eager.kl)))
     for name, *tensors in zip(GRADIENTS, gradients, truth[3:], eager[3:], strict=True):
         assert_close(name, *map(long_rows, tensors))
@@ -108,6 +129,25 @@ def test_per_head_against_float64(sizes, layout, upstream, problem, request):
     used = seen.double() / seen.sum().clamp_min(1) if weight is None else weight.double()
     terms = used[:, None] * got.kl.double() / got.kl.shape[1]
     assert abs(got.loss.item() - terms.sum().item()) <= 1e-6 * terms.abs().sum().item()
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@EACH
+def test_the_loss_alone_against_float64(sizes, layout, problem, request):
+    """`indexer_kl`, with the attention's entropy."""
+    x, _ = make(problem, request.node.name, sizes, layout)
+    weight, d_loss = random.Random(zlib.crc32(request.node.name.encode())).choice(
+        ((None, 1.0), (x.token_weight, 1.7), (x.token_weight, 1.0))
+    )
+    got, gradients = call_alone(x, weight=weight, d_loss=d_loss)
+    common = dict(target="per_head", token_weight=weight, d_loss=d_loss)
+    truth = reference_indexer_kl(x, **common)
+    eager = worst_of_four(x, truth, **common)
+    print(list(x.q.shape), list(x.k.shape), list(x.index_q.shape))
+    check_loss(got, gradients, truth, eager, x, weight)
+    assert_close("entropy", *map(long_rows, (got.entropy, truth.entropy, eager.entropy)))
+    alone = x.key_end <= x.key_start + 1
+    assert (got.entropy >= 0).all() and (got.entropy[alone] == 0).all() and (got.kl[alone] == 0).all()
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -141,8 +181,11 @@ def test_a_key_far_above_all_others(tensor, where, problem):
     truth, eager = (f(x, target="per_head") for f in (reference_indexer_kl, eager_indexer_kl))
     check_attention(got.out, got.lse, x, v)
     assert_close("kl", got.kl, truth.kl, eager.kl)
-    for name, gradient in zip(GRADIENTS, gradients, strict=True):
-        assert gradient.isfinite().all(), name
+    alone, others = call_alone(x)
+    for name in ("kl", "entropy"):
+        assert_close(name, *(long_rows(getattr(result, name)) for result in (alone, truth, eager)))
+    for name, *each in zip(GRADIENTS, gradients, others, strict=True):
+        assert all(gradient.isfinite().all() for gradient in each), name
 
 
 @pytest.mark.parametrize("target", ["mean", "sum_logits"])
@@ -156,24 +199,54 @@ def test_other_targets_are_attention_and_indexer_kl(target, problem, measure):
     check_attention(got.out, got.lse, x, v)
 
 
-def test_the_same_bits_each_time(problem):
+@pytest.mark.parametrize("way", ["with attention", "alone"])
+def test_the_same_bits_each_time(way, problem):
     x, v = make(problem, "bits", HEAD_CLASSES[1], "documents")
-    first, gradients = call(x, v)
+    run = (lambda: call(x, v)) if way == "with attention" else (lambda: call_alone(x))
+    first, gradients = run()
     for _ in range(20):
-        again, others = call(x, v)
+        again, others = run()
         assert all(torch.equal(a, b) for a, b in zip((*first, *gradients), (*again, *others), strict=True))
 
 
-def test_memory_that_held_nan(problem):
+@pytest.mark.parametrize("way", ["with attention", "alone"])
+def test_memory_that_held_nan(way, problem):
     """Every element that is read has been written, every output is written."""
     x, v = make(problem, "poison", HEAD_CLASSES[2], "arbitrary")
-    expected, gradients = call(x, v)
+    run = (lambda: call(x, v)) if way == "with attention" else (lambda: call_alone(x))
+    expected, gradients = run()
     size = 64 * 2**20
     for _ in range(2):
         poison = [torch.full((size // 4,), float("nan"), device="cuda") for _ in range(4)]
         del poison
-        got, others = call(x, v)
+        got, others = run()
         assert all(torch.equal(a, b) for a, b in zip((*expected, *gradients), (*got, *others), strict=True))
+
+
+@pytest.mark.parametrize("needs", [(True, False, False), (False, True, False), (False, False, True), (False,) * 3])
+def test_wanted_gradients_do_not_change_one_another(needs, problem):
+    x, _ = make(problem, "needs", HEAD_CLASSES[7], "documents")
+    whole, gradients = call_alone(x, weight=x.token_weight)
+    got, others = call_alone(x, weight=x.token_weight, needs=needs)
+    assert all(torch.equal(a, b) for a, b in zip(got, whole, strict=True))
+    for gradient, need, expected in zip(others, needs, gradients, strict=True):
+        assert torch.equal(gradient, expected) if need else gradient is None
+
+
+def test_a_given_lse_is_not_read(problem):
+    x, _ = make(problem, "lse", HEAD_CLASSES[2], "documents")
+    (got, gradients), (expected, others) = call_alone(x, lse=torch.full_like(x.lse, torch.nan)), call_alone(x)
+    assert all(torch.equal(a, b) for a, b in zip((*expected, *others), (*got, *gradients), strict=True))
+
+
+def test_backward_of_the_loss_alone_runs_once(problem):
+    x, _ = make(problem, "once", HEAD_CLASSES[0], "documents")
+    leaf = x.index_k.clone().requires_grad_()
+    fixed = dict(softmax_scale=x.softmax_scale, key_start=x.key_start, key_end=x.key_end, target="per_head")
+    loss = indexer_kl(x.q, x.k, x.index_q, leaf, x.index_weights, **fixed).loss
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="backward already ran and scaled the gradients in place"):
+        loss.backward()
 
 
 def test_backward_may_run_twice(problem):
@@ -198,7 +271,9 @@ def test_no_query_sees_a_key(nothing, problem):
         x = replace(x, **cut)
     got, gradients = call(x, v)
     assert got.loss == 0 and (got.kl == 0).all() and (got.out == 0).all() and (got.lse == -torch.inf).all()
-    assert all((gradient == 0).all() for gradient in gradients)
+    alone, others = call_alone(x)
+    assert all((value == 0).all() for value in (*alone, *others, *gradients))
+    assert alone.kl.shape == alone.entropy.shape == x.q.shape[:2]
 
 
 @pytest.mark.parametrize("inputs", ["strided", "unaligned"])
@@ -210,6 +285,8 @@ def test_any_layout_in_memory(inputs, problem):
     other = replace(x, **{name: move(getattr(x, name)) for name in names})
     expected, gradients = call(x, v)
     got, others = call(other, move(v))
+    assert all(torch.equal(a, b) for a, b in zip((*expected, *gradients), (*got, *others), strict=True))
+    (expected, gradients), (got, others) = call_alone(x), call_alone(other)
     assert all(torch.equal(a, b) for a, b in zip((*expected, *gradients), (*got, *others), strict=True))
 
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
-from flash_indexer.testing import Shape, random_inputs
+from flash_indexer.testing import Inputs, Shape, random_inputs
 
 pytestmark = pytest.mark.gpu
 WORKSPACE = 64 * 2**20
+PARTIAL_SUMS = 64 * 2**20  # of d_index_k, at most
 
 
 @pytest.mark.parametrize("tokens", [4096, 16384])
@@ -34,3 +35,23 @@ def test_peak_memory(tokens, window, measure):
     outputs = sum(y.nbytes for y in result)
     print(f"{extra / 2**20:.1f} MiB beside the inputs, {outputs / 2**20:.1f} MiB of them outputs")
     assert extra - outputs <= WORKSPACE + tensors_bytes / 4
+
+
+@pytest.mark.parametrize("tokens", [4096, 16384])
+def test_per_head_needs_a_quarter_of_the_tensors_and_its_partial_sums(tokens, measure):
+    shape = Shape(((tokens, tokens),), H=8, G=2, D=128, I=8, E=64, window=512)
+    generator = torch.Generator("cuda").manual_seed(0)
+    q, index_q = (torch.randn(tokens, 8, n, device="cuda", generator=generator).bfloat16() for n in (128, 64))
+    k, index_k = q[:, :2].contiguous(), index_q[:, 0].contiguous()
+    weights = torch.randn(tokens, 8, device="cuda", generator=generator)
+    key_start, key_end = (y.cuda() for y in shape.intervals())
+    x = Inputs(q, k, index_q, index_k, weights, key_start, key_end, weights, weights[:, 0], 128**-0.5)
+    measure(x, target="per_head")
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    result = measure(x, target="per_head")
+    copies = index_q.nbytes + index_k.nbytes + weights.nbytes
+    extra = torch.cuda.max_memory_allocated() - before - copies - sum(y.nbytes for y in result)
+    print(f"{extra / 2**20:.1f} MiB beside inputs and outputs")
+    tensors = sum(y.nbytes for y in (q, k, index_q, index_k, weights))
+    assert extra <= PARTIAL_SUMS + 4 * index_k.numel() + tensors / 4

@@ -9,7 +9,14 @@ from dataclasses import replace
 import pytest
 import torch
 
-from flash_indexer.testing import KERNEL_CLASSES, Result, assert_close, eager_indexer_kl, reference_indexer_kl
+from flash_indexer.testing import (
+    KERNEL_CLASSES,
+    KernelClass,
+    Result,
+    assert_close,
+    eager_indexer_kl,
+    reference_indexer_kl,
+)
 
 pytestmark = pytest.mark.gpu
 LAYOUTS = ("causal", "documents", "window", "cached_prefix", "fewer_keys", "arbitrary", "long", "short")
@@ -83,11 +90,15 @@ def test_unsupported_sizes_are_named(problem, measure):
         measure(replace(x, index_q=x.index_q[..., :31], index_k=x.index_k[..., :31]))
 
 
-def test_per_head_asks_for_no_kernel(problem, measure, monkeypatch):
-    """It runs the torch body, forward and backward, on any GPU."""
-    monkeypatch.setattr("flash_indexer.ops.cuda.load_kernel", lambda name, **static: pytest.fail(f"kernel {name}"))
-    x = problem("per_head", KERNEL_CLASSES[4], "documents", H=8, G=2, I=8)
+def test_per_head_of_other_sizes_asks_for_no_kernel(problem, measure, monkeypatch):
+    """It runs the torch body, forward and backward, and says why."""
+    for module in ("cuda", "heads"):
+        monkeypatch.setattr(f"flash_indexer.ops.{module}.load_kernel", lambda name, **_: pytest.fail(f"kernel {name}"))
+    monkeypatch.setattr("flash_indexer.ops.sums._said", set())
+    x = problem("per_head", KernelClass(576, 64, 8), "documents", H=8, G=1, I=8)
     options = dict(target="per_head", token_weight=x.token_weight, d_loss=1.7)
-    got, truth, eager = measure(x, **options), reference_indexer_kl(x, **options), eager_indexer_kl(x, **options)
+    with pytest.warns(UserWarning, match=r"torch body .* q must have D of 1 to 256 .* got D=576"):
+        got = measure(x, **options)
+    truth, eager = reference_indexer_kl(x, **options), eager_indexer_kl(x, **options)
     for field, *tensors in list(zip(Result._fields, got, truth, eager, strict=True))[1:]:
         assert_close(field, *tensors)

@@ -14,6 +14,8 @@ CASES = {
     "smollm2": (KernelClass(64, 64, 8), dict(H=9, G=3, I=8), "mean"),
     "deepseek": (KernelClass(576, 128, 64), dict(H=16, G=1, I=64), "mean"),
     "padded heads": (KernelClass(128, 32, 64), dict(H=8, G=4, I=37), "mean"),
+    "per_head": (KernelClass(128, 64, 8), dict(H=12, G=3, I=12), "per_head"),
+    "per_head, rows to spare": (KernelClass(80, 32, 8), dict(H=10, G=2, I=10), "per_head"),
     "sum_logits": (KernelClass(192, 128, 64), dict(H=3, G=3, I=33), "sum_logits"),
 }
 LAYOUTS = ("documents", "window", "cached_prefix", "fewer_keys", "arbitrary", "short")

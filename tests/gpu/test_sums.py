@@ -38,3 +38,24 @@ def test_no_key_is_read_before_it_is_asked_for(sizes, layout, target, problem, m
     assert got.d_index_k.dtype == torch.float32
     for mine, theirs in zip(got, expected[1:], strict=True):
         assert torch.equal(mine.to(theirs.dtype), theirs)
+
+
+def test_per_head_asks_for_all_keys_first(problem, measure):
+    x = problem("late keys", KernelClass(128, 64, 8), "documents", H=12, G=3, I=12)
+    expected = measure(x, target="per_head", token_weight=x.token_weight)
+    k, asked = torch.full_like(x.k, torch.nan), []
+
+    def before(end):
+        asked.append(end)
+        k[:end] = x.k[:end]
+
+    got = indexer_kl_sums(
+        Problem(
+            x.q, k, x.index_q, x.index_k, x.index_weights, None, x.key_start, x.key_end, x.token_weight,
+            x.softmax_scale, "per_head", 2**21, (True,) * 3,
+        ),
+        before,
+    )  # fmt: skip
+    assert asked == [x.k.shape[0]] and got.d_index_k.dtype == torch.float32
+    for mine, theirs in zip(got, expected[1:], strict=True):
+        assert torch.equal(mine.to(theirs.dtype), theirs)
