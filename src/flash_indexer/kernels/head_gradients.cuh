@@ -64,27 +64,31 @@ static __device__ __forceinline__ int hq_key(int item, int i) {
   const int right = hg_field(item, 4), left = hg_field(item, 5), masked = hq_masked(item);
   return hg_field(item, 2) - N * (i < right ? i : i < masked ? i - right + left : i - masked + right);
 }
-// Items of `build_key`: key tile, first row tile, end, first whole one, end of those, slot. Visited for each key head:
-// those before and behind the whole ones (masked), then the whole ones.
-static __device__ __forceinline__ int hk_masked(int item) {
-  return hg_field(item, 2) - hg_field(item, 1) - hg_field(item, 4) + hg_field(item, 3);
-}
-static __device__ __forceinline__ int hk_whole(int item) { return hg_field(item, 4) - hg_field(item, 3); }
+// Items of `build_key`, read where they are needed: key tile, first row tile, end, first whole one, end of those, slot. Visited
+// for each key head: those before and behind the whole ones (masked), then the whole ones.
+static __device__ __forceinline__ int hk_field(const int* items, int at, int field) { return hg_int(items, at + field); }
 static __device__ __forceinline__ int hk_rows(const int* items, int at) {
-  return hg_int(items, at + 2) - hg_int(items, at + 1);
+  return hk_field(items, at, 2) - hk_field(items, at, 1);
+}
+static __device__ __forceinline__ int hk_whole(const int* items, int at) {
+  return hk_field(items, at, 4) - hk_field(items, at, 3);
+}
+static __device__ __forceinline__ int hk_masked(const int* items, int at) {
+  return hk_rows(items, at) - hk_whole(items, at);
 }
 static __device__ __forceinline__ int hk_tile(const int* items, int at, int i) {
-  const int first = hg_int(items, at + 1), whole = hg_int(items, at + 3), end = hg_int(items, at + 4);
-  const int masked = hg_int(items, at + 2) - first - end + whole;
+  const int first = hk_field(items, at, 1), whole = hk_field(items, at, 3), end = hk_field(items, at, 4);
+  const int masked = hk_masked(items, at);
   return i < whole - first ? first + i : i < masked ? i - (whole - first) + end : i - masked + whole;
 }
 // the first tile of an item counts as masked, whatever it is
-static __device__ __forceinline__ int hk_masked_left(int item, int g) {
-  const int n = hk_masked(item);
+static __device__ __forceinline__ int hk_masked_left(const int* items, int at, int g) {
+  const int n = hk_masked(items, at);
   return g == 0 && n > 0 ? n - 1 : n;
 }
-static __device__ __forceinline__ int hk_whole_left(int item, int g) {
-  return g == 0 && hk_masked(item) == 0 ? hk_whole(item) - 1 : hk_whole(item);
+static __device__ __forceinline__ int hk_whole_left(const int* items, int at, int g) {
+  const int n = hk_whole(items, at);
+  return g == 0 && hk_masked(items, at) == 0 ? n - 1 : n;
 }
 // numbers of the thread's two queries: lse, lsx, w, coef, and their intervals; padding and tokens t >= n have none
 template <int HG>
@@ -188,8 +192,8 @@ static __device__ __forceinline__ void hk_apply(float* s, const float* z, int nu
     }
 }
 template <int N>
-static __device__ __forceinline__ void hk_mask(float* s, int numbers, int item) {
-  const int at = numbers + N * 16 + (threadIdx.x & 3) * 16, key = hg_field(item, 0) * 128 + hg_row(0);
+static __device__ __forceinline__ void hk_mask(float* s, int numbers, const int* items, int at_item) {
+  const int at = numbers + N * 16 + (threadIdx.x & 3) * 16, key = hk_field(items, at_item, 0) * 128 + hg_row(0);
 #pragma unroll
   for (int g = 0; g < N / 8; ++g) {
     const int4 x = hg_limits(at + g * 64);
@@ -234,8 +238,8 @@ static __device__ __forceinline__ void hq_store(
 }
 // slot < 0: DK[kt * 128 + r] += O[r] for rows below S; otherwise PART[slot * 128 + r] = O[r]
 template <int E>
-static __device__ __forceinline__ void hk_store(const float* o, int item, float* DK, float* PART, int S) {
-  const int kt = hg_field(item, 0), slot = hg_field(item, 5);
+static __device__ __forceinline__ void hk_store(const float* o, const int* items, int at, float* DK, float* PART, int S) {
+  const int kt = hk_field(items, at, 0), slot = hk_field(items, at, 5);
 #pragma unroll
   for (int h = 0; h < 2; ++h) {
     const int r = hg_row(h);

@@ -335,15 +335,17 @@ def build_key(D, E, HG, N, XS, Y2S):
 
     @T.macro
     def apply(S, Z, v, context):
-        numbers, _item, scale = context
+        numbers, _ITEMS, _item, scale = context
         T.call_extern(
             "handle", f"hk_apply<{N}>", S.access_ptr("rw"), Z.access_ptr("r"), numbers + v[2] * (24 * N), scale
         )
 
     @T.macro
     def mask(S, v, context):
-        numbers, item, _scale = context
-        T.call_extern("handle", f"hk_mask<{N}>", S.access_ptr("rw"), numbers + v[2] * (24 * N), item)
+        numbers, ITEMS, item, _scale = context
+        T.call_extern(
+            "handle", f"hk_mask<{N}>", S.access_ptr("rw"), numbers + v[2] * (24 * N), T.address_of(ITEMS[0]), item
+        )
 
     first, step, last, release = _template(E, N, XS, Y2S, apply, mask)
 
@@ -363,7 +365,6 @@ def build_key(D, E, HG, N, XS, Y2S):
             Y1s = T.alloc_shared((2, N, D), "bfloat16")
             Y2s = T.alloc_shared((Y2S, N, E), "bfloat16")
             Ns = T.alloc_shared((Y2S, 6 * N), "float32")
-            Is = T.alloc_shared((XS, 8), "int32")
             S = T.alloc_fragment((128, N), "float32")
             Z = T.alloc_fragment((128, N), "float32")
             P = T.alloc_fragment((128, N), "bfloat16")
@@ -390,25 +391,24 @@ def build_key(D, E, HG, N, XS, Y2S):
                 tiles = (X1s, X2s, Y1s, Y2s)
                 bars = (full1, empty1, full2, empty2)
 
-                context = (numbers, item, scale)
+                context = (numbers, ITEMS, item, scale)
                 for i in list(range(6)):
                     v[i] = 0
                 numbers = T.call_extern("int32", "hg_address", T.address_of(Ns[0, 0]))
                 if tx >= 128:
                     T.named_barrier_arrive(8, 256)
                 items = T.call_extern("int32", "hg_count", nitems, bx, grid)
-                for _ in T.serial(items):
+                for it in T.serial(items):
                     T.barrier_wait(fullx[v[0] % XS], v[0] // XS % 2)
-                    item = T.call_extern("int32", "hg_address", T.address_of(Is[0, 0])) + v[0] % XS * 32
+                    item = (bx + it * grid) * 8
                     first(tiles, S, Z, P, O, bars, v, tx, context)
                     for g in T.serial(G):
                         if g > 0:
                             T.barrier_wait(fullx[v[0] % XS], v[0] // XS % 2)
-                            item = T.call_extern("int32", "hg_address", T.address_of(Is[0, 0])) + v[0] % XS * 32
-                        steps = T.call_extern("int32", "hk_masked_left", item, g)
+                        steps = T.call_extern("int32", "hk_masked_left", T.address_of(ITEMS[0]), item, g)
                         for _ in T.serial(steps):
                             step(tiles, S, Z, P, O, bars, v, tx, context, True)
-                        steps = T.call_extern("int32", "hk_whole_left", item, g)
+                        steps = T.call_extern("int32", "hk_whole_left", T.address_of(ITEMS[0]), item, g)
                         for _ in T.serial(steps):
                             step(tiles, S, Z, P, O, bars, v, tx, context, False)
                         if g < G - 1:
@@ -416,8 +416,8 @@ def build_key(D, E, HG, N, XS, Y2S):
                             v[0] = v[0] + 1
                     last(tiles, P, O, bars, v, tx)
                     T.call_extern(
-                        "handle", f"hk_store<{E}>", O.access_ptr("r"), item, T.address_of(DK[0, 0]),
-                        T.address_of(PART[0, 0]), nk,
+                        "handle", f"hk_store<{E}>", O.access_ptr("r"), T.address_of(ITEMS[0]), item,
+                        T.address_of(DK[0, 0]), T.address_of(PART[0, 0]), nk,
                     )  # fmt: skip
                     release(emptyx, v[0] % XS, tx)
                     v[0] = v[0] + 1
@@ -432,19 +432,14 @@ def build_key(D, E, HG, N, XS, Y2S):
                     xp = T.alloc_var("int32", 1)
                     key = T.alloc_var("int32")
                     t0 = T.alloc_var("int32")
-                    slot = T.alloc_var("int32")
-                    field = T.alloc_var("int32")  # of the item, one a lane
                     rows = T.alloc_var("int32")
                     count = T.alloc_var("int32")
                     count = T.call_extern("int32", "hg_count", nitems, bx, grid)
                     for it in T.serial(count):
-                        field = T.call_extern("int32", "it_lane", T.address_of(ITEMS[0]), bx + it * grid)
-                        key = T.call_extern("int32", "it_pick", field, 0) * 128
+                        key = T.call_extern("int32", "hk_field", T.address_of(ITEMS[0]), (bx + it * grid) * 8, 0) * 128
                         rows = T.call_extern("int32", "hk_rows", T.address_of(ITEMS[0]), (bx + it * grid) * 8)
                         for g in T.serial(G):
-                            slot = T.call_extern("int32", "hg_address", T.address_of(Is[0, 0])) + xs * 32
                             T.barrier_wait(emptyx[xs], xp)
-                            T.call_extern("handle", "it_put", slot, field)
                             T.tma_copy(K[key : key + 128, g * D : g * D + D], X1s[xs, :, :], barrier=fullx[xs])
                             T.tma_copy(IK[key : key + 128, 0:E], X2s[xs, :, :], barrier=fullx[xs])
                             if T.shuffle_elect(32):

@@ -1,4 +1,6 @@
 #pragma once
+#include <tl_templates/cuda/common.h>
+#include <tl_templates/cuda/intrin.h>
 // An item of work on its way from the list to shared memory: lanes 0 to 7 of the warp that feeds hold its eight fields (the
 // other lanes hold them again), and all that this warp asks comes by shuffles.
 static __device__ __forceinline__ int it_lane(const int* items, int at) {
@@ -7,11 +9,17 @@ static __device__ __forceinline__ int it_lane(const int* items, int at) {
   return v;
 }
 static __device__ __forceinline__ int it_pick(int fields, int n) { return __shfl_sync(0xffffffffu, fields, n); }
-// written by lanes of which one then arrives at a barrier for all of them
+// all eight by the lane that then arrives at a barrier: it need not speak for others
 static __device__ __forceinline__ void it_put(int address, int fields) {
-  if ((threadIdx.x & 31) < 8)
-    asm volatile("st.shared.s32 [%0], %1;" ::"r"(address + ((int)threadIdx.x & 7) * 4), "r"(fields) : "memory");
-  __syncwarp();
+  int v[8];
+#pragma unroll
+  for (int n = 0; n < 8; ++n) v[n] = it_pick(fields, n);
+  if (cute::elect_one_sync()) {
+    asm volatile("st.shared.v4.s32 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(v[0]), "r"(v[1]), "r"(v[2]), "r"(v[3])
+                 : "memory");
+    asm volatile("st.shared.v4.s32 [%0], {%1, %2, %3, %4};" ::"r"(address + 16), "r"(v[4]), "r"(v[5]), "r"(v[6]), "r"(v[7])
+                 : "memory");
+  }
 }
 // first key of the i-th key tile of (.., .., first, tiles, right, left, ..): 0 .. right - 1, left .. tiles - 1, right .. left - 1
 template <int BN>
