@@ -120,17 +120,18 @@ def heads(results: Path) -> list[str]:
         "2,048 tokens; ours, over FlashAttention-2's (attention alone: over cuDNN's) in the same rounds, as",
         "`flash-indexer bench --suite mqa64` prints it.",
         "",
-        "| tokens | output + KL | | backward | | both | attention alone | |",
-        "|---:|---:|---:|---:|---:|---:|---:|---:|",
+        "| tokens | output + KL | | backward | | both | backward, atomic | | attention alone | |",
+        "|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|",
     ]
     for tokens, record in sorted(records.items()):
         ratio = {name: f"{value:.2f} x" for name, value in record["ratios"].items()}
         lines.append(
             f"| {tokens:,} | {record['ours_forward']['p50']:.2f} ms | {ratio.get('forward', '')} | "
             f"{record['ours_backward']['p50']:.2f} ms | {ratio.get('backward', '')} | {record['both']:.2f} ms | "
+            f"{record['ours_once']['p50']:.2f} ms | {ratio.get('once', '')} | "
             f"{record['ours_attention']['p50']:.2f} ms | {ratio.get('attention', '')} |"
         )
-    bars = " | ".join(("| bars", "", "0.76 x", "", "0.45 x", "7.80 ms at 32K", "", "0.85 x |"))
+    bars = " | ".join(("| bars", "", "0.76 x", "", "0.45 x", "7.80 ms at 32K", "", "", "", "0.85 x |"))
     return [*lines, bars]
 
 
@@ -199,15 +200,24 @@ def section(results: Path = RESULTS) -> str:
             f"{warmup['largest_relative_difference']:.0e}.",
         ]
     lines += heads(results) + attention(results) + processes(results)
-    tests = latest(results / "gpu_tests.jsonl").get("all")
-    if tests:
+    return "\n".join(lines + gpu_tests(results))
+
+
+def gpu_tests(results: Path) -> list[str]:
+    """A line for the last run of the GPU tests on each number of GPUs."""
+    lines = []
+    for gpus, tests in sorted({r.get("gpus", 1): r for r in lines_of(results / "gpu_tests.jsonl")}.items()):
         clean = ", ".join(
             f"{tool} {'clean' if v['clean'] else 'see record'}" for tool, v in tests["sanitizers"].items()
         )
         counts = f"{tests['passed']} passed, {tests['failed']} failed"
         trees = ", ".join(f"{name} {tree[:7]}" for name, tree in tests["trees"].items())
-        lines += ["", f"GPU tests (trees {trees}): {counts}" + (f"; compute-sanitizer: {clean}." if clean else ".")]
-    return "\n".join(lines)
+        where = "one GPU" if gpus == 1 else f"{gpus} GPUs"
+        lines += [
+            "",
+            f"Tests on {where} (trees {trees}): {counts}" + (f"; compute-sanitizer: {clean}." if clean else "."),
+        ]
+    return lines
 
 
 def product_rates(records: dict[str, Record]) -> str:

@@ -15,7 +15,7 @@ KERNELS = list(kernels.every_kernel())
 LAUNCH_REGISTERS = 168  # 65,536 / 384 threads: what setmaxnreg starts from
 EXPONENTIALS = 64  # of one thread for a 128 x 128 tile
 MOST_REGISTERS = {"rows": 64, "gradients_reduce": 128, "finish": 64, "scale": 64}
-HEADS = ("attention", "attention_mla", "head_gradients_query", "head_gradients_key")
+HEADS = ("attention", "attention_mla", "head_gradients_query", "head_gradients_key", "head_gradients_once")
 # bytes that producers spill, who have 24 or 40 registers and wait for memory anyway, or that are used once an item
 MOST_SPILLED = {"attention": 500, "head_gradients_query": 64, "head_gradients_key": 1200}
 
@@ -39,6 +39,8 @@ def products(name: str, static: dict[str, int]) -> int:
         return 3 * (36 + 4 + 4)
     if name in ("head_gradients_query", "head_gradients_key"):
         return 3 * (static["D"] + static["E"]) // 16 + 3 * static["N"] // 16
+    if name == "head_gradients_once":
+        return 3 * (static["D"] + static["E"]) // 16 + 3 * 2 * 128 // 16
     return 0
 
 

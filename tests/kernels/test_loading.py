@@ -198,6 +198,8 @@ def test_the_classes_of_the_tests_are_compiled_beforehand():
     listed = set(kernels.every_kernel())
     for sizes in HEAD_CLASSES:
         D, V, E = heads._width(sizes.D), heads._width(sizes.V), heads._index_width(sizes.E, sizes.heads)
+        if D <= 128 and E <= 64:
+            assert ("head_gradients_once", (("D", D), ("E", E), ("HG", sizes.heads))) in listed
         for name, static in (
             ("attention", dict(D=D, V=V, E=0, HG=sizes.heads, **tiles.attention(D, V, 0, sizes.heads))),
             ("attention", dict(D=D, V=V, E=E, HG=sizes.heads, **tiles.attention(D, V, E, sizes.heads))),

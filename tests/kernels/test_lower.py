@@ -30,6 +30,8 @@ STREAMED = [
     ("head_gradients_query", dict(D=128, E=128, HG=1, **tiles.head_gradients_query(128, 128))),
     ("head_gradients_key", dict(D=128, E=64, HG=64, **tiles.head_gradients_key(128, 64))),
     ("head_gradients_key", dict(D=64, E=32, HG=3, **tiles.head_gradients_key(64, 32))),
+    ("head_gradients_once", dict(D=128, E=64, HG=64)),
+    ("head_gradients_once", dict(D=64, E=32, HG=3)),
 ]
 ROWWISE = [
     ("rows", dict(logits=0)),
@@ -50,6 +52,8 @@ def barriers(name: str, static: dict[str, int]) -> int:
         return 2 * (static["QS"] + 2 + 2)  # without values, theirs stay unused
     if name == "attention_mla":
         return 2 + 18 + 4 + 2  # queries; panels of two key tiles, handed back in halves; P of either warpgroup
+    if name == "head_gradients_once":
+        return 2 * (1 + 2 + 2 + 2 + 2)  # queries, index_q with its item, keys, index_k, P
     if name.startswith("head_gradients"):
         return 2 * (static["XS"] + 2 + static["Y2S"])
     if name.startswith("gradients"):
@@ -69,10 +73,13 @@ def test_tensor_cores_are_fed_by_the_copy_engine(name, static, source):
     if name == "attention":  # by calls of wgmma.cuh: logits before the items, in both kinds of steps and of their ends
         assert body.count("at_logits<") >= 4 and "wgmma_ss<" in text
         assert body.count("at_values<") >= 3 if static["V"] else "at_values<" not in body
+    elif name == "head_gradients_once":  # logits of the first tile and both kinds of steps; the others later
+        assert [body.count(f"ho_{part}<") for part in ("logits", "rows", "keys", "add")] == [3, 3, 3, 3]
+        assert "wgmma_ss<" in text
     else:
         assert "tl::wgmma_ss<" in body
     assert len(re.findall(r"\.init\(\d+\);", body)) == barriers(name, static)
-    rows = {"head_gradients_key": static.get("N"), "attention": 128}.get(name)
+    rows = {"head_gradients_key": static.get("N"), "head_gradients_once": 128, "attention": 128}.get(name)
     cleared = rows is not None and rows % static["HG"] != 0  # rows that no copy reaches
     assert body.count("__syncthreads()") == 1 + cleared, "after the barriers are initialised: the rings hold no other"
     assert body.index("__syncthreads()") < body.index("tl::tma_load(")
@@ -95,9 +102,10 @@ def test_without_values_the_output_is_the_entropy(V, source):
 
 
 @pytest.mark.parametrize("name, static", STREAMED + ROWWISE, ids=title)
-def test_nothing_is_atomic(name, static, source):
+def test_nothing_is_atomic_but_what_says_so(name, static, source):
     text = source(name, **static)
-    assert not re.search(r"\batomic\w*\(|AtomicAdd|tma_store_add|red\.global", text)
+    found = re.findall(r"\batomic\w*\(|AtomicAdd|tma_store_add|\bred\.[\w.]*", text)
+    assert set(found) == ({"red.relaxed.gpu.global.add.v4.f32"} if name == "head_gradients_once" else set())
 
 
 @pytest.mark.parametrize("name, static", ROWWISE, ids=title)

@@ -64,3 +64,24 @@ def test_no_kernel_is_prepared_for_a_gradient_that_is_not_wanted(gpu, monkeypatc
     heads.prepare(torch.empty(5, 64, 100), torch.empty(5, 1, 100), 0, 64, needs)
     assert prepared.pop("attention") == dict(D=128, V=0, E=64, HG=64, **tiles.attention(128, 0, 64, 64))
     assert prepared.keys() == gradients
+
+
+@pytest.mark.parametrize(
+    "needs, E, once",
+    [
+        ((True, True, True), 64, True),
+        ((False, True, True), 64, True),
+        ((True, True, False), 64, True),
+        ((True, True, True), 128, False),
+        ((True, False, True), 64, False),
+        ((False, True, False), 64, False),
+    ],
+)
+def test_one_kernel_makes_all_gradients_where_their_bits_may_differ(gpu, monkeypatch, needs, E, once):
+    prepared = {}
+    monkeypatch.setattr(kernels, "prepare", lambda *wanted: prepared.update({name: dict(x) for name, x in wanted}))
+    heads.prepare(torch.empty(5, 64, 100), torch.empty(5, 1, 100), 128, E, needs, deterministic=False)
+    names = {name for name in prepared if name.startswith(("head_gradients", "gradients"))}
+    assert (names == {"head_gradients_once"}) == once
+    assert not once or prepared["head_gradients_once"] == SHAPE
+    assert once or "head_gradients_once" not in names

@@ -42,6 +42,7 @@ BUILDERS = {
     "attention_mla": ("attention_mla", "build"),
     "head_gradients_query": ("head_gradients", "build_query"),
     "head_gradients_key": ("head_gradients", "build_key"),
+    "head_gradients_once": ("head_gradients_once", "build"),
 }
 HEAD_WIDTHS, INDEX_WIDTHS, PADDED_HEADS = (64, 96, 128, 192, 256, 576), (32, 64, 128), (8, 16, 32, 64)
 EXP, RELU, SUM = 0, 1, 2
@@ -112,6 +113,8 @@ def every_kernel():
             yield "attention", _sorted(D=D, V=value_width, E=index_width, HG=HG, **sizes)
         yield "head_gradients_query", _sorted(D=D, E=E, HG=HG, **tiles.head_gradients_query(D, E))
         yield "head_gradients_key", _sorted(D=D, E=E, HG=HG, **tiles.head_gradients_key(D, E))
+        if D <= 128 and E <= 64:
+            yield "head_gradients_once", _sorted(D=D, E=E, HG=HG)
     for name, E, IP in product(("gradients_query", "gradients_key"), INDEX_WIDTHS, PADDED_HEADS):
         yield name, (("E", E), ("IP", IP))
 

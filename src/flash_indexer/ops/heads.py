@@ -147,13 +147,16 @@ def per_head_gradients(
     softmax_scale: float,
     needs: tuple[bool, bool, bool],
     sizes: Sizes | None = None,
+    deterministic: bool = True,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Gradients of index_q, index_k and index_weights for sum_t,h factor[t] * KL[t,h]; None where not in `needs`.
 
     Args:
         sums: logsumexps of the attention and of the indexer, [T, H]. factor: float32 [T].
+        deterministic: False may add to index_k's by atomic additions, where that is faster.
     """
-    a, b, c = gradient_sums(q, k, index, sums, factor, key_start, key_end, softmax_scale, needs, sizes)
+    found = gradient_sums(q, k, index, sums, factor, key_start, key_end, softmax_scale, needs, sizes, deterministic)
+    a, b, c = found
     return a, None if b is None else b.to(index[1].dtype), c
 
 
@@ -168,6 +171,7 @@ def gradient_sums(
     softmax_scale: float,
     needs: tuple[bool, bool, bool],
     sizes: Sizes | None = None,
+    deterministic: bool = True,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """`per_head_gradients`, that of index_k still the sum in float32."""
     index_q, index_k, weights = index
@@ -182,14 +186,18 @@ def gradient_sums(
         q, k, index_q, index_k = *(aligned(_padded(x)) for x in (q, k)), *(_padded(x, E) for x in (index_q, index_k))
         D = q.shape[2]
         shape = dict(D=D, E=E, HG=heads)
+        scale = softmax_scale * LOG2E
+        common = (
+            k.view(S, -1), index_k, weights.view(-1), *(x.view(-1) for x in sums), factor, key_start, key_end
+        )  # fmt: skip
+        if _formed_once(D, E, needs, deterministic):
+            a, b, c = _once(q, index_q, common, shape, Tiles(G, TILE // heads, TILE, processors), scale)
+            a, b = (x[..., :width].contiguous() for x in (a, b))
+            return a if needs[0] else None, b, c.view_as(weights) if needs[2] else None
         query, key = (_tiles(f"head_gradients_{kind}", shape, q.device, sizes) for kind in ("query", "key"))
         slots = _SLOT_BYTES // (TILE * E * 4)
         rows = Tiles(G, TILE // heads, query["N"], processors)
         items = gradient_items(key_start, key_end, S, rows, key["N"] // heads, slots)
-        common = (
-            k.view(S, -1), index_k, weights.view(-1), *(x.view(-1) for x in sums), factor, key_start, key_end
-        )  # fmt: skip
-        scale = softmax_scale * LOG2E
         d_index_q = d_index_k = d_weights = None
         if needs[0] or needs[2]:
             d_index_q, d_weights = torch.empty_like(index_q), torch.empty_like(weights)
@@ -215,6 +223,26 @@ def gradient_sums(
         return d_index_q if needs[0] else None, d_index_k, d_weights if needs[2] else None
 
 
+def _formed_once(D: int, E: int, needs: Sequence[bool], deterministic: bool) -> bool:
+    """Whether one kernel makes all gradients, with atomic additions; others make one of them faster."""
+    return not deterministic and D <= 128 and E <= 64 and needs[1] and (needs[0] or needs[2])
+
+
+def _once(
+    q: Tensor, index_q: Tensor, common: tuple[Tensor, ...], shape: dict[str, int], tiles: Tiles, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """d_index_q [T, H, E], the float32 sum for d_index_k [S, E], d_index_weights [T·H]."""
+    (T, H, E), S = index_q.shape, common[0].shape[0]
+    items = attention_items(common[-2], common[-1], S, tiles)
+    d_index_q, d_weights = torch.empty_like(index_q), torch.empty_like(common[2])
+    total, count = torch.zeros(S, E, device=q.device), items.numel() // 8
+    load_kernel("head_gradients_once", **shape)(
+        _rows(q, shape["HG"], TILE), common[0], _rows(index_q, shape["HG"], TILE), *common[1:], items,
+        d_index_q.view(-1, E), d_weights, total, H, T, count, min(count, tiles.processors), scale,
+    )  # fmt: skip
+    return d_index_q, total.view(S, -1, 4, 2, 2).transpose(2, 3).reshape(S, E), d_weights
+
+
 def shapes(D: int, V: int, E: int, heads: int) -> dict[str, dict[str, int]]:
     """Of each kernel with tiles to choose: the widths that it works on, for `heads` heads of a key head."""
     E = _index_width(E, heads)
@@ -225,20 +253,25 @@ def shapes(D: int, V: int, E: int, heads: int) -> dict[str, dict[str, int]]:
     }  # fmt: skip
 
 
-def prepare(q: Tensor, k: Tensor, V: int, E: int, needs: Sequence[bool] = (True, True, True)) -> None:
+def prepare(
+    q: Tensor, k: Tensor, V: int, E: int, needs: Sequence[bool] = (True, True, True), deterministic: bool = True
+) -> None:
     """Has every kernel of the call and of its gradients compiled, those that are missing side by side.
 
-    V: width of the values, 0 for `statistics`. needs: as in `per_head_gradients`.
+    V: width of the values, 0 for `statistics`. needs, deterministic: as in `per_head_gradients`.
     """
     from flash_indexer.kernels.compile import prepare as compile_missing
 
     found = shapes(q.shape[2], V, E, q.shape[1] // k.shape[1])
-    if not (needs[0] or needs[2]):
-        del found["head_gradients_query"]
-    if not needs[1]:
+    once = _formed_once(found["attention"]["D"], found["attention"]["E"], needs, deterministic)
+    if once or not (needs[0] or needs[2]):
+        gradients = found.pop("head_gradients_query")
+    if once or not needs[1]:
         del found["head_gradients_key"]
     kernels = [(name, tuple((shape | _tiles(name, shape, q.device)).items())) for name, shape in found.items()]
-    if needs[1]:
+    if once:
+        kernels.append(("head_gradients_once", tuple(gradients.items())))
+    elif needs[1]:
         kernels.append(("gradients_reduce", (("E", found["attention"]["E"]),)))
     if V == 0 and any(needs):
         kernels.append(("scale", ()))
