@@ -29,7 +29,7 @@ from flash_indexer.ops import per_head
 operator = importlib.import_module("flash_indexer.ops.indexer_kl")  # the module: the package exports its function
 ROUNDS, SLOW_ROUNDS = 15, 2
 NAMES = ("loss", "kl", "entropy", "d_index_q", "d_index_k", "d_index_weights")
-CLOSE = (1e-5, 1e-5, 1e-5, 2**-7, 2**-7, 1e-4)  # of the largest value, norms for gradients
+CLOSE = (1e-5, 1e-5, 1e-5, 2**-7, 2**-7, 2**-9)  # of the largest value, norms for gradients; theirs are from bfloat16
 
 
 def main() -> None:

@@ -26,7 +26,7 @@ import torch
 from bench_warmup import median_step, write_model, write_texts
 
 LARGEST = 3e-2  # bfloat16 sums in another order; a missing rank or head would be far above
-TIMEOUT = 30
+TIMEOUT, LONGER = 15, 30  # seconds: of the runs that are cut off, and how much longer the other process may live
 
 
 def main() -> None:
@@ -69,7 +69,8 @@ def main() -> None:
             )
             bad += [name] if worst > LARGEST else []
             print(f"{name}: KL within {worst:.1e}, {median_step(got):.3f} s a step", flush=True)
-        bad += watch_a_death(path, given)
+        bad += watch_a_death(path, given, "tp", ["--tp", 2], 1)
+        bad += watch_a_death(path, given, "dp, the first one", [], 0)
     if bad:
         raise SystemExit(f"check_processes: above {LARGEST}, or not ended as they should: {bad}")
 
@@ -78,7 +79,7 @@ def command(path: Path, name: str, given: argparse.Namespace, options: list[obje
     words = [
         "flash_indexer", "warmup", "--out", path / name, "--model", path / "model", "--data", path / "texts.jsonl",
         "--sequence-length", given.sequence_length, "--steps", given.steps, "--evaluate-sequences", 0,
-        "--warmup-steps", 2, "--timeout", TIMEOUT * 10, *options,
+        "--warmup-steps", 2, "--timeout", 300, *options,
     ]  # fmt: skip
     return [str(word) for word in words]
 
@@ -94,35 +95,36 @@ def warm_up(
     return [json.loads(line) for line in (path / name / "metrics.jsonl").read_text().splitlines()]
 
 
-def watch_a_death(path: Path, given: argparse.Namespace) -> list[str]:
-    """Kills rank 1 of 2, without an agent that would end the other; ["a death"] where it did not end as it should."""
+def watch_a_death(path: Path, given: argparse.Namespace, name: str, options: list[object], dying: int) -> list[str]:
+    """Kills one of two processes that no agent watches; [name] where the other did not end as it should."""
     started = []
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    options = ["--steps", 100000, "--timeout", TIMEOUT, "--save-every", 1]
+    options = [*options, "--steps", 100000, "--timeout", TIMEOUT, "--save-every", 1]
+    out = path / f"dead {dying}"
     for rank in (0, 1):
         place = dict(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE=2, MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
         environment = os.environ | {key: str(value) for key, value in place.items()}
-        words = [sys.executable, "-m", *command(path, "dead", given, options)]
+        words = [sys.executable, "-m", *command(path, out.name, given, options)]
         started.append(subprocess.Popen(words, env=environment, stderr=subprocess.PIPE, text=True))
-    while not (path / "dead" / "checkpoint").exists():
+    while not (out / "checkpoint").exists():
         if any(process.poll() is not None for process in started):
             for process in started:
                 process.kill()
             raise SystemExit(f"check_processes: a process ended by itself:\n{started[0].communicate()[1][-3000:]}")
         time.sleep(1)
-    began = time.monotonic()
-    started[1].send_signal(signal.SIGKILL)
+    began, other = time.monotonic(), started[1 - dying]
+    started[dying].send_signal(signal.SIGKILL)
     try:
-        _, said = started[0].communicate(timeout=TIMEOUT * 5)
-        ended = f"ended with {started[0].returncode} after {time.monotonic() - began:.0f} s (timeout {TIMEOUT} s)"
+        _, said = other.communicate(timeout=TIMEOUT + LONGER)
+        ended = f"ended with {other.returncode} after {time.monotonic() - began:.0f} s (timeout {TIMEOUT} s)"
     except subprocess.TimeoutExpired:
-        started[0].kill()
-        _, said = started[0].communicate()
-        ended = f"still ran {TIMEOUT * 5} s later"
-    print(f"a process died: the other {ended}; its last words:\n{said[-1500:]}", flush=True)
-    return [] if started[0].returncode == 1 and "lost contact" in said else ["a death"]
+        other.kill()
+        _, said = other.communicate()
+        ended = f"still ran {TIMEOUT + LONGER} s later"
+    print(f"{name}: a process died: the other {ended}; its last words:\n{said[-1200:]}", flush=True)
+    return [] if other.returncode == 1 and "lost contact" in said else [f"a death, {name}"]
 
 
 if __name__ == "__main__":
