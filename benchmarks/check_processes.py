@@ -34,7 +34,7 @@ def main() -> None:
     parser.add_argument("--gpus", type=int, default=torch.cuda.device_count())
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--sequence-length", type=int, default=8192)
-    parser.add_argument("--ways", help="comma-separated; default: all that so many GPUs allow")
+    parser.add_argument("--ways", help="comma-separated, may be empty; default: all that so many GPUs allow")
     given = parser.parse_args()
     n, bad = given.gpus, []
     ways = {
@@ -47,7 +47,7 @@ def main() -> None:
     if n >= 4:
         ways |= {"cp x tp": ["--cp", n // 2, "--tp", 2], "tp, fsdp": ["--tp", 2, "--fsdp"]}
     if given.ways is not None:
-        ways = {name: ways[name] for name in given.ways.split(",")}
+        ways = {name: ways[name] for name in given.ways.split(",") if name}
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder)
         write_model(
@@ -55,8 +55,9 @@ def main() -> None:
             num_key_value_heads=4,
         )  # fmt: skip
         write_texts(path / "texts.jsonl", given.steps * given.sequence_length * n)
-        want = warm_up(path, "one", given, 1, ["--batch-size", n])
-        print(f"one GPU: {median_step(want):.3f} s a step")
+        if ways:
+            want = warm_up(path, "one", given, 1, ["--batch-size", n])
+            print(f"one GPU: {median_step(want):.3f} s a step")
         for name, options in ways.items():
             data_parallel = n // (options[1] if options and options[0] in ("--cp", "--tp") else 1)
             if name == "cp x tp":
