@@ -26,7 +26,7 @@ import torch
 from bench_warmup import median_step, write_model, write_texts
 
 LARGEST = 3e-2  # bfloat16 sums in another order; a missing rank or head would be far above
-TIMEOUT, LONGER = 15, 30  # seconds: of the runs that are cut off, and how much longer the other process may live
+TIMEOUT, LONGER = 15, 50  # seconds: of the runs that are cut off, and how much longer the other process may live
 
 
 def main() -> None:
@@ -106,6 +106,7 @@ def watch_a_death(path: Path, given: argparse.Namespace, name: str, options: lis
     out = path / f"dead {dying}"
     for rank in (0, 1):
         place = dict(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE=2, MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+        place["PYTHONFAULTHANDLER"] = 1  # where each thread is when it is ended
         environment = os.environ | {key: str(value) for key, value in place.items()}
         words = [sys.executable, "-m", *command(path, out.name, given, options)]
         started.append(subprocess.Popen(words, env=environment, stderr=subprocess.PIPE, text=True))
@@ -125,7 +126,7 @@ def watch_a_death(path: Path, given: argparse.Namespace, name: str, options: lis
         _, said = other.communicate()
         ended = f"still ran {TIMEOUT + LONGER} s later"
     print(f"{name}: a process died: the other {ended}; its last words:\n{said[-1200:]}", flush=True)
-    return [] if other.returncode == 1 and "lost contact" in said else [f"a death, {name}"]
+    return [] if other.returncode in (1, -signal.SIGABRT) and "lost contact" in said else [f"a death, {name}"]
 
 
 if __name__ == "__main__":

@@ -134,18 +134,19 @@ class Processes:
         Raises:
             ConnectionError: names the process, what happened, the checkpoint and how to go on.
         """
+        saved = f"a checkpoint in {checkpoint} is intact"
+        stuck = self._lost_contact("it is stuck itself, in a call that lets no thread of it run", saved)
+        alive = Heartbeat(self.settings.timeout, partial(self._end, checkpoint), f"error {stuck}")
         try:
-            with Heartbeat(self.settings.timeout, partial(self._end, checkpoint)) if self.count > 1 else nullcontext():
+            with alive if self.count > 1 else nullcontext():
                 yield
                 self.wait()
         except RuntimeError as error:
             if not _is_lost_contact(error):
                 raise
-            raise self._lost_contact(checkpoint, _first_line(error)) from error
+            raise self._lost_contact(_first_line(error), _saved(checkpoint)) from error
 
-    def _lost_contact(self, checkpoint: Path, reason: str) -> ConnectionError:
-        written = readable_directory(checkpoint).exists()
-        saved = f"the checkpoint in {checkpoint} is intact" if written else "no checkpoint was written"
+    def _lost_contact(self, reason: str, saved: str) -> ConnectionError:
         return ConnectionError(
             f"warmup: process {self.rank} of {self.count} lost contact with another process, which died or did not "
             f"answer for {self.settings.timeout:g} s ({reason}); {saved}: look for the first error of all processes, "
@@ -155,7 +156,7 @@ class Processes:
     def _end(self, checkpoint: Path, reason: str) -> NoReturn:
         """From a thread, while the main thread is stuck, perhaps with the lock of stdout in hand."""
         try:
-            print_error(self._lost_contact(checkpoint, reason))
+            print_error(self._lost_contact(reason, _saved(checkpoint)))
         finally:
             os._exit(1)
 
@@ -178,6 +179,11 @@ def end_if_shared(code: int) -> None:
             with suppress(OSError, ValueError):  # closed
                 stream.flush()
         os._exit(code)
+
+
+def _saved(checkpoint: Path) -> str:
+    written = readable_directory(checkpoint).exists()
+    return f"the checkpoint in {checkpoint} is intact" if written else "no checkpoint was written"
 
 
 def _first_line(error: Exception) -> str:

@@ -14,10 +14,11 @@ PROGRAM = """
 import os, sys, time
 os.environ.update(environment)
 rank, sys.stderr = int(environment["RANK"]), open(f"{out}.{environment['RANK']}", "a")
+os.dup2(sys.stderr.fileno(), 2)
 from pathlib import Path
 from flash_indexer.distributed.heartbeat import Heartbeat
 from flash_indexer.processes import ParallelSettings, Processes
-Heartbeat.GRACE = grace
+Heartbeat.GRACE, Heartbeat.PATIENCE = grace, patience
 processes = Processes(ParallelSettings(timeout=timeout))
 with processes.telling(Path(out)):
     Path(f"{out}.{rank}.began").touch()
@@ -25,12 +26,13 @@ with processes.telling(Path(out)):
 time.sleep(after[rank])
 """
 STUCK = "time.sleep(600)"
-GRACE = 0.5
+STUCK_WITH_THE_LOCK = "import ctypes; ctypes.PyDLL(None).sleep(600)"
+GRACE, PATIENCE = 0.5, 1.0
 
 
 def start(runs: Any, out: Path, count: int, *, code: str = PROGRAM, **names: Any) -> Any:
     """Processes which are all in the block that is watched."""
-    common = dict(grace=GRACE, bodies=[STUCK] * count, after=[0.0] * count) | names
+    common = dict(grace=GRACE, patience=PATIENCE, bodies=[STUCK] * count, after=[0.0] * count) | names
     processes = runs.ranks(count, None, out, codes=[code] * count, **common)
     end = time.monotonic() + 60
     while not all(Path(f"{out}.{rank}.began").exists() for rank in range(count)):
@@ -73,6 +75,20 @@ def test_who_is_stuck_ends_and_says_why(
         assert f"error warmup: process {rank} of {count} lost contact with another process, which" in said, said
         assert f"did not answer for 2 s ({named}" in said and "no checkpoint was written" in said, said
         assert said.count("lost contact") == 1 and "Traceback" not in said, said
+
+
+def test_who_is_stuck_with_pythons_lock_is_ended_by_its_guard(tmp_path: Path, runs: Any) -> None:
+    timeout, out = 2.0, tmp_path / "run"
+    began = time.monotonic()
+    first, second = start(runs, out, 2, timeout=timeout, bodies=[STUCK_WITH_THE_LOCK, STUCK])
+    second.kill()
+    first.join(timeout + PATIENCE + 3)
+    try:
+        assert first.exitcode == -signal.SIGABRT and time.monotonic() - began > timeout + PATIENCE
+    finally:
+        first.kill()
+    said = Path(f"{out}.0").read_text()
+    assert "error warmup: process 0 of 2 lost contact" in said and "lets no thread of it run" in said, said
 
 
 def test_a_long_silence_of_all_main_threads_blames_nobody(tmp_path: Path, runs: Any) -> None:

@@ -7,13 +7,20 @@ process look elsewhere, in the store that the group was made with:
   messages a round however many there are). Who finds it still for too long reports it to all by the store.
 - one looks whether the first gets on, which hangs or fails when the process that keeps the store hangs or is dead.
 
-Both count their own looks and no seconds, so a process that was stopped or starved itself blames nobody.
+A call that waits for the GPU with Python's lock in hand stops all threads. So the second thread gives signs of life to
+a process of its own, a guard, which ends this one where they stay away.
+
+All count their own looks and no seconds, so a process that was stopped or starved itself blames nobody.
 """
 
 from __future__ import annotations
 
 import math
+import os
+import subprocess
+import sys
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from threading import Event, Thread
 from types import TracebackType
@@ -22,6 +29,23 @@ import torch.distributed as dist
 from torch.distributed.distributed_c10d import PrefixStore, Store, _get_default_store
 
 LONGEST_INTERVAL = 5.0
+GUARD = """
+import os, select, signal, sys
+watched, interval, most, words = int(sys.argv[1]), float(sys.argv[2]), int(sys.argv[3]), sys.argv[4]
+signal.signal(signal.SIGINT, signal.SIG_IGN)
+unchanged = 0
+while unchanged < most:
+    if select.select([0], [], [], interval)[0]:
+        if not os.read(0, 4096):
+            sys.exit()  # the block or the process ended
+        unchanged = 0
+    else:
+        with open(f"/proc/{watched}/stat") as file:
+            stopped = file.read().rpartition(")")[2].split()[0] in "tT"
+        unchanged = 0 if stopped else unchanged + 1
+print(words, file=sys.stderr, flush=True)
+os.kill(watched, signal.SIGABRT)
+"""
 
 
 class Heartbeat:
@@ -32,6 +56,8 @@ class Heartbeat:
             given up by all others.
         lost: called with the reason, once, from a thread, unless the block ended within GRACE seconds. It is to end
             the process: one that goes on is itself still alive to the others.
+        stuck: what the guard prints before it ends this process by SIGABRT, where no thread of it ran for `timeout` and
+            PATIENCE seconds.
 
     Raises:
         RuntimeError: from torch.distributed, on entering, where the group's store does not answer.
@@ -39,11 +65,14 @@ class Heartbeat:
 
     GRACE = 5.0
     """Seconds for the block to raise an error of its own, as gloo does."""
+    PATIENCE = 30.0
+    """Seconds beyond the timeout in which a thread of this process must have run."""
 
-    def __init__(self, timeout: float, lost: Callable[[str], None]) -> None:
+    def __init__(self, timeout: float, lost: Callable[[str], None], stuck: str) -> None:
         self._interval = min(timeout / 4, LONGEST_INTERVAL)
         self._most = math.ceil(timeout / self._interval)
-        self._lost = lost
+        self._lost, self._stuck = lost, stuck
+        self._silent = math.ceil((timeout + self.PATIENCE) / self._interval)
         self._ended = Event()
         self._rounds = 0
         self._reason: str | None = None
@@ -56,6 +85,10 @@ class Heartbeat:
             Thread(target=self._beat, args=(store, before), name="heartbeat", daemon=True),
             Thread(target=self._watch, name="heartbeat watch", daemon=True),
         ]
+        numbers = (os.getpid(), self._interval, self._silent)
+        self._guard = subprocess.Popen(
+            [sys.executable, "-S", "-E", "-c", GUARD, *map(str, numbers), self._stuck], stdin=subprocess.PIPE
+        )
         for thread in self._threads:
             thread.start()
         return self
@@ -66,6 +99,8 @@ class Heartbeat:
         self._ended.set()
         for thread in self._threads:
             thread.join(self._interval)  # not for ever: the store may hang
+        with suppress(BrokenPipeError):
+            self._guard.communicate()
 
     def _beat(self, store: Store, before: int) -> None:
         rank, following = dist.get_rank(), (dist.get_rank() + 1) % dist.get_world_size()
@@ -83,8 +118,11 @@ class Heartbeat:
             self._rounds += 1
 
     def _watch(self) -> None:
-        still = _Still()
+        still, guard = _Still(), self._guard.stdin
+        assert guard is not None
         while not self._ended.wait(self._interval):
+            with suppress(BrokenPipeError):  # nobody guards any more
+                os.write(guard.fileno(), b".")
             if still.looks(self._rounds) >= self._most and self._reason is None:
                 self._reason = "no answer from the store of the group, which process 0 or its launcher keeps"
             if self._reason is not None and not self._ended.wait(self.GRACE):
