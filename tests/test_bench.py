@@ -138,6 +138,16 @@ def test_a_host_slower_than_the_device_is_told(report: ModuleType, tmp_path: Pat
     assert text.count("to launch") == 1
 
 
+def test_a_record_without_the_atomic_backward_keeps_its_row(report: ModuleType, tmp_path: Path) -> None:
+    names = ("ours_forward", "ours_backward", "ours_attention")
+    old = {"tokens": 8143, "both": 3.0, "ratios": {"backward": 0.5}} | {name: {"p50": 1.5} for name in names}
+    rows = [old, old | {"tokens": 16271, "ours_once": {"p50": 0.875}, "ratios": {"once": 0.25}}]
+    (tmp_path / "warmup_attention.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows), encoding="utf-8")
+    lines = report.heads(tmp_path)
+    assert "| 8,143 | 1.50 ms |  | 1.50 ms | 0.50 x | 3.00 ms | not measured |  | 1.50 ms |  |" in lines
+    assert "| 16,271 | 1.50 ms |  | 1.50 ms |  | 3.00 ms | 0.88 ms | 0.25 x | 1.50 ms |  |" in lines
+
+
 def test_no_measurements(report: ModuleType, tmp_path: Path) -> None:
     assert report.section(tmp_path) == "No measurements are recorded yet."
 
