@@ -25,7 +25,7 @@ SIGNATURES = {
     "indexer_scores": f"({INDEX_OPERANDS}, key_start, key_end)",
     "WarmupAttention": "(out, lse, loss, kl)",
     "warmup_attention": f"(q, k, v, {INDEX_OPERANDS}, *, softmax_scale, key_start, key_end, target='mean', "
-    "token_weight=None, workspace_bytes=536870912)",
+    "token_weight=None, workspace_bytes=536870912, deterministic=True)",
 }
 MODULES = sorted(
     module.name

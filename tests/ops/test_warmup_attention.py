@@ -111,6 +111,16 @@ def test_bad_input_is_named(change, message):
         warmup_attention(*operands.values(), **options)
 
 
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+@pytest.mark.parametrize("target", TARGETS)
+def test_a_workspace_of_nothing_is_refused_whatever_runs(target, device):
+    x, v = problem(torch.float32)
+    operands = (y.to(device) for y in (x.q, x.k, v, x.index_q, x.index_k, x.index_weights))
+    options = dict(softmax_scale=0.25, key_start=x.key_start.to(device), key_end=x.key_end.to(device), target=target)
+    with pytest.raises(ValueError, match="warmup_attention: workspace_bytes must be positive, got 0"):
+        warmup_attention(*operands, **options, workspace_bytes=0)
+
+
 def test_dtypes_do_not_mix():
     x, v = problem()
     with pytest.raises(TypeError, match="v must be torch.float64 like k, got torch.float32"):

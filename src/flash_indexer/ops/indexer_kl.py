@@ -63,7 +63,8 @@ def indexer_kl(
 
     Dtypes: on CUDA q, k, index_q, index_k bfloat16 and the rest float32; on the CPU float32 or float64 throughout.
     Sizes on CUDA: the kernels' (an error names them); but "per_head" runs in torch, with a warning that says why, where
-    D > 256, E is not 32, 64 or 128, H/G > 64 with E = 128 or D > 192, or the GPU is not of compute capability 9.0.
+    D > 256, E is not 32, 64 or 128, H/G > 128 (> 64 with E = 128 or D > 192), the GPU is not of compute capability 9.0,
+    or tilelang is not installed.
 
     Returns:
         loss: scalar, differentiable in index_q, index_k and index_weights.

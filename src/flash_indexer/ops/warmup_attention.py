@@ -9,7 +9,7 @@ from torch import Tensor
 
 from flash_indexer.ops import heads
 from flash_indexer.ops.attention import _attention
-from flash_indexer.ops.checks import check_indexer_kl, check_value
+from flash_indexer.ops.checks import check_indexer_kl, check_value, check_workspace
 from flash_indexer.ops.cuda import aligned
 from flash_indexer.ops.indexer_kl import indexer_kl
 
@@ -58,8 +58,8 @@ def warmup_attention(
         key_start, key_end: int32 [T], non-decreasing; an empty interval gives out 0, lse -inf, KL 0, zero gradients.
         target, token_weight, workspace_bytes: as in `indexer_kl`.
         deterministic: True gives the same bits every time. With False the backward of "per_head" on CUDA forms the
-            logits once, for D <= 128 and E <= 64, and takes 0.7 of the time: it adds to the gradient of index_k in
-            whatever order the tiles come. Without effect elsewhere.
+            logits once, for D <= 128 and E <= 64 where index_k's and another gradient are wanted, and takes 0.7 of the
+            time: it adds to the gradient of index_k in whatever order the tiles come. Without effect elsewhere.
 
     Dtypes: on CUDA q, k, v, index_q, index_k bfloat16 and the rest float32; on the CPU float32 or float64 throughout.
     CUDA takes D and V up to 256, and with the other targets D=576 with v = k[..., :512] (MLA's absorbed form).
@@ -78,6 +78,7 @@ def warmup_attention(
     )
     check_indexer_kl(tensors, key_start, key_end, target, softmax_scale, "warmup_attention")
     check_value("warmup_attention", k, v)
+    check_workspace("warmup_attention", workspace_bytes)
     if target == "per_head" and q.device.type != "cpu":
         out, lse, loss, kl, _, _ = _per_head(
             q, k, v, index_q, index_k, index_weights, key_start, key_end, token_weight, softmax_scale, deterministic
