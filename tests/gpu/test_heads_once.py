@@ -72,6 +72,12 @@ def test_tokens_that_weigh_less_than_nothing(problem, launched):
     assert (gradients[0][::5] == 0).all() and (gradients[2][::5] == 0).all()
 
 
+def test_an_upstream_gradient_that_is_nan_is_not_hidden(problem):
+    x, v = make(problem, "nan", HEAD_CLASSES[2], "documents")
+    _, gradients = call(x, v, d_loss=float("nan"), deterministic=False)
+    assert all(gradient.isnan().any() for gradient in gradients)
+
+
 @pytest.mark.parametrize("wanted", [(0, 1), (1, 2), (0,), (1,)])
 def test_some_of_the_gradients(wanted, problem, launched):
     x, v = make(problem, "some", HEAD_CLASSES[2], "documents")

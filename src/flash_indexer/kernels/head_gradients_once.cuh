@@ -60,7 +60,7 @@ static __device__ __forceinline__ void ho_numbers(
     const long long at = (long long)t * H + g * HG + Rows<HG, 128>::head(r);
     const float w = none ? 0.f : hg_float(W, at), coef = none ? 0.f : hg_float(COEF, t);
     const float factor = fmaxf(fabsf(w), HO_LEAST) * fabsf(coef);
-    const bool some = !none && factor > 0.f && hg_int(KE, t) > hg_int(KS, t) + 1;
+    const bool some = !none && !(factor <= 0.f) && hg_int(KE, t) > hg_int(KS, t) + 1;
     x[h] = some ? hg_float(LSE, at) * HG_LOG2E - log2f(factor) : HG_NOTHING;
     x[2 + h] = some ? hg_float(LSX, at) * HG_LOG2E - log2f(factor) : HG_NOTHING;
     x[4 + h] = w * HG_LOG2E;
