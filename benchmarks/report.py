@@ -211,7 +211,9 @@ def gpu_tests(results: Path) -> list[str]:
         clean = ", ".join(
             f"{tool} {'clean' if v['clean'] else 'see record'}" for tool, v in tests["sanitizers"].items()
         )
-        counts = f"{tests['passed']} passed, {tests['failed']} failed"
+        counts = f"{tests['passed']} passed, {tests['failed']} failed" + "".join(
+            f", {name}" for name in tests["failures"]
+        )
         trees = ", ".join(f"{name} {tree[:7]}" for name, tree in tests["trees"].items())
         where = "one GPU" if gpus == 1 else f"{gpus} GPUs"
         lines += [

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -58,3 +60,28 @@ def test_torchrun_and_accelerate_launch_the_command_line(tmp_path: Path, checkpo
         rows = read_metrics(tmp_path / name / "metrics.jsonl")
         assert [row["tokens"] for row in rows] == [step * sequences * 32 for step in range(1, 7)]
         assert f"indexer  {tmp_path / name / 'checkpoint'}" in done.stdout, done.stdout
+
+
+@pytest.mark.slow
+def test_torchrun_starts_a_run_again_that_lost_a_process(tmp_path: Path, checkpoint: Path, texts: Path) -> None:
+    """As README says; the variable keeps torchrun from handing the addresses of dead processes to new ones."""
+    out = tmp_path / "run"
+    words = f"--model {checkpoint} --data {texts} --out {out} --resume --timeout 20 --sequence-length 32 --steps 150"
+    sizes = "--num-heads 2 --head-dim 32 --save-every 5 --evaluate-sequences 0"
+    launcher = "torch.distributed.run --standalone --nproc-per-node 2 --max-restarts 1 -m flash_indexer warmup"
+    environment = os.environ | {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", *launcher.split(), *words.split(), *sizes.split()]
+    with open(tmp_path / "said", "w") as said:
+        process = subprocess.Popen(command, env=environment, stdout=said, stderr=said)
+        try:
+            end = time.monotonic() + 120
+            while not (out / "checkpoint").exists():
+                assert process.poll() is None and time.monotonic() < end
+                time.sleep(0.02)
+            found = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
+            os.kill(int(found[-1]), signal.SIGKILL)
+            assert process.wait(180) == 0, (tmp_path / "said").read_text()
+        finally:
+            process.kill()
+    assert "failed (exitcode: -9)" in (tmp_path / "said").read_text()
+    assert [row["step"] for row in read_metrics(out / "metrics.jsonl")] == list(range(1, 151))
