@@ -102,7 +102,7 @@ def test_a_long_silence_of_all_main_threads_blames_nobody(tmp_path: Path, runs: 
     time.sleep(timeout / 2)
     for process in everyone:
         os.kill(process.pid, signal.SIGSTOP)
-    time.sleep(1.5 * timeout)
+    time.sleep(2 * timeout)
     for process in everyone:
         os.kill(process.pid, signal.SIGCONT)
     runs.finish(everyone, within=60)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import random
 import zlib
+from dataclasses import replace
 
 import pytest
 import torch
@@ -27,6 +28,16 @@ def make(problem, name, sizes, layout, groups=None):
     generator = torch.Generator("cuda").manual_seed(zlib.crc32(name.encode()) + 2)
     v = torch.randn(x.k.shape[0], G, sizes.V, device="cuda", generator=generator).bfloat16()
     return x, v
+
+
+def without(nothing, x, v):
+    """The problem with no key "seen" by any query, with no "keys" or with no "queries"."""
+    if nothing == "seen":
+        return replace(x, key_end=x.key_start), v
+    if nothing == "keys":
+        return replace(x, k=x.k[:0], index_k=x.index_k[:0], key_start=0 * x.key_start, key_end=0 * x.key_end), v[:0]
+    names = ("q", "index_q", "index_weights", "key_start", "key_end")
+    return replace(x, **{name: getattr(x, name)[:0] for name in names}), v
 
 
 def call(x, v, *, weight=None, d_loss=1.0, target="per_head", deterministic=True):

@@ -17,6 +17,7 @@ from head_problems import (
     check_loss,
     long_rows,
     make,
+    without,
     worst_of_four,
 )
 
@@ -180,13 +181,7 @@ def test_backward_may_run_twice(problem):
 @pytest.mark.parametrize("nothing", ["seen", "keys", "queries"])
 def test_no_query_sees_a_key(nothing, problem):
     x, v = make(problem, "empty", HEAD_CLASSES[0], "documents")
-    if nothing == "seen":
-        x = replace(x, key_end=x.key_start)
-    elif nothing == "keys":
-        x, v = replace(x, k=x.k[:0], index_k=x.index_k[:0], key_start=0 * x.key_start, key_end=0 * x.key_end), v[:0]
-    else:
-        cut = {name: getattr(x, name)[:0] for name in ("q", "index_q", "index_weights", "key_start", "key_end")}
-        x = replace(x, **cut)
+    x, v = without(nothing, x, v)
     got, gradients = call(x, v)
     assert got.loss == 0 and (got.kl == 0).all() and (got.out == 0).all() and (got.lse == -torch.inf).all()
     alone, others = call_alone(x)

@@ -209,11 +209,20 @@ def test_the_classes_of_the_tests_are_compiled_beforehand():
             assert (name, tuple(sorted(static.items()))) in listed, (name, static)
 
 
-@pytest.mark.parametrize("module, depends", [("attention", True), ("attention_mla", False)])
-def test_a_kernels_version_is_of_the_headers_that_it_names(module, depends, monkeypatch):
+@pytest.mark.parametrize(
+    "module, source, depends",
+    [
+        ("attention", "wgmma.cuh", True),
+        ("attention_mla", "wgmma.cuh", False),
+        ("head_gradients_once", "head_gradients.py", True),
+        ("head_gradients_once", "attention.py", False),
+        ("attention", "head_gradients.py", False),
+    ],
+)
+def test_a_kernels_version_is_of_what_it_is_made_from(module, source, depends, monkeypatch):
     before = kernels._version(module)
     read = type(kernels.Path()).read_bytes
-    monkeypatch.setattr(type(kernels.Path()), "read_bytes", lambda path: read(path) + b" " * (path.name == "wgmma.cuh"))
+    monkeypatch.setattr(type(kernels.Path()), "read_bytes", lambda path: read(path) + b" " * (path.name == source))
     kernels._version.cache_clear()
     assert (kernels._version(module) != before) == depends
     monkeypatch.undo()

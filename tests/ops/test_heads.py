@@ -85,3 +85,22 @@ def test_one_kernel_makes_all_gradients_where_their_bits_may_differ(gpu, monkeyp
     assert (names == {"head_gradients_once"}) == once
     assert not once or prepared["head_gradients_once"] == SHAPE
     assert once or "head_gradients_once" not in names
+
+
+@pytest.mark.parametrize("deterministic", [True, False])
+def test_the_operator_rounds_the_sum_and_says_how_it_may_be_made(monkeypatch, deterministic):
+    index = torch.ones(3, 2, 64).bfloat16(), torch.ones(5, 64).bfloat16(), torch.ones(3, 2)
+    asked = []
+
+    def played(q, k, given, sums, factor, start, end, scale, needs, deterministic):
+        asked.append((needs, deterministic))
+        return None, torch.full((5, 64), 1 + 2**-10), torch.full((3, 2), 2.0)
+
+    monkeypatch.setattr(heads, "per_head_gradients", played)
+    rows, ends = torch.zeros(3, 2), torch.ones(3, dtype=torch.int32)
+    gradients = torch.ops.flash_indexer.per_head_gradients.default(
+        rows, rows, *index, rows, rows, rows[:, 0], ends, ends, 1.0, [False, True, True], deterministic
+    )
+    assert asked == [((False, True, True), deterministic)]
+    assert gradients[0].numel() == 0 and gradients[1].dtype == torch.bfloat16 and gradients[2].dtype == torch.float32
+    assert (gradients[1] == 1).all() and (gradients[2] == 2).all()

@@ -126,7 +126,7 @@ def played(monkeypatch):
     prepared = []
     monkeypatch.setattr(heads, "prepare", lambda q, k, V, E, needs: prepared.append((V, E, tuple(needs))))
     monkeypatch.setattr(heads, "statistics", played_statistics)
-    monkeypatch.setattr(heads, "gradient_sums", played_gradients)
+    monkeypatch.setattr(heads, "per_head_gradients", played_gradients)
     return prepared
 
 

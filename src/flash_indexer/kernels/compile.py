@@ -294,13 +294,16 @@ def _cache_folder():
 
 @functools.cache
 def _version(module):
-    """Of the module's source with the headers that it names, of the target and of TileLang."""
+    """Of the module's source with the headers that it names and the modules that it imports, of target and TileLang."""
     digest = hashlib.sha256(f"{metadata.version('tilelang')} {TARGET}".encode())
     source = Path(__file__).with_name(f"{module}.py").read_bytes()
     digest.update(source)
     for header in sorted(Path(__file__).parent.glob("*.cuh")):
         if header.name == f"{module}.cuh" or header.name.encode() in source:
             digest.update(header.read_bytes())
+    for other in sorted(Path(__file__).parent.glob("*.py")):
+        if f"kernels.{other.stem} import".encode() in source:
+            digest.update(other.read_bytes())
     return digest.hexdigest()[:16]
 
 

@@ -129,7 +129,7 @@ def _template(E, N, XS, Y2S, apply, mask):
     return first, step, last, release
 
 
-def _rows(HG, R):
+def rows_of(HG, R):
     """How a tile of R rows of queries is copied: macro load(source, target, slot, full, width, t0, g, H)."""
     TOKENS = R // HG
     TOKEN_MAJOR = HG > TOKENS
@@ -169,7 +169,7 @@ def build_query(D, E, HG, N, XS, Y2S):
         DQ    [T·H, E] bfloat16, DW [T·H] float32     written
         H, tokens, nitems, grid int32; scale float32, times log2(e)     CTA c of `grid` takes the items c, c + grid, ...
     """
-    load, _TOKENS, TOKEN_MAJOR = _rows(HG, 128)
+    load, _TOKENS, TOKEN_MAJOR = rows_of(HG, 128)
     nq, nk, nt, nx, ni, kd = (T.dynamic(x) for x in ("nq", "nk", "nt", "nx", "ni", "kd"))
     qd, qe = (D, E) if TOKEN_MAJOR else (T.dynamic("qd"), T.dynamic("qe"))
 
@@ -329,7 +329,7 @@ def build_key(D, E, HG, N, XS, Y2S):
                                            slot < 0: DK[kt·128 + r] += sum; otherwise PART[slot·128 + r] = sum
         G int32                            key heads, whose queries follow one another in an item
     """
-    load, TOKENS, TOKEN_MAJOR = _rows(HG, N)
+    load, TOKENS, TOKEN_MAJOR = rows_of(HG, N)
     nq, nk, nt, nx, ni, kd, np = (T.dynamic(x) for x in ("nq", "nk", "nt", "nx", "ni", "kd", "np"))
     qd, qe = (D, E) if TOKEN_MAJOR else (T.dynamic("qd"), T.dynamic("qe"))
 

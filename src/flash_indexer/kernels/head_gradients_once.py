@@ -19,16 +19,12 @@ Rows of queries are (token, head) in one of two orders, see `attention`. Tiles t
 
 from pathlib import Path
 
-import tilelang
 import tilelang.language as T
 from tilelang.layout import make_swizzled_layout
 
-PASS_CONFIGS = {
-    tilelang.PassConfigKey.TL_ENABLE_FAST_MATH: True,
-    tilelang.PassConfigKey.TL_DISABLE_BUFFER_INIT_CHECK: True,
-    tilelang.PassConfigKey.TL_DISABLE_SAFE_MEMORY_ACCESS: True,
-    tilelang.PassConfigKey.TL_DISABLE_THREAD_STORAGE_SYNC: True,
-}
+from flash_indexer.kernels.head_gradients import PASS_CONFIGS as PASS_CONFIGS
+from flash_indexer.kernels.head_gradients import rows_of
+
 REGISTERS = (240, 24)  # consumers, producers
 SOURCE = "\n".join(
     Path(__file__).with_name(name).read_text(encoding="utf-8")
@@ -46,28 +42,9 @@ def build(D, E, HG):
         SUM   [S, E] float32        d_index_k, added to: column 16j + 8a + 2q + c (a, c < 2; q < 4) at 16j + 4q + 2a + c
         H, tokens, nitems, grid int32; scale float32, times log2(e)     CTA c of `grid` takes the items c, c + grid, ...
     """
-    TOKENS = 128 // HG
-    TOKEN_MAJOR = HG > TOKENS
-    BOX, BOXES = (HG, TOKENS) if TOKEN_MAJOR else (TOKENS, HG)
+    load, TOKENS, TOKEN_MAJOR = rows_of(HG, 128)
     nq, nk, nt, nx, ni, kd = (T.dynamic(x) for x in ("nq", "nk", "nt", "nx", "ni", "kd"))
     qd, qe = (D, E) if TOKEN_MAJOR else (T.dynamic("qd"), T.dynamic("qe"))
-
-    def place(t0, g, b, H):
-        return ((t0 + b) * H + g * HG, 0) if TOKEN_MAJOR else (t0, g * HG + b)
-
-    @T.macro
-    def load(source, target, slot, full, width, t0, g, H):
-        panel = min(width, 64)
-        for b in list(range(BOXES)):
-            for c in list(range(width // panel)):
-                T.tma_copy(
-                    source[
-                        place(t0, g, b, H)[0] : place(t0, g, b, H)[0] + BOX,
-                        place(t0, g, b, H)[1] * width + c * panel : place(t0, g, b, H)[1] * width + c * panel + panel,
-                    ],
-                    target[slot, b * BOX : b * BOX + BOX, c * panel : c * panel + panel],
-                    barrier=full[slot],
-                )
 
     @T.macro
     def release(empty, stage, tx):

@@ -149,31 +149,14 @@ def per_head_gradients(
     sizes: Sizes | None = None,
     deterministic: bool = True,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Gradients of index_q, index_k and index_weights for sum_t,h factor[t] * KL[t,h]; None where not in `needs`.
+    """Gradients of index_q, index_k (in float32) and index_weights for sum_t,h factor[t] * KL[t,h].
+
+    None where not in `needs`.
 
     Args:
         sums: logsumexps of the attention and of the indexer, [T, H]. factor: float32 [T].
         deterministic: False may add to index_k's by atomic additions, where that is faster.
     """
-    found = gradient_sums(q, k, index, sums, factor, key_start, key_end, softmax_scale, needs, sizes, deterministic)
-    a, b, c = found
-    return a, None if b is None else b.to(index[1].dtype), c
-
-
-def gradient_sums(
-    q: Tensor,
-    k: Tensor,
-    index: tuple[Tensor, Tensor, Tensor],
-    sums: tuple[Tensor, Tensor],
-    factor: Tensor,
-    key_start: Tensor,
-    key_end: Tensor,
-    softmax_scale: float,
-    needs: tuple[bool, bool, bool],
-    sizes: Sizes | None = None,
-    deterministic: bool = True,
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """`per_head_gradients`, that of index_k still the sum in float32."""
     index_q, index_k, weights = index
     (T, H, width), S, G = index_q.shape, k.shape[0], k.shape[1]
     if T == 0 or S == 0:

@@ -70,7 +70,7 @@ def sums(
     found = heads.statistics(q, k, (index_q, index_k, weights), starts, ends, softmax_scale)
     gradients: Gradients = (None, None, None)
     if any(needs):
-        gradients = heads.gradient_sums(
+        gradients = heads.per_head_gradients(
             q, k, (index_q, index_k, weights), (found.lse, found.lse_index), token_weight.contiguous() / q.shape[1],
             starts, ends, softmax_scale, (needs[0], needs[1], needs[2]),
         )  # fmt: skip

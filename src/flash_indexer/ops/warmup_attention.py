@@ -58,8 +58,9 @@ def warmup_attention(
         key_start, key_end: int32 [T], non-decreasing; an empty interval gives out 0, lse -inf, KL 0, zero gradients.
         target, token_weight, workspace_bytes: as in `indexer_kl`.
         deterministic: True gives the same bits every time. With False the backward of "per_head" on CUDA forms the
-            logits once, for D <= 128 and E <= 64 where index_k's and another gradient are wanted, and takes 0.7 of the
-            time: it adds to the gradient of index_k in whatever order the tiles come. Without effect elsewhere.
+            logits once, for D <= 128 and E <= 64 where index_k's and another gradient are wanted, and takes about three
+            quarters of the time: it adds to the gradient of index_k in whatever order the tiles come. Without effect
+            elsewhere.
 
     Dtypes: on CUDA q, k, v, index_q, index_k bfloat16 and the rest float32; on the CPU float32 or float64 throughout.
     CUDA takes D and V up to 256, and with the other targets D=576 with v = k[..., :512] (MLA's absorbed form).
@@ -181,7 +182,7 @@ def _gradients(
         q, k, (index[0], index[1], index[2]), (lse, lse_index), factor, key_start.contiguous(), key_end.contiguous(),
         softmax_scale, (needs[0], needs[1], needs[2]), deterministic=deterministic,
     )  # fmt: skip
-    a, b, c = (x.new_empty(0) if g is None else g for g, x in zip(found, index, strict=True))
+    a, b, c = (x.new_empty(0) if g is None else g.to(x.dtype) for g, x in zip(found, index, strict=True))
     return a, b, c
 
 
