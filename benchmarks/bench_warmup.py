@@ -1,10 +1,11 @@
 """`flash-indexer warmup` on a GPU: seconds a step with the kernels and with the torch body, and the same loss.
 
     python benchmarks/bench_warmup.py --commit $(git rev-parse HEAD)
+    python benchmarks/bench_warmup.py --target per_head      each index head from its own attention head
 
-The model has SmolLM2-135M's exact sizes and random weights (30 layers, H=9, G=3, D=64; index heads 8 of 64), so that
-nothing has to be downloaded. Both runs are the command itself, with the same seed and data; the second has the
-operator's CUDA body replaced by the blockwise torch body. Appends one line to benchmarks/results/warmup.jsonl.
+The model has SmolLM2-135M's exact sizes and random weights (30 layers, H=9, G=3, D=64; index heads 8 of 64, or 9), so
+that nothing has to be downloaded. Both runs are the command itself, with the same seed and data; the second has the
+operator's CUDA bodies replaced by the blockwise torch body. Appends one line to benchmarks/results/warmup.jsonl.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import json
 import random
 import statistics
 import tempfile
+from contextlib import ExitStack
 from itertools import pairwise
 from pathlib import Path
 from unittest import mock
@@ -29,7 +31,7 @@ from flash_indexer import cli
 from flash_indexer.bench import environment
 
 operator = importlib.import_module("flash_indexer.ops.indexer_kl")  # the module: the package exports its function
-VOCABULARY = 49152
+VOCABULARY, HEADS = 49152, 9
 SKIPPED = 2  # steps before the clock counts: kernels load, allocators fill
 
 
@@ -37,6 +39,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=12)
     parser.add_argument("--sequence-length", type=int, default=8192)
+    parser.add_argument("--target", choices=("mean", "per_head"), default="mean")
     parser.add_argument("--commit", default="unknown")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
     arguments = parser.parse_args()
@@ -49,9 +52,10 @@ def main() -> None:
         runs = {}
         for name in ("kernels", "torch body"):
             print(f"bench_warmup: {name}", flush=True)
-            runs[name] = warm_up(path, name, arguments.steps, arguments.sequence_length)
+            runs[name] = warm_up(path, name, arguments.steps, arguments.sequence_length, arguments.target)
     record = {
         **environment(arguments.commit),
+        "name": arguments.target,
         "model": "random weights, SmolLM2-135M's sizes",
         "sequence_length": arguments.sequence_length,
         "steps": arguments.steps,
@@ -68,20 +72,18 @@ def main() -> None:
     print({name: [round(loss, 6) for loss in losses] for name, losses in record["loss"].items()})
 
 
-def warm_up(path: Path, name: str, steps: int, sequence_length: int) -> list[dict[str, float]]:
+def warm_up(path: Path, name: str, steps: int, sequence_length: int, target: str) -> list[dict[str, float]]:
     """Runs the command; the rows of its metrics file."""
     out = path / name.replace(" ", "_")
     command = [
         "warmup", "--out", str(out), "--model", str(path / "model"), "--data", str(path / "texts.jsonl"),
         "--sequence-length", str(sequence_length), "--steps", str(steps), "--evaluate-sequences", "0",
-        "--warmup-steps", "2",
+        "--warmup-steps", "2", "--target", target, "--num-heads", str(HEADS if target == "per_head" else 8),
     ]  # fmt: skip
-    body = (
-        mock.patch.object(operator.cuda, "indexer_kl", operator.torch_body)
-        if name == "torch body"
-        else mock.MagicMock()
-    )
-    with body:
+    with ExitStack() as body:
+        if name == "torch body":
+            body.enter_context(mock.patch.object(operator.cuda, "indexer_kl", operator.torch_body))
+            body.enter_context(mock.patch.object(operator.per_head, "refusal", lambda *_: "asked for by the benchmark"))
         cli.app(command, standalone_mode=False)
     return [json.loads(line) for line in (out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
 
@@ -96,7 +98,7 @@ def write_model(path: Path, **changes: int) -> None:
     """Random weights, spread so that attention is far from uniform."""
     torch.manual_seed(0)
     sizes = dict(
-        vocab_size=VOCABULARY, hidden_size=576, intermediate_size=1536, num_hidden_layers=30, num_attention_heads=9,
+        vocab_size=VOCABULARY, hidden_size=576, intermediate_size=1536, num_hidden_layers=30, num_attention_heads=HEADS,
         num_key_value_heads=3, max_position_embeddings=8192, bos_token_id=None, eos_token_id=0,
         tie_word_embeddings=True,
     )  # fmt: skip

@@ -39,13 +39,13 @@ def main() -> None:
     n, bad = given.gpus, []
     ways = {
         "dp": [],
-        "dp, fsdp": ["--fsdp"],
+        "dp + fsdp": ["--fsdp"],
         "cp": ["--cp", n],
         "cp contiguous": ["--cp", n, "--cp-layout", "contiguous"],
     }
-    ways |= {"cp, fsdp": ["--cp", n, "--fsdp"], "tp": ["--tp", min(n, 4)]}
+    ways |= {"cp + fsdp": ["--cp", n, "--fsdp"], "tp": ["--tp", min(n, 4)]}
     if n >= 4:
-        ways |= {"cp x tp": ["--cp", n // 2, "--tp", 2], "tp, fsdp": ["--tp", 2, "--fsdp"]}
+        ways |= {"cp x tp": ["--cp", n // 2, "--tp", 2], "tp + fsdp": ["--tp", 2, "--fsdp"]}
     if given.ways is not None:
         ways = {name: ways[name] for name in given.ways.split(",") if name}
     with tempfile.TemporaryDirectory() as folder:

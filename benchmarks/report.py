@@ -109,6 +109,23 @@ def latest(path: Path) -> dict[str, Record]:
     return {record.get("name", "all"): record for record in lines_of(path)}
 
 
+def warmups(results: Path) -> list[str]:
+    """A sentence on the whole command, and one with each index head taught by its own attention head."""
+    records = latest(results / "warmup.jsonl")
+    lines = []
+    for name, options in (("mean", ""), ("per_head", " --target per_head")):
+        if name in records:
+            record, seconds = records[name], records[name]["seconds_per_step"]
+            lines += [
+                "",
+                f"`flash-indexer warmup{options}` on a model of SmolLM2-135M's sizes,",
+                f"{record['sequence_length']:,} tokens a step: {seconds['kernels']:.2f} s a step with the "
+                f"kernels, {seconds['torch body']:.2f} s with the blockwise torch body, the same loss to "
+                f"{record['largest_relative_difference']:.0e}.",
+            ]
+    return lines
+
+
 def heads(results: Path) -> list[str]:
     """The table of `warmup_attention`, the last record of each number of tokens; each ratio beside its bar."""
     records = {record["tokens"]: record for record in lines_of(results / "warmup_attention.jsonl")}
@@ -190,16 +207,7 @@ def section(results: Path = RESULTS) -> str:
     lines += [row(bar, records) for bar in BARS if bar.size in records]
     lines += slow_launches(records)
     lines += ["", "![Where the time goes](docs/performance.png)"]
-    warmup = latest(results / "warmup.jsonl").get("all")
-    if warmup:
-        seconds = warmup["seconds_per_step"]
-        lines += [
-            "",
-            f"`flash-indexer warmup` on a model of SmolLM2-135M's sizes, {warmup['sequence_length']:,} tokens a step: "
-            f"{seconds['kernels']:.2f} s a step with the",
-            f"kernels, {seconds['torch body']:.2f} s with the blockwise torch body, the same loss to "
-            f"{warmup['largest_relative_difference']:.0e}.",
-        ]
+    lines += warmups(results)
     lines += heads(results) + attention(results) + processes(results)
     return "\n".join(lines + gpu_tests(results))
 

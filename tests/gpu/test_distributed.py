@@ -46,7 +46,7 @@ def judge(got: Result, shape: Shape, baseline: Any, *, target: str, lse: bool, w
         assert_close(name, *values)
     seen = x.key_end > x.key_start
     weight = x.token_weight.double() if weighted else seen / seen.sum()
-    terms = got.kl.double() * weight.cpu()
+    terms = (got.kl.mean(-1) if target == "per_head" else got.kl).double() * weight.cpu()
     assert abs(float(got.loss) - float(terms.sum())) <= 1e-6 * float(terms.abs().sum())
 
 
@@ -69,6 +69,14 @@ def test_context_parallel(ranks: Any, baseline: Any, case: tuple[Shape, str], la
     parts = ranks.call("context", 2, **call, **options, **COMMON)
     assert torch.equal(parts[0][0], parts[1][0])
     judge(join(parts, layout, shape.T), shape, baseline, **options)
+
+
+@pytest.mark.parametrize("layout", ["zigzag", "contiguous"])
+def test_context_parallel_head_by_head(ranks: Any, baseline: Any, layout: str) -> None:
+    shape = Shape(DOCUMENTS, H=8, G=2, D=128, I=8, E=64)
+    options: dict[str, Any] = dict(target="per_head", weighted=layout == "zigzag")
+    parts = ranks.call("context", 2, which="2", layout=layout, shape=shape, wide=True, **options, **COMMON)
+    judge(join(parts, layout, shape.T), shape, baseline, lse=False, **options)
 
 
 @pytest.mark.parametrize("lse", [False, True], ids=["no lse", "lse"])

@@ -1,0 +1,77 @@
+"""A process that waits for its GPU, behind a collective operation of NCCL that another process will never join."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from flash_indexer.distributed.heartbeat import Heartbeat
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices"),
+]
+PROGRAM = """
+import ctypes, sys, time
+from pathlib import Path
+import torch, torch.distributed as dist
+from flash_indexer.distributed.heartbeat import Heartbeat
+from flash_indexer.processes import ParallelSettings, Processes
+out, timeout, patience, holding = Path(sys.argv[1]), float(sys.argv[2]), float(sys.argv[3]), sys.argv[4] == "True"
+Heartbeat.PATIENCE = patience
+processes = Processes(ParallelSettings(timeout=timeout))
+with processes.telling(out):
+    processes.wait()
+    (out / f"began {processes.rank}").touch()
+    if processes.rank == 0:
+        dist.all_reduce(torch.zeros(1, device=processes.device), async_op=True)
+        library = ctypes.PyDLL if holding else ctypes.CDLL
+        library(f"libcudart.so.{torch.version.cuda.split('.')[0]}").cudaDeviceSynchronize()
+    time.sleep(600)
+"""
+TIMEOUT, PATIENCE = 8.0, 3.0
+LONGEST = TIMEOUT + Heartbeat.GRACE + TIMEOUT + 2  # and four looks, a quarter of the timeout apart
+
+
+@pytest.mark.parametrize("holding", [False, True], ids=["waits", "waits with Python's lock"])
+def test_who_waits_for_its_gpu_is_ended(tmp_path: Path, holding: bool) -> None:
+    """In time, and says why, whether or not its threads can run."""
+    words = [sys.executable, "-c", PROGRAM, str(tmp_path), str(TIMEOUT), str(PATIENCE), str(holding)]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    place = dict(WORLD_SIZE="2", LOCAL_WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+    first, second = (
+        subprocess.Popen(
+            words,
+            env=os.environ | place | dict(RANK=str(rank), LOCAL_RANK=str(rank)),
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in (0, 1)
+    )
+    try:
+        end = time.monotonic() + 60
+        while not all((tmp_path / f"began {rank}").exists() for rank in (0, 1)):
+            assert time.monotonic() < end and first.poll() is None and second.poll() is None
+            time.sleep(0.1)
+        second.send_signal(signal.SIGKILL)
+        began = time.monotonic()
+        _, said = first.communicate(timeout=TIMEOUT + PATIENCE + 30)
+        seconds = time.monotonic() - began
+    finally:
+        first.kill()
+        second.kill()
+    print(f"ended with {first.returncode} after {seconds:.1f} s:\n{said}")
+    assert first.returncode == (-signal.SIGABRT if holding else 1), said
+    assert "error warmup: process 0 of 2 lost contact with another process" in said, said
+    assert ("lets no thread of it run" in said) == holding, said
+    assert seconds < LONGEST, said
