@@ -142,6 +142,38 @@ def test_memory_that_held_nan(way, problem):
         assert all(torch.equal(a, b) for a, b in zip((*expected, *gradients), (*got, *others), strict=True))
 
 
+@pytest.mark.parametrize("tensor", ["q", "index_q"])
+def test_nan_in_one_row_is_shown_there_and_nowhere_else(tensor, problem):
+    x, v = make(problem, "nan", HEAD_CLASSES[2], "causal")
+    expected, (clean, _) = call(x, v)[0], call_alone(x, needs=(False,) * 3)
+    row, hit = (x.q.shape[0] - 1, 1), getattr(x, tensor).clone()
+    hit[row] = float("nan")
+    x = replace(x, **{tensor: hit})
+    got, (alone, _) = call(x, v)[0], call_alone(x, needs=(False,) * 3)
+    broken = {"out", "lse", "kl", "entropy"} if tensor == "q" else {"kl"}
+    for result, before in ((got, expected), (alone, clean)):
+        assert result.loss.isnan()
+        for name in ("out", "lse", "kl", "entropy"):
+            if hasattr(result, name):
+                a, b = getattr(result, name), getattr(before, name).clone()
+                assert a[row].isnan().all() == (name in broken), name
+                b[row] = a[row]
+                assert torch.equal(a.nan_to_num(7.0), b.nan_to_num(7.0)), name
+
+
+@pytest.mark.parametrize("heads", [8, 128])
+def test_nan_in_one_row_of_latent_attention(heads, problem):
+    x = problem("latent nan", KernelClass(576, 64, 8), "causal", H=heads, G=1)
+    fixed = dict(softmax_scale=x.softmax_scale, key_start=x.key_start, key_end=x.key_end)
+    hit = x.q.clone()
+    hit[x.q.shape[0] - 1, 1] = float("nan")
+    expected, got = (attention_forward(q, x.k, x.k[..., :512], **fixed) for q in (x.q, hit))
+    for a, b in zip(got, expected, strict=True):
+        assert a[-1, 1].isnan().all()
+        b[-1, 1] = a[-1, 1]
+        assert torch.equal(a.nan_to_num(7.0), b.nan_to_num(7.0))
+
+
 @pytest.mark.parametrize("needs", [(True, False, False), (False, True, False), (False, False, True), (False,) * 3])
 def test_wanted_gradients_do_not_change_one_another(needs, problem):
     x, _ = make(problem, "needs", HEAD_CLASSES[7], "documents")

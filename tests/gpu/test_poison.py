@@ -1,4 +1,4 @@
-"""Memory that nobody wrote, and memory beside the inputs, holds NaN: the result keeps its bits."""
+"""Memory that nobody wrote, and memory beside the inputs, holds NaN: the result keeps its bits. NaN in inputs shows."""
 
 from __future__ import annotations
 
@@ -79,6 +79,35 @@ def test_unseen_keys_do_not_matter(case, layout, clean, measure):
     k, index_k = x.k.clone(), x.index_k.clone()
     k[~seen.to(k.device)], index_k[~seen.to(k.device)] = 1e30, -1e30
     assert_same_bits(measure(replace(x, k=k, index_k=index_k), **options(case, x)), expected)
+
+
+@pytest.mark.parametrize("tensor", ["q", "index_q", "index_weights"])
+@pytest.mark.parametrize("case", ["smollm2", "deepseek", "padded heads", "sum_logits"])
+def test_nan_of_a_query_is_shown_there_and_nowhere_else(case, tensor, problem, measure):
+    sizes, fixed, _ = CASES[case]
+    x = problem(f"{case}-nan", sizes, "documents", **fixed)
+    row = int((x.key_end - x.key_start).argmax())
+    hit = getattr(x, tensor).clone()
+    hit[row] = torch.nan
+    expected, got = (measure(y, **options(case, x)) for y in (x, replace(x, **{tensor: hit})))
+    assert got.loss.isnan() and got.kl[row].isnan() and got.entropy[row].isnan() == (tensor == "q")
+    assert got.d_index_weights[row].isnan().all() and got.d_index_k.isnan().any()
+    others = torch.arange(len(got.kl), device="cuda") != row
+    for name in ("kl", "entropy", "d_index_q", "d_index_weights"):
+        assert torch.equal(getattr(got, name)[others], getattr(expected, name)[others]), name
+
+
+@pytest.mark.parametrize("tensor", ["k", "index_k"])
+@pytest.mark.parametrize("case", ["smollm2", "deepseek", "padded heads", "sum_logits"])
+def test_nan_of_a_key_is_shown_where_it_is_seen(case, tensor, problem, measure):
+    sizes, fixed, _ = CASES[case]
+    x = problem(f"{case}-nan", sizes, "documents", **fixed)
+    key = int(x.key_end.max()) - 3
+    hit = getattr(x, tensor).clone()
+    hit[key] = torch.nan
+    got = measure(replace(x, **{tensor: hit}), **options(case, x))
+    sees = (x.key_start <= key) & (key < x.key_end)
+    assert sees.any() and not sees.all() and torch.equal(got.kl.isnan(), sees)
 
 
 def in_the_middle(x: torch.Tensor, rows: int = 128) -> torch.Tensor:

@@ -85,6 +85,13 @@ def test_one_kernel_makes_all_gradients_where_their_bits_may_differ(gpu, monkeyp
     assert (names == {"head_gradients_once"}) == once
     assert not once or prepared["head_gradients_once"] == SHAPE
     assert once or "head_gradients_once" not in names
+    torch.use_deterministic_algorithms(True)
+    try:
+        prepared.clear()
+        heads.prepare(torch.empty(5, 64, 100), torch.empty(5, 1, 100), 128, E, needs, deterministic=False)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert "head_gradients_once" not in prepared and prepared
 
 
 @pytest.mark.parametrize("deterministic", [True, False])

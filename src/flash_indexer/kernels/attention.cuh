@@ -53,6 +53,12 @@ struct Rows {
   static __device__ __forceinline__ int head(int r) { return TOKEN_MAJOR ? r % HG : r / TOKENS; }
   static __device__ __forceinline__ bool padding(int r) { return r >= TOKENS * HG; }
 };
+// max(x, 0), NaN where x is: fmaxf would hide it
+static __device__ __forceinline__ float at_relu(float x) {
+  float y;
+  asm("max.NaN.f32 %0, %1, 0f00000000;" : "=f"(y) : "f"(x));
+  return y;
+}
 // over the four lanes that share a row
 static __device__ __forceinline__ float at_quad_max(float x) {
   x = fmaxf(x, __shfl_xor_sync(0xffffffffu, x, 1));
@@ -142,7 +148,7 @@ template <int BN>
 static __device__ __forceinline__ void at_mask_index(
     float* x, float* n, const float* w, const int* limits, int item, int i) {
 #pragma unroll
-  for (int j = 0; j < BN / 2; ++j) x[j] = fmaxf(x[j], 0.f) * w[j / 2 % 2];
+  for (int j = 0; j < BN / 2; ++j) x[j] = at_relu(x[j]) * w[j / 2 % 2];
   at_mask<BN>(x, n, limits, item, i, 1.f);
 }
 // m = max(m, rowmax(s)), with what was summed under the old shift; o is rescaled by alpha when its product is done
@@ -186,7 +192,7 @@ static __device__ __forceinline__ void at_softmax(
     s[i] = e;
     if (ENTROPY) d[j] = fmaf(e, a, d[j]);
     if (E) {
-      x[i] = READY ? x[i] - n[h] : fmaf(fmaxf(x[i], 0.f), w[h], -n[h]);
+      x[i] = READY ? x[i] - n[h] : fmaf(at_relu(x[i]), w[h], -n[h]);
       c[j] = fmaf(e, a - x[i], c[j]);
       y[j] = i < 4 ? exp2f(x[i]) : y[j] + exp2f(x[i]);
     }
@@ -323,9 +329,10 @@ static __device__ __forceinline__ void at_finish(
 #pragma unroll
   for (int h = 0; h < 2; ++h) {
     const int r = at_row(h), t = t0 + Rows<HG>::token(r);
-    const bool seen = m[h] != AT_UNSET, write = (threadIdx.x & 3) == 0 && !Rows<HG>::padding(r) && t < tokens;
+    const bool write = (threadIdx.x & 3) == 0 && !Rows<HG>::padding(r) && t < tokens;
     const long long at = (long long)t * H + g * HG + Rows<HG>::head(r);
     const float total = at_quad_sum(l[2 * h] + l[2 * h + 1]), log_l = log2f(total), ln2 = 0.6931471805599453f;
+    const bool seen = m[h] != AT_UNSET || isnan(total);
     inverse[h] = seen ? 1.f / total : 0.f;
     const int4 v = at_numbers(item + 32 + r * 16);
     const bool several = v.y > v.x + 1;  // with one key both distributions are 1
@@ -338,7 +345,8 @@ static __device__ __forceinline__ void at_finish(
     if (ENTROPY) {  // log2(l) - d / l, less a power of two near l in both, which would cancel
       const float power = rintf(log_l), rest = log2f(total * exp2f(-power));
       const float own = at_quad_sum(fmaf(-power, l[2 * h], d[2 * h]) + fmaf(-power, l[2 * h + 1], d[2 * h + 1]));
-      if (write) ENT[at] = several ? fmaxf(rest - own * inverse[h], 0.f) * ln2 : 0.f;
+      const float found = rest - own * inverse[h];
+      if (write) ENT[at] = several && !(found < 0.f) ? found * ln2 : 0.f;  // NaN stays
     }
   }
 }

@@ -165,9 +165,9 @@ static __device__ __forceinline__ void mla_store(
   for (int h = 0; h < 2; ++h) {
     const int row = row0 + mla_row() + 8 * h;
     const float sum = f[2 + h] + mla_lds(l + mla_row() * 4 + 32 * h);
-    const float inv = sum > 0.f ? 1.f / sum : 0.f;
+    const float inv = sum == 0.f ? 0.f : 1.f / sum;
     if (wg == 0 && q == 0 && row < n)
-      LSE[row] = sum > 0.f ? (f[h] + log2f(sum)) * 0.6931471805599453f : -__int_as_float(0x7f800000);
+      LSE[row] = sum == 0.f ? -__int_as_float(0x7f800000) : (f[h] + log2f(sum)) * 0.6931471805599453f;
     uint4* out = (uint4*)Out + (long long)row * 64 + wg * 32 + q;
 #pragma unroll
     for (int k = 0; k < 8; ++k) {  // 32 columns: transpose 4 x 4 words in the quad, 16 bytes a lane

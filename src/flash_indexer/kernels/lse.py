@@ -85,7 +85,7 @@ static __device__ __forceinline__ void lse_store(float* m, float* l, float* out,
     float log2sum;
     asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(log2sum) : "f"(sum));
     if (t < tokens && (threadIdx.x & 3) == 0)
-      out[(long long)t * H + h] = top == none ? none : (safe + log2sum) * 0.6931471805599453f;
+      out[(long long)t * H + h] = sum == 0.0f ? none : (safe + log2sum) * 0.6931471805599453f;
     m[r] = none;
     l[r] = 0.0f;
   }

@@ -160,8 +160,9 @@ static __device__ __forceinline__ void rows_row(
         const float q = fmaf(fmaf(-share * scale, Z, share), scale, share * scale);
         const float log_q = rows_log(q);
         const bool here = c + e >= low && c + e < high;
-        kl += here && q > 1.2e-38f ? q * (log_q - (score - log_sum)) : 0.0f;
-        ent -= here && q > 1.2e-38f ? q * log_q : 0.0f;
+        const bool counts = here && !(q <= 1.2e-38f);  // NaN does
+        kl += counts ? q * (log_q - (score - log_sum)) : 0.0f;
+        ent -= counts ? q * log_q : 0.0f;
         d[e] = here ? (rows_exp(score) * inverse - q) * w : 0.0f;
       }
       if (c < width) {

@@ -62,6 +62,12 @@ static __device__ __forceinline__ float sc_exp2(float x) {
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;
 }
+// max(x, 0), NaN where x is: fmaxf would hide it
+static __device__ __forceinline__ float sc_relu(float x) {
+  float y;
+  asm("max.NaN.f32 %0, %1, 0f00000000;" : "=f"(y) : "f"(x));
+  return y;
+}
 // a += f(s) for column groups FIRST .. LAST-1; l = the row scalars (lse or weight) of the thread's two rows.
 // exp(x - lse) = 2^(x·c - n)·2^(n - lse·log2(e)) with n = lse·log2(e) rounded: n's rounding error would be common to
 // all keys of a head, so the second factor, 1 plus a few 1e-7, multiplies each term in the addition
@@ -78,7 +84,7 @@ static __device__ __forceinline__ void sc_add(const float* s, float* a, const fl
       if (MODE == 0) {
         a[i] = fmaf(sc_exp2(fmaf(s[i], c, (i & 2) ? n1 : n0)), (i & 2) ? f1 : f0, a[i]);
       } else if (MODE == 1) {
-        a[i] = fmaf(fmaxf(s[i], 0.0f), (i & 2) ? l[1] : l[0], a[i]);
+        a[i] = fmaf(sc_relu(s[i]), (i & 2) ? l[1] : l[0], a[i]);
       } else {
         a[i] = fmaf(s[i], c, a[i]);
       }

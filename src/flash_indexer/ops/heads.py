@@ -155,7 +155,8 @@ def per_head_gradients(
 
     Args:
         sums: logsumexps of the attention and of the indexer, [T, H]. factor: float32 [T].
-        deterministic: False may add to index_k's by atomic additions, where that is faster.
+        deterministic: False may add to index_k's by atomic additions, where that is faster and torch does not ask for
+            deterministic algorithms.
     """
     index_q, index_k, weights = index
     (T, H, width), S, G = index_q.shape, k.shape[0], k.shape[1]
@@ -208,7 +209,8 @@ def per_head_gradients(
 
 def _formed_once(D: int, E: int, needs: Sequence[bool], deterministic: bool) -> bool:
     """Whether one kernel makes all gradients, with atomic additions; others make one of them faster."""
-    return not deterministic and D <= 128 and E <= 64 and needs[1] and (needs[0] or needs[2])
+    exact = deterministic or torch.are_deterministic_algorithms_enabled()
+    return not exact and D <= 128 and E <= 64 and needs[1] and (needs[0] or needs[2])
 
 
 def _once(

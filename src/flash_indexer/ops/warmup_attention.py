@@ -60,7 +60,7 @@ def warmup_attention(
         deterministic: True gives the same bits every time. With False the backward of "per_head" on CUDA forms the
             logits once, for D <= 128 and E <= 64 where index_k's and another gradient are wanted, and takes about three
             quarters of the time: it adds to the gradient of index_k in whatever order the tiles come. Without effect
-            elsewhere.
+            elsewhere, and under torch.use_deterministic_algorithms(True).
 
     Dtypes: on CUDA q, k, v, index_q, index_k bfloat16 and the rest float32; on the CPU float32 or float64 throughout.
     CUDA takes D and V up to 256, and with the other targets D=576 with v = k[..., :512] (MLA's absorbed form).
