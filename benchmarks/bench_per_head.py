@@ -88,7 +88,8 @@ def compare(got: list[Tensor], expected: list[Tensor]) -> dict[str, float]:
     """Relative differences; raises RuntimeError where one is more than rounding."""
     found = {}
     for name, close, a, b in zip(NAMES, CLOSE, got, expected, strict=True):
-        error, size = (a.double() - b.double()).abs(), b.double().abs()
+        a, b = a.detach().double(), b.detach().double()
+        error, size = (a - b).abs(), b.abs()
         found[name] = float(error.norm() / size.norm() if name.startswith("d_") else error.max() / size.max())
         if not found[name] <= close:
             raise RuntimeError(f"bench_per_head: {name} differs from the torch body's by {found[name]:.1e}")

@@ -67,6 +67,8 @@ def flash_attention_2(size: Attention) -> tuple[Callable[[], Any], Callable[[], 
 
 def cudnn(size: Attention) -> tuple[Callable[[], Any], Callable[[], Any]]:
     """scaled_dot_product_attention with the cuDNN backend, documents as the batch."""
+    if size.D > 256:
+        raise ValueError(f"cuDNN's attention takes head widths up to 256, got {size.D}")
     B, S = len(size.documents), size.documents[0]
     q = _normal(B, size.H, S, size.D).requires_grad_()
     k, v = _normal(B, size.G, S, size.D).requires_grad_(), _normal(B, size.G, S, size.V).requires_grad_()

@@ -29,7 +29,7 @@ SOURCE = r"""
 #define ROWS_KEYS (ROWS_THREADS * 16)
 #define ROWS_LOG2E 1.4426950408889634f
 #define ROWS_LN2 0.6931471805599453f
-// e^x for x <= 0, to an ulp: x = n·ln(2) + r, |r| <= ln(2)/2; adding 1.5·2^23 leaves n in the low bits
+// e^x for x <= 0, to an ulp: x = n·ln(2) + r, |r| <= ln(2)/2; adding 1.5·2^23 leaves n in the low bits. NaN for NaN
 static __device__ __forceinline__ float rows_exp(float x) {
   const float t = fmaf(x, ROWS_LOG2E, 12582912.0f), n = t - 12582912.0f;
   const float r = fmaf(n, -1.42860677e-6f, fmaf(n, -0.693145752f, x));
@@ -39,7 +39,7 @@ static __device__ __forceinline__ float rows_exp(float x) {
   y = fmaf(y, r, 4.99999851e-1f);
   y = fmaf(y, r, 1.0f);
   y = fmaf(y, r, 1.0f);
-  return x < -87.0f ? 0.0f : __int_as_float((__float_as_int(t) << 23) + __float_as_int(y));
+  return x < -87.0f ? 0.0f : y * __int_as_float((__float_as_int(t) << 23) + 0x3f800000);
 }
 // log(x) of a normal x > 0, to an ulp: x = 2^n·(1 + f), |f| <= 1/3. The special function unit errs by a few 1e-7 of the
 // logarithm of a row's whole sum, and of log p̂ where p̂ is near 1
@@ -126,12 +126,12 @@ static __device__ __forceinline__ void rows_row(
       for (int i = 0; i < 16; ++i) sum += rows_exp(x[i] - top);
       l = l * rows_exp(m - top) + sum;
       m = top;
-      if (LOGITS) {
+    }
+    if (LOGITS && topp > -inf) {
 #pragma unroll
-        for (int i = 0; i < 16; ++i) sump += rows_exp(p[i] - topp);
-        z = z * rows_exp(mp - topp) + sump;
-        mp = topp;
-      }
+      for (int i = 0; i < 16; ++i) sump += rows_exp(p[i] - topp);
+      z = z * rows_exp(mp - topp) + sump;
+      mp = topp;
     }
     if (!LOGITS) {
 #pragma unroll
