@@ -210,7 +210,24 @@ def test_unusable_input_is_refused(handle: IndexerHandle) -> None:
         evaluate(handle, [{"input_ids": batch["input_ids"]}])
     with pytest.raises(ValueError, match="a document of two tokens or more, got none"):
         evaluate(handle, [{**batch, "position_ids": torch.zeros_like(batch["position_ids"])}])
+    with pytest.raises(ValueError, match=r"input_ids must be \[B, L\] with a token at least, got \[1, 0\]"):
+        evaluate(handle, [{name: x[:1, :0] for name, x in batch.items()}])
+    mask = torch.ones_like(batch["input_ids"])
+    assert evaluate(handle, [{**batch, "attention_mask": mask}]) == evaluate(handle, [batch])
+    mask[0, -3:] = 0
+    with pytest.raises(ValueError, match="attention_mask must be all ones, got zeros in it; pack documents"):
+        evaluate(handle, [{**batch, "attention_mask": mask}])
+
+
+def test_numbers_that_are_not_finite_are_refused(handle: IndexerHandle) -> None:
+    batch, head = make_batches()[1], handle.model.lm_head.weight
     with torch.no_grad():
+        before = head[0, 0].clone()
+        head[0, 0] = torch.nan
+    with pytest.raises(ValueError, match="the model's loss is nan; its weights or its activations are not finite"):
+        evaluate(handle, [batch])
+    with torch.no_grad():
+        head[0, 0] = before
         handle.indexers["1"].wk.weight[0, 0] = torch.nan
     with pytest.raises(ValueError, match="the KL of layer 1 is nan"):
         evaluate(handle, [batch])

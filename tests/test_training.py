@@ -7,7 +7,7 @@ import io
 import json
 import math
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -308,6 +308,35 @@ def test_a_loss_that_turns_nan_keeps_the_checkpoint(
     monkeypatch.undo()
     assert len(rows(tmp_path / "run")) == 5
     assert json.loads((tmp_path / "run" / "checkpoint" / "training_state.json").read_text()) == {"step": 4}
+    train(tmp_path / "run", resume=True)
+    assert_same_run(tmp_path / "whole", tmp_path / "run")
+
+
+@pytest.mark.parametrize(("value", "shown"), [(math.nan, "nan"), (1e20, r"1e\+20")])
+@pytest.mark.parametrize("clip", [None, 1.0])
+def test_a_gradient_that_is_none_ends_the_run_before_its_step(
+    tmp_path: Path, train: Train, monkeypatch: pytest.MonkeyPatch, value: float, shown: str, clip: float | None
+) -> None:
+    """While the loss is as ever."""
+    train(tmp_path / "whole", steps=6, clip=clip)
+    original, calls = training.sum_gradients, iter(range(1, 99))
+
+    def sum_gradients(parameters: Iterable[torch.Tensor], **options: Any) -> None:
+        parameters = list(parameters)
+        if next(calls) == 4:
+            gradient = handles[-1].indexers["1"].wk.weight.grad
+            gradient[0, 0] = value
+        original(parameters, **options)
+
+    handles: list[IndexerHandle] = []
+    forward = training.forward
+    monkeypatch.setattr(training, "forward", lambda handle, batch: (handles.append(handle), forward(handle, batch))[1])
+    monkeypatch.setattr(training, "sum_gradients", sum_gradients)
+    with pytest.raises(FloatingPointError, match=f"the gradient of layer 1 reaches {shown} at step 4; the checkpoint"):
+        train(tmp_path / "run", steps=6, clip=clip)
+    monkeypatch.undo()
+    assert len(rows(tmp_path / "run")) == 3
+    assert json.loads((tmp_path / "run" / "checkpoint" / "training_state.json").read_text()) == {"step": 2}
     train(tmp_path / "run", resume=True)
     assert_same_run(tmp_path / "whole", tmp_path / "run")
 

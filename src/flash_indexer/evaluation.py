@@ -147,7 +147,8 @@ def evaluate(
 
     Raises:
         KeyError: for a batch without input_ids or position_ids.
-        ValueError: for no batch, no token to predict, or a KL that is not finite (naming its layer).
+        ValueError: for no batch, an empty or padded one, no token to predict, a KL that is not finite (naming its
+            layer), or a loss of the model's that is not.
     """
     passes = 1 + len(perplexity_ks) * len(SELECTIONS)
     total = passes * len(batches) if isinstance(batches, Sized) else None
@@ -308,6 +309,13 @@ def _tensors(batch: Mapping[str, Tensor], device: torch.device) -> tuple[Tensor,
     for name in ("input_ids", "position_ids"):
         if name not in batch:
             raise KeyError(f"evaluate: a batch must hold input_ids and position_ids, got {sorted(batch)}")
+        if batch[name].ndim != 2 or not batch[name].numel():
+            raise ValueError(f"evaluate: {name} must be [B, L] with a token at least, got {list(batch[name].shape)}")
+    if "attention_mask" in batch and not bool(batch["attention_mask"].all()):
+        raise ValueError(
+            "evaluate: attention_mask must be all ones, got zeros in it; pack documents by position_ids instead of "
+            "padding them"
+        )
     return batch["input_ids"].to(device), batch["position_ids"].to(device)
 
 
@@ -322,6 +330,10 @@ def _loss_sum(model: torch.nn.Module, input_ids: Tensor, position_ids: Tensor) -
             part = slice(begin, min(begin + _LOGIT_ROWS, len(targets)))
             nats = cross_entropy(row[part].float(), targets[part], reduction="none")
             total += float((nats * mask[part]).sum(dtype=torch.float64))
+    if not math.isfinite(total):
+        raise ValueError(
+            f"evaluate: the model's loss is {total}; its weights or its activations are not finite: look for NaN"
+        )
     return total, int(counted.sum())
 
 

@@ -162,7 +162,7 @@ def block_sums(
     visible = (key_end - key_start).clamp_min(0)
     seen = visible > 0
     finfo = torch.finfo(p.dtype)
-    total = p.sum(-1).clamp_min(finfo.tiny)
+    total = p.sum(-1).masked_fill(~seen, 1.0)
     p_log_p = torch.linalg.vecdot(p, p.clamp_min(finfo.tiny).log()) / total - total.log()
     expected_score = torch.linalg.vecdot(p, scores.clamp_min(finfo.min)) / total
     columns = [

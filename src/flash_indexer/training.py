@@ -23,7 +23,7 @@ from torch import Tensor
 from flash_indexer.checkpoint import load_checkpoint, save_checkpoint, write_json
 from flash_indexer.data import PackedDataset, load_documents, pack, standard_library_documents
 from flash_indexer.distributed.context_parallel import gather_tokens
-from flash_indexer.distributed.gradients import sum_gradients
+from flash_indexer.distributed.gradients import LARGEST_GRADIENT, largest_gradients, sum_gradients
 from flash_indexer.integration.models import load_model, load_tokenizer, model_fingerprint
 from flash_indexer.integration.sharding import shard_model
 from flash_indexer.integration.transformers import IndexerHandle, LayerCapture, attach
@@ -63,7 +63,8 @@ def warm_up(
     Raises:
         ValueError, FileNotFoundError: for unusable settings, data or checkpoints, and where `out` is not one folder
             that all processes see.
-        FloatingPointError: a loss is not finite; names layer and step. The last checkpoint stays.
+        FloatingPointError: a loss is not finite, or a gradient is not or is above 1e12; names layer and step. No step
+            is taken, the last checkpoint stays.
         ConnectionError: another process died or did not answer in time. The last checkpoint stays. A process that is
             stuck waiting for its GPU can't raise it: it prints the message and ends with exit code 1.
         RuntimeError: the frozen model changed or got gradients.
@@ -213,6 +214,13 @@ class _Run:
                     f"warmup: the loss of layer {layer} is {value} at step {step}; the checkpoint in "
                     f"{self.out / CHECKPOINT} is of an earlier step: resume from it with a smaller lr or with "
                     "clipping, and check the model's weights for NaN"
+                )
+        for name, largest in largest_gradients(dict(handle.indexers.items())).items():
+            if not largest < LARGEST_GRADIENT:
+                raise FloatingPointError(
+                    f"warmup: the gradient of layer {name} reaches {largest:.3g} at step {step}; the checkpoint in "
+                    f"{self.out / CHECKPOINT} is of an earlier step: resume from it with a smaller lr, and check the "
+                    "model's weights and activations for NaN"
                 )
         return kl, uniform
 

@@ -161,6 +161,19 @@ def test_nan_in_one_row_is_shown_there_and_nowhere_else(tensor, problem):
                 assert torch.equal(a.nan_to_num(7.0), b.nan_to_num(7.0)), name
 
 
+@pytest.mark.parametrize("tensor", ["q", "index_q", "index_weights"])
+def test_nan_of_a_query_with_one_key(tensor, problem):
+    """Its KL and entropy are 0 without being computed."""
+    x, v = make(problem, "nan", HEAD_CLASSES[2], "causal")
+    hit = getattr(x, tensor).clone()
+    hit[0] = float("nan")
+    clean, hit = (replace(x, **{tensor: y}) for y in (getattr(x, tensor), hit))
+    for run in (lambda y: call(y, v)[0], lambda y: call_alone(y, needs=(False,) * 3)[0]):
+        before, got = run(clean), run(hit)
+        assert (before.kl[0] == 0).all() and got.kl[0].isnan().all() and got.loss.isnan()
+        assert not hasattr(got, "entropy") or got.entropy[0].isnan().all() == (tensor == "q")
+
+
 @pytest.mark.parametrize("heads", [8, 128])
 def test_nan_in_one_row_of_latent_attention(heads, problem):
     x = problem("latent nan", KernelClass(576, 64, 8), "causal", H=heads, G=1)

@@ -110,6 +110,33 @@ def test_nan_of_a_key_is_shown_where_it_is_seen(case, tensor, problem, measure):
     assert sees.any() and not sees.all() and torch.equal(got.kl.isnan(), sees)
 
 
+@pytest.mark.parametrize("case", ["smollm2", "deepseek", "padded heads"])
+def test_a_teacher_without_mass_is_nan_there_and_nowhere_else(case, problem, measure):
+    """An lse that is not this attention's: every p of the row underflows, and there is no distribution to learn."""
+    sizes, fixed, _ = CASES[case]
+    x = problem(f"{case}-mass", sizes, "documents", **fixed)
+    row = int((x.key_end - x.key_start).argmax())
+    lse = x.lse.clone()
+    lse[row] = 2000.0
+    expected, got = (measure(x, **options(case, x) | dict(lse=y)) for y in (x.lse, lse))
+    assert got.loss.isnan() and got.kl[row].isnan() and got.entropy[row].isnan() and got.d_index_k.isnan().any()
+    others = torch.arange(len(got.kl), device="cuda") != row
+    for name in ("kl", "entropy", "d_index_q", "d_index_weights"):
+        assert torch.equal(getattr(got, name)[others], getattr(expected, name)[others]), name
+
+
+@pytest.mark.parametrize("case", ["smollm2", "sum_logits"])
+def test_nan_of_a_key_that_the_teacher_gives_nothing(case, problem, measure):
+    """Key 4 is the only one of its thread that row 4 sees."""
+    sizes, fixed, _ = CASES[case]
+    x = problem(f"{case}-nothing", sizes, "causal", **fixed)
+    q, k, index_k = x.q.clone(), x.k.clone(), x.index_k.clone()
+    q[4], k[4], index_k[4] = q[4, :1], -100 * q[4, :1], torch.nan
+    k[:4] = 0
+    got = measure(replace(x, q=q, k=k, index_k=index_k), target=CASES[case][2])
+    assert torch.equal(got.kl.isnan(), torch.arange(len(got.kl), device="cuda") >= 4)
+
+
 def in_the_middle(x: torch.Tensor, rows: int = 128) -> torch.Tensor:
     """x as a contiguous view into a larger tensor of NaN."""
     around = x.new_full((x.shape[0] + 2 * rows, *x.shape[1:]), torch.nan)

@@ -14,6 +14,7 @@ from transformers import TrainerCallback, TrainerState, TrainingArguments
 
 from flash_indexer.data import PackedDataset, load_documents, pack
 from flash_indexer.distributed.mesh import Parallel
+from flash_indexer.integration import trainer as trainer_module
 from flash_indexer.integration.models import load_model
 from flash_indexer.integration.native import read_native
 from flash_indexer.integration.trainer import IndexerTrainer
@@ -138,6 +139,23 @@ def test_a_loss_that_is_not_finite_ends_the_training(tmp_path: Path, checkpoint:
     trainer = IndexerTrainer(handle, args=arguments, train_dataset=data, callbacks=[Break()])
     with pytest.raises(FloatingPointError, match="the loss of layer 1 is nan at step 3; resume from"):
         trainer.train()
+
+
+def test_a_gradient_that_is_none_ends_the_training_before_its_step(
+    tmp_path: Path, checkpoint: Path, data: PackedDataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    handle, calls = handle_of(checkpoint), iter(range(1, 99))
+
+    def sum_gradients(parameters: Any) -> None:
+        if next(calls) == 3:
+            handle.indexers["2"].wk.weight.grad[0, 0] = float("inf")
+
+    monkeypatch.setattr(trainer_module, "sum_gradients", sum_gradients)
+    arguments = TrainingArguments(str(tmp_path), **OPTIONS, save_steps=1)
+    with pytest.raises(FloatingPointError, match="the gradient of layer 2 reaches inf at step 3; resume from"):
+        IndexerTrainer(handle, args=arguments, train_dataset=data).train()
+    assert sorted(path.name for path in tmp_path.glob("checkpoint-*")) == ["checkpoint-1", "checkpoint-2"]
+    assert all(value.isfinite().all() for value in handle.state_dict().values())
 
 
 def test_what_it_cannot_do_it_says(tmp_path: Path, checkpoint: Path, data: PackedDataset) -> None:

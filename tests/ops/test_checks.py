@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 import torch
+from torch.autograd import forward_ad
 
-from flash_indexer import indexer_kl, indexer_scores
+from flash_indexer import indexer_kl, indexer_scores, warmup_attention
 from flash_indexer.testing import Shape, make_inputs
 
 SHAPE = Shape(((6, 6), (3, 3)), H=6, G=2, D=8, I=4, E=16)
@@ -55,6 +56,8 @@ VALUE_ERRORS: list[tuple[dict[str, Any], str]] = [
     (dict(softmax_scale=0.0), r"softmax_scale must be positive .*, got 0.0"),
     (dict(softmax_scale=-0.125), r"softmax_scale must be positive .*, got -0.125"),
     (dict(softmax_scale=float("nan")), r"softmax_scale must be positive .*, got nan"),
+    (dict(softmax_scale=float("inf")), r"softmax_scale must be positive and finite .*, got inf"),
+    (dict(q=zeros(T, 0, D)), r"H % G == 0, got H=0, G=2"),
     (dict(workspace_bytes=0), r"workspace_bytes must be positive, got 0"),
     (dict(workspace_bytes=-1), r"workspace_bytes must be positive, got -1"),
     (dict(index_k=torch.zeros(S, E, device="meta")), r"index_k must be on cpu like q, got meta"),
@@ -67,6 +70,32 @@ VALUE_ERRORS: list[tuple[dict[str, Any], str]] = [
 def test_values(change, message):
     with pytest.raises(ValueError, match=f"^indexer_kl: .*{message}"):
         indexer_kl(**(arguments() | change))
+
+
+@pytest.mark.parametrize("name", ["q", "k", "index_q", "index_k", "index_weights", "key_start", "key_end"])
+def test_what_is_no_tensor(name):
+    for value, kind in ((None, "NoneType"), ([[1.0]], "list")):
+        with pytest.raises(TypeError, match=f"^indexer_kl: {name} must be a tensor, got {kind}"):
+            indexer_kl(**(arguments() | {name: value}))
+    with pytest.raises(TypeError, match="^warmup_attention: v must be a tensor, got NoneType"):
+        warmup_attention(v=None, **{name: x for name, x in arguments().items() if name != "lse"})
+
+
+@pytest.mark.parametrize("name", ["index_q", "index_k", "index_weights"])
+def test_transforms_that_would_find_no_gradient(name):
+    given = arguments()
+    x = given.pop(name)
+
+    def loss(leaf: torch.Tensor) -> torch.Tensor:
+        return indexer_kl(**given, **{name: leaf}).loss
+
+    refused = f"^indexer_kl: {name} must be a plain tensor, .* differentiate the loss by backward"
+    for transform in (torch.func.grad(loss), torch.func.vmap(loss), torch.func.jacfwd(loss)):
+        with pytest.raises(ValueError, match=refused):
+            transform(torch.stack([x, x]) if transform.__name__ == "vmap" else x)
+    with forward_ad.dual_level(), pytest.raises(ValueError, match=refused):
+        loss(forward_ad.make_dual(x, torch.ones_like(x)))
+    assert loss(x) > 0
 
 
 @pytest.mark.parametrize("name", ["q", "k", "lse", "token_weight"])

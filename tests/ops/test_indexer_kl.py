@@ -133,6 +133,20 @@ def test_no_query_sees_a_key(target, dtype):
         assert all((gradient == 0).all() for gradient in got[3:])
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_teacher_without_mass_is_nan_there_and_nowhere_else(dtype):
+    """An lse that is not this attention's: every p of the row underflows, and there is no distribution to learn."""
+    x = make("packed", dtype=dtype)
+    row = int((x.key_end - x.key_start).argmax())
+    lse = x.lse.clone()
+    lse[row] = 2000.0
+    expected, got = (measure(x, token_weight=x.token_weight, lse=y) for y in (x.lse, lse))
+    assert got.loss.isnan() and got.kl[row].isnan() and got.entropy[row].isnan() and got.d_index_q[row].isnan().any()
+    others = torch.arange(len(got.kl)) != row
+    for name in ("kl", "entropy", "d_index_q", "d_index_weights"):
+        assert torch.equal(getattr(got, name)[others], getattr(expected, name)[others]), name
+
+
 def test_no_query_at_all():
     x = make("packed")
     cut = {name: getattr(x, name)[:0] for name in ("q", "index_q", "index_weights", "key_start", "key_end")}

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.utils import get_total_norm
+
+LARGEST_GRADIENT = 1e12
+"""A gradient that is not smaller is no gradient: float32 squares of it, which clipping and Adam take, may overflow."""
 
 
 def all_sum(x: Tensor, *, timeout: float = 600.0) -> Tensor:
@@ -42,3 +46,10 @@ def sum_gradients(parameters: Iterable[Tensor], *, replicas: int = 1, timeout: f
     flat = all_sum(torch.cat([g.flatten().float() for g in gradients]), timeout=timeout).div_(replicas)
     for gradient, part in zip(gradients, torch.split(flat, [g.numel() for g in gradients]), strict=True):
         gradient.copy_(part.view_as(gradient))
+
+
+def largest_gradients(modules: Mapping[str, nn.Module]) -> dict[str, float]:
+    """max |gradient| of each module's parameters, NaN where one is; those without gradients are left out."""
+    gradients = {name: [p.grad for p in module.parameters() if p.grad is not None] for name, module in modules.items()}
+    found = {name: get_total_norm(each, norm_type=torch.inf) for name, each in gradients.items() if each}
+    return dict(zip(found, torch.stack([*found.values()]).tolist(), strict=True)) if found else {}

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from transformers import Trainer
 
-from flash_indexer.distributed.gradients import all_sum, sum_gradients
+from flash_indexer.distributed.gradients import LARGEST_GRADIENT, all_sum, largest_gradients, sum_gradients
 from flash_indexer.integration.native import load_native, write_native
 from flash_indexer.integration.transformers import IndexerHandle
 
@@ -75,7 +75,8 @@ class IndexerTrainer(Trainer):
             this micro-batch's part of the step's loss, detached; the Trainer adds them and averages over processes.
 
         Raises:
-            FloatingPointError: a layer's loss is not finite in some process; names layer and step, in all of them.
+            FloatingPointError: a layer's loss is not finite in some process, or its gradient is not or is above 1e12;
+                names layer and step, in all of them.
         """
         tokens = inputs["input_ids"].numel()
         total = float(tokens * self.args.world_size if num_items_in_batch is None else num_items_in_batch)
@@ -85,6 +86,7 @@ class IndexerTrainer(Trainer):
         self._check_finite(all_sum(kl.clone()))
         if self.accelerator.sync_gradients:
             sum_gradients(self.handle.indexers.parameters())
+            self._check_gradients()
         share: float = tokens * self.args.world_size / total
         return kl.mean() * share
 
@@ -107,6 +109,15 @@ class IndexerTrainer(Trainer):
                     f"IndexerTrainer: the loss of layer {layer} is {value} at step {self.state.global_step + 1}; "
                     "resume from an earlier checkpoint with a smaller learning_rate or max_grad_norm, and check the "
                     "model's weights for NaN"
+                )
+
+    def _check_gradients(self) -> None:
+        for layer, largest in largest_gradients(dict(self.handle.indexers.items())).items():
+            if not largest < LARGEST_GRADIENT:
+                raise FloatingPointError(
+                    f"IndexerTrainer: the gradient of layer {layer} reaches {largest:.3g} at step "
+                    f"{self.state.global_step + 1}; resume from an earlier checkpoint with a smaller learning_rate, "
+                    "and check the model's weights and activations for NaN"
                 )
 
     def _forward(self, inputs: dict[str, Any]) -> Tensor:

@@ -319,6 +319,10 @@ static __device__ __forceinline__ void at_pack(unsigned* p, const float* s) {
     p[g] = v;
   }
 }
+// with one key both distributions are 1, and what was found for it is rounding alone, or NaN
+static __device__ __forceinline__ bool at_several(int visible, float found) {
+  return visible > 1 || (visible == 1 && isnan(found));
+}
 // lse, lsx and kl where E, and the entropy where asked for, of the thread's rows; inverse = 1 / l, 0 for a row that saw
 // nothing
 template <int HG, int E, int ENTROPY>
@@ -335,18 +339,19 @@ static __device__ __forceinline__ void at_finish(
     const bool seen = m[h] != AT_UNSET || isnan(total);
     inverse[h] = seen ? 1.f / total : 0.f;
     const int4 v = at_numbers(item + 32 + r * 16);
-    const bool several = v.y > v.x + 1;  // with one key both distributions are 1
+    const int visible = v.y - v.x;
     if (write) LSE[at] = seen ? (m[h] + log_l) * ln2 : -INFINITY;
     if (E) {
       const float log_y = log2f(at_quad_sum(y[2 * h] + y[2 * h + 1])), cross = at_quad_sum(c[2 * h] + c[2 * h + 1]);
       if (write) LSX[at] = seen ? (n[h] + log_y) * ln2 : -INFINITY;
-      if (write) KL[at] = several ? (cross * inverse[h] - log_l + log_y) * ln2 : 0.f;
+      const float found = cross * inverse[h] - log_l + log_y;
+      if (write) KL[at] = at_several(visible, found) ? found * ln2 : 0.f;
     }
     if (ENTROPY) {  // log2(l) - d / l, less a power of two near l in both, which would cancel
       const float power = rintf(log_l), rest = log2f(total * exp2f(-power));
       const float own = at_quad_sum(fmaf(-power, l[2 * h], d[2 * h]) + fmaf(-power, l[2 * h + 1], d[2 * h + 1]));
       const float found = rest - own * inverse[h];
-      if (write) ENT[at] = several && !(found < 0.f) ? found * ln2 : 0.f;  // NaN stays
+      if (write) ENT[at] = at_several(visible, found) && !(found < 0.f) ? found * ln2 : 0.f;
     }
   }
 }

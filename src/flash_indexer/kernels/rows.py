@@ -29,6 +29,12 @@ SOURCE = r"""
 #define ROWS_KEYS (ROWS_THREADS * 16)
 #define ROWS_LOG2E 1.4426950408889634f
 #define ROWS_LN2 0.6931471805599453f
+// max(x, y), NaN where one is: fmaxf would hide it
+static __device__ __forceinline__ float rows_max(float x, float y) {
+  float z;
+  asm("max.NaN.f32 %0, %1, %2;" : "=f"(z) : "f"(x), "f"(y));
+  return z;
+}
 // e^x for x <= 0, to an ulp: x = n·ln(2) + r, |r| <= ln(2)/2; adding 1.5·2^23 leaves n in the low bits. NaN for NaN
 static __device__ __forceinline__ float rows_exp(float x) {
   const float t = fmaf(x, ROWS_LOG2E, 12582912.0f), n = t - 12582912.0f;
@@ -64,7 +70,7 @@ static __device__ __forceinline__ float2 rows_reduce(float2 v) {
 #pragma unroll
   for (int d = 16; d; d >>= 1) {
     const float a = __shfl_xor_sync(0xffffffffu, v.x, d), b = __shfl_xor_sync(0xffffffffu, v.y, d);
-    v = MAX ? make_float2(fmaxf(v.x, a), fmaxf(v.y, b)) : make_float2(v.x + a, v.y + b);
+    v = MAX ? make_float2(rows_max(v.x, a), rows_max(v.y, b)) : make_float2(v.x + a, v.y + b);
   }
   if ((threadIdx.x & 31) == 0) part[MAX][threadIdx.x >> 5] = v;
   __syncthreads();
@@ -72,7 +78,7 @@ static __device__ __forceinline__ float2 rows_reduce(float2 v) {
 #pragma unroll
   for (int w = 1; w < ROWS_WARPS; ++w) {
     const float2 u = part[MAX][w];
-    v = MAX ? make_float2(fmaxf(v.x, u.x), fmaxf(v.y, u.y)) : make_float2(v.x + u.x, v.y + u.y);
+    v = MAX ? make_float2(rows_max(v.x, u.x), rows_max(v.y, u.y)) : make_float2(v.x + u.x, v.y + u.y);
   }
   return v;
 }
@@ -95,7 +101,7 @@ static __device__ __forceinline__ void rows_row(
   unsigned short* di = (unsigned short*)DI;
   float p[16], x[16];
   float m = -inf, l = 0.0f, mp = LOGITS ? -inf : 0.0f, z = 0.0f;
-  auto place = [](int c) { return (c >> 7) * 16384 + (c & 127); };
+  auto place = [](int c) { return (long long)(c >> 7) * 16384 + (c & 127); };
   P += row, X += row, di += row;
   auto load = [&](int begin) {
 #pragma unroll
@@ -118,16 +124,16 @@ static __device__ __forceinline__ void rows_row(
     float top = m, topp = mp, sum = 0.0f, sump = 0.0f;
 #pragma unroll
     for (int i = 0; i < 16; ++i) {
-      top = fmaxf(top, x[i]);
-      if (LOGITS) topp = fmaxf(topp, p[i]);
+      top = rows_max(top, x[i]);
+      if (LOGITS) topp = rows_max(topp, p[i]);
     }
-    if (top > -inf) {
+    if (top != -inf) {
 #pragma unroll
       for (int i = 0; i < 16; ++i) sum += rows_exp(x[i] - top);
       l = l * rows_exp(m - top) + sum;
       m = top;
     }
-    if (LOGITS && topp > -inf) {
+    if (LOGITS && topp != -inf) {
 #pragma unroll
       for (int i = 0; i < 16; ++i) sump += rows_exp(p[i] - topp);
       z = z * rows_exp(mp - topp) + sump;
@@ -143,7 +149,8 @@ static __device__ __forceinline__ void rows_row(
   const bool seen = high > low;
   const float M = seen ? top.x : 0.0f, MP = seen ? top.y : 0.0f;
   const float2 total = rows_reduce<false>(make_float2(l * rows_exp(m - M), LOGITS ? z * rows_exp(mp - MP) : z));
-  const float Z = fmaxf(total.y, 1.17549435e-38f), scale = __frcp_rn(Z);
+  // a teacher whose every probability is 0, because of an lse that is not its own, has no distribution
+  const float Z = total.y >= 1.17549435e-38f ? total.y : inf - inf, scale = __frcp_rn(Z);
   const float inverse = __frcp_rn(total.x), log_sum = rows_log(total.x);
   const float w = weight[t];
   float kl = 0.0f, ent = 0.0f;

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.forward_ad import unpack_dual
 
 TARGETS = ("mean", "per_head", "sum_logits")
 _TOKEN_INPUTS = ("lse", "token_weight")
+_MAY_BE_NONE = _TOKEN_INPUTS
 
 
 class Sizes(NamedTuple):
@@ -25,6 +29,7 @@ class Sizes(NamedTuple):
 
 def check_index_inputs(op: str, index_q: Tensor, index_k: Tensor, index_weights: Tensor) -> tuple[int, int, int, int]:
     """Checks index_q [T, I, E], index_k [S, E], index_weights [T, I]; returns T, S, I, E."""
+    _tensors(op, dict(index_q=index_q, index_k=index_k, index_weights=index_weights))
     _rank(op, "index_q", index_q, "[T, I, E]", 3)
     T, I, E = index_q.shape
     _rank(op, "index_k", index_k, "[S, E]", 2)
@@ -43,7 +48,9 @@ def check_indexer_kl(
     op: str = "indexer_kl",
 ) -> Sizes:
     """Checks every argument of `indexer_kl`; tensors holds q, k, index_q, index_k, index_weights, lse, token_weight."""
+    _tensors(op, {name: x for name, x in tensors.items() if x is not None or name not in _MAY_BE_NONE})
     given = {name: x for name, x in tensors.items() if x is not None}
+    _plain(op, given)
     q, k, index_q, index_k = (given[name] for name in ("q", "k", "index_q", "index_k"))
     if target not in TARGETS:
         raise ValueError(f"{op}: target must be one of {', '.join(map(repr, TARGETS))}, got {target!r}")
@@ -52,7 +59,7 @@ def check_indexer_kl(
     _rank(op, "k", k, "[S, G, D]", 3)
     S, G = k.shape[:2]
     _shape(op, "k", k, "[S, G, D]", (S, G, D), free=2)
-    if G == 0 or H % G:
+    if G == 0 or H == 0 or H % G:
         raise ValueError(f"{op}: q's head count must be a multiple of k's: H % G == 0, got H={H}, G={G}")
     _, _, I, E = check_index_inputs(op, index_q, index_k, given["index_weights"])
     _shape(op, "index_q", index_q, "[T, I, E]", (T, I, E))
@@ -72,8 +79,10 @@ def check_indexer_kl(
     for name in ("q", "k", "lse", "token_weight"):
         if name in given and given[name].requires_grad:
             raise ValueError(f"{op}: {name} is a constant but requires grad; detach: the main model is frozen")
-    if not softmax_scale > 0:
-        raise ValueError(f"{op}: softmax_scale must be positive (the model's own, e.g. D ** -0.5), got {softmax_scale}")
+    if not 0 < softmax_scale < math.inf:
+        raise ValueError(
+            f"{op}: softmax_scale must be positive and finite (the model's own, e.g. D ** -0.5), got {softmax_scale}"
+        )
     return Sizes(T, S, H, G, D, I, E)
 
 
@@ -85,12 +94,13 @@ def check_workspace(op: str, workspace_bytes: int) -> None:
 
 def check_attention(op: str, q: Tensor, k: Tensor, v: Tensor, key_start: Tensor, key_end: Tensor, scale: float) -> None:
     """Checks every argument of attention: q [T, H, D], k [S, G, D], v [S, G, V]."""
+    _tensors(op, dict(q=q, k=k, v=v))
     _rank(op, "q", q, "[T, H, D]", 3)
     T, H, D = q.shape
     _rank(op, "k", k, "[S, G, D]", 3)
     S, G = k.shape[:2]
     _shape(op, "k", k, "[S, G, D]", (S, G, D), free=2)
-    if G == 0 or H % G:
+    if G == 0 or H == 0 or H % G:
         raise ValueError(f"{op}: q's head count must be a multiple of k's: H % G == 0, got H={H}, G={G}")
     check_value(op, k, v)
     check_interval_tensors(op, key_start, key_end, T, q.device)
@@ -98,12 +108,15 @@ def check_attention(op: str, q: Tensor, k: Tensor, v: Tensor, key_start: Tensor,
     for name, x in (("q", q), ("k", k)):
         if x.requires_grad:
             raise ValueError(f"{op}: {name} is a constant but requires grad; detach: the main model is frozen")
-    if not scale > 0:
-        raise ValueError(f"{op}: softmax_scale must be positive (the model's own, e.g. D ** -0.5), got {scale}")
+    if not 0 < scale < math.inf:
+        raise ValueError(
+            f"{op}: softmax_scale must be positive and finite (the model's own, e.g. D ** -0.5), got {scale}"
+        )
 
 
 def check_value(op: str, k: Tensor, v: Tensor) -> None:
     """Checks v: [S, G, V] like k, a constant."""
+    _tensors(op, dict(v=v))
     _rank(op, "v", v, "[S, G, V]", 3)
     _shape(op, "v", v, "[S, G, V]", (*k.shape[:2], v.shape[2]), free=0)
     check_dtypes(op, dict(k=k, v=v))
@@ -113,6 +126,7 @@ def check_value(op: str, k: Tensor, v: Tensor) -> None:
 
 def check_interval_tensors(op: str, key_start: Tensor, key_end: Tensor, num_queries: int, device: torch.device) -> None:
     """Checks key_start and key_end: int32 [T] on the queries' device. Their contents are `check_intervals`' part."""
+    _tensors(op, dict(key_start=key_start, key_end=key_end))
     for name, x in (("key_start", key_start), ("key_end", key_end)):
         _shape(op, name, x, "[T]", (num_queries,))
         if x.dtype != torch.int32:
@@ -142,6 +156,25 @@ def check_dtypes(op: str, tensors: dict[str, Tensor]) -> None:
         expected = torch.float32 if name in ("index_weights", *_TOKEN_INPUTS) else torch.bfloat16
         if x.dtype != expected:
             raise TypeError(f"{op}: {name} must be {expected} on {x.device.type}, got {x.dtype}")
+
+
+def _tensors(op: str, given: Mapping[str, object]) -> None:
+    for name, x in given.items():
+        if not isinstance(x, Tensor):
+            raise TypeError(f"{op}: {name} must be a tensor, got {type(x).__name__}")
+
+
+def _plain(op: str, given: Mapping[str, Tensor]) -> None:
+    """Gradients are formed beside the loss, where torch.func and forward mode would find none and say nothing."""
+    if torch.compiler.is_compiling():
+        return
+    for name, x in given.items():
+        if torch._C._functorch.is_functorch_wrapped_tensor(x) or unpack_dual(x).tangent is not None:  # type: ignore[no-untyped-call]
+            raise ValueError(
+                f"{op}: {name} must be a plain tensor, got one of torch.func (vmap, grad, jvp) or of forward-mode "
+                "differentiation; call the operator outside of these, several sequences packed by key_start and "
+                "key_end, and differentiate the loss by backward or torch.autograd.grad"
+            )
 
 
 def _rank(op: str, name: str, x: Tensor, legend: str, rank: int) -> None:

@@ -162,10 +162,11 @@ def kl_rows(
 
     Returns:
         kl [R], entropy [R] = -sum_s p log p (so that the uniform prediction's KL is log(visible keys) - entropy),
-        and di [R, C], which is `scores`. Rows that see nothing have KL 0 and di 0.
+        and di [R, C], which is `scores`. Rows that see nothing have KL 0 and di 0. A row whose every p is 0, because of
+        an lse that is not its own, is NaN.
     """
     seen = (key_end > key_start).to(p.dtype)
-    p.div_(p.sum(-1, keepdim=True).clamp_min_(torch.finfo(p.dtype).tiny))
+    p.div_(p.sum(-1, keepdim=True).masked_fill_(seen[:, None] == 0, 1.0))
     lse = scores.logsumexp(-1)
     entropy = torch.special.entr(p).sum(-1)
     kl = seen * (lse - entropy - torch.linalg.vecdot(p, scores))

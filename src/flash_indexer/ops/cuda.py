@@ -19,6 +19,7 @@ INDEX_WIDTHS = (32, 64, 128)
 MAX_HEADS, MAX_INDEX_HEADS = 128, 64
 _PADDED_HEADS = (8, 16, 32, 64)
 _EXP, _RELU, _SUM = 0, 1, 2
+_SUMMED = 2**24  # elements of the float32 sums from which the terms are made: no second copy of a long chunk's queries
 _TERMS = 3  # bfloat16 terms that hold a float32 sum of queries exactly enough: 8 bits each
 
 
@@ -172,12 +173,15 @@ def teacher_scores(
 def summed_logits(q: Tensor, k: Tensor, chunk: Chunk, out: Tensor, softmax_scale: float, processors: int) -> None:
     """out[t,s] = scale * sum_h q[t,h]·k[s,g(h)], the heads of a group summed first (three bfloat16 terms)."""
     rows, groups = q[chunk.begin : chunk.end], k.shape[1]
-    rest = rows.view(rows.shape[0], groups, -1, q.shape[2]).float().sum(2)
+    rows = rows.view(rows.shape[0], groups, -1, q.shape[2])
     terms = torch.empty(rows.shape[0], groups, _TERMS, q.shape[2], dtype=q.dtype, device=q.device)
-    for n in range(_TERMS):
-        terms[:, :, n] = rest
-        rest = rest - terms[:, :, n]
-    unread = rest.view(-1)
+    step = max(_SUMMED // (groups * q.shape[2]), 1)
+    for few, found in zip(torch.split(rows, step), torch.split(terms, step), strict=True):
+        rest = few.sum(2, dtype=torch.float32)
+        for n in range(_TERMS):
+            found[:, :, n] = rest
+            rest -= found[:, :, n]
+    unread = q.new_empty(1, dtype=torch.float32)
     _score(_SUM, terms.flatten(1, 2), k, unread, chunk, out, softmax_scale, chunk.begin, processors)
 
 
