@@ -1,6 +1,7 @@
 """A loop over processes with the frozen model sharded by FSDP2: torchrun --nproc-per-node 8 examples/fsdp2.py ..."""
 
 import argparse
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -21,6 +22,8 @@ parser.add_argument("--out", required=True)
 parser.add_argument("--steps", type=int, default=1000)
 parser.add_argument("--sequence-length", type=int, default=1024)
 given = parser.parse_args()
+if Path(given.out).exists():
+    raise SystemExit(f"--out must not exist yet, got {given.out}")
 
 device = "cuda" if torch.cuda.is_available() else "cpu"
 dist.init_process_group("nccl" if device == "cuda" else "gloo")

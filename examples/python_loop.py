@@ -1,6 +1,7 @@
 """Warm-up as a plain Python loop in one process: nothing but torch, a Transformers model and `attach`."""
 
 import argparse
+from pathlib import Path
 
 import torch
 
@@ -17,6 +18,8 @@ parser.add_argument("--out", required=True)
 parser.add_argument("--steps", type=int, default=1000)
 parser.add_argument("--sequence-length", type=int, default=1024)
 given = parser.parse_args()
+if Path(given.out).exists():
+    raise SystemExit(f"--out must not exist yet, got {given.out}")
 
 device = "cuda" if torch.cuda.is_available() else "cpu"
 model, tokenizer = load_model(given.model, dtype=default_dtype())

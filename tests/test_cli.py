@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import json
 import re
+import shutil
 import weakref
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from click.testing import Result
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
@@ -93,6 +95,46 @@ def test_resume(warmup: Any, tmp_path: Path) -> None:
     assert len(read_metrics(tmp_path / "run" / "metrics.jsonl")) == 4
     resumed = run("warmup", "--out", tmp_path / "run", "--resume", "--evaluate-sequences", 0)
     assert resumed.exit_code == 0, resumed.output
+
+
+def test_the_same_settings_in_other_words_are_no_conflict(warmup: Any, checkpoint: Path) -> None:
+    assert warmup("--dtype", "auto").exit_code == 0
+    assert warmup("--resume", "--dtype", "auto", "--model", f"{checkpoint}/").exit_code == 0
+
+
+def test_held_out_text_that_is_not_there_is_told_before_the_training(warmup: Any, tmp_path: Path) -> None:
+    refused = warmup("--evaluate-sequences", 2, "--held-out", "/nowhere/held_out.txt")
+    assert refused.exit_code == 1 and "/nowhere/held_out.txt" in plain(refused.output)
+    assert not (tmp_path / "run").exists()
+    without = warmup("--evaluate-sequences", 2)
+    assert without.exit_code == 0 and "no report: for one, give --held-out" in plain(without.output)
+
+
+def test_unusable_options_of_evaluate(warmup: Any, texts: Path, tmp_path: Path) -> None:
+    assert warmup().exit_code == 0
+    (tmp_path / "file").write_text("mine")
+    for option, value, message in (
+        ("--report", tmp_path / "file", "--report must be a folder"),
+        ("--sequences", 0, "--sequences must be at least 1"),
+        ("--sequence-length", 0, "--sequence-length must be at least 2"),
+        ("--perplexity-k", 0, "perplexity_ks 1 or more"),
+    ):
+        refused = run("evaluate", "--out", tmp_path / "run", "--data", texts, option, value)
+        assert refused.exit_code == 1 and message in plain(refused.output), refused.output
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_a_runs_checkpoint_comes_before_an_indexer_beside_it(warmup: Any, tmp_path: Path) -> None:
+    assert warmup("--seed", 1).exit_code == 0
+    assert run("export", "--out", tmp_path / "run", tmp_path / "old").exit_code == 0
+    for file in (tmp_path / "run" / "checkpoint").iterdir():
+        if file.name == "indexer.safetensors":
+            changed = {name: value + 1 for name, value in load_file(file).items()}
+            save_file(changed, file)
+    shutil.copytree(tmp_path / "old", tmp_path / "run", dirs_exist_ok=True)
+    assert run("export", "--out", tmp_path / "run", tmp_path / "new").exit_code == 0
+    old, new = (load_file(tmp_path / name / "indexer.safetensors") for name in ("old", "new"))
+    assert all(torch.equal(new[name], value + 1) for name, value in old.items())
 
 
 def test_resume_with_the_recorded_layers_is_no_conflict(warmup: Any) -> None:

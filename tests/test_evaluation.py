@@ -219,6 +219,14 @@ def test_unusable_input_is_refused(handle: IndexerHandle) -> None:
         evaluate(handle, [{**batch, "attention_mask": mask}])
 
 
+def test_what_is_asked_for_twice_is_counted_once(handle: IndexerHandle) -> None:
+    batches = make_batches()[1:]
+    assert evaluate(handle, batches, perplexity_ks=(4, 4)) == evaluate(handle, batches, perplexity_ks=(4,))
+    for wrong in (dict(perplexity_ks=(0,)), dict(min_visible=-1)):
+        with pytest.raises(ValueError, match="min_visible must be 0 or more, perplexity_ks 1 or more, got"):
+            evaluate(handle, batches, **wrong)  # type: ignore[arg-type]
+
+
 def test_numbers_that_are_not_finite_are_refused(handle: IndexerHandle) -> None:
     batch, head = make_batches()[1], handle.model.lm_head.weight
     with torch.no_grad():

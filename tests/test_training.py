@@ -274,6 +274,48 @@ def test_resuming_with_another_model_or_other_data_is_refused(
     assert weights(out) == before and len(rows(out)) == 4
 
 
+@pytest.mark.parametrize("name", ["checkpoint", ".checkpoint.old", "metrics.jsonl", "indexer_config.json"])
+@pytest.mark.parametrize("resume", [False, True])
+def test_what_a_run_without_a_record_left_is_not_taken_for_ours(
+    tmp_path: Path, train: Train, name: str, resume: bool
+) -> None:
+    (tmp_path / name).write_text('{"step": 1, "loss": 2.0}\n')
+    with pytest.raises(
+        ValueError, match=rf"--out must be a new folder or that of a run, got .*, which holds {name} and no"
+    ):
+        train(tmp_path, resume=resume)
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+    assert (tmp_path / name).read_text() == '{"step": 1, "loss": 2.0}\n'
+
+
+def test_a_file_where_the_folder_should_be(tmp_path: Path, train: Train) -> None:
+    (tmp_path / "file").write_text("mine")
+    for out in (tmp_path / "file", tmp_path / "file" / "below" / "it"):
+        with pytest.raises(ValueError, match=r"warmup: --out must be a folder, got .*, where .*file is a file"):
+            train(out)
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_the_clock_goes_on_with_a_resumed_run(tmp_path: Path, train: Train, monkeypatch: pytest.MonkeyPatch) -> None:
+    original, calls = training.forward, iter(range(1, 99))
+
+    def forward(handle: IndexerHandle, batch: dict[str, torch.Tensor]) -> None:
+        if next(calls) == 6:
+            raise KeyboardInterrupt
+        original(handle, batch)
+
+    monkeypatch.setattr(training, "forward", forward)
+    with pytest.raises(KeyboardInterrupt):
+        train(tmp_path, steps=8)
+    monkeypatch.undo()
+    file = tmp_path / "metrics.jsonl"
+    before = [row | dict(seconds=1000.0 + row["step"]) for row in read_metrics(file)]
+    file.write_text("".join(json.dumps(row) + "\n" for row in before))
+    train(tmp_path, resume=True)
+    seconds = [row["seconds"] for row in read_metrics(file)]
+    assert seconds[:4] == [1001.0, 1002.0, 1003.0, 1004.0] and seconds == sorted(seconds) and len(seconds) == 8
+
+
 @pytest.mark.parametrize("content", ["", "{", "[]", '{"steps": 3}'])
 def test_a_foreign_run_record_is_refused(tmp_path: Path, train: Train, content: str) -> None:
     (tmp_path / "run.json").write_text(content)
@@ -286,7 +328,9 @@ def test_a_nan_in_the_model_names_layer_and_step(tmp_path: Path, train: Train, c
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
     model.model.layers[1].self_attn.q_proj.weight.data[3, 3] = math.nan
     model.save_pretrained(tmp_path / "model")
-    with pytest.raises(FloatingPointError, match="the loss of layer 1 is nan at step 1;"):
+    with pytest.raises(
+        FloatingPointError, match="the loss of layer 1 is nan at step 1; none is saved: start a new run"
+    ):
         train(tmp_path / "run", model=str(tmp_path / "model"))
     assert not (tmp_path / "run" / "checkpoint").exists()
 
@@ -303,7 +347,7 @@ def test_a_loss_that_turns_nan_keeps_the_checkpoint(
         original(handle, batch)
 
     monkeypatch.setattr(training, "forward", forward)
-    with pytest.raises(FloatingPointError, match="layer 2 is nan at step 6; the checkpoint in .* smaller lr"):
+    with pytest.raises(FloatingPointError, match="layer 2 is nan at step 6; the checkpoint in .* smaller --lr"):
         train(tmp_path / "run", steps=8)
     monkeypatch.undo()
     assert len(rows(tmp_path / "run")) == 5
@@ -392,9 +436,12 @@ def test_missing_model_and_empty_data(tmp_path: Path, train: Train) -> None:
     ("changes", "message"),
     [
         (dict(steps=0), "steps must be at least 1, got 0"),
-        (dict(sequence_length=0), "sequence_length must be positive, got 0"),
-        (dict(lr=-1e-3), "lr must be positive, got -0.001"),
-        (dict(lr=math.nan), "lr must be positive, got nan"),
+        (dict(sequence_length=1), "sequence_length must be at least 2, got 1"),
+        (dict(lr=-1e-3), "lr must be positive and finite, got -0.001"),
+        (dict(lr=math.nan), "lr must be positive and finite, got nan"),
+        (dict(lr=math.inf), "lr must be positive and finite, got inf"),
+        (dict(minutes=math.inf), "minutes must be positive and finite, got inf"),
+        (dict(seed=2**32), "seed must be from 0 to 4294967295, got 4294967296"),
         (dict(save_every=0), "save_every must be positive"),
         (dict(decay="linear"), 'decay must be "cosine" or "none", got \'linear\''),
         (dict(dtype="float16"), 'dtype must be "auto", "float32" or "bfloat16", got \'float16\''),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 import sys
 from collections.abc import Iterator
@@ -62,8 +63,10 @@ def warmup(
     fsdp: Annotated[bool, typer.Option("--fsdp", help="Shard the frozen model over the processes (FSDP2).")] = False,
     timeout: Annotated[float, typer.Option(help="Seconds without an answer after which a process is given up.")] = 600,
 ) -> None:
-    """Warm up a model's indexers; with a report on held-out text at the end."""
+    """Warm up a model's indexers; with a report at the end, on --held-out or, without --data, the embedded split."""
     with _plain_errors():
+        from dataclasses import asdict
+
         import torch
 
         from flash_indexer.processes import ParallelSettings, is_main_process, leave
@@ -76,14 +79,22 @@ def warmup(
         explicit = {name: getattr(settings, name) for name in given if _was_given(context, name)}
         _refuse_other_settings(out, resume, explicit)
         parallel = ParallelSettings(cp=cp, tp=tp, layout=cp_layout, fsdp=fsdp, timeout=timeout)
+        batches = None
+        if evaluate_sequences > 0 and held_out is not None:  # now: a wrong path is told before the training
+            batches = held_out_batches(
+                (read_run(out) if resume else {}) or asdict(settings), held_out, evaluate_sequences
+            )
         handle = warm_up(settings, out, resume=resume, console=console, parallel=parallel)
         main, run = is_main_process(), read_run(out)
         leave()
         if not main:
             return
         _print_path("indexer", out / "checkpoint")
-        if evaluate_sequences > 0 and (held_out is not None or run["data"] is None):
-            batches = held_out_batches(run, held_out, evaluate_sequences)
+        if evaluate_sequences > 0 and run["data"] is None and batches is None:
+            batches = held_out_batches(run, None, evaluate_sequences)
+        if evaluate_sequences > 0 and batches is None:
+            console.print("no report: for one, give --held-out, or `flash-indexer evaluate --data` text of its own")
+        if batches is not None:
             with _memory_for_evaluation(out):
                 if cp * tp > 1 or fsdp:
                     del handle
@@ -99,16 +110,22 @@ def evaluate(
     data: Annotated[str | None, typer.Option(help="Held-out text; default: the embedded split.")] = None,
     sequences: Annotated[int, typer.Option(help="Held-out sequences.")] = 8,
     sequence_length: Annotated[int | None, typer.Option(help="Default: as in training.")] = None,
-    min_visible: Annotated[int, typer.Option(help="Count only queries that see at least so many keys.")] = 0,
+    min_visible: Annotated[int, typer.Option(help="Masses count only queries that see so many keys.")] = 0,
     perplexity_k: Annotated[list[int] | None, typer.Option(help="Keys per query for sparse perplexity.")] = None,
     model: Annotated[str | None, typer.Option(help="Model; default: the one it was trained on.")] = None,
 ) -> None:
     """Judge indexers: those of a run, or a native indexer folder, on held-out text."""
     with _plain_errors():
+        from flash_indexer.run_record import check_folder
         from flash_indexer.training import held_out_batches
 
+        if sequences < 1:
+            raise ValueError(f"evaluate: --sequences must be at least 1, got {sequences}")
+        if sequence_length is not None and sequence_length < 2:
+            raise ValueError(f"evaluate: --sequence-length must be at least 2, got {sequence_length}")
+        check_folder("evaluate: --report", report or out / "report")
         handle, _, run = _load(out, model)
-        length = sequence_length or int(run["sequence_length"])
+        length = int(run["sequence_length"]) if sequence_length is None else sequence_length
         batches = held_out_batches({**run, "sequence_length": length}, data, sequences)
         ks = tuple(perplexity_k) if perplexity_k else (128,)
         command = shlex.join(["flash-indexer", *sys.argv[1:]])
@@ -274,7 +291,10 @@ def _print_path(name: str, path: Path) -> None:
 
 def _indexer_folder(out: Path) -> Path:
     """A run's checkpoint, or the folder itself where it is a native indexer directory."""
-    return out if (out / "indexer_config.json").exists() else out / "checkpoint"
+    from flash_indexer.run_record import CHECKPOINT, RUN_FILE
+
+    own = (out / "indexer_config.json").exists() and not (out / RUN_FILE).exists()
+    return out if own else out / CHECKPOINT
 
 
 def _load(out: Path, model: str | None) -> tuple[Any, Any, dict[str, Any]]:
@@ -303,6 +323,10 @@ def _refuse_other_settings(out: Path, resume: bool, explicit: dict[str, Any]) ->
     recorded = read_run(out) if resume else {}
     for name, value in explicit.items():
         before = recorded.get(name, value)
+        if (name, value) == ("dtype", "auto"):
+            continue  # what it came to when the run began
+        if name in ("model", "data") and value is not None and before is not None:
+            before, value = os.path.normpath(before), os.path.normpath(value)
         if (tuple(before) if isinstance(before, list) else before) != value:
             raise ValueError(
                 f"warmup: --{name.replace('_', '-')} must be {before} as when the run began, got {value}; "

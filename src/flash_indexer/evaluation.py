@@ -150,6 +150,11 @@ def evaluate(
         ValueError: for no batch, an empty or padded one, no token to predict, a KL that is not finite (naming its
             layer), or a loss of the model's that is not.
     """
+    perplexity_ks = tuple(dict.fromkeys(perplexity_ks))
+    if min_visible < 0 or any(k < 1 for k in perplexity_ks):
+        raise ValueError(
+            f"evaluate: min_visible must be 0 or more, perplexity_ks 1 or more, got {min_visible} and {perplexity_ks}"
+        )
     passes = 1 + len(perplexity_ks) * len(SELECTIONS)
     total = passes * len(batches) if isinstance(batches, Sized) else None
     model, sums, blocks = handle.model, dict[int, MetricSums](), dict[int, RowBlock]()

@@ -56,7 +56,8 @@ def plot_loss(steps: Sequence[Mapping[str, Any]], held_out: float | None) -> Fig
     means = [[row["loss"] / row["kl_over_uniform"]] * len(row.get("kl") or ()) for row in rows]
     uniform = [row.get("uniform_kl") or mean for row, mean in zip(rows, means, strict=True)]
     layers = [
-        [a / b for a, b in zip(row.get("kl") or (), u, strict=True)] for row, u in zip(rows, uniform, strict=True)
+        [a / b if b else 1.0 for a, b in zip(row.get("kl") or (), u, strict=True)]
+        for row, u in zip(rows, uniform, strict=True)
     ]
     if layers[0] and len({len(row) for row in layers}) == 1:
         lines = ax.plot(x, layers, color=_INDEXER, alpha=0.2, linewidth=0.9)

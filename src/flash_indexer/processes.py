@@ -25,6 +25,8 @@ from flash_indexer.distributed.mesh import Parallel, make_parallel
 from flash_indexer.integration.atomic import readable_directory
 from flash_indexer.progress import print_error
 
+LONGEST_TIMEOUT = 1e6  # seconds
+
 
 @dataclass(frozen=True)
 class ParallelSettings:
@@ -50,8 +52,8 @@ class ParallelSettings:
                 raise ValueError(f"warmup: {name} must be at least 1, got {getattr(self, name)}")
         if self.layout not in LAYOUTS:
             raise ValueError(f"warmup: layout must be one of {LAYOUTS}, got {self.layout!r}")
-        if not self.timeout > 0:
-            raise ValueError(f"warmup: timeout must be positive, got {self.timeout}")
+        if not 0 < self.timeout <= LONGEST_TIMEOUT:
+            raise ValueError(f"warmup: timeout must be positive and at most {LONGEST_TIMEOUT:g} s, got {self.timeout}")
 
 
 class Processes:

@@ -36,7 +36,9 @@ class StepProgress:
         """Shows a metrics row."""
         if row["mass"] is not None:
             self._mass = f"mass@64 {row['mass']:.1%}"
-        text = f"KL {row['loss']:.3f}  KL/uniform {row['kl_over_uniform']:.3f}  {self._mass}"
+        ratio = row["kl_over_uniform"]
+        ratio = "none" if ratio is None else f"{ratio:.3f}"
+        text = f"KL {row['loss']:.3f}  KL/uniform {ratio}  {self._mass}"
         self._bar.update(self._task, completed=row["step"], description=text)
         if not self._quiet and not self._console.is_terminal and (row["step"] % 10 == 0 or row["step"] == self._steps):
             self._console.print(f"step {row['step']}/{self._steps}  {text}  {row['seconds']:.0f} s", highlight=False)

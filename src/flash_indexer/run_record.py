@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
@@ -12,6 +13,8 @@ from typing import Any
 from flash_indexer.integration.models import EMBEDDED_MODEL
 
 RUN_FILE, METRICS_FILE = "run.json", "metrics.jsonl"
+CHECKPOINT = "checkpoint"
+LARGEST_SEED = 2**32
 
 
 @dataclass(frozen=True)
@@ -45,10 +48,14 @@ class WarmupSettings:
 
     def __post_init__(self) -> None:
         """Raises ValueError for a value that no run can use."""
-        positive = ("sequence_length", "batch_size", "accumulation", "minutes", "lr", "save_every")
+        positive = ("batch_size", "accumulation", "minutes", "lr", "save_every")
         for name in positive:
-            if not getattr(self, name) > 0:
-                raise ValueError(f"warmup: {name} must be positive, got {getattr(self, name)}")
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"warmup: {name} must be positive and finite, got {getattr(self, name)}")
+        if self.sequence_length < 2:
+            raise ValueError(f"warmup: sequence_length must be at least 2, got {self.sequence_length}")
+        if not 0 <= self.seed < LARGEST_SEED:
+            raise ValueError(f"warmup: seed must be from 0 to {LARGEST_SEED - 1}, got {self.seed}")
         if self.steps is not None and self.steps < 1:
             raise ValueError(f"warmup: steps must be at least 1, got {self.steps}")
         if self.decay not in ("cosine", "none"):
@@ -85,6 +92,24 @@ def read_record(out: Path, resume: bool) -> dict[str, Any] | None:
     return record
 
 
+def check_new(out: Path) -> None:
+    """Raises ValueError where a new run would take what lies in `out` for its own, or where no folder can be."""
+    check_folder("warmup: --out", out)
+    for name in (CHECKPOINT, f".{CHECKPOINT}.old", METRICS_FILE, "indexer_config.json"):
+        if (out / name).exists():
+            raise ValueError(
+                f"warmup: --out must be a new folder or that of a run, got {out}, which holds {name} and no "
+                f"{RUN_FILE}; nothing was written: choose another --out"
+            )
+
+
+def check_folder(option: str, path: Path) -> None:
+    """Raises ValueError naming the option where no folder can be at `path`, because of a file."""
+    for part in (path, *path.parents):
+        if part.exists() and not part.is_dir():
+            raise ValueError(f"{option} must be a folder, got {path}, where {part} is a file; choose another")
+
+
 def settings_from(plain: dict[str, Any]) -> WarmupSettings:
     """Settings from what run.json holds; entries that are no settings are passed over."""
     known = {field.name for field in fields(WarmupSettings)}
@@ -110,12 +135,13 @@ def warmup_command(run: Mapping[str, Any], out: str | Path) -> str:
     return shlex.join(words)
 
 
-def keep_rows(file: Path, done: int) -> None:
-    """Drops rows of steps after the checkpoint, and a last line that a kill cut short."""
-    rows = read_metrics(file)
+def keep_rows(file: Path, done: int) -> float:
+    """Drops rows of steps after the checkpoint, and a last line that a kill cut short; the last row's seconds."""
+    rows = [row for row in read_metrics(file) if row["step"] <= done]
     partial = file.with_name(f".{file.name}.partial")
-    partial.write_text("".join(json.dumps(row) + "\n" for row in rows if row["step"] <= done), encoding="utf-8")
+    partial.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     partial.replace(file)
+    return float(rows[-1]["seconds"]) if rows else 0.0
 
 
 def read_metrics(file: Path) -> list[dict[str, Any]]:

@@ -13,7 +13,7 @@ import time
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 from zlib import crc32
 
 import torch
@@ -30,13 +30,21 @@ from flash_indexer.integration.transformers import IndexerHandle, LayerCapture, 
 from flash_indexer.metrics import MetricSums, layer_sums
 from flash_indexer.processes import ParallelSettings, Processes
 from flash_indexer.progress import StepProgress
-from flash_indexer.run_record import METRICS_FILE, RUN_FILE, WarmupSettings, keep_rows, read_record, settings_from
+from flash_indexer.run_record import (
+    CHECKPOINT,
+    METRICS_FILE,
+    RUN_FILE,
+    WarmupSettings,
+    check_new,
+    keep_rows,
+    read_record,
+    settings_from,
+)
 
 MASS_K = 64
 MASS_ROWS = 128
 ADAM_EPS = 1e-12
 """Well below torch's 1e-8, which is as large as a fresh indexer's gradients where hidden states are small."""
-CHECKPOINT = "checkpoint"
 
 
 def warm_up(
@@ -73,7 +81,9 @@ def warm_up(
     """
     out, parallel = Path(out), parallel or ParallelSettings()
     record = read_record(out, resume)
-    if record is not None:
+    if record is None:
+        check_new(out)
+    else:
         settings = settings_from(record["settings"])
     processes = Processes(parallel)
     if settings.dtype == "auto":
@@ -156,9 +166,8 @@ class _Run:
             done = load_checkpoint(self.out / CHECKPOINT, handle, optimizer, base_fingerprint=self.base_fingerprint)
         self.processes.agree(self.out, done)
         main = self.processes.is_main
-        if main:
-            keep_rows(self.out / METRICS_FILE, done)
-        started, watch = time.perf_counter(), _MassWatch(handle, self.processes)
+        before = keep_rows(self.out / METRICS_FILE, done) if main else 0.0
+        started, watch = time.perf_counter() - before, _MassWatch(handle, self.processes)
         with StepProgress(self.console, self.steps, done, quiet=not main) as progress:
             for step in range(done + 1, self.steps + 1):
                 watch.on = step % 10 == 0 or step in (1, self.steps)
@@ -171,7 +180,7 @@ class _Run:
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=True)
                 row = dict(
-                    step=step, loss=float(kl.mean()), kl_over_uniform=float(kl.mean() / uniform.mean()),
+                    step=step, loss=float(kl.mean()), kl_over_uniform=_ratio(kl, uniform),
                     mass=watch.take(), lr=lr, seconds=round(time.perf_counter() - started, 3),
                     tokens=step * self.per_step * settings.sequence_length,
                     kl=kl.tolist(), uniform_kl=uniform.tolist(),
@@ -210,19 +219,20 @@ class _Run:
         kl, uniform = means.cpu()
         for layer, value in zip(sorted(handle.layers), kl.tolist(), strict=True):
             if not math.isfinite(value):
-                raise FloatingPointError(
-                    f"warmup: the loss of layer {layer} is {value} at step {step}; the checkpoint in "
-                    f"{self.out / CHECKPOINT} is of an earlier step: resume from it with a smaller lr or with "
-                    "clipping, and check the model's weights for NaN"
-                )
+                self._stop(f"the loss of layer {layer} is {value}", step)
         for name, largest in largest_gradients(dict(handle.indexers.items())).items():
             if not largest < LARGEST_GRADIENT:
-                raise FloatingPointError(
-                    f"warmup: the gradient of layer {name} reaches {largest:.3g} at step {step}; the checkpoint in "
-                    f"{self.out / CHECKPOINT} is of an earlier step: resume from it with a smaller lr, and check the "
-                    "model's weights and activations for NaN"
-                )
+                self._stop(f"the gradient of layer {name} reaches {largest:.3g}", step)
         return kl, uniform
+
+    def _stop(self, found: str, step: int) -> NoReturn:
+        """Before the step. A resumed run keeps its settings, so a smaller lr means another run."""
+        checkpoint = self.out / CHECKPOINT
+        saved = f"the checkpoint in {checkpoint} is of an earlier step" if checkpoint.exists() else "none is saved"
+        raise FloatingPointError(
+            f"warmup: {found} at step {step}; {saved}: start a new run in another --out with a smaller --lr or with "
+            "--clip, and check the model's weights and activations for NaN"
+        )
 
     def _batches(self, step: int) -> Iterator[dict[str, Tensor]]:
         """This rank's micro-batches of a step; the data is gone through again, in another order, when it ends.
@@ -343,6 +353,11 @@ def _steps_in(handle: IndexerHandle, data: PackedDataset, settings: WarmupSettin
     budget = torch.tensor(settings.minutes * 60 / min(seconds), device=processes.device)
     mean = processes.sum(budget) / (processes.count / processes.parallel.tp)
     return max(1, int(mean))
+
+
+def _ratio(kl: Tensor, uniform: Tensor) -> float | None:
+    """Mean over mean; None where every query sees one key, and the uniform prediction is exact."""
+    return float(kl.mean() / uniform.mean()) if float(uniform.mean()) > 0 else None
 
 
 def _lr_factor(settings: WarmupSettings, step: int, steps: int) -> float:

@@ -366,7 +366,7 @@ def test_only_a_checkpoint_of_ours_is_replaced(tmp_path: Path) -> None:
     assert {p.name: p.read_bytes() for p in base.iterdir()} == before
 
     export(handle, path, max_shard_size="50KB")
-    with pytest.raises(ValueError, match=r"holds an earlier checkpoint; pass overwrite=True"):
+    with pytest.raises(ValueError, match=r"holds an earlier checkpoint; choose another path, or pass overwrite=True"):
         export(handle, path)
     export(handle, path, index_topk=9, overwrite=True)
     assert load(path).config.index_topk == 9

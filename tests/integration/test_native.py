@@ -275,7 +275,7 @@ def test_indexers_that_do_not_fit_are_refused(saved: tuple[IndexerHandle, Path])
 
 def test_what_may_be_replaced(saved: tuple[IndexerHandle, Path], tmp_path: Path) -> None:
     handle, path = saved
-    with pytest.raises(ValueError, match=r"holds an earlier checkpoint; pass overwrite=True"):
+    with pytest.raises(ValueError, match=r"holds an earlier checkpoint; choose another path, or pass overwrite=True"):
         save_native(handle, path, base_name="second")
     assert read_native(path).config.base_name == "tiny"
     save_native(handle, path, base_name="second", overwrite=True)

@@ -324,6 +324,32 @@ def test_padded_batches_are_refused_and_full_masks_are_not(tiny: Tiny) -> None:
         logits(handle.model, ids, attention_mask=mask)
 
 
+@pytest.mark.parametrize("family_name", ["llama", "deepseek_v3"])
+def test_masks_of_four_dimensions_are_refused(tiny: Tiny, family_name: str) -> None:
+    """Transformers hands them on as they are; ignored, documents would see one another."""
+    handle, ids = attached(tiny(family_name)), tokens(1, 9)
+    blocks = torch.ones(1, 1, 9, 9, dtype=torch.bool).tril()
+    blocks[..., 4:, :4] = False
+    for mask in (blocks, torch.zeros(1, 1, 9, 9).masked_fill(~blocks, torch.finfo(torch.float32).min)):
+        with pytest.raises(
+            ValueError, match=r"attention_mask must be \[B, L\], got \[1, 1, 9, 9\]; batches are packed"
+        ):
+            logits(handle.model, ids, attention_mask=mask)
+
+
+def test_inputs_that_do_not_fit_are_refused(tiny: Tiny) -> None:
+    handle, ids = attached(tiny("llama")), tokens(2, 9)
+    for positions in (torch.arange(8)[None], torch.arange(9).expand(3, 9), torch.arange(9)):
+        with pytest.raises(ValueError, match=r"position_ids \[B, L\] or \[1, L\], got \[2, 9\] and \["):
+            handle.decoder(input_ids=ids, position_ids=positions, use_cache=False)
+    with pytest.raises(ValueError, match=r"input_ids must be \[B, L\] with a token at least"):
+        handle.decoder(input_ids=ids[:, :0], use_cache=False)
+    handle.remove()
+    for layers in (2, ["0"], [1.0]):
+        with pytest.raises(TypeError, match="attach: layers must be a sequence of layer indices, got"):
+            attach(handle.model, **SIZES, layers=layers)  # type: ignore[arg-type]
+
+
 @torch.no_grad()
 def test_decoding_with_a_cache_is_refused(tiny: Tiny) -> None:
     handle = attached(tiny("llama"))

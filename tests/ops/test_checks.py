@@ -58,6 +58,8 @@ VALUE_ERRORS: list[tuple[dict[str, Any], str]] = [
     (dict(softmax_scale=float("nan")), r"softmax_scale must be positive .*, got nan"),
     (dict(softmax_scale=float("inf")), r"softmax_scale must be positive and finite .*, got inf"),
     (dict(q=zeros(T, 0, D)), r"H % G == 0, got H=0, G=2"),
+    (dict(index_q=zeros(T + 1, I, E)), r"index_q must be \[T, I, E\] = \[9, 4, 16\], got \[10, 4, 16\]"),
+    (dict(index_q=zeros(T, 0, E), index_weights=zeros(T, 0)), r"index_q must have a head at least, got \[9, 0, 16\]"),
     (dict(workspace_bytes=0), r"workspace_bytes must be positive, got 0"),
     (dict(workspace_bytes=-1), r"workspace_bytes must be positive, got -1"),
     (dict(index_k=torch.zeros(S, E, device="meta")), r"index_k must be on cpu like q, got meta"),
@@ -77,6 +79,12 @@ def test_what_is_no_tensor(name):
     for value, kind in ((None, "NoneType"), ([[1.0]], "list")):
         with pytest.raises(TypeError, match=f"^indexer_kl: {name} must be a tensor, got {kind}"):
             indexer_kl(**(arguments() | {name: value}))
+    for wrong, message in (
+        (dict(workspace_bytes=1e6), "an integer, got 1000000.0"),
+        (dict(softmax_scale="x"), "a number"),
+    ):
+        with pytest.raises(TypeError, match=f"^indexer_kl: {next(iter(wrong))} must be {message}"):
+            indexer_kl(**(arguments() | wrong))
     with pytest.raises(TypeError, match="^warmup_attention: v must be a tensor, got NoneType"):
         warmup_attention(v=None, **{name: x for name, x in arguments().items() if name != "lse"})
 

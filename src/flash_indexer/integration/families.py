@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import operator
+from collections.abc import Sequence
 from typing import Any
 
 from torch import nn
@@ -50,3 +52,14 @@ def resized_rotary(decoder: Any, config: Any, rope_dim: int) -> nn.Module:
     parameters.pop("partial_rotary_factor", None)
     rotary: nn.Module = type(decoder.rotary_emb)(resized)
     return rotary
+
+
+def chosen_layers(layers: Sequence[int] | None, count: int) -> list[int]:
+    """The indices of the layers to attach, ascending; None means all `count`."""
+    try:
+        chosen = sorted({int(operator.index(layer)) for layer in (range(count) if layers is None else layers)})
+    except TypeError:
+        raise TypeError(f"attach: layers must be a sequence of layer indices, got {layers!r}") from None
+    if not chosen or chosen[0] < 0 or chosen[-1] >= count:
+        raise ValueError(f"attach: layers must be indices below {count}, got {chosen}")
+    return chosen

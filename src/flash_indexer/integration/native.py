@@ -268,7 +268,10 @@ def check_replaceable(path: str | os.PathLike[str], *, overwrite: bool) -> None:
             "nothing was written: choose another path"
         ) from error
     if not overwrite:
-        raise ValueError(f"path {folder} holds an earlier checkpoint; pass overwrite=True or another path")
+        raise ValueError(
+            f"path must be empty or missing, got {folder}, which holds an earlier checkpoint; choose another path, or "
+            "pass overwrite=True in Python"
+        )
 
 
 def check_tensors(state_dict: dict[str, Tensor], config: NativeConfig, *, where: str) -> None:

@@ -19,11 +19,19 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 
 from flash_indexer.distributed.mesh import Parallel
 from flash_indexer.integration.attention import Packing, at_least_float32, batch_positions, causal_attention, packing
-from flash_indexer.integration.families import FAMILIES, check_rope, find_decoder, is_attachable, resized_rotary
+from flash_indexer.integration.families import (
+    FAMILIES,
+    check_rope,
+    chosen_layers,
+    find_decoder,
+    is_attachable,
+    resized_rotary,
+)
 from flash_indexer.integration.loss import layer_kl
 from flash_indexer.modules import LightningIndexer
 
 _NAME = "lightning_indexer_teacher"  # Transformers takes any name with "flash" in it for FlashAttention
+_PACKED = "batches are packed, not padded or masked; concatenate documents and restart position_ids at 0 for each"
 
 
 @dataclass(frozen=True)
@@ -261,9 +269,7 @@ def attach(
         raise ValueError(f"attach: {type(model).__name__} has indexers of its own; attach to the dense model")
     if any("_flash_indexer" in module.__dict__ for module in attentions):
         raise ValueError("attach: the model has indexers attached already; call remove() on their handle first")
-    chosen = list(range(len(attentions))) if layers is None else sorted(set(layers))
-    if not chosen or chosen[0] < 0 or chosen[-1] >= len(attentions):
-        raise ValueError(f"attach: layers must be indices below {len(attentions)}, got {list(layers or [])}")
+    chosen = chosen_layers(layers, len(attentions))
 
     config = model.config.get_text_config()
     if getattr(config, "attn_logit_softcapping", None) is not None:
@@ -365,6 +371,8 @@ def _attention(
             raise ValueError(f"attach: attention with {name} is not supported; attachable are {FAMILIES}")
     if kwargs.get("is_causal") is False:
         raise ValueError(f"attach: attention must be causal, got is_causal=False; attachable are {FAMILIES}")
+    if attention_mask is not None:  # one of four dimensions, which no mask function saw
+        raise ValueError(f"attach: attention_mask must be [B, L], got {list(attention_mask.shape)}; {_PACKED}")
     if dropout:
         raise ValueError(f"attach: attention dropout must be 0, got {dropout}; call model.eval()")
     B, _, L, _ = query.shape
@@ -377,9 +385,7 @@ def _attention(
     scale = q.shape[-1] ** -0.5 if scaling is None else float(scaling)
     tap: _Tap | None = module.__dict__.get("_flash_indexer")
     if tap is None:
-        raise ValueError(
-            f"attach: {type(module).__name__} is outside of the attached decoder; attachable are {FAMILIES}"
-        )
+        raise ValueError(f"attach: {type(module).__name__} is not of the attached decoder; attachable are {FAMILIES}")
     out = tap.run(q, k, v, scale, sliding_window)
     return torch.unflatten(out, 0, (B, L)), None
 
@@ -387,10 +393,7 @@ def _attention(
 def _no_mask(*args: Any, attention_mask: Tensor | None = None, **kwargs: Any) -> None:
     """The registered mask function: intervals take the mask's place, so a padded batch can't be represented."""
     if attention_mask is not None and not bool(attention_mask.all()):
-        raise ValueError(
-            "attach: attention_mask must be all ones or absent: batches are packed, not padded; "
-            "concatenate documents and restart position_ids at 0 for each"
-        )
+        raise ValueError(f"attach: attention_mask must be all ones or absent: {_PACKED}")
 
 
 AttentionInterface.register(_NAME, _attention)

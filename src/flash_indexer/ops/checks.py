@@ -32,6 +32,8 @@ def check_index_inputs(op: str, index_q: Tensor, index_k: Tensor, index_weights:
     _tensors(op, dict(index_q=index_q, index_k=index_k, index_weights=index_weights))
     _rank(op, "index_q", index_q, "[T, I, E]", 3)
     T, I, E = index_q.shape
+    if I == 0:
+        raise ValueError(f"{op}: index_q must have a head at least, got {list(index_q.shape)}")
     _rank(op, "index_k", index_k, "[S, E]", 2)
     S = index_k.shape[0]
     _shape(op, "index_k", index_k, "[S, E]", (S, E), free=1)
@@ -61,8 +63,9 @@ def check_indexer_kl(
     _shape(op, "k", k, "[S, G, D]", (S, G, D), free=2)
     if G == 0 or H == 0 or H % G:
         raise ValueError(f"{op}: q's head count must be a multiple of k's: H % G == 0, got H={H}, G={G}")
+    if index_q.ndim == 3:
+        _shape(op, "index_q", index_q, "[T, I, E]", (T, *index_q.shape[1:]))
     _, _, I, E = check_index_inputs(op, index_q, index_k, given["index_weights"])
-    _shape(op, "index_q", index_q, "[T, I, E]", (T, I, E))
     _shape(op, "index_k", index_k, "[S, E]", (S, E))
     if target == "per_head" and I != H:
         raise ValueError(
@@ -79,15 +82,14 @@ def check_indexer_kl(
     for name in ("q", "k", "lse", "token_weight"):
         if name in given and given[name].requires_grad:
             raise ValueError(f"{op}: {name} is a constant but requires grad; detach: the main model is frozen")
-    if not 0 < softmax_scale < math.inf:
-        raise ValueError(
-            f"{op}: softmax_scale must be positive and finite (the model's own, e.g. D ** -0.5), got {softmax_scale}"
-        )
+    _scale(op, softmax_scale)
     return Sizes(T, S, H, G, D, I, E)
 
 
 def check_workspace(op: str, workspace_bytes: int) -> None:
-    """Raises ValueError unless workspace_bytes is positive."""
+    """Raises ValueError unless workspace_bytes is positive, TypeError for a float."""
+    if isinstance(workspace_bytes, float):
+        raise TypeError(f"{op}: workspace_bytes must be an integer, got {workspace_bytes}")
     if workspace_bytes <= 0:
         raise ValueError(f"{op}: workspace_bytes must be positive, got {workspace_bytes}")
 
@@ -108,10 +110,7 @@ def check_attention(op: str, q: Tensor, k: Tensor, v: Tensor, key_start: Tensor,
     for name, x in (("q", q), ("k", k)):
         if x.requires_grad:
             raise ValueError(f"{op}: {name} is a constant but requires grad; detach: the main model is frozen")
-    if not 0 < scale < math.inf:
-        raise ValueError(
-            f"{op}: softmax_scale must be positive and finite (the model's own, e.g. D ** -0.5), got {scale}"
-        )
+    _scale(op, scale)
 
 
 def check_value(op: str, k: Tensor, v: Tensor) -> None:
@@ -162,6 +161,15 @@ def _tensors(op: str, given: Mapping[str, object]) -> None:
     for name, x in given.items():
         if not isinstance(x, Tensor):
             raise TypeError(f"{op}: {name} must be a tensor, got {type(x).__name__}")
+
+
+def _scale(op: str, scale: object) -> None:
+    if not isinstance(scale, int | float):
+        raise TypeError(f"{op}: softmax_scale must be a number (the model's own, e.g. D ** -0.5), got {scale!r}")
+    if not 0 < scale < math.inf:
+        raise ValueError(
+            f"{op}: softmax_scale must be positive and finite (the model's own, e.g. D ** -0.5), got {scale}"
+        )
 
 
 def _plain(op: str, given: Mapping[str, Tensor]) -> None:
