@@ -223,7 +223,7 @@ def gpu_tests(results: Path) -> list[str]:
             f", {name}" for name in tests["failures"]
         )
         trees = ", ".join(f"{name} {tree[:7]}" for name, tree in tests["trees"].items())
-        where = "one GPU" if gpus == 1 else f"{gpus} GPUs"
+        where = f"{gpus} x {tests['gpu']}"
         lines += [
             "",
             f"Tests on {where} (trees {trees}): {counts}" + (f"; compute-sanitizer: {clean}." if clean else "."),
