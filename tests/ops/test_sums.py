@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch import Tensor
 
 from flash_indexer import indexer_kl
-from flash_indexer.ops import Problem, indexer_kl_sums
+from flash_indexer.ops import Problem, cuda, indexer_kl_sums
 from flash_indexer.testing import SHAPES, Inputs, make_inputs
 
 
@@ -45,3 +47,19 @@ def test_what_is_not_wanted_is_not_made() -> None:
     x = make_inputs(SHAPES["packed"], seed=1)
     got = indexer_kl_sums(problem(x, x.k, needs=(False, True, False)))
     assert got.d_index_q is None and got.d_index_weights is None and got.d_index_k is not None
+
+
+@pytest.mark.parametrize("at_once", [1, 100, 2**24], ids=["row by row", "a few rows", "all rows"])
+def test_summed_queries_are_three_bfloat16_terms_however_many_at_once(
+    monkeypatch: pytest.MonkeyPatch, at_once: int
+) -> None:
+    q = torch.randn(50, 12, 16, generator=torch.Generator().manual_seed(3)).bfloat16()
+    k, given = torch.zeros(50, 3, 16).bfloat16(), {}
+    monkeypatch.setattr(cuda, "_SUMMED", at_once)
+    monkeypatch.setattr(cuda, "_score", lambda mode, terms, *others: given.update(terms=terms, first_row=others[5]))
+    cuda.summed_logits(q, k, SimpleNamespace(begin=8, end=47), torch.empty(0), 0.5, 132)  # type: ignore[arg-type]
+    assert given["first_row"] == 8 and given["terms"].dtype == torch.bfloat16
+    terms = given["terms"].view(39, 3, 3, 16).double()
+    exact = q[8:47].view(39, 3, 4, 16).double().sum(2)
+    assert (terms.sum(2) - exact).abs().max() <= 2**-20 * exact.abs().max()
+    assert (terms[:, :, 0] - exact).abs().max() > 2**-10 * exact.abs().max()
