@@ -329,7 +329,7 @@ def test_a_nan_in_the_model_names_layer_and_step(tmp_path: Path, train: Train, c
     model.model.layers[1].self_attn.q_proj.weight.data[3, 3] = math.nan
     model.save_pretrained(tmp_path / "model")
     with pytest.raises(
-        FloatingPointError, match="the loss of layer 1 is nan at step 1; none is saved: start a new run"
+        FloatingPointError, match="the loss of layer 1 is nan at step 1; no checkpoint was written: start a new run"
     ):
         train(tmp_path / "run", model=str(tmp_path / "model"))
     assert not (tmp_path / "run" / "checkpoint").exists()

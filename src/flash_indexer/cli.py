@@ -90,10 +90,11 @@ def warmup(
         if not main:
             return
         _print_path("indexer", out / "checkpoint")
-        if evaluate_sequences > 0 and run["data"] is None and batches is None:
-            batches = held_out_batches(run, None, evaluate_sequences)
         if evaluate_sequences > 0 and batches is None:
-            console.print("no report: for one, give --held-out, or `flash-indexer evaluate --data` text of its own")
+            if run["data"] is None:
+                batches = held_out_batches(run, None, evaluate_sequences)
+            else:
+                console.print("no report: for one, give --held-out, or `flash-indexer evaluate --data` text of its own")
         if batches is not None:
             with _memory_for_evaluation(out):
                 if cp * tp > 1 or fsdp:

@@ -146,7 +146,7 @@ class Processes:
         except RuntimeError as error:
             if not _is_lost_contact(error):
                 raise
-            raise self._lost_contact(_first_line(error), _saved(checkpoint)) from error
+            raise self._lost_contact(_first_line(error), saved_state(checkpoint)) from error
 
     def _lost_contact(self, reason: str, saved: str) -> ConnectionError:
         return ConnectionError(
@@ -158,7 +158,7 @@ class Processes:
     def _end(self, checkpoint: Path, reason: str) -> NoReturn:
         """From a thread, while the main thread is stuck, perhaps with the lock of stdout in hand."""
         try:
-            print_error(self._lost_contact(reason, _saved(checkpoint)))
+            print_error(self._lost_contact(reason, saved_state(checkpoint)))
         finally:
             os._exit(1)
 
@@ -183,7 +183,8 @@ def end_if_shared(code: int) -> None:
         os._exit(code)
 
 
-def _saved(checkpoint: Path) -> str:
+def saved_state(checkpoint: Path) -> str:
+    """What a message says of a run's checkpoint."""
     written = readable_directory(checkpoint).exists()
     return f"the checkpoint in {checkpoint} is intact" if written else "no checkpoint was written"
 

@@ -14,7 +14,7 @@ from flash_indexer.integration.models import EMBEDDED_MODEL
 
 RUN_FILE, METRICS_FILE = "run.json", "metrics.jsonl"
 CHECKPOINT = "checkpoint"
-LARGEST_SEED = 2**32
+LARGEST_SEED = 2**32 - 1
 
 
 @dataclass(frozen=True)
@@ -54,8 +54,8 @@ class WarmupSettings:
                 raise ValueError(f"warmup: {name} must be positive and finite, got {getattr(self, name)}")
         if self.sequence_length < 2:
             raise ValueError(f"warmup: sequence_length must be at least 2, got {self.sequence_length}")
-        if not 0 <= self.seed < LARGEST_SEED:
-            raise ValueError(f"warmup: seed must be from 0 to {LARGEST_SEED - 1}, got {self.seed}")
+        if not 0 <= self.seed <= LARGEST_SEED:
+            raise ValueError(f"warmup: seed must be from 0 to {LARGEST_SEED}, got {self.seed}")
         if self.steps is not None and self.steps < 1:
             raise ValueError(f"warmup: steps must be at least 1, got {self.steps}")
         if self.decay not in ("cosine", "none"):

@@ -23,12 +23,12 @@ from torch import Tensor
 from flash_indexer.checkpoint import load_checkpoint, save_checkpoint, write_json
 from flash_indexer.data import PackedDataset, load_documents, pack, standard_library_documents
 from flash_indexer.distributed.context_parallel import gather_tokens
-from flash_indexer.distributed.gradients import LARGEST_GRADIENT, largest_gradients, sum_gradients
+from flash_indexer.distributed.gradients import sum_gradients, unusable_gradient
 from flash_indexer.integration.models import load_model, load_tokenizer, model_fingerprint
 from flash_indexer.integration.sharding import shard_model
 from flash_indexer.integration.transformers import IndexerHandle, LayerCapture, attach
 from flash_indexer.metrics import MetricSums, layer_sums
-from flash_indexer.processes import ParallelSettings, Processes
+from flash_indexer.processes import ParallelSettings, Processes, saved_state
 from flash_indexer.progress import StepProgress
 from flash_indexer.run_record import (
     CHECKPOINT,
@@ -220,18 +220,15 @@ class _Run:
         for layer, value in zip(sorted(handle.layers), kl.tolist(), strict=True):
             if not math.isfinite(value):
                 self._stop(f"the loss of layer {layer} is {value}", step)
-        for name, largest in largest_gradients(dict(handle.indexers.items())).items():
-            if not largest < LARGEST_GRADIENT:
-                self._stop(f"the gradient of layer {name} reaches {largest:.3g}", step)
+        if (found := unusable_gradient(handle.indexers)) is not None:
+            self._stop("the gradient of layer {} reaches {:.3g}".format(*found), step)
         return kl, uniform
 
     def _stop(self, found: str, step: int) -> NoReturn:
         """Before the step. A resumed run keeps its settings, so a smaller lr means another run."""
-        checkpoint = self.out / CHECKPOINT
-        saved = f"the checkpoint in {checkpoint} is of an earlier step" if checkpoint.exists() else "none is saved"
         raise FloatingPointError(
-            f"warmup: {found} at step {step}; {saved}: start a new run in another --out with a smaller --lr or with "
-            "--clip, and check the model's weights and activations for NaN"
+            f"warmup: {found} at step {step}; {saved_state(self.out / CHECKPOINT)}: start a new run in another --out "
+            "with a smaller --lr or with --clip, and check the model's weights and activations for NaN"
         )
 
     def _batches(self, step: int) -> Iterator[dict[str, Tensor]]:

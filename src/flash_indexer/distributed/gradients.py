@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from datetime import timedelta
 
 import torch
@@ -48,8 +48,9 @@ def sum_gradients(parameters: Iterable[Tensor], *, replicas: int = 1, timeout: f
         gradient.copy_(part.view_as(gradient))
 
 
-def largest_gradients(modules: Mapping[str, nn.Module]) -> dict[str, float]:
-    """max |gradient| of each module's parameters, NaN where one is; those without gradients are left out."""
+def unusable_gradient(modules: nn.ModuleDict) -> tuple[str, float] | None:
+    """The first module whose max |gradient| is NaN or not below LARGEST_GRADIENT, and which; waits for the device."""
     gradients = {name: [p.grad for p in module.parameters() if p.grad is not None] for name, module in modules.items()}
     found = {name: get_total_norm(each, norm_type=torch.inf) for name, each in gradients.items() if each}
-    return dict(zip(found, torch.stack([*found.values()]).tolist(), strict=True)) if found else {}
+    values = torch.stack([*found.values()]).tolist() if found else []
+    return next(((name, x) for name, x in zip(found, values, strict=True) if not x < LARGEST_GRADIENT), None)

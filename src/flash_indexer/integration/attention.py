@@ -45,7 +45,8 @@ def batch_positions(position_ids: Tensor | None, tokens: Tensor, parallel: Paral
         ValueError: None with context parallelism, where this process's tokens are not the first ones; another shape; no
             token.
     """
-    if not tokens.numel() or (position_ids is not None and position_ids.shape not in _rows_of(tokens)):
+    shapes = tokens.shape[:2], (1, tokens.shape[1])
+    if not tokens.numel() or (position_ids is not None and position_ids.shape not in shapes):
         raise ValueError(
             "attach: input_ids must be [B, L] with a token at least and position_ids [B, L] or [1, L], got "
             f"{list(tokens.shape[:2])} and {None if position_ids is None else list(position_ids.shape)}"
@@ -58,10 +59,6 @@ def batch_positions(position_ids: Tensor | None, tokens: Tensor, parallel: Paral
             )
         position_ids = torch.arange(tokens.shape[1], device=tokens.device)[None]
     return position_ids.expand(tokens.shape[:2])
-
-
-def _rows_of(tokens: Tensor) -> tuple[torch.Size, torch.Size]:
-    return tokens.shape[:2], torch.Size((1, tokens.shape[1]))
 
 
 def packing(position_ids: Tensor, parallel: Parallel = _ALONE) -> Packing:

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from transformers import Trainer
 
-from flash_indexer.distributed.gradients import LARGEST_GRADIENT, all_sum, largest_gradients, sum_gradients
+from flash_indexer.distributed.gradients import all_sum, sum_gradients, unusable_gradient
 from flash_indexer.integration.native import load_native, write_native
 from flash_indexer.integration.transformers import IndexerHandle
 
@@ -112,13 +112,13 @@ class IndexerTrainer(Trainer):
                 )
 
     def _check_gradients(self) -> None:
-        for layer, largest in largest_gradients(dict(self.handle.indexers.items())).items():
-            if not largest < LARGEST_GRADIENT:
-                raise FloatingPointError(
-                    f"IndexerTrainer: the gradient of layer {layer} reaches {largest:.3g} at step "
-                    f"{self.state.global_step + 1}; resume from an earlier checkpoint with a smaller learning_rate, "
-                    "and check the model's weights and activations for NaN"
-                )
+        if (found := unusable_gradient(self.handle.indexers)) is not None:
+            layer, largest = found
+            raise FloatingPointError(
+                f"IndexerTrainer: the gradient of layer {layer} reaches {largest:.3g} at step "
+                f"{self.state.global_step + 1}; resume from an earlier checkpoint with a smaller learning_rate, "
+                "and check the model's weights and activations for NaN"
+            )
 
     def _forward(self, inputs: dict[str, Any]) -> Tensor:
         """Mean KL of each layer, ascending: [layers]."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -12,7 +12,6 @@ from torch.autograd.forward_ad import unpack_dual
 
 TARGETS = ("mean", "per_head", "sum_logits")
 _TOKEN_INPUTS = ("lse", "token_weight")
-_MAY_BE_NONE = _TOKEN_INPUTS
 
 
 class Sizes(NamedTuple):
@@ -29,7 +28,6 @@ class Sizes(NamedTuple):
 
 def check_index_inputs(op: str, index_q: Tensor, index_k: Tensor, index_weights: Tensor) -> tuple[int, int, int, int]:
     """Checks index_q [T, I, E], index_k [S, E], index_weights [T, I]; returns T, S, I, E."""
-    _tensors(op, dict(index_q=index_q, index_k=index_k, index_weights=index_weights))
     _rank(op, "index_q", index_q, "[T, I, E]", 3)
     T, I, E = index_q.shape
     if I == 0:
@@ -50,9 +48,7 @@ def check_indexer_kl(
     op: str = "indexer_kl",
 ) -> Sizes:
     """Checks every argument of `indexer_kl`; tensors holds q, k, index_q, index_k, index_weights, lse, token_weight."""
-    _tensors(op, {name: x for name, x in tensors.items() if x is not None or name not in _MAY_BE_NONE})
-    given = {name: x for name, x in tensors.items() if x is not None}
-    _plain(op, given)
+    given = cast("dict[str, Tensor]", {n: x for n, x in tensors.items() if x is not None or n not in _TOKEN_INPUTS})
     q, k, index_q, index_k = (given[name] for name in ("q", "k", "index_q", "index_k"))
     if target not in TARGETS:
         raise ValueError(f"{op}: target must be one of {', '.join(map(repr, TARGETS))}, got {target!r}")
@@ -63,8 +59,8 @@ def check_indexer_kl(
     _shape(op, "k", k, "[S, G, D]", (S, G, D), free=2)
     if G == 0 or H == 0 or H % G:
         raise ValueError(f"{op}: q's head count must be a multiple of k's: H % G == 0, got H={H}, G={G}")
-    if index_q.ndim == 3:
-        _shape(op, "index_q", index_q, "[T, I, E]", (T, *index_q.shape[1:]))
+    _rank(op, "index_q", index_q, "[T, I, E]", 3)
+    _shape(op, "index_q", index_q, "[T, I, E]", (T, *index_q.shape[1:]))
     _, _, I, E = check_index_inputs(op, index_q, index_k, given["index_weights"])
     _shape(op, "index_k", index_k, "[S, E]", (S, E))
     if target == "per_head" and I != H:
@@ -79,6 +75,7 @@ def check_indexer_kl(
         _shape(op, "token_weight", given["token_weight"], "[T]", (T,))
     check_interval_tensors(op, key_start, key_end, T, q.device)
     check_dtypes(op, given)
+    _plain(op, given)
     for name in ("q", "k", "lse", "token_weight"):
         if name in given and given[name].requires_grad:
             raise ValueError(f"{op}: {name} is a constant but requires grad; detach: the main model is frozen")
@@ -96,7 +93,6 @@ def check_workspace(op: str, workspace_bytes: int) -> None:
 
 def check_attention(op: str, q: Tensor, k: Tensor, v: Tensor, key_start: Tensor, key_end: Tensor, scale: float) -> None:
     """Checks every argument of attention: q [T, H, D], k [S, G, D], v [S, G, V]."""
-    _tensors(op, dict(q=q, k=k, v=v))
     _rank(op, "q", q, "[T, H, D]", 3)
     T, H, D = q.shape
     _rank(op, "k", k, "[S, G, D]", 3)
@@ -115,7 +111,6 @@ def check_attention(op: str, q: Tensor, k: Tensor, v: Tensor, key_start: Tensor,
 
 def check_value(op: str, k: Tensor, v: Tensor) -> None:
     """Checks v: [S, G, V] like k, a constant."""
-    _tensors(op, dict(v=v))
     _rank(op, "v", v, "[S, G, V]", 3)
     _shape(op, "v", v, "[S, G, V]", (*k.shape[:2], v.shape[2]), free=0)
     check_dtypes(op, dict(k=k, v=v))
@@ -125,7 +120,6 @@ def check_value(op: str, k: Tensor, v: Tensor) -> None:
 
 def check_interval_tensors(op: str, key_start: Tensor, key_end: Tensor, num_queries: int, device: torch.device) -> None:
     """Checks key_start and key_end: int32 [T] on the queries' device. Their contents are `check_intervals`' part."""
-    _tensors(op, dict(key_start=key_start, key_end=key_end))
     for name, x in (("key_start", key_start), ("key_end", key_end)):
         _shape(op, name, x, "[T]", (num_queries,))
         if x.dtype != torch.int32:
@@ -157,10 +151,9 @@ def check_dtypes(op: str, tensors: dict[str, Tensor]) -> None:
             raise TypeError(f"{op}: {name} must be {expected} on {x.device.type}, got {x.dtype}")
 
 
-def _tensors(op: str, given: Mapping[str, object]) -> None:
-    for name, x in given.items():
-        if not isinstance(x, Tensor):
-            raise TypeError(f"{op}: {name} must be a tensor, got {type(x).__name__}")
+def _tensor(op: str, name: str, x: object) -> None:
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{op}: {name} must be a tensor, got {type(x).__name__}")
 
 
 def _scale(op: str, scale: object) -> None:
@@ -186,12 +179,14 @@ def _plain(op: str, given: Mapping[str, Tensor]) -> None:
 
 
 def _rank(op: str, name: str, x: Tensor, legend: str, rank: int) -> None:
+    _tensor(op, name, x)
     if x.ndim != rank:
         raise ValueError(f"{op}: {name} must be {legend}, got {list(x.shape)}")
 
 
 def _shape(op: str, name: str, x: Tensor, legend: str, expected: tuple[int, ...], free: int = 0) -> None:
     """The first `free` sizes define the legend's letters themselves and are printed as *."""
+    _tensor(op, name, x)
     if tuple(x.shape) != expected:
         sizes = ", ".join("*" if i < free else str(n) for i, n in enumerate(expected))
         raise ValueError(f"{op}: {name} must be {legend} = [{sizes}], got {list(x.shape)}")
