@@ -172,7 +172,8 @@ static __device__ __forceinline__ void at_raise(
   }
 }
 // s = e = exp2(a - m), x = x - n; adds to the sums l of e, c of e (a - m - x) and d of e (a - m), whose old values go to
-// `backup`; y is this tile's sum of exp2(x). READY: x is weighted already
+// `backup`; y is this tile's sum of exp2(x). READY: x is weighted already. c, d and y take the first of a row's two places
+// alone, and so does l beside an entropy: with fewer registers in use the compiler's order of instructions is faster
 template <int BN, int E, int ENTROPY, bool READY>
 static __device__ __forceinline__ void at_softmax(
     float* s, float* x, const float* m, const float* n, const float* w, float* l, float* y, float* c, float* d,
@@ -186,17 +187,18 @@ static __device__ __forceinline__ void at_softmax(
                  : "memory");
 #pragma unroll
   for (int i = 0; i < BN / 2; ++i) {
-    const int h = i / 2 % 2, j = i % 4;
+    const int h = i / 2 % 2, j = 2 * h;
     const float a = fmaf(s[i], scale, -m[h]), e = exp2f(a);
-    l[j] += e;
+    l[ENTROPY ? j : i % 4] += e;
     s[i] = e;
     if (ENTROPY) d[j] = fmaf(e, a, d[j]);
     if (E) {
       x[i] = READY ? x[i] - n[h] : fmaf(at_relu(x[i]), w[h], -n[h]);
       c[j] = fmaf(e, a - x[i], c[j]);
-      y[j] = i < 4 ? exp2f(x[i]) : y[j] + exp2f(x[i]);
+      y[j] = i == j ? exp2f(x[i]) : y[j] + exp2f(x[i]);
     }
   }
+  if (E) y[1] = y[3] = 0.f;
 #pragma unroll
   for (int j = 0; j < 4; ++j) asm volatile("" : "+f"(l[j]));  // here, between the exponentials, not after a branch
 }
