@@ -31,7 +31,7 @@ warmup: $(STAMP)
 	$(BIN)/flash-indexer warmup --resume --out runs/default $(WARMUP_ARGS)
 
 kernels: $(STAMP)
-	$(BIN)/python -m flash_indexer.kernels.compile
+	$(BIN)/python -m flash_indexer.kernels.cache
 
 test: lint
 	$(BIN)/python -m pytest -m "not slow"

@@ -26,14 +26,16 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from flash_indexer import bench, causal_intervals, indexer_kl, ops
-from flash_indexer.distributed import (
+from flash_indexer import causal_intervals, indexer_kl
+from flash_indexer.bench import kl as bench
+from flash_indexer.ops.kl import gpu_body, torch_body
+from flash_indexer.parallel import (
     context_parallel_indexer_kl,
     context_positions,
     gather_tokens,
     tensor_parallel_indexer_kl,
 )
-from flash_indexer.distributed.groups import reduce_scatter
+from flash_indexer.parallel.groups import reduce_scatter
 from flash_indexer.testing import assert_close
 
 SAMPLED = 48  # queries of a rank that are held to float64
@@ -139,7 +141,7 @@ def problem(size: Size, device: torch.device) -> Shard:
     tensors.append(torch.randn(T, size.I, generator=generator, device=device) * (size.I * size.E) ** -0.5)
     key_start, key_end = causal_intervals(torch.tensor([0, T], device=device))
     options = dict(softmax_scale=size.D**-0.5, key_start=key_start, key_end=key_end)
-    lse = ops.cuda.teacher_lse if device.type == "cuda" else ops.cpu.teacher_lse
+    lse = gpu_body.teacher_lse if device.type == "cuda" else torch_body.teacher_lse
     scale = (options["softmax_scale"],) if device.type == "cuda" else ()
     named = {} if scale else dict(softmax_scale=options["softmax_scale"])
     options["lse"] = lse(*tensors[:2], key_start, key_end, *scale, **named)

@@ -1,4 +1,4 @@
-"""The benchmark as a script, for a checkout; what it measures and how is in `flash_indexer.bench`.
+"""The benchmark as a script, for a checkout; what it measures and how is in `flash_indexer.bench.kl`.
 
 python benchmarks/bench_indexer_kl.py --commit $(git rev-parse HEAD)
 """
@@ -8,7 +8,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from flash_indexer import bench
+from flash_indexer.bench import kl as bench
 
 
 def main() -> None:

@@ -10,7 +10,6 @@ contestant takes turns. Forward and gradients together. Appends one line to benc
 from __future__ import annotations
 
 import argparse
-import importlib
 import json
 from collections.abc import Callable
 from dataclasses import asdict
@@ -22,11 +21,11 @@ import torch
 from torch import Tensor
 
 from flash_indexer import indexer_kl, warmup_attention
-from flash_indexer.bench import environment, time_in_turns
-from flash_indexer.bench_heads import SUITES, problem, sized
-from flash_indexer.ops import per_head
+from flash_indexer.bench.kl import environment, time_in_turns
+from flash_indexer.bench.per_head import SUITES, problem, sized
+from flash_indexer.ops.kl import op as operator
+from flash_indexer.ops.kl import per_head
 
-operator = importlib.import_module("flash_indexer.ops.indexer_kl")  # the module: the package exports its function
 ROUNDS, SLOW_ROUNDS = 15, 2
 NAMES = ("loss", "kl", "entropy", "d_index_q", "d_index_k", "d_index_weights")
 CLOSE = (1e-5, 1e-5, 1e-5, 2**-7, 2**-7, 2**-9)  # of the largest value, norms for gradients; theirs are from bfloat16

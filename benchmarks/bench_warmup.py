@@ -11,7 +11,6 @@ operator's CUDA bodies replaced by the blockwise torch body. Appends one line to
 from __future__ import annotations
 
 import argparse
-import importlib
 import json
 import random
 import statistics
@@ -28,9 +27,9 @@ from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
 
 from flash_indexer import cli
-from flash_indexer.bench import environment
+from flash_indexer.bench.kl import environment
+from flash_indexer.ops.kl import op as operator
 
-operator = importlib.import_module("flash_indexer.ops.indexer_kl")  # the module: the package exports its function
 VOCABULARY, HEADS = 49152, 9
 SKIPPED = 2  # steps before the clock counts: kernels load, allocators fill
 

@@ -5,11 +5,11 @@ from pathlib import Path
 
 import torch
 
-from flash_indexer.data import load_documents, pack
-from flash_indexer.integration.export import export
-from flash_indexer.integration.models import load_model
-from flash_indexer.integration.transformers import attach
-from flash_indexer.training import default_dtype
+from flash_indexer.files.export import export
+from flash_indexer.models.attach import attach
+from flash_indexer.models.load import load_model
+from flash_indexer.recipe.data import load_documents, pack
+from flash_indexer.recipe.warmup import default_dtype
 
 parser = argparse.ArgumentParser()
 parser.add_argument("--model", required=True)

@@ -19,7 +19,7 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import AutoModelForCausalLM, DeepseekV3Config, LlamaConfig, MistralConfig, PreTrainedTokenizerFast
 
-from flash_indexer.run_record import WarmupSettings
+from flash_indexer.recipe.run_record import WarmupSettings
 
 WORDS = 60
 SIZES: dict[str, Any] = dict(
@@ -30,9 +30,9 @@ RUN = """
 import io, os
 from rich.console import Console
 os.environ.update(environment)
-from flash_indexer.processes import ParallelSettings
-from flash_indexer.run_record import WarmupSettings
-from flash_indexer.training import warm_up
+from flash_indexer.recipe.processes import ParallelSettings
+from flash_indexer.recipe.run_record import WarmupSettings
+from flash_indexer.recipe.warmup import warm_up
 console = Console(file=io.StringIO())
 warm_up(WarmupSettings(**settings), out, resume=resume, console=console, parallel=ParallelSettings(**parallel))
 """
@@ -61,7 +61,7 @@ def fork_server() -> Any:
     server = multiprocessing.get_context("forkserver")
     models = ["transformers.models.llama.modeling_llama", "transformers.models.deepseek_v3.modeling_deepseek_v3"]
     models += ["transformers.models.mistral.modeling_mistral"]
-    ours = ["flash_indexer.testing", "flash_indexer.distributed", "flash_indexer.training"]
+    ours = ["flash_indexer.testing", "flash_indexer.parallel", "flash_indexer.recipe.warmup"]
     server.set_forkserver_preload([*ours, *models, "torch.distributed.fsdp"])
     return server
 
@@ -167,7 +167,7 @@ def tiny_settings(checkpoint: Path, texts: Path) -> Callable[..., WarmupSettings
 
 
 class Ranks:
-    """Processes, forked from a server that has imported torch, which run functions of distributed/programs.py.
+    """Processes, forked from a server that has imported torch, which run functions of parallel/programs.py.
 
     One that does not answer within `seconds` is taken to hang: all are killed and the test fails.
     """
@@ -179,7 +179,7 @@ class Ranks:
             port = found.getsockname()[1]
         self.seconds, self.pipes, self.processes = seconds, [], []
         common = dict(
-            programs=str(Path(__file__).with_name("distributed") / "programs.py"), world=world, port=port,
+            programs=str(Path(__file__).with_name("parallel") / "programs.py"), world=world, port=port,
             backend=backend, seconds=seconds,
         )  # fmt: skip
         for rank in range(world):

@@ -37,7 +37,7 @@ TORCH = frozenset({"torch"})
 LIBRARIES = frozenset({"transformers", "accelerate", "datasets", "safetensors", "gguf", "pyarrow", "matplotlib"})
 RECIPE = Row(may=TORCH | LIBRARIES | {OURS, "numpy", "rich"}, must_not=ours("kernels", "cli"))
 TABLE = {
-    "__init__": Row(may=TORCH | ours("intervals", "modules", "ops"), must_not=ours("kernels", "reference")),
+    "__init__": Row(may=TORCH | ours("indexer", "intervals", "ops"), must_not=ours("kernels", "reference")),
     "reference": Row(may=TORCH, must_not=frozenset({OURS})),
     "intervals": Row(may=TORCH, must_not=frozenset({OURS})),
     "kernels": Row(may=frozenset({"tilelang", "tvm_ffi"}), must_not=TORCH),
@@ -46,25 +46,16 @@ TABLE = {
         must_not=ours("reference") | {"tilelang", "torch.distributed"},
         late=ours("kernels"),
     ),
-    "modules": Row(may=TORCH, must_not=ours("kernels", "ops") | {"transformers"}),
-    "metrics": Row(may=TORCH | ours("intervals", "ops"), must_not=ours("kernels") | {"transformers"}),
+    "indexer": Row(may=TORCH, must_not=ours("kernels", "ops") | {"transformers"}),
     "testing": Row(may=TORCH | ours("intervals", "ops", "reference"), must_not=ours("kernels") | {"transformers"}),
-    "distributed": Row(
-        may=TORCH | ours("intervals", "modules", "ops"), must_not=frozenset({"tilelang", "transformers"})
-    ),
-    **dict.fromkeys(("integration", "data", "training", "processes", "checkpoint", "progress", "run_record"), RECIPE),
-    **dict.fromkeys(("evaluation", "plots", "report"), RECIPE),
-    **dict.fromkeys(
-        ("bench", "bench_heads", "bench_attention", "baselines"),
-        Row(may=TORCH | {OURS}, must_not=ours("kernels", "cli", "reference")),
-    ),
-    "tune": Row(may=TORCH | {OURS, "rich"}, must_not=ours("cli", "reference")),
-    "tune_worker": Row(may=TORCH | {OURS}, must_not=ours("cli", "kernels", "reference")),
+    "parallel": Row(may=TORCH | ours("indexer", "intervals", "ops"), must_not=frozenset({"tilelang", "transformers"})),
+    **dict.fromkeys(("models", "files", "judge", "recipe"), RECIPE),
+    "bench": Row(may=TORCH | {OURS, "rich"}, must_not=ours("cli", "reference")),
     "__main__": Row(may=ours("cli")),
     "cli": Row(may=TORCH | {OURS, "typer", "rich"}, must_not=ours("kernels")),
 }
 NOBODY = frozenset({"os.environ", "os.environb", "os.getenv", "os.putenv", "os.unsetenv"})
-TORCH_ALONE = ("reference", "intervals", "ops", "modules", "metrics", "testing", "distributed")
+TORCH_ALONE = ("reference", "intervals", "ops", "indexer", "testing", "parallel")
 FORBIDDEN_FILES = frozenset({"utils.py", "util.py", "helpers.py", "misc.py"})
 MAX_LINES, MAX_LINES_KERNELS = 400, 600
 MAX_PARAMETERS, MAX_PARAMETERS_OPS = 10, 14  # the public operators, and what wraps them for many GPUs
@@ -177,7 +168,7 @@ def broken_sizes(src: Path) -> Iterator[str]:
             yield f"{where}: {lines} lines, at most {limit}"
         if path.name in FORBIDDEN_FILES:
             yield f"{where}: name the file after what it holds"
-        limit = MAX_PARAMETERS_OPS if part in ("ops", "distributed") else MAX_PARAMETERS
+        limit = MAX_PARAMETERS_OPS if part in ("ops", "parallel") else MAX_PARAMETERS
         free = part in ("cli", "kernels")  # a command has a parameter for each option, a device program for each tensor
         for node in ast.walk(ast.parse(text)):
             if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and not (free and node.decorator_list):
@@ -303,7 +294,7 @@ GOOD = {
     "ops/__init__.py": '"""Operators."""\nfrom .one import op\n\n__all__ = ["op"]\n',
     "ops/one.py": '"""One."""\nimport torch\ndef op():\n    """x"""\n    import flash_indexer.kernels\n',
     "kernels/score.py": '"""A kernel."""\nimport tilelang.language as T\n',
-    "training.py": '"""Recipe."""\nimport os, accelerate\nfrom flash_indexer import op\nos.sync()\n',
+    "recipe/a.py": '"""Recipe."""\nimport os, accelerate\nfrom flash_indexer import op\nos.sync()\n',
 }
 
 
@@ -329,39 +320,34 @@ def test_the_rules_accept_a_good_tree(tmp_path: Path) -> None:
         ("ops/a.py", "import torch as t\nt.distributed.init()", "ops must not use torch.distributed"),
         ("ops/a.py", "from .. import reference", "ops must not use flash_indexer.reference"),
         ("ops/a.py", "from flash_indexer.kernels import score", "inside a function only"),
-        ("ops/a.py", "from flash_indexer.modules import M", "ops may not import flash_indexer.modules"),
-        ("modules/a.py", "from ..ops import op", "modules must not use flash_indexer.ops"),
-        ("modules/a.py", "def f():\n    import transformers", "modules must not use transformers"),
+        ("ops/a.py", "from flash_indexer.indexer import M", "ops may not import flash_indexer.indexer"),
+        ("indexer.py", "from .ops import op", "indexer must not use flash_indexer.ops"),
+        ("indexer.py", "def f():\n    import transformers", "indexer must not use transformers"),
         (
-            "modules/a.py",
+            "indexer.py",
             "import importlib\nimportlib.import_module('transformers')",
             "must not use transformers",
         ),
-        (
-            "metrics.py",
-            "from flash_indexer import reference",
-            "metrics may not import flash_indexer.reference",
-        ),
         ("testing.py", "import transformers", "testing must not use transformers"),
-        ("distributed/a.py", "if True:\n    import tilelang", "distributed must not use tilelang"),
-        ("training.py", "from flash_indexer import kernels", "training must not use flash_indexer.kernels"),
+        ("parallel/a.py", "if True:\n    import tilelang", "parallel must not use tilelang"),
+        ("recipe/a.py", "from flash_indexer import kernels", "recipe must not use flash_indexer.kernels"),
         (
-            "training.py",
+            "recipe/a.py",
             "import flash_indexer\nflash_indexer.kernels.x",
-            ":2: training must not use flash_indexer.kernels",
+            ":2: recipe must not use flash_indexer.kernels",
         ),
-        ("training.py", "from flash_indexer.ops.one import _f", "private to its part"),
+        ("recipe/a.py", "from flash_indexer.ops.one import _f", "private to its part"),
         ("cli.py", "import flash_indexer.kernels.score", "cli must not use flash_indexer.kernels"),
         ("cli.py", "import matplotlib", "cli may not import matplotlib"),
         ("extra.py", "", "extra has no row in the import table"),
-        ("data.py", "import os\nx = os.environ['A']", ":2: data must not use os.environ"),
-        ("data.py", "from os import getenv", "data must not use os.getenv"),
-        ("data.py", "import os as o\no.getenv('A')", "data must not use os.getenv"),
-        ("data.py", "\n" * 401, "401 lines, at most 400"),
+        ("judge/a.py", "import os\nx = os.environ['A']", ":2: judge must not use os.environ"),
+        ("judge/a.py", "from os import getenv", "judge must not use os.getenv"),
+        ("judge/a.py", "import os as o\no.getenv('A')", "judge must not use os.getenv"),
+        ("judge/a.py", "\n" * 401, "401 lines, at most 400"),
         ("kernels/score.py", "\n" * 601, "601 lines, at most 600"),
         ("ops/utils.py", "", "name the file after what it holds"),
         (
-            "data.py",
+            "judge/a.py",
             f"def f({', '.join(f'a{n}' for n in range(11))}): ...",
             "f has 11 parameters, at most 10",
         ),
@@ -370,14 +356,14 @@ def test_the_rules_accept_a_good_tree(tmp_path: Path) -> None:
             f"def f(a, *, {', '.join(f'a{n}' for n in range(14))}): ...",
             "f has 15 parameters, at most 14",
         ),
-        ("data.py", "x = 1", "data.py: the module has no docstring"),
+        ("judge/a.py", "x = 1", "judge/a.py: the module has no docstring"),
         ("ops/one.py", '"""One."""\ndef op(): ...', "ops/__init__.py: op has no docstring"),
         (
-            "data.py",
+            "judge/a.py",
             '"""D."""\n__all__ = ["A"]\nclass A:\n    """\n    Late.\n    """',
             "A has no docstring that begins",
         ),
-        ("data.py", '"""D."""\n__all__ = ["A"]', "A of __all__ is not defined or imported"),
+        ("judge/a.py", '"""D."""\n__all__ = ["A"]', "A of __all__ is not defined or imported"),
     ],
 )
 def test_the_rules_reject(tmp_path: Path, name: str, source: str, complaint: str) -> None:
@@ -388,7 +374,7 @@ def test_the_rules_reject(tmp_path: Path, name: str, source: str, complaint: str
 
 def test_the_limits_are_inclusive(tmp_path: Path) -> None:
     ten = f"def f(self, {', '.join(f'a{n}' for n in range(10))}): ...\n"
-    src = tree(tmp_path, GOOD | {"data.py": ten + "\n" * 399})
+    src = tree(tmp_path, GOOD | {"judge/a.py": ten + "\n" * 399})
     assert list(broken_sizes(src)) == []
 
 

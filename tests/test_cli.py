@@ -17,10 +17,10 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
-from flash_indexer import training
 from flash_indexer.cli import _parse_layers, app
-from flash_indexer.integration.native import load_native, read_native
-from flash_indexer.run_record import read_metrics
+from flash_indexer.files.native import load_native, read_native
+from flash_indexer.recipe import warmup as training
+from flash_indexer.recipe.run_record import read_metrics
 
 
 def run(*arguments: object) -> Result:
@@ -182,7 +182,7 @@ def test_a_bug_keeps_its_traceback(warmup: Any, monkeypatch: pytest.MonkeyPatch)
     def broken(*args: object, **options: object) -> None:
         raise AttributeError("a bug")
 
-    monkeypatch.setattr("flash_indexer.training.warm_up", broken)
+    monkeypatch.setattr("flash_indexer.recipe.warmup.warm_up", broken)
     assert isinstance(warmup().exception, AttributeError)
 
 
@@ -202,7 +202,7 @@ def test_evaluation_holds_one_model_and_says_where_memory_ends(
         alive.append(alive[0]() is None)
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nmore")
 
-    monkeypatch.setattr("flash_indexer.training.warm_up", trained)
+    monkeypatch.setattr("flash_indexer.recipe.warmup.warm_up", trained)
     monkeypatch.setattr("flash_indexer.cli._load", load)
     found = warmup("--fsdp", "--held-out", texts)
     assert alive[1] is True, "the trained model was held while the whole one was loaded"

@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 
-from flash_indexer.integration.native import read_native
-from flash_indexer.run_record import read_metrics
+from flash_indexer.files.native import read_native
+from flash_indexer.recipe.run_record import read_metrics
 
 ROOT = Path(__file__).resolve().parents[1]
 EXAMPLE = """

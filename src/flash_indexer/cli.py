@@ -14,7 +14,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from flash_indexer.progress import print_error
+from flash_indexer.recipe.progress import print_error
 
 app = typer.Typer(
     no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
@@ -69,9 +69,9 @@ def warmup(
 
         import torch
 
-        from flash_indexer.processes import ParallelSettings, is_main_process, leave
-        from flash_indexer.run_record import WarmupSettings, read_run
-        from flash_indexer.training import held_out_batches, warm_up
+        from flash_indexer.recipe.processes import ParallelSettings, is_main_process, leave
+        from flash_indexer.recipe.run_record import WarmupSettings, read_run
+        from flash_indexer.recipe.warmup import held_out_batches, warm_up
 
         given = {name: value for name, value in context.params.items() if name in WarmupSettings.__dataclass_fields__}
         given["layers"] = _parse_layers(layers)
@@ -117,8 +117,8 @@ def evaluate(
 ) -> None:
     """Judge indexers: those of a run, or a native indexer folder, on held-out text."""
     with _plain_errors():
-        from flash_indexer.run_record import check_folder
-        from flash_indexer.training import held_out_batches
+        from flash_indexer.recipe.run_record import check_folder
+        from flash_indexer.recipe.warmup import held_out_batches
 
         if sequences < 1:
             raise ValueError(f"evaluate: --sequences must be at least 1, got {sequences}")
@@ -141,8 +141,8 @@ def check(
 ) -> None:
     """Check the teacher: every head's probabilities must sum to 1 on real text (within 1e-2)."""
     with _plain_errors():
-        from flash_indexer.evaluation import teacher_errors
-        from flash_indexer.training import held_out_batches
+        from flash_indexer.judge.evaluation import teacher_errors
+        from flash_indexer.recipe.warmup import held_out_batches
 
         handle, _, run = _load(out, model)
         errors = teacher_errors(handle, held_out_batches(run, data, 1)[0])
@@ -164,8 +164,8 @@ def export(
 ) -> None:
     """Write trained indexers as a checkpoint that Transformers loads as deepseek_v32, or in the native format."""
     with _plain_errors():
-        from flash_indexer.integration.export import export as write
-        from flash_indexer.integration.models import model_fingerprint
+        from flash_indexer.files.export import export as write
+        from flash_indexer.models.load import model_fingerprint
 
         handle, tokenizer, run = _load(out, model)
         options: dict[str, Any] = dict(tokenizer=tokenizer) if format == "deepseek_v32" else {}
@@ -189,8 +189,9 @@ def bench(
         console.print(text, highlight=False, soft_wrap=True)
 
     with _plain_errors():
-        from flash_indexer import bench as benchmark
-        from flash_indexer import bench_attention, bench_heads
+        from flash_indexer.bench import attention as bench_attention
+        from flash_indexer.bench import kl as benchmark
+        from flash_indexer.bench import per_head as bench_heads
 
         if suite in (None, bench_attention.SUITE) and (batch is not None or verbose):
             raise ValueError("bench: --batch and --verbose belong to --suite mqa64; add it")
@@ -230,7 +231,7 @@ def tune(
         console.print(text, highlight=False, soft_wrap=True, markup=False)
 
     with _plain_errors():
-        from flash_indexer import tune as tuning
+        from flash_indexer.bench import tune as tuning
 
         if dry_run + show + reset > 1:
             raise ValueError("tune: give one of --dry-run, --show and --reset")
@@ -260,9 +261,9 @@ def _judge(
     """Evaluates a handle on held-out text and writes the report."""
     from rich.progress import Progress
 
-    from flash_indexer.evaluation import evaluate as judge
-    from flash_indexer.report import write_report
-    from flash_indexer.run_record import METRICS_FILE, read_metrics, warmup_command
+    from flash_indexer.judge.evaluation import evaluate as judge
+    from flash_indexer.judge.report import write_report
+    from flash_indexer.recipe.run_record import METRICS_FILE, read_metrics, warmup_command
 
     with Progress(console=console, disable=not console.is_terminal) as bar:
         task = bar.add_task("evaluating", total=None)
@@ -292,7 +293,7 @@ def _print_path(name: str, path: Path) -> None:
 
 def _indexer_folder(out: Path) -> Path:
     """A run's checkpoint, or the folder itself where it is a native indexer directory."""
-    from flash_indexer.run_record import CHECKPOINT, RUN_FILE
+    from flash_indexer.recipe.run_record import CHECKPOINT, RUN_FILE
 
     own = (out / "indexer_config.json").exists() and not (out / RUN_FILE).exists()
     return out if own else out / CHECKPOINT
@@ -302,9 +303,9 @@ def _load(out: Path, model: str | None) -> tuple[Any, Any, dict[str, Any]]:
     """The handle and tokenizer of a run or a native indexer folder, and the settings it was trained with."""
     import torch
 
-    from flash_indexer.integration.models import load_model, model_fingerprint
-    from flash_indexer.integration.native import load_native, read_native
-    from flash_indexer.run_record import WarmupSettings, read_run
+    from flash_indexer.files.native import load_native, read_native
+    from flash_indexer.models.load import load_model, model_fingerprint
+    from flash_indexer.recipe.run_record import WarmupSettings, read_run
 
     checkpoint = _indexer_folder(out)
     config = read_native(checkpoint).config
@@ -319,7 +320,7 @@ def _load(out: Path, model: str | None) -> tuple[Any, Any, dict[str, Any]]:
 
 def _refuse_other_settings(out: Path, resume: bool, explicit: dict[str, Any]) -> None:
     """An option given beside --resume must say what the run was started with."""
-    from flash_indexer.run_record import read_run
+    from flash_indexer.recipe.run_record import read_run
 
     recorded = read_run(out) if resume else {}
     for name, value in explicit.items():
@@ -379,7 +380,7 @@ def _plain_errors() -> Iterator[None]:
     except (ValueError, OSError, ArithmeticError) as error:
         print_error(error)
         if isinstance(error, ConnectionError):
-            from flash_indexer.processes import end_if_shared
+            from flash_indexer.recipe.processes import end_if_shared
 
             end_if_shared(1)
         raise typer.Exit(1) from error

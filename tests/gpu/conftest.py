@@ -34,7 +34,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def kernels() -> None:
     """Every kernel compiled, side by side, if the cache lacks it."""
     if torch.cuda.is_available():
-        subprocess.run([sys.executable, "-m", "flash_indexer.kernels.compile"], check=True)
+        subprocess.run([sys.executable, "-m", "flash_indexer.kernels.cache"], check=True)
 
 
 @pytest.fixture(scope="session")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import random
 import zlib
 from dataclasses import replace
@@ -11,9 +10,9 @@ import pytest
 import torch
 
 from flash_indexer import indexer_kl, reference, warmup_attention
+from flash_indexer.ops.kl import op as operator
 from flash_indexer.testing import KernelClass, Result, assert_close, eager_indexer_kl
 
-operator = importlib.import_module("flash_indexer.ops.indexer_kl")  # the module: the package exports its function
 LAYOUTS = ("causal", "documents", "window", "cached_prefix", "fewer_keys", "arbitrary", "long", "short")
 GRADIENTS = ("d_index_q", "d_index_k", "d_index_weights")
 

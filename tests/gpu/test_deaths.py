@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from flash_indexer.distributed.heartbeat import Heartbeat
+from flash_indexer.parallel.heartbeat import Heartbeat
 
 pytestmark = [
     pytest.mark.gpu,
@@ -23,8 +23,8 @@ PROGRAM = """
 import ctypes, sys, time
 from pathlib import Path
 import torch, torch.distributed as dist
-from flash_indexer.distributed.heartbeat import Heartbeat
-from flash_indexer.processes import ParallelSettings, Processes
+from flash_indexer.parallel.heartbeat import Heartbeat
+from flash_indexer.recipe.processes import ParallelSettings, Processes
 out, timeout, patience, holding = Path(sys.argv[1]), float(sys.argv[2]), float(sys.argv[3]), sys.argv[4] == "True"
 Heartbeat.PATIENCE = patience
 processes = Processes(ParallelSettings(timeout=timeout))

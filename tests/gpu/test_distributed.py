@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from flash_indexer.distributed import context_positions
+from flash_indexer.parallel import context_positions
 from flash_indexer.testing import Result, Shape, assert_close, make_inputs, reference_indexer_kl
 
 pytestmark = [

@@ -9,7 +9,7 @@ import torch
 from head_problems import GRADIENTS, LAYOUTS, call, check_loss, make, without, worst_of_four
 
 from flash_indexer import warmup_attention
-from flash_indexer.ops import heads
+from flash_indexer.ops.attention import gpu_body as heads
 from flash_indexer.testing import HEAD_CLASSES, assert_close, reference_indexer_kl
 
 pytestmark = pytest.mark.gpu

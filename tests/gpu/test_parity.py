@@ -94,7 +94,7 @@ def test_per_head_of_other_sizes_asks_for_no_kernel(problem, measure, monkeypatc
     """It runs the torch body, forward and backward, and says why."""
     for module in ("cuda", "heads"):
         monkeypatch.setattr(f"flash_indexer.ops.{module}.load_kernel", lambda name, **_: pytest.fail(f"kernel {name}"))
-    monkeypatch.setattr("flash_indexer.ops.sums._said", set())
+    monkeypatch.setattr("flash_indexer.ops.kl.sums._said", set())
     x = problem("per_head", KernelClass(576, 64, 8), "documents", H=8, G=1, I=8)
     options = dict(target="per_head", token_weight=x.token_weight, d_loss=1.7)
     with pytest.warns(UserWarning, match=r"torch body .* q must have D of 1 to 256 .* got D=576"):

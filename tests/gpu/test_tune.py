@@ -10,10 +10,11 @@ import pytest
 import torch
 from rich.console import Console
 
-from flash_indexer import bench_heads, tune, tune_worker
+from flash_indexer.bench import per_head as bench_heads
+from flash_indexer.bench import tune, tune_worker
+from flash_indexer.bench.tune_worker import Lost, Worker
 from flash_indexer.kernels import tiles, tuned
-from flash_indexer.ops import heads
-from flash_indexer.tune_worker import Lost, Worker
+from flash_indexer.ops.attention import gpu_body as heads
 
 pytestmark = pytest.mark.gpu
 SIZE = tune.parse_size(64, 1, 128, 128, 64, "700,1,500")

@@ -18,7 +18,7 @@ from typing import Any
 
 import pytest
 
-from flash_indexer.kernels import compile as kernels
+from flash_indexer.kernels import cache as kernels
 
 collect_ignore_glob = ["*"] if importlib.util.find_spec("tilelang") is None else []  # it is for Linux alone
 OPCODE = re.compile(r"^\s+/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_]*(?:\.[A-Z0-9_]+)*)", re.MULTILINE)

@@ -6,7 +6,7 @@ import re
 
 import pytest
 
-from flash_indexer.kernels import compile as kernels
+from flash_indexer.kernels import cache as kernels
 from flash_indexer.kernels import gradients, lse, score, tiles
 
 STREAMED = [

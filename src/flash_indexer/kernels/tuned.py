@@ -7,7 +7,7 @@ kernel, its version of the kernel's source, its GPU and its shape, and only wher
 import functools
 import json
 
-from flash_indexer.kernels import compile as kernels
+from flash_indexer.kernels import cache as kernels
 from flash_indexer.kernels import tiles
 
 FORMAT, VERSION = "flash-indexer/tuned", 1

@@ -1,13 +1,13 @@
 """The torch boundary: checks, chunking, the three stages, and the custom operators with their fakes and autograd."""
 
-from flash_indexer.ops.attention import attention_forward
+from flash_indexer.ops.attention.op import attention_forward
 from flash_indexer.ops.checks import check_indexer_kl, check_workspace
-from flash_indexer.ops.cpu import index_gradients, index_scores, kl_rows, teacher_lse, teacher_scores
-from flash_indexer.ops.indexer_kl import IndexerKL, indexer_kl, scale_gradients
-from flash_indexer.ops.indexer_scores import indexer_scores
-from flash_indexer.ops.shards import Stages, make_stages
-from flash_indexer.ops.sums import Problem, Sums, indexer_kl_sums
-from flash_indexer.ops.warmup_attention import WarmupAttention, warmup_attention
+from flash_indexer.ops.kl.op import IndexerKL, indexer_kl, scale_gradients
+from flash_indexer.ops.kl.scores import indexer_scores
+from flash_indexer.ops.kl.shards import Stages, make_stages
+from flash_indexer.ops.kl.sums import Problem, Sums, indexer_kl_sums
+from flash_indexer.ops.kl.torch_body import index_gradients, index_scores, kl_rows, teacher_lse, teacher_scores
+from flash_indexer.ops.warmup import WarmupAttention, warmup_attention
 
 __all__ = [
     "IndexerKL",

@@ -1,0 +1,88 @@
+"""Training checkpoints: a native indexer directory with the optimizer's state and the step beside it.
+
+Written as a whole by `atomic_directory`: after a kill or on a full disk, the earlier checkpoint is still there.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from flash_indexer.files.atomic import atomic_directory, readable_directory
+from flash_indexer.files.native import load_native, write_native
+from flash_indexer.models.attach import IndexerHandle
+
+OPTIMIZER_FILE = "optimizer.safetensors"
+STATE_FILE = "training_state.json"
+
+
+def save_checkpoint(
+    path: str | os.PathLike[str],
+    handle: IndexerHandle,
+    optimizer: torch.optim.Optimizer,
+    step: int,
+    *,
+    base_name: str,
+    base_fingerprint: str,
+) -> None:
+    """Writes indexers, AdamW moments and step into the directory `path`, replacing the checkpoint there."""
+    moments = {
+        f"{index}.{name}": value.contiguous()
+        for index, entry in optimizer.state_dict()["state"].items()
+        for name, value in entry.items()
+        if isinstance(value, Tensor)
+    }
+    with atomic_directory(path) as folder:
+        write_native(handle, folder, base_name=base_name, base_fingerprint=base_fingerprint)
+        save_file(moments, folder / OPTIMIZER_FILE)
+        (folder / STATE_FILE).write_text(json.dumps({"step": step}) + "\n", encoding="utf-8")
+
+
+def load_checkpoint(
+    path: str | os.PathLike[str], handle: IndexerHandle, optimizer: torch.optim.Optimizer, *, base_fingerprint: str
+) -> int:
+    """Loads what `save_checkpoint` wrote, and returns the step after which it was written.
+
+    Raises:
+        FileNotFoundError: a file is missing. ValueError: it belongs to another model or other sizes, or is damaged.
+    """
+    folder = readable_directory(path)
+    for name in (OPTIMIZER_FILE, STATE_FILE):
+        if not (folder / name).is_file():
+            raise FileNotFoundError(
+                f"load_checkpoint: {folder / name} is missing: no training checkpoint; start a new run elsewhere"
+            )
+    try:
+        step = int(json.loads((folder / STATE_FILE).read_text(encoding="utf-8"))["step"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"load_checkpoint: {folder / STATE_FILE} is damaged ({error!r}); start a new run") from error
+    load_native(handle, folder, base_fingerprint=base_fingerprint)
+    try:
+        moments = load_file(folder / OPTIMIZER_FILE)
+    except SafetensorError as error:
+        raise ValueError(f"load_checkpoint: {folder / OPTIMIZER_FILE} is damaged ({error})") from error
+    state: dict[int, dict[str, Tensor]] = {}
+    for key, value in moments.items():
+        index, name = key.split(".", 1)
+        state.setdefault(int(index), {})[name] = value
+    groups = optimizer.state_dict()["param_groups"]
+    optimizer.load_state_dict({"state": state, "param_groups": groups})
+    return step
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Writes a JSON file as a whole: the old content or the new, whenever the process is killed."""
+    partial = path.with_name(f".{path.name}.partial")
+    with partial.open("w", encoding="utf-8") as file:
+        json.dump(content, file, indent=2)
+        file.write("\n")
+        file.flush()
+        os.fsync(file.fileno())
+    partial.replace(path)

@@ -1,0 +1,347 @@
+"""The project's own checkpoint: a directory with a config and the indexers' weights (docs/format.md)."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from dataclasses import MISSING, asdict, dataclass, fields
+from pathlib import Path
+from typing import Any, NamedTuple, cast
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from flash_indexer.files.atomic import atomic_directory, readable_directory
+from flash_indexer.indexer import LightningIndexer
+from flash_indexer.models.attach import IndexerHandle, attach
+
+FORMAT = "flash-indexer/native"
+VERSION = 1
+CONFIG_FILE = "indexer_config.json"
+WEIGHTS_FILE = "indexer.safetensors"
+_OURS = "flash-indexer/"
+
+
+@dataclass(frozen=True)
+class NativeConfig:
+    """What `indexer_config.json` says, apart from `format` and `version`.
+
+    The fields base_* tell which model the indexers belong to (base_fingerprint None: not recorded); the
+    others are `attach`'s and LightningIndexer's.
+    """
+
+    base_name: str
+    base_model_type: str
+    base_hidden_size: int
+    base_num_layers: int
+    base_fingerprint: str | None
+    layers: tuple[int, ...]
+    num_heads: int
+    head_dim: int
+    rope_dim: int
+    rope_interleaved: bool
+    q_lora_rank: int | None
+    target: str
+    base_dtype: str = "float32"
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """The shape of every tensor, by its key `model.layers.N.self_attn.indexer.*`."""
+        width = self.base_hidden_size
+        q_in = width if self.q_lora_rank is None else self.q_lora_rank
+        one = {
+            "wq_b.weight": (self.num_heads * self.head_dim, q_in),
+            "wk.weight": (self.head_dim, width),
+            "k_norm.weight": (self.head_dim,),
+            "k_norm.bias": (self.head_dim,),
+            "weights_proj.weight": (self.num_heads, width),
+        }
+        return {f"model.layers.{n}.self_attn.indexer.{key}": one[key] for n in self.layers for key in one}
+
+
+class NativeCheckpoint(NamedTuple):
+    """A checkpoint that was read and checked: its config and its tensors on the CPU."""
+
+    config: NativeConfig
+    state_dict: dict[str, Tensor]
+
+
+def save_native(
+    handle: IndexerHandle,
+    path: str | os.PathLike[str],
+    *,
+    base_name: str,
+    base_fingerprint: str | None = None,
+    overwrite: bool = False,
+) -> Path:
+    """Write the handle's indexers as a native checkpoint, atomically, and return its path.
+
+    Args:
+        handle: what `attach` returned.
+        path: the directory to write. An earlier checkpoint there stays whole until the new one is on disk.
+        base_name: the model's name or path, for people and for `flash-indexer evaluate`.
+        base_fingerprint: what `model_fingerprint` gave for the bare model; None records none.
+        overwrite: replace an earlier checkpoint of ours at `path`.
+
+    Raises:
+        ValueError: a tensor holds NaN or infinity (named), or `path` may not be replaced.
+        OSError: the disk is full; see `atomic_directory`.
+    """
+    check_replaceable(path, overwrite=overwrite)
+    with atomic_directory(path) as folder:
+        write_native(handle, folder, base_name=base_name, base_fingerprint=base_fingerprint)
+    return Path(path)
+
+
+def write_native(
+    handle: IndexerHandle,
+    folder: str | os.PathLike[str],
+    *,
+    base_name: str,
+    base_fingerprint: str | None = None,
+) -> None:
+    """Write a native checkpoint's two files into an existing folder, such as one of `atomic_directory`'s.
+
+    Arguments and errors are save_native's.
+    """
+    config = describe(handle, base_name=base_name, base_fingerprint=base_fingerprint)
+    state_dict = {key: tensor.detach().cpu().contiguous() for key, tensor in handle.state_dict().items()}
+    check_tensors(state_dict, config, where="the handle")
+    save_file(state_dict, Path(folder) / WEIGHTS_FILE, metadata={"format": "pt"})
+    write_config(folder, FORMAT, asdict(config))
+
+
+def read_native(path: str | os.PathLike[str]) -> NativeCheckpoint:
+    """Read a native checkpoint and check it whole: format, version, fields, tensor names, shapes, finiteness.
+
+    Raises:
+        FileNotFoundError: there is no such directory, or one of its two files is missing.
+        ValueError: the directory is not one of ours, is of a newer version, or its content is damaged; the
+            message names the field, file or tensor and what to do.
+    """
+    folder = readable_directory(path)
+    record = read_config(folder)
+    if record["format"] != FORMAT:
+        raise ValueError(
+            f"read_native: {folder} has format {record['format']!r}, expected {FORMAT!r}; load an exported "
+            "model with AutoModelForCausalLM.from_pretrained"
+        )
+    config = _parse(record, folder / CONFIG_FILE)
+    weights = folder / WEIGHTS_FILE
+    if not weights.is_file():
+        raise FileNotFoundError(f"read_native: {weights} is missing; copy the whole directory, both files")
+    try:
+        state_dict = load_file(weights)
+    except SafetensorError as error:
+        raise ValueError(
+            f"read_native: {weights} is truncated or damaged ({error}); copy it again or use an earlier one"
+        ) from error
+    check_tensors(state_dict, config, where=str(weights))
+    return NativeCheckpoint(config, state_dict)
+
+
+def load_native(
+    handle_or_model: IndexerHandle | PreTrainedModel,
+    path: str | os.PathLike[str],
+    *,
+    base_fingerprint: str | None = None,
+) -> IndexerHandle:
+    """Load a native checkpoint into a handle, or attach indexers of the recorded sizes to a model first.
+
+    Args:
+        handle_or_model: a handle with the checkpoint's layers and sizes, or a model without indexers.
+        path: the checkpoint's directory.
+        base_fingerprint: `model_fingerprint(model)`; compared where given and where the checkpoint records one.
+
+    Returns:
+        The handle. Where anything fails, a model given stays as it was, and so do a handle's weights.
+
+    Raises:
+        FileNotFoundError, ValueError: read_native's.
+        ValueError: the base model, the layers or a size differ; all differences are listed.
+    """
+    config, state_dict = read_native(path)
+    given = isinstance(handle_or_model, PreTrainedModel)
+    model: Any = handle_or_model if isinstance(handle_or_model, PreTrainedModel) else handle_or_model.model
+    _compare_base(config, model, base_fingerprint, path)
+    if isinstance(handle_or_model, PreTrainedModel):
+        handle = attach(
+            handle_or_model,
+            num_heads=config.num_heads,
+            head_dim=config.head_dim,
+            rope_dim=config.rope_dim,
+            target=config.target,
+            layers=config.layers,
+        )
+    else:
+        handle = handle_or_model
+    try:
+        _compare_indexers(config, describe(handle, base_name=config.base_name), path)
+        handle.load_state_dict(state_dict)
+    except BaseException:
+        if given:
+            handle.remove()
+        raise
+    return handle
+
+
+def describe(handle: IndexerHandle, *, base_name: str, base_fingerprint: str | None = None) -> NativeConfig:
+    """The config of a handle's indexers. ValueError where indexers of one handle differ in size."""
+    indexers = [cast(LightningIndexer, module) for module in handle.indexers.values()]
+    sizes = {(x.num_heads, x.head_dim, x.rope_dim, x.rope_interleaved, x.q_lora_rank) for x in indexers}
+    if len(sizes) != 1:
+        raise ValueError(
+            "describe: a handle's indexers must all have one (num_heads, head_dim, rope_dim, "
+            f"rope_interleaved, q_lora_rank), got {sorted(sizes, key=str)}; attach them with one call"
+        )
+    num_heads, head_dim, rope_dim, rope_interleaved, q_lora_rank = sizes.pop()
+    base = handle.model.config.get_text_config()
+    return NativeConfig(
+        base_name=base_name,
+        base_model_type=base.model_type,
+        base_hidden_size=base.hidden_size,
+        base_num_layers=base.num_hidden_layers,
+        base_fingerprint=base_fingerprint,
+        layers=tuple(handle.layers),
+        num_heads=num_heads,
+        head_dim=head_dim,
+        rope_dim=rope_dim,
+        rope_interleaved=rope_interleaved,
+        q_lora_rank=q_lora_rank,
+        target=handle.target,
+        base_dtype=str(handle.model.dtype).removeprefix("torch."),
+    )
+
+
+def write_config(folder: str | os.PathLike[str], format: str, values: dict[str, Any]) -> None:
+    """Write `indexer_config.json`, which makes a directory one of ours."""
+    text = json.dumps({"format": format, "version": VERSION, **values}, indent=2)
+    (Path(folder) / CONFIG_FILE).write_text(text + "\n", encoding="utf-8")
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """Read `indexer_config.json` of any format of ours; errors as read_native's."""
+    if not folder.is_dir():
+        raise FileNotFoundError(f"read_native: no directory {folder}; train or export an indexer there first")
+    file = folder / CONFIG_FILE
+    if not file.is_file():
+        raise ValueError(
+            f"read_native: {folder} is not a flash-indexer checkpoint: it has no {CONFIG_FILE}; give the "
+            "directory that `flash-indexer warmup` or `flash-indexer export` wrote"
+        )
+    try:
+        record = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"read_native: {file} is no valid JSON ({error}); use an earlier checkpoint") from error
+    if not isinstance(record, dict) or not str(record.get("format")).startswith(_OURS):
+        raise ValueError(
+            f"read_native: {folder} is not a flash-indexer checkpoint: its {CONFIG_FILE} must name a format "
+            f"that begins with {_OURS!r}; give the directory that `flash-indexer warmup` or "
+            "`flash-indexer export` wrote"
+        )
+    version: Any = record.get("version")
+    if not _is_int(version) or version < 1:
+        raise ValueError(f"read_native: version in {file} must be a positive integer, got {version!r}")
+    if version > VERSION:
+        raise ValueError(
+            f"read_native: {folder} has version {version} of the format, this flash-indexer reads up to "
+            f"{VERSION}; upgrade flash-indexer"
+        )
+    return record
+
+
+def check_replaceable(path: str | os.PathLike[str], *, overwrite: bool) -> None:
+    """Refuse to replace what is not ours, and what is ours without `overwrite`. Missing or empty is fine."""
+    folder = readable_directory(path)
+    if folder.is_file():
+        raise NotADirectoryError(f"path must be a directory or not exist, got the file {folder}")
+    if not folder.exists() or not any(folder.iterdir()):
+        return
+    try:
+        read_config(folder)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"path must be empty, missing or a checkpoint of ours, got {folder}, which holds other files; "
+            "nothing was written: choose another path"
+        ) from error
+    if not overwrite:
+        raise ValueError(
+            f"path must be empty or missing, got {folder}, which holds an earlier checkpoint; choose another path, or "
+            "pass overwrite=True in Python"
+        )
+
+
+def check_tensors(state_dict: dict[str, Tensor], config: NativeConfig, *, where: str) -> None:
+    """Check the indexers' tensors against the config: names, shapes, finiteness; ValueError names the tensor."""
+    shapes = config.shapes()
+    if missing := sorted(shapes.keys() - state_dict.keys()):
+        raise ValueError(f"{where} lacks {len(missing)} tensors that the config tells of, first {missing[0]}")
+    if unexpected := sorted(state_dict.keys() - shapes.keys()):
+        raise ValueError(f"{where} has {len(unexpected)} tensors too many, first {unexpected[0]}")
+    for key, tensor in state_dict.items():
+        if tuple(tensor.shape) != shapes[key]:
+            raise ValueError(f"{where}: {key} must be {list(shapes[key])}, got {list(tensor.shape)}")
+        if not tensor.is_floating_point():
+            raise ValueError(f"{where}: {key} must be floating point, got {tensor.dtype}")
+        if not bool(torch.isfinite(tensor).all()):
+            raise ValueError(f"{where}: {key} holds NaN or infinity; use an earlier checkpoint")
+
+
+def _compare_base(
+    config: NativeConfig, model: PreTrainedModel, given: str | None, path: str | os.PathLike[str]
+) -> None:
+    base = model.config.get_text_config()
+    pairs = [
+        ("model_type", config.base_model_type, base.model_type),
+        ("hidden_size", config.base_hidden_size, base.hidden_size),
+        ("num_hidden_layers", config.base_num_layers, base.num_hidden_layers),
+    ]
+    if given is not None and config.base_fingerprint is not None:
+        pairs.append(("fingerprint", config.base_fingerprint, given))
+    if wrong := [f"{name} {was!r}, the model has {now!r}" for name, was, now in pairs if was != now]:
+        raise ValueError(
+            f"load_native: {os.fspath(path)} was trained on another base model: {'; '.join(wrong)}; load "
+            f"{config.base_name!r}"
+        )
+
+
+def _compare_indexers(config: NativeConfig, found: NativeConfig, path: str | os.PathLike[str]) -> None:
+    names = ("layers", "num_heads", "head_dim", "rope_dim", "rope_interleaved", "q_lora_rank")
+    pairs = [(name, getattr(config, name), getattr(found, name)) for name in names]
+    if wrong := [f"{name} {was!r}, attached are {now!r}" for name, was, now in pairs if was != now]:
+        raise ValueError(
+            f"load_native: {os.fspath(path)} does not fit the attached indexers: {'; '.join(wrong)}; "
+            "attach with the checkpoint's sizes, or pass the model alone"
+        )
+
+
+def _parse(record: dict[str, Any], file: Path) -> NativeConfig:
+    """Check each field's type and build the config."""
+    values: dict[str, Any] = {}
+    for field in fields(NativeConfig):
+        if field.name not in record and field.default is not MISSING:
+            continue
+        if field.name not in record:
+            raise ValueError(f"read_native: {file} lacks {field.name!r}; use an earlier checkpoint")
+        value = record[field.name]
+        if not _FIELD_CHECKS[str(field.type)](value):
+            raise ValueError(f"read_native: {field.name} in {file} must be {field.type}, got {value!r}")
+        values[field.name] = tuple(value) if isinstance(value, list) else value
+    return NativeConfig(**values)
+
+
+def _is_int(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+_FIELD_CHECKS: dict[str, Callable[[Any], bool]] = {
+    "str": lambda value: isinstance(value, str),
+    "str | None": lambda value: value is None or isinstance(value, str),
+    "bool": lambda value: isinstance(value, bool),
+    "int": lambda value: _is_int(value) and value > 0,
+    "int | None": lambda value: value is None or (_is_int(value) and value > 0),
+    "tuple[int, ...]": lambda value: isinstance(value, list) and value != [] and all(map(_is_int, value)),
+}

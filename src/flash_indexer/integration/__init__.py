@@ -1,1 +1,0 @@
-"""Real models: attaching indexers to Transformers models, loading, checkpoints and export."""

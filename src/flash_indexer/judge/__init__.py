@@ -1,0 +1,1 @@
+"""The judgement of an indexer: metrics, evaluation, plots, report."""

@@ -1,0 +1,1 @@
+"""A Transformers model with indexers attached: capture, teacher, loading, sharding."""

@@ -1,0 +1,144 @@
+"""The model's own attention over packed documents, with the logsumexp that the teacher needs."""
+
+from __future__ import annotations
+
+import itertools
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from flash_indexer.ops import attention_forward
+from flash_indexer.parallel.context import context_positions, gather_tokens
+from flash_indexer.parallel.mesh import Parallel
+
+_ALONE = Parallel()
+
+
+class Packing:
+    """Where the documents of a batch lie once its rows are flattened into T tokens, S of them over all cp processes.
+
+    Attributes:
+        boundaries: first token of each document, and S at the end: cu_seqlens.
+        document_start: int32 [S]: the first token of each token's document.
+        rows: int32 [T]: this process's tokens among the S; without context parallelism 0, 1, ... and T = S.
+    """
+
+    def __init__(self, boundaries: tuple[int, ...], document_start: Tensor, rows: Tensor) -> None:
+        self.boundaries, self.document_start, self.rows = boundaries, document_start, rows
+        self._visible: dict[int | None, tuple[Tensor, Tensor]] = {}
+
+    def visible(self, window: int | None) -> tuple[Tensor, Tensor]:
+        """key_start and key_end [T]: the same tensors for every layer, whose plans the operators then keep."""
+        if window not in self._visible:
+            key_start, key_end = self.document_start[self.rows], self.rows + 1
+            if window is not None:
+                key_start = torch.maximum(key_start, key_end - window)
+            self._visible[window] = key_start, key_end
+        return self._visible[window]
+
+
+def batch_positions(position_ids: Tensor | None, tokens: Tensor, parallel: Parallel = _ALONE) -> Tensor:
+    """position_ids as [B, L], the shape of `tokens`; None means 0, 1, ... in each row.
+
+    Raises:
+        ValueError: None with context parallelism, where this process's tokens are not the first ones; another shape; no
+            token.
+    """
+    shapes = tokens.shape[:2], (1, tokens.shape[1])
+    if not tokens.numel() or (position_ids is not None and position_ids.shape not in shapes):
+        raise ValueError(
+            "attach: input_ids must be [B, L] with a token at least and position_ids [B, L] or [1, L], got "
+            f"{list(tokens.shape[:2])} and {None if position_ids is None else list(position_ids.shape)}"
+        )
+    if position_ids is None:
+        if parallel.cp > 1:
+            raise ValueError(
+                f"attach: with cp={parallel.cp} the forward needs position_ids, got None; pass this process's part of "
+                "the batch's position_ids, at context_positions(tokens, cp, cp_rank, layout=...)"
+            )
+        position_ids = torch.arange(tokens.shape[1], device=tokens.device)[None]
+    return position_ids.expand(tokens.shape[:2])
+
+
+def packing(position_ids: Tensor, parallel: Parallel = _ALONE) -> Packing:
+    """Documents of a batch: position_ids [B, L] restart wherever one begins; every row begins one.
+
+    With context parallelism position_ids [1, T] are this process's part of one sequence of all the batch's tokens.
+    """
+    group = parallel.group("cp")
+    if group is None:
+        rows = torch.arange(position_ids.numel(), dtype=torch.int32, device=position_ids.device)
+    else:
+        position_ids = gather_tokens(position_ids.flatten(), group, layout=parallel.layout)[None]
+        rows = context_positions(position_ids.numel(), parallel.cp, parallel.cp_rank, layout=parallel.layout)
+        rows = rows.to(position_ids.device, torch.int32)
+    begins = torch.ones_like(position_ids, dtype=torch.bool)
+    begins[:, 1:] = position_ids[:, 1:] != position_ids[:, :-1] + 1
+    first = begins.flatten().nonzero().flatten()
+    token = torch.arange(position_ids.numel(), device=position_ids.device)
+    document_start = first[torch.searchsorted(first, token, right=True) - 1]
+    return Packing((*first.tolist(), position_ids.numel()), document_start.int(), rows)
+
+
+def causal_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    packed: Packing,
+    *,
+    softmax_scale: float,
+    window: int | None,
+    parallel: Parallel = _ALONE,
+) -> tuple[Tensor, Tensor]:
+    """out[t,h] = sum_s softmax(scale * q[t,h]·k[s,g(h)])[s] * v[s,g(h)] and lse[t,h], causal within each document.
+
+    On the CPU torch's flash attention, a document at a time; on a GPU, and over the keys of all context-parallel
+    processes, `attention_forward`.
+
+    Args:
+        q: [T, H, D]. k: [T, G, D]. v: [T, G, V]: this process's tokens and heads.
+        softmax_scale: the model's own. window: a query sees at most this many keys, itself included; None all.
+
+    Returns:
+        out [T, H, V] in q's dtype and lse [T, H], natural logarithm, float32 (float64 for float64 inputs).
+    """
+    group = parallel.group("cp")
+    if group is None and q.device.type == "cpu":
+        width = max(q.shape[-1], v.shape[-1])  # it wants one width; zeros change neither logits nor output
+        query, key, value = (x if x.shape[-1] == width else F.pad(x, (0, width - x.shape[-1])) for x in (q, k, v))
+        out, lse = _flash_cpu(query, key, value, packed.boundaries, softmax_scale, window)
+        return out[..., : v.shape[-1]], lse
+    if group is not None:
+        k, v = (gather_tokens(x, group, layout=parallel.layout) for x in (k, v))
+    query, key, value = (at_least_float32(x) if x.device.type == "cpu" else x for x in (q, k, v))
+    key_start, key_end = packed.visible(window)
+    out, lse = attention_forward(query, key, value, softmax_scale=softmax_scale, key_start=key_start, key_end=key_end)
+    return out.to(q.dtype), lse
+
+
+def at_least_float32(x: Tensor) -> Tensor:
+    """x in float32, or in float64 where it is that: what the CPU operators take."""
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def _flash_cpu(
+    q: Tensor, k: Tensor, v: Tensor, boundaries: tuple[int, ...], softmax_scale: float, window: int | None
+) -> tuple[Tensor, Tensor]:
+    """One call of torch's CPU flash attention for each document."""
+    per_group = q.shape[1] // k.shape[1]
+    outs, lses = [], []
+    for begin, end in itertools.pairwise(boundaries):
+        query = q[begin:end].transpose(0, 1)[None]
+        key, value = (x[begin:end].transpose(0, 1).repeat_interleave(per_group, 0)[None] for x in (k, v))
+        mask = None
+        if window is not None and window < end - begin:
+            t = torch.arange(end - begin, device=q.device)
+            seen = (t <= t[:, None]) & (t > t[:, None] - window)
+            mask = torch.zeros(seen.shape, dtype=q.dtype, device=q.device).masked_fill_(~seen, -torch.inf)
+        out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+            query, key, value, 0.0, mask is None, attn_mask=mask, scale=softmax_scale
+        )
+        outs.append(out[0].transpose(0, 1))
+        lses.append(lse[0].transpose(0, 1))
+    return torch.cat(outs), torch.cat(lses)

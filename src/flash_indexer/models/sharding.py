@@ -1,0 +1,109 @@
+"""The frozen base shared out over processes: heads and MLP columns by tensor parallelism, every parameter by FSDP2."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+from transformers import PreTrainedModel
+
+from flash_indexer.models.families import FAMILIES, find_decoder, is_attachable
+from flash_indexer.parallel.mesh import Parallel
+
+_COLUMNS = ("q_proj", "k_proj", "v_proj", "q_b_proj", "kv_b_proj")
+"""Projections whose outputs are heads; MLA's latents (q_a_proj, kv_a_proj_with_mqa) stay whole on every process."""
+
+
+def shard_model(model: PreTrainedModel, parallel: Parallel, *, fsdp: bool) -> None:
+    """Shares a frozen model's parameters out, in place, before `attach`. Every process calls it on the same weights.
+
+    tp > 1: attention heads and the columns of dense MLPs over the tp processes; experts stay whole.
+    fsdp: each decoder layer, and what is left, over all processes (with tp > 1: over the dp · cp processes with
+    its heads). A layer's parameters are gathered for its forward alone. CPU weights move to their GPU layer by layer.
+
+    Raises:
+        ValueError: the heads can't be divided by tp, tp leaves fsdp no processes to share parameters out over, or the
+            model is of no family that `attach` knows.
+    """
+    decoder: Any = find_decoder(model)
+    blocks = list(getattr(decoder, "layers", None) or [])
+    if not blocks or not all(is_attachable(getattr(block, "self_attn", None)) for block in blocks):
+        raise ValueError(f"shard_model: model must be one of the {FAMILIES}; got {type(model).__name__}")
+    if fsdp and parallel.tp == parallel.world > 1:
+        raise ValueError(
+            f"shard_model: fsdp shares parameters out over dp * cp processes, got 1 with tp={parallel.tp}; start more "
+            "processes, or leave fsdp out"
+        )
+    if parallel.tp > 1:
+        config = model.config.get_text_config()
+        _check_heads(config, parallel.tp)
+        assert parallel.mesh is not None
+        for block in blocks:
+            parallelize_module(block, parallel.mesh["tp"], _plan(block, _has_one_key(config)))
+    if fsdp and parallel.mesh is not None:
+        everyone: Any = dist.group.WORLD
+        alone = parallel.tp == 1
+        mesh = DeviceMesh.from_group(everyone, parallel.mesh.device_type) if alone else _beside_tp(parallel.mesh)
+        _fully_shard(model, decoder, blocks, mesh)
+
+
+def _beside_tp(mesh: DeviceMesh) -> DeviceMesh:
+    """The processes with this one's heads: a part of the mesh that tp is a part of, as FSDP2 requires."""
+    return mesh["dp", "cp"]._flatten("dp_cp")
+
+
+def _check_heads(config: Any, tp: int) -> None:
+    heads = dict(num_attention_heads=config.num_attention_heads)
+    if not _has_one_key(config):
+        heads["num_key_value_heads"] = config.num_key_value_heads
+    for name, count in heads.items():
+        if count % tp:
+            possible = [n for n in range(1, count + 1) if all(x % n == 0 for x in heads.values())]
+            raise ValueError(f"shard_model: tp must divide {name} = {count}, got tp={tp}; possible here: {possible}")
+
+
+def _has_one_key(config: Any) -> bool:
+    """Multi-query attention, whose one key head every process holds."""
+    return getattr(config, "kv_lora_rank", None) is None and config.num_key_value_heads == 1
+
+
+def _plan(block: nn.Module, one_key: bool) -> dict[str, Any]:
+    plan: dict[str, Any] = {"self_attn.o_proj": RowwiseParallel()}
+    names = [f"self_attn.{name}" for name in _COLUMNS if not (one_key and name in ("k_proj", "v_proj"))]
+    mlp = getattr(block, "mlp", None)
+    if all(isinstance(getattr(mlp, name, None), nn.Linear) for name in ("gate_proj", "up_proj", "down_proj")):
+        plan["mlp.down_proj"] = RowwiseParallel()
+        names += ["mlp.gate_proj", "mlp.up_proj"]
+    present = dict(block.named_modules())
+    return plan | {name: ColwiseParallel() for name in names if present.get(name) is not None}
+
+
+def _fully_shard(model: PreTrainedModel, decoder: Any, blocks: list[nn.Module], mesh: DeviceMesh) -> None:
+    """The decoder is a root of its own, since the recipe runs it without the head; a tied head follows it."""
+    tied = {id(parameter): name for name, parameter in decoder.named_parameters()}
+    for block in blocks:
+        fully_shard(block, mesh=mesh, reshard_after_forward=True)
+    beside = [(owner, name, tied[id(p)]) for owner, name, p in _outside(model, decoder) if id(p) in tied]
+    fully_shard(decoder, mesh=mesh, reshard_after_forward=True)
+    for owner, name, inside in beside:
+        setattr(owner, name, decoder.get_parameter(inside))
+    alone = {
+        id(owner): owner for owner, _, p in _outside(model, decoder) if not any(p is q for q in decoder.parameters())
+    }
+    for owner in alone.values():
+        fully_shard(owner, mesh=mesh, reshard_after_forward=True)
+
+
+def _outside(model: nn.Module, decoder: nn.Module) -> list[tuple[nn.Module, str, nn.Parameter]]:
+    """Modules outside of the decoder, with the names and values of their own parameters."""
+    inside = {id(module) for module in decoder.modules()}
+    return [
+        (module, name, parameter)
+        for module in model.modules()
+        if id(module) not in inside
+        for name, parameter in module.named_parameters(recurse=False, remove_duplicate=False)
+    ]

@@ -1,0 +1,1 @@
+"""The warm-up loss and its gradients."""

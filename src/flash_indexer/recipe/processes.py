@@ -1,0 +1,198 @@
+"""The processes of a run: how many do what, their sums, and what is said when one of them is gone."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext, suppress
+from dataclasses import dataclass
+from datetime import timedelta
+from functools import partial
+from pathlib import Path
+from typing import NoReturn
+
+import torch
+import torch.distributed as dist
+from accelerate import Accelerator, PartialState
+from accelerate.utils import InitProcessGroupKwargs
+from torch import Tensor
+
+from flash_indexer.files.atomic import readable_directory
+from flash_indexer.parallel.context import LAYOUTS, context_positions
+from flash_indexer.parallel.gradients import all_sum
+from flash_indexer.parallel.heartbeat import Heartbeat
+from flash_indexer.parallel.mesh import Parallel, make_parallel
+from flash_indexer.recipe.progress import print_error
+
+LONGEST_TIMEOUT = 1e6  # seconds
+
+
+@dataclass(frozen=True)
+class ParallelSettings:
+    """How a run is shared out over its processes. Not part of its record: it may change when a run is resumed.
+
+    Attributes:
+        cp: processes that share a sequence. tp: processes that share its heads. The rest share the data.
+        layout: how cp cuts a sequence: "zigzag" balances causal attention, "contiguous" does not.
+        fsdp: shard the frozen base over the processes by FSDP2, instead of a copy on each.
+        timeout: seconds without an answer after which a process gives the others up.
+    """
+
+    cp: int = 1
+    tp: int = 1
+    layout: str = "zigzag"
+    fsdp: bool = False
+    timeout: float = 600.0
+
+    def __post_init__(self) -> None:
+        """Raises ValueError for a value that no run can use."""
+        for name in ("cp", "tp"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"warmup: {name} must be at least 1, got {getattr(self, name)}")
+        if self.layout not in LAYOUTS:
+            raise ValueError(f"warmup: layout must be one of {LAYOUTS}, got {self.layout!r}")
+        if not 0 < self.timeout <= LONGEST_TIMEOUT:
+            raise ValueError(f"warmup: timeout must be positive and at most {LONGEST_TIMEOUT:g} s, got {self.timeout}")
+
+
+class Processes:
+    """This process and the others. Started by torchrun or accelerate launch, or one process alone.
+
+    Raises:
+        ConnectionError: the others were not there in time. ValueError: their number is no multiple of cp · tp.
+    """
+
+    def __init__(self, settings: ParallelSettings) -> None:
+        self.settings = settings
+        limit = InitProcessGroupKwargs(timeout=timedelta(seconds=settings.timeout))
+        try:
+            accelerator = Accelerator(cpu=not torch.cuda.is_available(), kwargs_handlers=[limit])
+            sizes = {name: getattr(settings, name) for name in ("cp", "tp", "layout", "timeout")}
+            self.parallel: Parallel = make_parallel(accelerator.device.type, **sizes)
+        except RuntimeError as error:
+            if not _is_lost_contact(error):
+                raise
+            raise ConnectionError(
+                f"warmup: the processes did not all meet within {settings.timeout:g} s ({_first_line(error)}); check "
+                "that each was started, and that MASTER_ADDR and MASTER_PORT name a machine that all can reach"
+            ) from error
+        self.device: torch.device = accelerator.device
+        self.count: int = accelerator.num_processes
+        self.rank: int = accelerator.process_index
+        self.is_main: bool = accelerator.is_main_process
+
+    def sum(self, x: Tensor) -> Tensor:
+        """Sum over the processes, each token of a batch counted once: the copies that tp makes share their count."""
+        return all_sum(x, timeout=self.settings.timeout).div_(self.parallel.tp)
+
+    def wait(self) -> None:
+        """Returns when all processes have called it."""
+        all_sum(torch.zeros(1, device=self.device), timeout=self.settings.timeout)
+
+    def agree(self, out: Path, found: int) -> None:
+        """Returns when all processes have called it with the same number, what they found in `out`.
+
+        Raises:
+            ValueError: in every process, where one found another number.
+        """
+        each = torch.zeros(self.count, dtype=torch.int64, device=self.device)
+        each[self.rank] = found
+        each = all_sum(each, timeout=self.settings.timeout)
+        if bool((each != each[0]).any()):
+            other = int((each != each[0]).nonzero()[0])
+            raise ValueError(
+                f"warmup: --out must be one folder that all processes see, got {out}, where process {other} found "
+                "another run, or another step of it, than process 0; use a shared disk"
+            )
+
+    def check_length(self, sequence_length: int) -> None:
+        """Raises ValueError where cp processes can't take equal parts of a sequence."""
+        cp, layout = self.parallel.cp, self.parallel.layout
+        pieces = 1 if cp == 1 else 2 * cp if layout == "zigzag" else cp
+        if sequence_length % pieces:
+            raise ValueError(
+                f"warmup: sequence_length must be a multiple of {pieces} for cp={cp} in layout {layout!r}, got "
+                f"{sequence_length}"
+            )
+
+    def part(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        """This process's tokens [1, n] of a batch [B, L], whose rows are one sequence when cp > 1."""
+        parallel = self.parallel
+        if parallel.cp == 1:
+            return batch
+        tokens = batch["input_ids"].numel()
+        own = context_positions(tokens, parallel.cp, parallel.cp_rank, layout=parallel.layout)
+        return {name: x.flatten()[own.to(x.device)][None] for name, x in batch.items()}
+
+    @contextmanager
+    def telling(self, checkpoint: Path) -> Iterator[None]:
+        """Turns the loss of another process into one message for a person. At its end all processes wait for all.
+
+        Gloo fails at once when a process dies, and after the timeout when one hangs. NCCL may let this process wait on
+        its GPU for ever, where nothing can be raised: after the timeout, and a grace, the message is then printed
+        and the process ends with exit code 1.
+
+        Raises:
+            ConnectionError: names the process, what happened, the checkpoint and how to go on.
+        """
+        saved = f"a checkpoint in {checkpoint} is intact"
+        stuck = self._lost_contact("it is stuck itself, in a call that lets no thread of it run", saved)
+        alive = Heartbeat(self.settings.timeout, partial(self._end, checkpoint), f"error {stuck}")
+        try:
+            with alive if self.count > 1 else nullcontext():
+                yield
+                self.wait()
+        except RuntimeError as error:
+            if not _is_lost_contact(error):
+                raise
+            raise self._lost_contact(_first_line(error), saved_state(checkpoint)) from error
+
+    def _lost_contact(self, reason: str, saved: str) -> ConnectionError:
+        return ConnectionError(
+            f"warmup: process {self.rank} of {self.count} lost contact with another process, which died or did not "
+            f"answer for {self.settings.timeout:g} s ({reason}); {saved}: look for the first error of all processes, "
+            "then start again with --resume, with as many processes or another number"
+        )
+
+    def _end(self, checkpoint: Path, reason: str) -> NoReturn:
+        """From a thread, while the main thread is stuck, perhaps with the lock of stdout in hand."""
+        try:
+            print_error(self._lost_contact(reason, saved_state(checkpoint)))
+        finally:
+            os._exit(1)
+
+
+def is_main_process() -> bool:
+    """True in the one process of a run that writes and reports."""
+    return bool(PartialState().is_main_process)
+
+
+def leave() -> None:
+    """Takes this process out of the group, if it is in one, so that it can end without a warning."""
+    if dist.is_initialized():
+        PartialState().destroy_process_group()
+
+
+def end_if_shared(code: int) -> None:
+    """Ends this process at once if others belong to its group: the orderly end of NCCL can hang where one is gone."""
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        for stream in (sys.stdout, sys.stderr):
+            with suppress(OSError, ValueError):  # closed
+                stream.flush()
+        os._exit(code)
+
+
+def saved_state(checkpoint: Path) -> str:
+    """What a message says of a run's checkpoint."""
+    written = readable_directory(checkpoint).exists()
+    return f"the checkpoint in {checkpoint} is intact" if written else "no checkpoint was written"
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0]
+
+
+def _is_lost_contact(error: RuntimeError) -> bool:
+    """NCCL's errors have a type of their own; gloo's and those of a wait are known by their words alone."""
+    return isinstance(error, dist.DistError) or any(word in str(error) for word in ("gloo/transport", "timed out"))

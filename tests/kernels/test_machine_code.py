@@ -1,0 +1,69 @@
+"""Every kernel compiled to machine code: no spills, no serialised wgmma, and as many instructions as its sizes ask for.
+
+Counts are of instructions in the code, not of executions. A kernel of which the compiler deleted or serialised a part
+still lowers, and may still be right: here is where it shows.
+"""
+
+from __future__ import annotations
+
+import pytest
+
+from flash_indexer.kernels import cache as kernels
+
+pytestmark = pytest.mark.slow
+KERNELS = list(kernels.every_kernel())
+LAUNCH_REGISTERS = 168  # 65,536 / 384 threads: what setmaxnreg starts from
+EXPONENTIALS = 64  # of one thread for a 128 x 128 tile
+MOST_REGISTERS = {"rows": 64, "gradients_reduce": 128, "finish": 64, "scale": 64}
+HEADS = ("attention", "attention_mla", "head_gradients_query", "head_gradients_key", "head_gradients_once")
+# bytes that producers spill, who have 24 or 40 registers and wait for memory anyway, or that are used once an item
+MOST_SPILLED = {"attention": 500, "head_gradients_query": 64, "head_gradients_key": 1200}
+
+
+def title(kernel: tuple[str, tuple[tuple[str, int], ...]]) -> str:
+    name, static = kernel
+    return "-".join([name, *(f"{size}{value}" for size, value in static)])
+
+
+def products(name: str, static: dict[str, int]) -> int:
+    """Steps of 16 along the reduced dimension, for the copies of each product that the unrolled loops hold."""
+    if name == "score":
+        return 4 * static["D"] // 16
+    if name == "lse":
+        return 3 * static["D"] // 16
+    if name in ("gradients_query", "gradients_key"):
+        return 4 * (static["E"] + 128) // 16
+    if name == "attention":  # logits before all items, of masked and whole tiles, beside the last; values but before
+        return 4 * (static["D"] + static["E"]) // 16 + (3 * static["BN"] // 16 if static["V"] else 0)
+    if name == "attention_mla":
+        return 3 * (36 + 4 + 4)
+    if name in ("head_gradients_query", "head_gradients_key"):
+        return 3 * (static["D"] + static["E"]) // 16 + 3 * static["N"] // 16
+    if name == "head_gradients_once":
+        return 3 * (static["D"] + static["E"]) // 16 + 3 * 2 * 128 // 16
+    return 0
+
+
+@pytest.mark.parametrize("kernel", KERNELS, ids=title)
+def test_machine_code(kernel, machine):
+    name, static = kernel[0], dict(kernel[1])
+    code = machine(name, **static)
+    assert code.complaints == ()
+    assert code.spilled <= MOST_SPILLED.get(name, 0)
+    if name not in MOST_SPILLED:
+        assert code.stack == 0
+    assert code.count("HGMMA") == products(name, static)
+    if name in MOST_REGISTERS:
+        assert 8 <= code.registers <= MOST_REGISTERS[name]
+        return
+    assert code.registers == LAUNCH_REGISTERS
+    assert code.count("UTMALDG") > 0 and code.count("USETMAXREG") == (3 if name == "attention_mla" else 2)
+    if name in HEADS:
+        assert code.count("MUFU.EX2") > 0
+        return
+    assert code.count("BAR.SYNC") == 1, "after the barriers' initialisation"
+    exponentials = code.count("MUFU.EX2")
+    if name == "lse" or (name == "score" and static["mode"] == kernels.EXP):
+        assert 4 * EXPONENTIALS <= exponentials <= 6 * EXPONENTIALS
+    else:
+        assert exponentials == 0

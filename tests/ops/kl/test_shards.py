@@ -1,0 +1,259 @@
+"""The stages of head-sharded ranks, driven by hand: the torch body, and the GPU's with its kernels played by torch.
+
+The players do what the kernels document, from the same work lists, in memory that held NaN: so that what a rank's lists
+leave out, or take from another rank's piece, shows.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from contextlib import nullcontext
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from flash_indexer.ops import Problem, Sums, make_stages
+from flash_indexer.ops.kl import gpu_body as cuda
+from flash_indexer.ops.kl import shards
+from flash_indexer.ops.kl.plan import TILE, Sizes, visible_tiles
+from flash_indexer.ops.kl.plan_shards import cut_runs, largest_run, make_shard_plan
+from flash_indexer.testing import Inputs, Result, Shape, make_inputs, reference_indexer_kl
+
+HEADS = dict(H=4, G=2, D=8, I=3, E=32)
+SHAPES = {
+    "causal": Shape(((700, 700),), **HEADS),
+    "packed": Shape(((1, 1), (300, 300), (129, 129), (1, 1), (150, 150)), **HEADS),
+    "prefix": Shape(((5, 300), (200, 333), (1, 200)), **HEADS),
+    "fewer_keys": Shape(((400, 130), (3, 0), (250, 20)), **HEADS),
+    "blind_middle": Shape(((100, 100), (400, 20), (130, 130)), **HEADS),
+    "window": Shape(((600, 600), (77, 77)), window=100, **HEADS),
+    "latent": Shape(((300, 300),), **(HEADS | dict(G=1))),
+    "one": Shape(((1, 1),), **HEADS),
+    "nothing": Shape(((130, 0),), **HEADS),
+}
+
+
+@pytest.fixture
+def players(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """CudaStages on the CPU: torch in the kernels' place, and NaN in every tensor that torch.empty makes."""
+    names = ("teacher_scores", "summed_logits", "teacher_lse", "index_scores", "kl_rows", "index_gradients")
+    for name in names:
+        monkeypatch.setattr(cuda, name, globals()[f"play_{name}"])
+    for name in ("check_supported", "prepare_kernels"):
+        monkeypatch.setattr(cuda, name, lambda *_: None)
+    monkeypatch.setattr(torch.cuda, "device", lambda _: nullcontext())
+    properties = SimpleNamespace(multi_processor_count=4)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: properties)
+    monkeypatch.setattr(shards, "CpuStages", shards.CudaStages)
+    torch.use_deterministic_algorithms(True)
+    assert torch.utils.deterministic.fill_uninitialized_memory and torch.empty(3).isnan().all()
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def rows_of(items: Tensor) -> list[list[int]]:
+    return [[int(x) for x in row] for row in items.view(-1, 4)]
+
+
+def play_score(q: Tensor, k: Tensor, chunk: Any, out: Tensor, value: Any) -> None:
+    """out's tile = sum over heads of value(logits [rows, heads, keys], tokens); rows past the last are not written."""
+    per_group = q.shape[1] // k.shape[1]
+    for token, key, tile, _ in rows_of(chunk.score):
+        here = slice(token, min(token + TILE, q.shape[0]))
+        keys = k[key : key + TILE].repeat_interleave(per_group, 1)
+        scores = value(torch.einsum("thd,shd->ths", q[here], keys), here).sum(1)
+        out[tile * TILE :][: scores.shape[0], : scores.shape[1]] = scores
+
+
+def play_teacher_scores(q, k, lse, chunk, out, scale, processors) -> None:
+    play_score(q, k, chunk, out, lambda x, here: (x * scale - lse[here, :, None]).exp())
+
+
+def play_summed_logits(q, k, chunk, out, scale, processors) -> None:
+    play_score(q, k, chunk, out, lambda x, here: x * scale)
+
+
+def play_index_scores(index_q, index_k, weights, chunk, out, processors) -> None:
+    play_score(index_q, index_k[:, None], chunk, out, lambda x, here: x.relu() * weights[here, :, None])
+
+
+def play_teacher_lse(q, k, key_start, key_end, scale) -> Tensor:
+    logits = scale * torch.einsum("thd,shd->ths", q, k.repeat_interleave(q.shape[1] // k.shape[1], 1))
+    s = torch.arange(k.shape[0])
+    seen = (s >= key_start[:, None]) & (s < key_end[:, None])
+    return logits.masked_fill(~seen[:, None], -torch.inf).logsumexp(-1)
+
+
+def play_kl_rows(p, scores, work, chunk, rows, out, logits) -> None:
+    key_start, key_end, weight = rows
+    di, kl, entropy = out
+    assert p.shape == scores.shape == di.shape, "the kernel takes one number of rows for all three"
+    for t in range(chunk.begin, chunk.end):
+        base, first, end, _ = work.blocks.view(-1, 4)[t // TILE].tolist()
+        at = torch.tensor([(base + n) * TILE + t % TILE for n in range(first, end)], dtype=torch.int64)
+        low, high = int(key_start[t]) - first * TILE, int(key_end[t]) - first * TILE
+        kl[t] = entropy[t] = 0.0
+        di[at] = 0.0
+        if high > low:
+            share, score = p[at].flatten()[low:high], scores[at].flatten()[low:high]
+            share = share.softmax(0) if logits else share / share.sum()
+            kl[t] = (torch.xlogy(share, share) - share * score.log_softmax(0)).sum()
+            entropy[t] = torch.special.entr(share).sum()
+            values = torch.zeros((end - first) * TILE, dtype=di.dtype)
+            values[low:high] = (score.softmax(0) - share) * weight[t]
+            di[at] = values.view(-1, TILE)
+
+
+def play_index_gradients(di, index_q, index_k, weights, work, chunk, partials, out, processors) -> None:
+    T, _, E = index_q.shape
+    S, tokens = index_k.shape[0], TILE // 8
+
+    def masked(token: int, count: int, key_tile: int, base: int) -> tuple[slice, slice, Tensor]:
+        here, keys = slice(token, min(token + count, T)), slice(key_tile * TILE, min(key_tile * TILE + TILE, S))
+        row = (base + key_tile) * TILE + token % TILE
+        d = di[row : row + here.stop - here.start, : keys.stop - keys.start]
+        return here, keys, d[:, None] * (torch.einsum("tie,se->tis", index_q[here], index_k[keys]) > 0)
+
+    if out.index_q is not None:
+        for token, first, count, base in rows_of(chunk.query):
+            parts = [masked(token, tokens, n, base) for n in range(first, first + count)]
+            unscaled = sum(m @ index_k[keys] for _, keys, m in parts)
+            here = parts[0][0]
+            out.weights[here] = (index_q[here] * unscaled).sum(-1)
+            out.index_q[here] = unscaled * weights[here, :, None]
+    if out.index_k is not None:
+        for key_tile, begin, end, slot in rows_of(chunk.key):
+            total = torch.zeros(TILE, E, dtype=di.dtype)
+            for block in range(begin, end):
+                base = int(work.blocks.view(-1, 4)[block, 0])
+                here, keys, m = masked(block * TILE, TILE, key_tile, base)
+                total[: keys.stop - keys.start] += torch.einsum("tis,ti,tie->se", m, weights[here], index_q[here])
+            rows = out.index_k[key_tile * TILE :][:TILE]
+            if slot >= 0:
+                partials[slot * TILE : (slot + 1) * TILE] = total
+            elif end > begin:
+                rows += total[: rows.shape[0]]
+        for key_tile, begin, end, _ in rows_of(chunk.reduce):
+            rows = out.index_k[key_tile * TILE :][:TILE]
+            for slot in range(begin, end):
+                rows += partials[slot * TILE : (slot + 1) * TILE][: rows.shape[0]]
+
+
+def drive(x: Inputs, world: int, needs: tuple[bool, ...] = (True,) * 3, lse: bool = True, **options: Any) -> list[Sums]:
+    """The loop of `parallel.tensor`, all ranks in turn: a chunk ahead, sums over ranks cut into pieces."""
+    H, G = x.q.shape[1:2] + x.k.shape[1:2]
+    settings = dict(target="mean", workspace=2**29) | options
+    ranks, asked = [], []
+    for rank in range(world):
+        heads = slice(H * rank // world, H * (rank + 1) // world)
+        groups = slice(heads.start * G // H, -(-heads.stop * G // H))
+        problem = Problem(
+            x.q[:, heads], x.k[:, groups], x.index_q, x.index_k, x.index_weights, x.lse[:, heads] if lse else None,
+            x.key_start, x.key_end, x.token_weight, x.softmax_scale, settings["target"], settings["workspace"], needs,
+        )  # fmt: skip
+        ranks.append(make_stages(problem, rank, world, asked.append))
+    following: list[Tensor] = []
+    for n in range(ranks[0].chunks + 1):
+        under_way = following
+        if n < ranks[0].chunks:
+            following = [stages.teacher(n) for stages in ranks]
+            assert asked[-1] >= int(x.key_end[ranks[0].rows(n)[-1][1] - 1])
+        if n > 0:
+            pieces = torch.stack(under_way).sum(0).chunk(world)
+            for stages, piece in zip(ranks, pieces, strict=True):
+                stages.index(n - 1, piece)
+    return [stages.sums for stages in ranks]
+
+
+def whole(parts: list[Sums]) -> list[Tensor]:
+    return [torch.stack(values).sum(0) for values in zip(*parts, strict=True)]
+
+
+@pytest.fixture(params=["torch", "kernels"])
+def body(request: pytest.FixtureRequest) -> str:
+    if request.param == "kernels":
+        request.getfixturevalue("players")
+    return str(request.param)
+
+
+@pytest.mark.parametrize("name", SHAPES)
+@pytest.mark.parametrize("world", [1, 2, 4])
+def test_the_ranks_together_are_one(body: str, name: str, world: int) -> None:
+    heads = dict(G=4) if SHAPES[name].G == 2 and world == 4 else {}
+    x = make_inputs(replace(SHAPES[name], **heads), seed=8, dtype=torch.float64)
+    workspace = 2**29 if name == "causal" else 1
+    got = whole(drive(x, world, workspace=workspace))
+    truth = reference_indexer_kl(x, token_weight=x.token_weight)
+    for field, value, expected in zip(Result._fields[1:], got, truth[1:], strict=True):
+        torch.testing.assert_close(value, expected, rtol=1e-10, atol=1e-12, msg=lambda m, f=field: f"{f}: {m}")
+
+
+@pytest.mark.parametrize("lse", [False, True])
+@pytest.mark.parametrize("target", ["mean", "sum_logits"])
+def test_targets(body: str, target: str, lse: bool) -> None:
+    x = make_inputs(SHAPES["packed"], seed=8, dtype=torch.float64)
+    got = whole(drive(x, 2, target=target, lse=lse and target == "mean"))
+    truth = reference_indexer_kl(x, target=target, token_weight=x.token_weight)
+    for value, expected in zip(got, truth[1:], strict=True):
+        torch.testing.assert_close(value, expected, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("needs", [(True, False, False), (False, True, False), (False, False, True), (False,) * 3])
+def test_gradients_that_are_not_wanted_are_not_made(body: str, needs: tuple[bool, ...]) -> None:
+    x = make_inputs(SHAPES["packed"], seed=8, dtype=torch.float64)
+    truth = reference_indexer_kl(x, token_weight=x.token_weight)
+    parts = drive(x, 2, needs)
+    for n, need in enumerate(needs):
+        assert all((part[2 + n] is not None) == need for part in parts)
+        if need:
+            torch.testing.assert_close(sum(part[2 + n] for part in parts), truth[3 + n], rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(sum(part.kl for part in parts), truth.kl, rtol=1e-10, atol=1e-12)
+
+
+def test_each_rank_works_on_rows_of_its_own(body: str) -> None:
+    parts = drive(make_inputs(SHAPES["causal"], seed=8, dtype=torch.float64), 4, workspace=2**20)
+    worked = torch.stack([part.kl != 0 for part in parts]).sum(0)
+    assert worked.max() == 1
+    assert all((part.kl != 0).any() for part in parts)
+
+
+def causal_plan(blocks: int, world: int, workspace: int) -> tuple[list[int], list[tuple[int, ...]]]:
+    T = blocks * TILE
+    starts, ends = torch.zeros(T, dtype=torch.int64), torch.arange(1, T + 1)
+    first, end = visible_tiles(starts, ends, TILE)
+    counts = (end - first).tolist()
+    return counts, cut_runs(counts, Sizes(T, 128, 64, False, workspace, 132), world)
+
+
+@pytest.mark.parametrize("world", [2, 8])
+def test_work_is_cut_evenly_and_within_the_workspace(world: int) -> None:
+    """64K tokens: the ranks' pieces of a chunk differ little, so that few tiles are padding."""
+    workspace = 2**29
+    counts, runs = causal_plan(512, world, workspace)
+    assert [b for bounds in runs for b in bounds[:-1]][::world] == [bounds[0] for bounds in runs]
+    assert runs[0][0] == 0 and runs[-1][-1] == 512
+    assert all(a[-1] == b[0] for a, b in itertools.pairwise(runs))
+    bytes_per_tile = TILE * TILE * (8 + 14 / world)
+    padded = 0
+    for bounds in runs:
+        tiles = world * largest_run(counts, bounds)
+        padded += tiles
+        assert tiles * bytes_per_tile <= workspace or bounds[-1] - bounds[0] <= world
+    assert padded <= 1.03 * sum(counts)
+    load = [sum(sum(counts[b[r] : b[r + 1]]) for b in runs) for r in range(world)]
+    assert max(load) <= 1.05 * min(load)
+
+
+def test_all_ranks_cut_alike() -> None:
+    starts, ends = (y.long() for y in SHAPES["packed"].intervals())
+    sizes = Sizes(SHAPES["packed"].S, 32, 8, True, 2**21, 132)
+    plans = [make_shard_plan(starts, ends, sizes, rank, 4, torch.device("cpu")) for rank in range(4)]
+    for plan in plans[1:]:
+        for mine, first in zip(plan.shards, plans[0].shards, strict=True):
+            assert mine.rows == first.rows and mine.piece == first.piece
+            assert torch.equal(mine.teacher.score, first.teacher.score)

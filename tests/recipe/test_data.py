@@ -1,0 +1,400 @@
+"""Reading text in every format, and packing: judged by a token-by-token walk over the stream."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import datasets
+import pytest
+import torch
+from tokenizers import Regex, Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Split
+from transformers import PreTrainedTokenizerFast
+
+from flash_indexer.recipe import data
+from flash_indexer.recipe.data import PackedDataset, load_documents, pack, standard_library_documents
+
+EOS, BOS, WORDS = 0, 1, 5000
+TEXTS = ["one two", "  \n", "trois\nquatre", "", "fünf sechs"]
+HELD_OUT = {"http/server.py", "pprint.py", "statistics.py", "topics/try", "unittest/mock.py"}
+TRAINED = {"argparse.py", "inspect.py", "json/decoder.py", "topics/class", "typing.py"}
+
+
+class CountingTokenizer(PreTrainedTokenizerFast):
+    """Counts the texts and characters it is asked to tokenise."""
+
+    texts = 0
+    characters = 0
+
+    def __call__(self, text, **options):
+        self.texts += len(text)
+        self.characters += sum(map(len, text))
+        return super().__call__(text, **options)
+
+
+def tokenizer(**special: str) -> CountingTokenizer:
+    """A word is `w<n>`, with id n + 2; whitespace is nothing."""
+    vocabulary = {"<eos>": EOS, "<bos>": BOS} | {f"w{n}": n + 2 for n in range(WORDS)} | {"?": WORDS + 2}
+    model = Tokenizer(WordLevel(vocabulary, unk_token="?"))
+    model.pre_tokenizer = Split(Regex(r"\s+"), "removed")
+    return CountingTokenizer(tokenizer_object=model, **(special or {"eos_token": "<eos>"}))
+
+
+def numbered(*lengths: int) -> datasets.Dataset:
+    """Documents of the given lengths in which no word occurs twice."""
+    words = iter(range(WORDS))
+    return datasets.Dataset.from_dict({"text": ["\n".join(f"w{next(words)}" for _ in range(n)) for n in lengths]})
+
+
+def ids(documents: datasets.Dataset) -> list[list[int]]:
+    return [[int(word[1:]) + 2 for word in text.split()] for text in documents["text"]]
+
+
+def stream(packed: PackedDataset) -> list[int]:
+    return torch.cat([packed[n]["input_ids"] for n in range(len(packed))]).tolist()
+
+
+def items_equal(one: PackedDataset, other: PackedDataset) -> bool:
+    return len(one) == len(other) and all(
+        torch.equal(one[n][key], other[n][key]) for n in range(len(one)) for key in one[n]
+    )
+
+
+@pytest.fixture(autouse=True)
+def private_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / ".cache")
+
+
+def write_jsonl(path: Path, texts: list[str | None], column: str = "text") -> Path:
+    rows = [json.dumps({"id": n, column: text}) + "\n" for n, text in enumerate(texts)]
+    path.write_text("".join(rows), encoding="utf-8")
+    return path
+
+
+@pytest.mark.parametrize("column", ["text", "content"])
+@pytest.mark.parametrize("format", ["jsonl", "parquet", "saved"])
+def test_rows_come_back_in_order(tmp_path: Path, format: str, column: str) -> None:
+    rows = datasets.Dataset.from_dict({"id": list(range(len(TEXTS))), column: TEXTS})
+    path = tmp_path / {"saved": "corpus"}.get(format, f"corpus.{format}")
+    if format == "jsonl":
+        write_jsonl(path, TEXTS, column)
+    elif format == "parquet":
+        rows.to_parquet(str(path))
+    else:
+        rows.save_to_disk(str(path))
+    documents = load_documents(str(path), column=column)
+    assert documents.column_names == ["text"]
+    assert list(documents["text"]) == TEXTS
+
+
+@pytest.mark.parametrize("suffix", [".txt", ".md", ".py"])
+def test_a_text_file_is_one_document(tmp_path: Path, suffix: str) -> None:
+    path = tmp_path / f"file{suffix}"
+    path.write_text("fünf\n\nsechs\n", encoding="utf-8")
+    assert list(load_documents(path)["text"]) == ["fünf\n\nsechs\n"]
+
+
+def test_a_folder_is_one_document_per_text_file(tmp_path: Path) -> None:
+    for name in ("b.txt", "a/z.py", "a/c.md", "picture.png", ".git/config.txt", "a/.hidden.py"):
+        file = tmp_path / "corpus" / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(name, encoding="utf-8")
+    assert list(load_documents(tmp_path / "corpus")["text"]) == ["a/c.md", "a/z.py", "b.txt"]
+
+
+def test_reading_leaves_the_progress_bars_as_they_were(tmp_path: Path) -> None:
+    assert not datasets.are_progress_bars_disabled()
+    load_documents(write_jsonl(tmp_path / "a.jsonl", TEXTS))
+    assert not datasets.are_progress_bars_disabled()
+
+
+def test_a_missing_path_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"path must be an existing file or directory, got .*nowhere"):
+        load_documents(tmp_path / "nowhere")
+
+
+def test_an_unknown_suffix_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "a.docx").write_text("text")
+    with pytest.raises(ValueError, match=r"must end in one of .txt, .md, .py, .jsonl, .parquet, got .*a.docx"):
+        load_documents(tmp_path / "a.docx")
+
+
+def test_a_missing_column_is_refused_with_those_there(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"column must be one of \['id', 'content'\] in .*, got 'text'"):
+        load_documents(write_jsonl(tmp_path / "a.jsonl", TEXTS, "content"))
+
+
+def test_a_column_of_numbers_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"column 'id' must hold strings, got int64"):
+        load_documents(write_jsonl(tmp_path / "a.jsonl", TEXTS), column="id")
+
+
+@pytest.mark.parametrize("texts", [["", " \n"], [None, ""]])
+def test_a_data_set_without_text_is_refused(tmp_path: Path, texts: list[str | None]) -> None:
+    with pytest.raises(ValueError, match=r"at least one non-empty document, got .* 2 documents, all empty"):
+        load_documents(write_jsonl(tmp_path / "a.jsonl", texts))
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.jsonl", "a.parquet"])
+def test_an_empty_file_is_refused(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).touch()
+    with pytest.raises(ValueError, match=r"at least one non-empty document, got .* of 0 bytes"):
+        load_documents(tmp_path / name)
+
+
+@pytest.mark.parametrize("format", ["jsonl", "parquet", "saved"])
+def test_a_data_set_without_rows_is_refused(tmp_path: Path, format: str) -> None:
+    features = datasets.Features({"text": datasets.Value("string")})
+    rows = datasets.Dataset.from_dict({"text": []}, features=features)
+    path = tmp_path / f"corpus.{format}"
+    if format == "jsonl":
+        path.write_text("\n\n")
+    elif format == "parquet":
+        rows.to_parquet(str(path))
+    else:
+        rows.save_to_disk(str(path))
+    with pytest.raises(ValueError, match=r"at least one non-empty document, got .* (0 documents|without any row)"):
+        load_documents(path)
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.parquet"])
+def test_a_broken_file_is_named(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_text('{"text": "cut off')
+    with pytest.raises(ValueError, match=rf"load_documents: .*{name}' can't be read: \w+"):
+        load_documents(tmp_path / name)
+
+
+def test_text_that_is_not_utf8_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_bytes(b"caf\xe9")
+    with pytest.raises(ValueError, match=r"a.txt' must be UTF-8, got byte 0xe9 at offset 3"):
+        load_documents(tmp_path / "a.txt")
+
+
+def test_a_folder_without_text_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "picture.png").touch()
+    with pytest.raises(ValueError, match=r"a directory must come from Dataset.save_to_disk or hold files in"):
+        load_documents(tmp_path)
+
+
+def test_several_splits_are_refused_by_name(tmp_path: Path) -> None:
+    rows = datasets.Dataset.from_dict({"text": TEXTS})
+    datasets.DatasetDict({"train": rows, "validation": rows}).save_to_disk(str(tmp_path / "corpus"))
+    with pytest.raises(ValueError, match=r"one split of a data set, got .* with \['train', 'validation'\]"):
+        load_documents(tmp_path / "corpus")
+    assert list(load_documents(tmp_path / "corpus" / "train")["text"]) == TEXTS
+
+
+@pytest.mark.parametrize("length", [1, 7, 64, 500])
+@pytest.mark.parametrize("seed", [0, 1])
+def test_packing_keeps_every_token_and_every_boundary(length: int, seed: int) -> None:
+    documents = numbered(1, 63, 2, 500, 7, 1, 301, 64, 13)
+    packed = pack(documents, tokenizer(), sequence_length=length, seed=seed)
+    originals = ids(documents)
+    total = sum(map(len, originals)) + len(originals)
+    assert len(packed) == total // length
+
+    rest, position, pieces = stream(packed), 0, [[]]
+    for n in range(len(packed)):
+        item = packed[n]
+        assert {key: (value.dtype, list(value.shape)) for key, value in item.items()} == {
+            "input_ids": (torch.int64, [length]),
+            "position_ids": (torch.int64, [length]),
+        }
+        position = 0
+        for token, got in zip(item["input_ids"].tolist(), item["position_ids"].tolist(), strict=True):
+            assert got == position
+            position = 0 if token == EOS else position + 1
+    for token in rest:
+        pieces[-1].append(token)
+        if token == EOS:
+            pieces.append([])
+    whole, last = [piece[:-1] for piece in pieces[:-1]], pieces[-1]
+    assert all(piece in originals for piece in whole)
+    assert len({tuple(piece) for piece in whole}) == len(whole)
+    assert not last or any(document[: len(last)] == last for document in originals)
+    assert total - len(rest) < length
+
+
+def test_the_order_follows_the_seed() -> None:
+    documents = numbered(*[10] * 40)
+    packs = [pack(documents, tokenizer(), sequence_length=11, seed=seed) for seed in (0, 0, 1)]
+    assert items_equal(packs[0], packs[1])
+    assert packs[0].fingerprint == packs[1].fingerprint != packs[2].fingerprint
+    assert stream(packs[0]) != stream(packs[2])
+    assert sorted(stream(packs[0])) == sorted(stream(packs[2]))
+    in_order = [token for document in ids(documents) for token in [*document, EOS]]
+    assert in_order not in (stream(packs[0]), stream(packs[2]))
+
+
+def test_the_fingerprint_tells_what_the_items_tell() -> None:
+    tokens = torch.arange(24, dtype=torch.int32)
+    starts = torch.tensor([0, 5, 20])
+    base = PackedDataset(tokens, starts, 8)
+    changed = tokens.clone()
+    changed[23] += 1
+    others = [
+        PackedDataset(changed, starts, 8),
+        PackedDataset(tokens, torch.tensor([0, 6, 20]), 8),
+        PackedDataset(tokens, starts, 12),
+        PackedDataset(tokens[:16], starts[:2], 8),
+    ]
+    assert len({base.fingerprint, *(other.fingerprint for other in others)}) == 5
+    assert PackedDataset(tokens.clone(), starts.clone(), 8).fingerprint == base.fingerprint
+
+
+def test_workers_do_not_change_the_items() -> None:
+    packed = pack(numbered(*[30] * 20), tokenizer(), sequence_length=16, seed=3)
+    loader = torch.utils.data.DataLoader(packed, batch_size=5, num_workers=2)
+    batches = list(loader)
+    for key in ("input_ids", "position_ids"):
+        assert torch.equal(torch.cat([batch[key] for batch in batches]), torch.stack([item[key] for item in packed]))
+
+
+def test_a_bounded_pack_is_the_beginning_of_the_whole_and_stops_tokenising() -> None:
+    documents = numbered(*[9] * 500)
+    whole_tokenizer, bounded_tokenizer = tokenizer(), tokenizer()
+    whole = pack(documents, whole_tokenizer, sequence_length=8, seed=5)
+    bounded = pack(documents, bounded_tokenizer, sequence_length=8, seed=5, max_sequences=3)
+    assert whole_tokenizer.texts == 500
+    assert bounded_tokenizer.texts < 100
+    assert len(bounded) == 3
+    assert stream(bounded) == stream(whole)[:24]
+    assert all(torch.equal(bounded[n]["position_ids"], whole[n]["position_ids"]) for n in range(3))
+
+
+def test_documents_that_begin_in_the_dropped_rest_leave_no_trace() -> None:
+    packed = pack(numbered(*[1] * 7), tokenizer(), sequence_length=4, seed=0, max_sequences=50)
+    assert len(packed) == 3, "more sequences wanted than there are is no error"
+    assert packed.document_starts.tolist() == [0, 2, 4, 6, 8, 10]
+    assert packed.tokens.untyped_storage().nbytes() == 12 * 4
+
+
+def test_a_very_long_document_is_tokenised_in_pieces_that_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    documents = numbered(3, 2000, 40)
+    whole = pack(documents, tokenizer(), sequence_length=32, seed=0)
+    monkeypatch.setattr(data, "CHARACTERS_PER_CALL", 99)
+    counting = tokenizer()
+    assert pack(documents, counting, sequence_length=32, seed=0).fingerprint == whole.fingerprint
+    assert counting.texts > 50
+    bounded = tokenizer()
+    pack(documents, bounded, sequence_length=32, seed=0, max_sequences=4)
+    assert bounded.characters < counting.characters / 4
+
+
+@pytest.mark.parametrize("line", ["", "\n", "abc\n"])
+def test_pieces_join_to_the_text(monkeypatch: pytest.MonkeyPatch, line: str) -> None:
+    monkeypatch.setattr(data, "CHARACTERS_PER_CALL", 10)
+    text = line * 9 + "x" * 37 + line * 5
+    pieces = list(data._pieces(text))
+    assert "".join(pieces) == text
+    assert all(0 < len(piece) <= 10 for piece in pieces)
+
+
+def test_short_documents_can_be_skipped() -> None:
+    documents = numbered(5, 19, 20, 3, 40)
+    packed = pack(documents, tokenizer(), sequence_length=7, seed=0, min_document_tokens=20)
+    assert len(packed) == (20 + 21 + 41) // 7
+    kept = {token for document in ids(documents) if len(document) >= 19 for token in document}
+    assert set(stream(packed)) <= kept | {EOS}
+
+
+def test_a_bound_below_the_minimum_does_not_skip_long_documents(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(data, "CHARACTERS_PER_CALL", 50)
+    packed = pack(numbered(300), tokenizer(), sequence_length=8, seed=0, max_sequences=1, min_document_tokens=200)
+    assert len(packed) == 1
+
+
+@pytest.mark.parametrize("max_sequences", [None, 3])
+def test_one_document_per_sequence(max_sequences: int | None) -> None:
+    documents = numbered(5, 29, 30, 64, 8)
+    packed = pack(documents, tokenizer(), sequence_length=10, seed=0, max_sequences=max_sequences, one_document=True)
+    assert len(packed) == (max_sequences or 3 + 3 + 6)
+    originals = [[*document, EOS] for document in ids(documents)]
+    for item in packed:
+        assert torch.equal(item["position_ids"], torch.arange(10))
+        tokens = item["input_ids"].tolist()
+        assert any(tokens == original[at : at + 10] for original in originals for at in range(0, len(original), 10))
+
+
+def test_without_an_eos_token_the_bos_token_separates() -> None:
+    documents = numbered(4, 4)
+    packed = pack(documents, tokenizer(bos_token="<bos>"), sequence_length=5, seed=0)
+    assert sorted(item["input_ids"].tolist() for item in packed) == [[BOS, *document] for document in ids(documents)]
+    assert all(torch.equal(item["position_ids"], torch.arange(5)) for item in packed)
+
+
+def test_a_tokenizer_without_separators_is_refused() -> None:
+    with pytest.raises(ValueError, match="tokenizer must have an eos or a bos token"):
+        pack(numbered(4), tokenizer(unk_token="?"), sequence_length=2, seed=0)
+
+
+def test_empty_and_missing_texts_are_skipped() -> None:
+    full = numbered(6, 6)
+    holes = datasets.Dataset.from_dict({"text": [None, full["text"][0], "", " \n", full["text"][1]]})
+    packed = pack(holes, tokenizer(), sequence_length=7, seed=0)
+    assert sorted(item["input_ids"].tolist() for item in packed) == [[*document, EOS] for document in ids(full)]
+
+
+def test_too_little_text_says_how_much() -> None:
+    with pytest.raises(
+        ValueError, match=r"needs sequence_length=64 tokens, got 12 \(of 12 found, the longest document 8"
+    ):
+        pack(numbered(3, 7), tokenizer(), sequence_length=64, seed=0)
+    with pytest.raises(ValueError, match=r"sequence_length=8 tokens, got 0 \(of 12 found, .*min_document_tokens=9"):
+        pack(numbered(3, 7), tokenizer(), sequence_length=8, seed=0, min_document_tokens=9)
+    with pytest.raises(ValueError, match=r"got 0 .*one_document=True"):
+        pack(numbered(3, 6), tokenizer(), sequence_length=8, seed=0, one_document=True)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "least"), [("sequence_length", 0, 1), ("max_sequences", 0, 1), ("min_document_tokens", -1, 0)]
+)
+def test_arguments_out_of_range_are_refused(name: str, value: int, least: int) -> None:
+    with pytest.raises(ValueError, match=f"pack: {name} must be at least {least}, got {value}"):
+        pack(numbered(9), tokenizer(), **{"sequence_length": 4, "seed": 0, name: value})
+
+
+@pytest.mark.parametrize("index", [-1, 2])
+def test_an_index_out_of_range_is_refused(index: int) -> None:
+    packed = pack(numbered(9), tokenizer(), sequence_length=5, seed=0)
+    with pytest.raises(IndexError, match=rf"index must be in 0..1, got {index}"):
+        packed[index]
+
+
+def test_the_standard_library_is_split_by_name() -> None:
+    train, heldout = standard_library_documents("train"), standard_library_documents("heldout")
+    names = {"train": list(train["name"]), "heldout": list(heldout["name"])}
+    assert set(names["train"]).isdisjoint(names["heldout"])
+    assert set(train["text"]).isdisjoint(text for text in heldout["text"] if len(text) > 200)
+    for side in names.values():
+        assert side == sorted(side)
+        assert any(name.startswith("topics/") for name in side)
+        assert not [name for name in side if "/test/" in name or "site-packages" in name or "topics.py" in name]
+    sizes = [sum(map(len, documents["text"])) for documents in (train, heldout)]
+    assert sum(sizes) > 4_000_000
+    assert 0.05 <= sizes[1] / sum(sizes) <= 0.10
+    assert sum(len(text) > 12_000 for text in heldout["text"]) >= 8, "long contexts want long held-out documents"
+    assert list(standard_library_documents("heldout")["text"]) == list(heldout["text"])
+
+
+def test_the_side_of_a_file_never_changes() -> None:
+    """Names that Python 3.11 and 3.12 both have; a change of the rule would leak old training text into evaluation."""
+    heldout, train = (
+        set(standard_library_documents("heldout")["name"]),
+        set(standard_library_documents("train")["name"]),
+    )
+    assert heldout >= HELD_OUT
+    assert train >= TRAINED
+
+
+def test_another_split_is_refused() -> None:
+    with pytest.raises(ValueError, match='split must be "train" or "heldout", got \'test\''):
+        standard_library_documents("test")
+
+
+def test_a_python_without_sources_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(data.sysconfig, "get_path", lambda name: str(tmp_path))
+    with pytest.raises(FileNotFoundError, match=r"no readable .py files below"):
+        standard_library_documents("train")
