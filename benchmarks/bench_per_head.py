@@ -15,7 +15,6 @@ from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import torch
 from torch import Tensor
@@ -23,8 +22,9 @@ from torch import Tensor
 from flash_indexer import indexer_kl, warmup_attention
 from flash_indexer.bench.kl import environment, time_in_turns
 from flash_indexer.bench.per_head import SUITES, problem, sized
-from flash_indexer.ops.kl import op as operator
-from flash_indexer.ops.kl import per_head
+from flash_indexer.ops import bodies
+from flash_indexer.ops.attention import per_head_op
+from flash_indexer.ops.bodies import TORCH
 
 ROUNDS, SLOW_ROUNDS = 15, 2
 NAMES = ("loss", "kl", "entropy", "d_index_q", "d_index_k", "d_index_weights")
@@ -43,16 +43,15 @@ def main() -> None:
     tensors, others = problem(size)
     q, k, v = tensors[:3]
     leaves = [x.requires_grad_() for x in tensors[3:]]
-    refused = per_head.refusal(q, k, leaves[0])
-    if refused is not None:
-        raise SystemExit(f"bench_per_head: {refused}")
+    if per_head_op.body_of("bench_per_head", q, k, leaves[0]) == TORCH:
+        raise SystemExit("bench_per_head: no kernel takes these sizes on this GPU: see the warning")
 
     def alone() -> list[Tensor]:
         result = indexer_kl(q, k, *leaves, **others, target="per_head")
         return [*result, *torch.autograd.grad(result.loss, leaves)]
 
     def in_torch() -> list[Tensor]:
-        with mock.patch.object(operator.per_head, "refusal", lambda *_: "as asked"):
+        with bodies.use(TORCH):
             return alone()
 
     def forward() -> None:
@@ -85,14 +84,14 @@ def main() -> None:
 
 def compare(got: list[Tensor], expected: list[Tensor]) -> dict[str, float]:
     """Relative differences; raises RuntimeError where one is more than rounding."""
-    found = {}
+    differences = {}
     for name, close, a, b in zip(NAMES, CLOSE, got, expected, strict=True):
         a, b = a.detach().double(), b.detach().double()
         error, size = (a - b).abs(), b.abs()
-        found[name] = float(error.norm() / size.norm() if name.startswith("d_") else error.max() / size.max())
-        if not found[name] <= close:
-            raise RuntimeError(f"bench_per_head: {name} differs from the torch body's by {found[name]:.1e}")
-    return found
+        differences[name] = float(error.norm() / size.norm() if name.startswith("d_") else error.max() / size.max())
+        if not differences[name] <= close:
+            raise RuntimeError(f"bench_per_head: {name} differs from the torch body's by {differences[name]:.1e}")
+    return differences
 
 
 if __name__ == "__main__":

@@ -18,7 +18,6 @@ import tempfile
 from contextlib import ExitStack
 from itertools import pairwise
 from pathlib import Path
-from unittest import mock
 
 import torch
 from tokenizers import Tokenizer
@@ -28,7 +27,8 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerF
 
 from flash_indexer import cli
 from flash_indexer.bench.kl import environment
-from flash_indexer.ops.kl import op as operator
+from flash_indexer.ops import bodies
+from flash_indexer.ops.bodies import TORCH
 
 VOCABULARY, HEADS = 49152, 9
 SKIPPED = 2  # steps before the clock counts: kernels load, allocators fill
@@ -81,8 +81,7 @@ def warm_up(path: Path, name: str, steps: int, sequence_length: int, target: str
     ]  # fmt: skip
     with ExitStack() as body:
         if name == "torch body":
-            body.enter_context(mock.patch.object(operator.cuda, "indexer_kl", operator.torch_body))
-            body.enter_context(mock.patch.object(operator.per_head, "refusal", lambda *_: "asked for by the benchmark"))
+            body.enter_context(bodies.use(TORCH))
         cli.app(command, standalone_mode=False)
     return [json.loads(line) for line in (out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
 

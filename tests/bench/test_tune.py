@@ -236,7 +236,7 @@ def test_a_kill_while_writing_leaves_the_old_winners(tmp_path):
     """A process that writes all the time, and is killed: whoever looks, whenever, finds winners."""
     file = tmp_path / "tuned.json"
     program = (
-        "from pathlib import Path\nfrom flash_indexer import tune\n"
+        "from pathlib import Path\nfrom flash_indexer.bench import tune\n"
         "stage = tune.Stage('', 'head_gradients_query', dict(D=128, E=64, HG=64))\n"
         "found = [(stage, tune.Found({'N': 0}, {'N': 1}, 1.0, 2.0, []))]\n"
         f"while True:\n    tune.write(Path({str(file)!r}), 'gpu' * 20000, found, 8192)\n    print(flush=True)\n"

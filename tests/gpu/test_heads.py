@@ -22,7 +22,7 @@ from head_problems import (
 )
 
 from flash_indexer import indexer_kl, warmup_attention
-from flash_indexer.ops import attention_forward
+from flash_indexer.ops import attention_forward, bodies, launch
 from flash_indexer.testing import (
     HEAD_CLASSES,
     KernelClass,
@@ -248,10 +248,19 @@ def test_any_layout_in_memory(inputs, problem):
     assert all(torch.equal(a, b) for a, b in zip((*expected, *gradients), (*got, *others), strict=True))
 
 
-def test_unsupported_sizes_are_named(problem):
-    x, v = make(problem, "unsupported", HEAD_CLASSES[0], "short")
-    wide = torch.zeros(*x.q.shape[:2], 320, device="cuda").bfloat16()
-    with pytest.raises(ValueError, match="q must have D of 1 to 256 on CUDA"):
-        call(replace(x, q=wide, k=wide[: x.k.shape[0], : x.k.shape[1]]), v)
-    with pytest.raises(ValueError, match=r"index_q must have E in \{32, 64, 128\} on CUDA, got E=16"):
-        call(replace(x, index_q=x.index_q[..., :16].contiguous(), index_k=x.index_k[..., :16].contiguous()), v)
+def test_other_sizes_run_in_torch_and_say_why(problem, monkeypatch):
+    monkeypatch.setattr(launch, "load", lambda name, **_: pytest.fail(f"kernel {name}"))
+    monkeypatch.setattr(bodies, "_said", set())
+    x, v = make(problem, "other sizes", HEAD_CLASSES[0], "short")
+    narrow = replace(x, index_q=x.index_q[..., :16].contiguous(), index_k=x.index_k[..., :16].contiguous())
+    wide = torch.randn(*v.shape[:2], 320, device="cuda").bfloat16()
+    for y, value, reason in (
+        (narrow, v, r"index_q must have E in \{32, 64, 128\} on CUDA, got E=16"),
+        (x, wide, "v must have V of 1 to 256 on CUDA"),
+    ):
+        with pytest.warns(UserWarning, match=f"warmup_attention runs the blockwise torch body .* {reason}"):
+            got, gradients = call(y, value, weight=y.token_weight)
+        options = dict(target="per_head", token_weight=y.token_weight, d_loss=1.0)
+        truth, eager = reference_indexer_kl(y, **options), eager_indexer_kl(y, **options)
+        check_attention(got.out, got.lse, y, value)
+        check_loss(got, gradients, truth, eager, y, y.token_weight)

@@ -9,7 +9,7 @@ import torch
 from head_problems import GRADIENTS, LAYOUTS, call, check_loss, make, without, worst_of_four
 
 from flash_indexer import warmup_attention
-from flash_indexer.ops.attention import gpu_body as heads
+from flash_indexer.ops import launch
 from flash_indexer.testing import HEAD_CLASSES, assert_close, reference_indexer_kl
 
 pytestmark = pytest.mark.gpu
@@ -20,8 +20,8 @@ EACH = pytest.mark.parametrize("sizes", CLASSES, ids=lambda sizes: "D{}-V{}-E{}-
 @pytest.fixture
 def launched(monkeypatch):
     """Names of the kernels that ran."""
-    names, load = [], heads.load_kernel
-    monkeypatch.setattr(heads, "load_kernel", lambda name, **static: names.append(name) or load(name, **static))
+    names, load = [], launch.load
+    monkeypatch.setattr(launch, "load", lambda name, **static: names.append(name) or load(name, **static))
     return names
 
 

@@ -9,14 +9,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-from flash_indexer.testing import (
-    KERNEL_CLASSES,
-    KernelClass,
-    Result,
-    assert_close,
-    eager_indexer_kl,
-    reference_indexer_kl,
-)
+from flash_indexer.ops import bodies, launch
+from flash_indexer.ops.bodies import TORCH
+from flash_indexer.testing import KERNEL_CLASSES, KernelClass, Result, assert_close, reference_indexer_kl
 
 pytestmark = pytest.mark.gpu
 LAYOUTS = ("causal", "documents", "window", "cached_prefix", "fewer_keys", "arbitrary", "long", "short")
@@ -42,8 +37,7 @@ def test_against_float64(sizes, layout, target, problem, measure, baseline, requ
     torch.cuda.synchronize()
     sizes_drawn = dict(q=list(x.q.shape), k=list(x.k.shape), index_q=list(x.index_q.shape), workspace=workspace)
     print(sizes_drawn, common["d_loss"], "weights" if weight is not None else "no weights")
-    for field, *tensors in list(zip(Result._fields, got, truth, eager, strict=True))[1:]:
-        assert_close(field, *tensors)
+    check(got, truth, eager)
     seen = x.key_end > x.key_start
     used = seen.double() / seen.sum().clamp_min(1) if weight is None else weight.double()
     terms = used * got.kl.double()
@@ -82,23 +76,44 @@ def shifted(x: torch.Tensor) -> torch.Tensor:
     return torch.cat([x.new_zeros(1), x.flatten()])[1:].view(x.shape)
 
 
-def test_unsupported_sizes_are_named(problem, measure):
-    x = problem("unsupported", KERNEL_CLASSES[0], "short")
-    with pytest.raises(ValueError, match=r"q must have D in \{64, 96, 128, 192, 256, 576\} on CUDA, got D=95"):
-        measure(replace(x, q=x.q[..., :95], k=x.k[..., :95]))
-    with pytest.raises(ValueError, match=r"index_q must have E in \{32, 64, 128\} on CUDA, got E=31"):
-        measure(replace(x, index_q=x.index_q[..., :31], index_k=x.index_k[..., :31]))
+OTHER_SIZES = {  # sizes that no kernel takes, and why
+    "D": (KernelClass(80, 64, 8), "mean", r"q must have D in \{64, 96, 128, 192, 256, 576\} on CUDA, got D=80"),
+    "E": (KernelClass(64, 24, 8), "mean", r"index_q must have E in \{32, 64, 128\} on CUDA, got E=24"),
+    "I": (KernelClass(64, 32, 8), "sum_logits", r"index_q must have 1 to 64 heads \(I\) on CUDA, got I=70"),
+    "H": (KernelClass(64, 32, 8), "mean", r"q must have 1 to 128 heads \(H\) on CUDA, got H=130"),
+    "per_head": (KernelClass(576, 64, 8), "per_head", r"q must have D of 1 to 256 .* got D=576"),
+}
 
 
-def test_per_head_of_other_sizes_asks_for_no_kernel(problem, measure, monkeypatch):
-    """It runs the torch body, forward and backward, and says why."""
-    for module in ("cuda", "heads"):
-        monkeypatch.setattr(f"flash_indexer.ops.{module}.load_kernel", lambda name, **_: pytest.fail(f"kernel {name}"))
-    monkeypatch.setattr("flash_indexer.ops.kl.sums._said", set())
-    x = problem("per_head", KernelClass(576, 64, 8), "documents", H=8, G=1, I=8)
-    options = dict(target="per_head", token_weight=x.token_weight, d_loss=1.7)
-    with pytest.warns(UserWarning, match=r"torch body .* q must have D of 1 to 256 .* got D=576"):
+@pytest.mark.parametrize("case", OTHER_SIZES)
+def test_other_sizes_run_in_torch_and_say_why(case, problem, measure, baseline, monkeypatch):
+    """Forward and backward, without asking for any kernel."""
+    monkeypatch.setattr(launch, "load", lambda name, **_: pytest.fail(f"kernel {name}"))
+    monkeypatch.setattr(bodies, "_said", set())
+    sizes, target, reason = OTHER_SIZES[case]
+    heads = {"I": dict(I=70), "H": dict(H=130, G=2), "per_head": dict(H=8, G=1, I=8)}.get(case, {})
+    x = problem(f"other {case}", sizes, "documents", **heads)
+    options = dict(target=target, token_weight=x.token_weight, d_loss=1.7)
+    with pytest.warns(UserWarning, match=f"torch body .* {reason}"):
         got = measure(x, **options)
-    truth, eager = reference_indexer_kl(x, **options), eager_indexer_kl(x, **options)
+    truth = reference_indexer_kl(x, **options)
+    check(got, truth, baseline(x, truth, **options))
+
+
+@pytest.mark.parametrize("target", ["mean with lse", "sum_logits", "per_head"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_the_torch_body_on_a_gpu(layout, target, problem, measure, baseline):
+    """The same suite in the kernels' place: bfloat16 inputs, float32 arithmetic, chunks of a small workspace."""
+    heads = dict(H=4, G=2, I=4) if target == "per_head" else dict(H=6, G=2, I=5)
+    x = problem(f"torch {layout} {target}", KernelClass(64, 32, 8), layout, **heads)
+    lse = x.lse if target != "sum_logits" else None
+    common = dict(target=target.split()[0], token_weight=x.token_weight, d_loss=-0.8)
+    with bodies.use(TORCH):
+        got = measure(x, lse=lse, workspace_bytes=2**20, **common)
+    truth = reference_indexer_kl(x, **common)
+    check(got, truth, baseline(x, truth, lse=lse, **common))
+
+
+def check(got, truth, eager):
     for field, *tensors in list(zip(Result._fields, got, truth, eager, strict=True))[1:]:
         assert_close(field, *tensors)

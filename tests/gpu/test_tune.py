@@ -14,7 +14,8 @@ from flash_indexer.bench import per_head as bench_heads
 from flash_indexer.bench import tune, tune_worker
 from flash_indexer.bench.tune_worker import Lost, Worker
 from flash_indexer.kernels import tiles, tuned
-from flash_indexer.ops.attention import gpu_body as heads
+from flash_indexer.ops import launch
+from flash_indexer.ops.attention import layout
 
 pytestmark = pytest.mark.gpu
 SIZE = tune.parse_size(64, 1, 128, 128, 64, "700,1,500")
@@ -51,13 +52,13 @@ def test_the_operator_uses_what_tuning_found(file, monkeypatch):
         assert result.best in tiles.candidates(stage.kernel, stage.shape)[1:] and result.lost == [], stage.title
     assert len(json.loads(file.read_text())["entries"]) == 4
 
-    launched, load = {}, heads.load_kernel
+    launched, load = {}, launch.load
 
     def recorded(name, **static):
         launched[name] = static
         return load(name, **static)
 
-    monkeypatch.setattr(heads, "load_kernel", recorded)
+    monkeypatch.setattr(launch, "load", recorded)
     bench_heads.check(SIZE)  # by the ruler
     results = dict(zip(tiles.KERNELS, (found[0], *found[2:]), strict=True))  # the second is attention alone
     for name, result in results.items():
@@ -82,7 +83,7 @@ def test_a_kernel_that_hangs_is_ended_and_the_gpu_goes_on():
 def test_a_candidate_that_writes_nothing_is_wrong(kernel, monkeypatch):
     """Memory for its outputs may have held right results a moment before."""
     launch = tune_worker.launch
-    default, outputs = tiles.default(kernel, heads.shapes(128, 128, 64, 64)[kernel]), {}
+    default, outputs = tiles.default(kernel, layout.shapes(128, 128, 64, 64)[kernel]), {}
 
     def idle(size, kernel, indexer, sizes):
         if sizes == default:

@@ -13,7 +13,7 @@ import pytest
 
 from flash_indexer.kernels import cache as kernels
 from flash_indexer.kernels import tiles
-from flash_indexer.ops.attention import gpu_body as heads
+from flash_indexer.ops.attention import layout
 from flash_indexer.ops.kl import gpu_body as cuda
 from flash_indexer.testing import HEAD_CLASSES, KERNEL_CLASSES
 
@@ -198,7 +198,7 @@ def test_the_classes_of_the_tests_are_compiled_beforehand():
     """So that no test waits for a compiler: what the operators ask for, for every class of sizes."""
     listed = set(kernels.every_kernel())
     for sizes in HEAD_CLASSES:
-        D, V, E = heads._width(sizes.D), heads._width(sizes.V), heads._index_width(sizes.E, sizes.heads)
+        D, V, E = layout.padded_width(sizes.D), layout.padded_width(sizes.V), layout.index_width(sizes.E, sizes.heads)
         if D <= 128 and E <= 64:
             assert ("head_gradients_once", (("D", D), ("E", E), ("HG", sizes.heads))) in listed
         for name, static in (

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from flash_indexer.kernels import tiles
-from flash_indexer.ops.attention import gpu_body as heads
+from flash_indexer.ops.attention import layout as heads
 from flash_indexer.testing import HEAD_CLASSES
 
 PROCESSOR_BYTES = 227 * 1024  # what a CTA may have on compute capability 9.0

@@ -14,8 +14,8 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
+from flash_indexer.parallel import context as context_module
 from flash_indexer.parallel import (
-    context_parallel,
     context_parallel_indexer_kl,
     context_positions,
     gather_tokens,
@@ -110,14 +110,14 @@ def context(
     if meshed:
         heads = group.get_group("tensor")
         x = some_heads(x, dist.get_rank(heads), dist.get_world_size(heads))
-    before = context_parallel.WIDE_BYTES
-    context_parallel.WIDE_BYTES = 0 if wide else before
+    before = context_module.WIDE_BYTES
+    context_module.WIDE_BYTES = 0 if wide else before
     try:
         return answer(
             x, context_parallel_indexer_kl, d_loss, group=group, layout=layout, **given(x, lse, weighted), **options
         )
     finally:
-        context_parallel.WIDE_BYTES = before
+        context_module.WIDE_BYTES = before
 
 
 def tensor(

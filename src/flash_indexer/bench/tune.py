@@ -25,7 +25,7 @@ from flash_indexer.bench.tune_worker import Lost, Worker
 from flash_indexer.files.checkpoint import write_json
 from flash_indexer.kernels import cache as kernels
 from flash_indexer.kernels import tiles, tuned
-from flash_indexer.ops.attention import gpu_body as heads
+from flash_indexer.ops.attention import layout
 
 NOISE = 0.01  # a winner's time is below 1 - NOISE of the default's
 ROUNDS, FINAL_ROUNDS, FINALISTS = 12, 40, 3
@@ -89,7 +89,7 @@ def _lengths(text: str) -> tuple[int, ...]:
 
 def stages(size: Size) -> list[Stage]:
     """What a problem launches and can be tuned; the attention alone where the per-head pass does not take the shape."""
-    shapes = heads.shapes(size.D, size.V, size.E, size.H // size.G)
+    shapes = layout.shapes(size.D, size.V, size.E, size.H // size.G)
     alone = Stage("attention alone", "attention", shapes["attention"] | {"E": 0})
     titles = {
         "attention": "attention and KL", "head_gradients_query": "gradient of index_q",

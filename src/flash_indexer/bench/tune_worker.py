@@ -23,7 +23,10 @@ from torch import Tensor
 
 from flash_indexer.bench.kl import Size, time_in_turns
 from flash_indexer.bench.per_head import problem
-from flash_indexer.ops.attention import gpu_body as heads
+from flash_indexer.ops import worklists
+from flash_indexer.ops.attention import gpu_body
+from flash_indexer.ops.attention.gpu_gradients import per_head_gradients
+from flash_indexer.ops.problem import Problem
 
 PROGRAM = "import sys; sys.path[:] = {path!r}; from flash_indexer.bench.tune_worker import main; main(int(sys.argv[1]))"
 SECONDS, START_SECONDS = 60.0, 120.0  # for an answer; for starting and making the problem before the first one
@@ -154,16 +157,16 @@ def launch(size: Size, kernel: str, indexer: bool, tiles: dict[str, int]) -> dic
     q, k, v, *index = tensors
     intervals = (others["key_start"], others["key_end"], others["softmax_scale"])
     sizes = {kernel: tiles}
-    if kernel == "attention" and not indexer:
-        return dict(zip(("out", "lse"), heads.attention(q, k, v, *intervals, sizes), strict=True))
-    indices = (index[0], index[1], index[2])
     if kernel == "attention":
-        result = heads.per_head(q, k, v, indices, *intervals, sizes)
-        return {name: x for name, x in zip(result._fields, result, strict=True) if x is not None}
+        indices = (index[0], index[1], index[2])
+        if indexer:
+            return gpu_body.attention_with_kl(q, k, v, indices, *intervals, sizes)._asdict()
+        return gpu_body.attention(q, k, v, *intervals, sizes)._asdict()
+    problem, lse_index = backward_problem(size)
     needs = (False, True, False) if kernel == "head_gradients_key" else (True, False, True)
-    found = heads.per_head_gradients(q, k, indices, *before(size), *intervals, needs, sizes)
+    gradients = per_head_gradients(problem._replace(needs=needs), lse_index, sizes)
     names = ("d_index_q", "d_index_k", "d_index_weights")
-    return {name: x for name, x in zip(names, found, strict=True) if x is not None}
+    return {name: x for name, x in zip(names, gradients, strict=True) if x is not None}
 
 
 @functools.cache
@@ -173,13 +176,17 @@ def made(size: Size) -> tuple[list[Tensor], dict[str, Any]]:
 
 
 @functools.cache
-def before(size: Size) -> tuple[tuple[Tensor, Tensor], Tensor]:
-    """What the gradients need of the pass before: both logsumexps, and the factor of each token."""
+def backward_problem(size: Size) -> tuple[Problem, Tensor]:
+    """What the gradients need of the pass before: both logsumexps, and each token's share of the loss."""
     (q, k, v, index_q, index_k, weights), others = made(size)
-    starts, ends = others["key_start"], others["key_end"]
-    result = heads.per_head(q, k, v, (index_q, index_k, weights), starts, ends, others["softmax_scale"])
-    assert result.lse_index is not None
-    return (result.lse, result.lse_index), heads.weight_of(None, starts, ends, k.shape[0]) / q.shape[1]
+    starts, ends, scale = others["key_start"], others["key_end"], others["softmax_scale"]
+    forward = gpu_body.attention_with_kl(q, k, v, (index_q, index_k, weights), starts, ends, scale)
+    share = worklists.mean_weight(starts, ends, k.shape[0]) / q.shape[1]
+    needs = (True, True, True)
+    problem = Problem(
+        q, k, index_q, index_k, weights, forward.lse, starts, ends, share, scale, "per_head", 0, needs
+    )  # fmt: skip
+    return problem, forward.lse_index
 
 
 def poison(results: dict[str, Tensor]) -> None:

@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from flash_indexer.ops import indexer_scores, teacher_scores
-from flash_indexer.ops.kl.torch_body import plan_chunks
+from flash_indexer.ops.blockwise import plan_chunks
 
 SELECTIONS = ("indexer", "oracle", "window")
 SINK = 4

@@ -1,12 +1,14 @@
-"""The torch boundary: checks, chunking, the three stages, and the custom operators with their fakes and autograd."""
+"""The torch boundary: checks, chunking, the stages, and the custom operators with their fakes and autograd."""
 
 from flash_indexer.ops.attention.op import attention_forward
 from flash_indexer.ops.checks import check_indexer_kl, check_workspace
-from flash_indexer.ops.kl.op import IndexerKL, indexer_kl, scale_gradients
+from flash_indexer.ops.kl.op import IndexerKL, indexer_kl
 from flash_indexer.ops.kl.scores import indexer_scores
-from flash_indexer.ops.kl.shards import Stages, make_stages
-from flash_indexer.ops.kl.sums import Problem, Sums, indexer_kl_sums
+from flash_indexer.ops.kl.stages import Stages, run_stages
+from flash_indexer.ops.kl.sums import body_of, indexer_kl_sums, make_stages
 from flash_indexer.ops.kl.torch_body import index_gradients, index_scores, kl_rows, teacher_lse, teacher_scores
+from flash_indexer.ops.known import known_loss
+from flash_indexer.ops.problem import Problem, Sums, WaitForKeys
 from flash_indexer.ops.warmup import WarmupAttention, warmup_attention
 
 __all__ = [
@@ -14,8 +16,10 @@ __all__ = [
     "Problem",
     "Stages",
     "Sums",
+    "WaitForKeys",
     "WarmupAttention",
     "attention_forward",
+    "body_of",
     "check_indexer_kl",
     "check_workspace",
     "index_gradients",
@@ -24,8 +28,9 @@ __all__ = [
     "indexer_kl_sums",
     "indexer_scores",
     "kl_rows",
+    "known_loss",
     "make_stages",
-    "scale_gradients",
+    "run_stages",
     "teacher_lse",
     "teacher_scores",
     "warmup_attention",

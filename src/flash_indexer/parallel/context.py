@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
 
-from flash_indexer.ops import IndexerKL, Problem, check_indexer_kl, check_workspace, indexer_kl_sums
+from flash_indexer.ops import IndexerKL, Problem, body_of, check_indexer_kl, check_workspace, indexer_kl_sums
 from flash_indexer.parallel.groups import Group, all_gather, process_groups, reduce_scatter
 from flash_indexer.parallel.loss import finish, mean_weight, total, wanted
 from flash_indexer.parallel.tensor import check_sums_over_heads, sharded_sums
@@ -128,20 +128,24 @@ def context_parallel_indexer_kl(
     with torch.no_grad():
         weight = mean_weight(key_start, key_end, index_weights, ranks) if token_weight is None else token_weight
         keys = gather_tokens(index_k, ranks, layout=layout)
-        teacher_keys, before = gather_while_computing(k.detach(), ranks, owners)
+        teacher_keys, wait_for_keys = gather_while_computing(k.detach(), ranks, owners)
         problem = Problem(
             q.detach(), teacher_keys, index_q.detach(), keys, index_weights.detach(), lse, key_start, key_end, weight,
             softmax_scale, target, workspace_bytes, needs,
         )  # fmt: skip
-        sums = sharded_sums(problem, heads[0], before) if heads else indexer_kl_sums(problem, before)
-        before(teacher_keys.shape[0])
+        body = body_of(problem, _OP)
+        if heads:
+            sums = sharded_sums(problem, body, heads[0], wait_for_keys)
+        else:
+            sums = indexer_kl_sums(problem, wait_for_keys)
+        wait_for_keys(teacher_keys.shape[0])
         if sums.d_index_k is not None:
             own = reduce_scatter(by_owner(sums.d_index_k, owners), ranks)()
             if heads:
                 dist.all_reduce(own, group=heads[0])
             sums = sums._replace(d_index_k=own)
         loss = total(weight, sums.kl, ranks)
-    return finish(_OP, loss, sums, leaves)
+    return finish(_OP, body, loss, sums, leaves)
 
 
 def piece_owners(world_size: int, layout: str, op: str) -> list[int]:

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from flash_indexer.ops import IndexerKL, Sums, scale_gradients
+from flash_indexer.ops import IndexerKL, Sums, known_loss
 
 
 def wanted(leaves: Sequence[Tensor]) -> list[bool]:
@@ -36,37 +35,6 @@ def total(weight: Tensor, kl: Tensor, group: ProcessGroup | None) -> Tensor:
     return loss.to(kl.dtype)
 
 
-def finish(op: str, loss: Tensor, sums: Sums, leaves: Sequence[Tensor]) -> IndexerKL:
+def finish(op: str, body: str, loss: Tensor, sums: Sums, leaves: Sequence[Tensor]) -> IndexerKL:
     """The result whose loss gives the leaves (index_q, index_k, index_weights) the gradients in sums, rounded once."""
-    gradients = [
-        None if gradient is None else gradient.to(leaf.dtype) for gradient, leaf in zip(sums[2:], leaves, strict=True)
-    ]
-    kernels = leaves[0].is_cuda and sums.kl.ndim == 1  # "per_head" may have run in torch, on any GPU
-    known = _Known.apply(op, kernels, loss, gradients, *leaves)  # type: ignore[no-untyped-call]
-    return IndexerKL(known, sums.kl, sums.entropy)
-
-
-class _Known(torch.autograd.Function):
-    """A loss whose gradients were computed with it: backward scales them, in place, so it may run once."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, op: str, kernels: bool, loss: Tensor, gradients: list[Tensor | None], *leaves: Tensor
-    ) -> Tensor:
-        ctx.op, ctx.kernels, ctx.gradients = op, kernels, gradients
-        ctx.absent = [leaf.new_empty(0) for leaf in leaves]  # in each leaf's dtype, as the kernel that scales wants it
-        return loss.clone()
-
-    @staticmethod
-    def backward(ctx: Any, d_loss: Tensor) -> tuple[Tensor | None, ...]:
-        if torch.is_grad_enabled():
-            raise RuntimeError(f"{ctx.op}: the loss has no second derivative; call backward without create_graph=True")
-        if ctx.gradients is None:
-            raise RuntimeError(
-                f"{ctx.op}: backward already ran and scaled the gradients in place; compute the loss again for a "
-                "second backward, or add the losses and call backward once"
-            )
-        gradients, ctx.gradients = ctx.gradients, None
-        given = [none if x is None else x for x, none in zip(gradients, ctx.absent, strict=True)]
-        scale_gradients(given, d_loss, ctx.kernels)
-        return None, None, None, None, *gradients
+    return IndexerKL(known_loss(op, body, loss, sums.gradients, leaves), sums.kl, sums.entropy)

@@ -8,15 +8,25 @@ The reduce-scatter of a chunk runs while the next chunk's teacher scores and the
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
 
-from flash_indexer.ops import IndexerKL, Problem, Stages, Sums, check_indexer_kl, check_workspace, make_stages
+from flash_indexer.ops import (
+    IndexerKL,
+    Problem,
+    Stages,
+    Sums,
+    WaitForKeys,
+    body_of,
+    check_indexer_kl,
+    check_workspace,
+    indexer_kl_sums,
+    make_stages,
+    run_stages,
+)
 from flash_indexer.parallel.groups import process_groups, reduce_scatter
 from flash_indexer.parallel.loss import finish, mean_weight, total, wanted
 
@@ -79,27 +89,27 @@ def tensor_parallel_indexer_kl(
             q, k, index_q.detach(), index_k.detach(), index_weights.detach(), lse, key_start, key_end, weight,
             softmax_scale, target, workspace_bytes, needs,
         )  # fmt: skip
-        sums = sharded_sums(problem, ranks)
+        body = body_of(problem, _OP)
+        sums = sharded_sums(problem, body, ranks)
         if sums.d_index_k is not None:
             dist.all_reduce(sums.d_index_k, group=ranks)
         loss = total(weight, sums.kl, None)
-    return finish(_OP, loss, sums, leaves)
+    return finish(_OP, body, loss, sums, leaves)
 
 
-def sharded_sums(problem: Problem, group: ProcessGroup, before: Callable[[int], object] | None = None) -> Sums:
+def sharded_sums(problem: Problem, body: str, group: ProcessGroup, wait_for_keys: WaitForKeys | None = None) -> Sums:
     """`ops.indexer_kl_sums` over the heads of all ranks; d_index_k is this rank's share, all else complete."""
     rank, world = dist.get_rank(group), dist.get_world_size(group)
-    stages = make_stages(problem, rank, world, before)
-    sums, exchanged = stages.sums, []
-    with torch.autocast(problem.q.device.type, enabled=False):
-        coming = [reduce_scatter(stages.teacher(n), group) for n in range(min(stages.chunks, 1))]
-        for n in range(stages.chunks):
-            piece = coming.pop()
-            if n + 1 < stages.chunks:
-                coming.append(reduce_scatter(stages.teacher(n + 1), group))
-            stages.index(n, piece())
-            if sums.d_index_q is not None:
-                exchanged += exchange_rows(sums.d_index_q, stages, n, group)
+    if world == 1:
+        return indexer_kl_sums(problem, wait_for_keys)
+    stages = make_stages(problem, body, rank, world, wait_for_keys)
+    exchanged: list[dist.Work] = []
+
+    def exchange(n: int) -> None:
+        if stages.sums.d_index_q is not None:
+            exchanged.extend(exchange_rows(stages.sums.d_index_q, stages, n, group))
+
+    sums = run_stages(stages, problem.q.device, lambda scores: reduce_scatter(scores, group), exchange)
     for values in (sums.kl, sums.entropy, sums.d_index_weights):
         if values is not None:
             dist.all_reduce(values, group=group)  # zeros but for each rank's own rows: exact

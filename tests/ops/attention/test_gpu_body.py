@@ -7,9 +7,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from flash_indexer.kernels import cache as kernels
 from flash_indexer.kernels import tiles, tuned
-from flash_indexer.ops.attention import gpu_body as heads
+from flash_indexer.ops.attention import per_head_op
+from flash_indexer.ops.attention.gpu_gradients import kernels as kernels_of
+from flash_indexer.ops.attention.layout import tile_sizes
+from flash_indexer.ops.problem import Problem
 
 SHAPE = dict(D=128, E=64, HG=64)
 WINNER = {"N": 96, "XS": 1, "Y2S": 3}
@@ -29,19 +31,24 @@ def gpu(monkeypatch):
 
 
 def test_given_sizes_come_before_those_of_the_gpu(gpu):
-    chosen = [heads._tiles(kernel, SHAPE, torch.device("cuda")) for kernel in tiles.KERNELS[1:]]
+    chosen = [tile_sizes(kernel, SHAPE, torch.device("cuda")) for kernel in tiles.KERNELS[1:]]
     assert chosen == [WINNER, tiles.head_gradients_key(128, 64)]
     given = {"head_gradients_query": {"N": 64}}
-    assert heads._tiles("head_gradients_query", SHAPE, torch.device("cuda"), given) == {"N": 64}
-    assert heads._tiles("head_gradients_key", SHAPE, torch.device("cuda"), given) == chosen[1]
+    assert tile_sizes("head_gradients_query", SHAPE, torch.device("cuda"), given) == {"N": 64}
+    assert tile_sizes("head_gradients_key", SHAPE, torch.device("cuda"), given) == chosen[1]
 
 
-def test_what_is_prepared_is_what_is_launched(gpu, monkeypatch):
-    prepared = {}
-    monkeypatch.setattr(kernels, "prepare", lambda *wanted: prepared.update({name: dict(x) for name, x in wanted}))
-    q, k = torch.empty(5, 64, 100), torch.empty(5, 1, 100)
-    heads.prepare(q, k, 128, 64)
-    assert prepared == {
+def wanted(V, E=64, needs=(True, True, True), deterministic=True):
+    """Kernels by name with their sizes, of a call with 64 heads on one key head, 100 wide."""
+    q, k, index_q, none = torch.empty(5, 64, 100), torch.empty(5, 1, 100), torch.empty(5, 64, E), torch.empty(0)
+    problem = Problem(q, k, index_q, none, none, None, none, none, None, 1.0, "per_head", 0, needs)
+    named = kernels_of(problem, V, deterministic)
+    assert len({name for name, _ in named}) == len(named)
+    return dict(named)
+
+
+def test_what_is_prepared_is_what_is_launched(gpu):
+    assert wanted(128) == {
         "attention": dict(D=128, V=128, E=64, HG=64, **tiles.attention(128, 128, 64, 64)),
         "head_gradients_query": SHAPE | WINNER,
         "head_gradients_key": SHAPE | tiles.head_gradients_key(128, 64),
@@ -58,10 +65,8 @@ def test_what_is_prepared_is_what_is_launched(gpu, monkeypatch):
         ((False, False, False), set()),
     ],
 )
-def test_no_kernel_is_prepared_for_a_gradient_that_is_not_wanted(gpu, monkeypatch, needs, gradients):
-    prepared = {}
-    monkeypatch.setattr(kernels, "prepare", lambda *wanted: prepared.update({name: dict(x) for name, x in wanted}))
-    heads.prepare(torch.empty(5, 64, 100), torch.empty(5, 1, 100), 0, 64, needs)
+def test_no_kernel_is_prepared_for_a_gradient_that_is_not_wanted(gpu, needs, gradients):
+    prepared = wanted(0, needs=needs)
     assert prepared.pop("attention") == dict(D=128, V=0, E=64, HG=64, **tiles.attention(128, 0, 64, 64))
     assert prepared.keys() == gradients
 
@@ -77,18 +82,15 @@ def test_no_kernel_is_prepared_for_a_gradient_that_is_not_wanted(gpu, monkeypatc
         ((False, True, False), 64, False),
     ],
 )
-def test_one_kernel_makes_all_gradients_where_their_bits_may_differ(gpu, monkeypatch, needs, E, once):
-    prepared = {}
-    monkeypatch.setattr(kernels, "prepare", lambda *wanted: prepared.update({name: dict(x) for name, x in wanted}))
-    heads.prepare(torch.empty(5, 64, 100), torch.empty(5, 1, 100), 128, E, needs, deterministic=False)
+def test_one_kernel_makes_all_gradients_where_their_bits_may_differ(gpu, needs, E, once):
+    prepared = wanted(128, E, needs, deterministic=False)
     names = {name for name in prepared if name.startswith(("head_gradients", "gradients"))}
     assert (names == {"head_gradients_once"}) == once
     assert not once or prepared["head_gradients_once"] == SHAPE
     assert once or "head_gradients_once" not in names
     torch.use_deterministic_algorithms(True)
     try:
-        prepared.clear()
-        heads.prepare(torch.empty(5, 64, 100), torch.empty(5, 1, 100), 128, E, needs, deterministic=False)
+        prepared = wanted(128, E, needs, deterministic=False)
     finally:
         torch.use_deterministic_algorithms(False)
     assert "head_gradients_once" not in prepared and prepared
@@ -99,11 +101,11 @@ def test_the_operator_rounds_the_sum_and_says_how_it_may_be_made(monkeypatch, de
     index = torch.ones(3, 2, 64).bfloat16(), torch.ones(5, 64).bfloat16(), torch.ones(3, 2)
     asked = []
 
-    def played(q, k, given, sums, factor, start, end, scale, needs, deterministic):
-        asked.append((needs, deterministic))
+    def played(problem, lse_index, *, deterministic):
+        asked.append((tuple(problem.needs), deterministic))
         return None, torch.full((5, 64), 1 + 2**-10), torch.full((3, 2), 2.0)
 
-    monkeypatch.setattr(heads, "per_head_gradients", played)
+    monkeypatch.setattr(per_head_op, "per_head_gradients", played)
     rows, ends = torch.zeros(3, 2), torch.ones(3, dtype=torch.int32)
     gradients = torch.ops.flash_indexer.per_head_gradients.default(
         rows, rows, *index, rows, rows, rows[:, 0], ends, ends, 1.0, [False, True, True], deterministic

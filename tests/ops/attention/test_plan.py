@@ -9,7 +9,6 @@ from flash_indexer.intervals import causal_intervals
 from flash_indexer.ops.attention.plan import (
     Tiles,
     attention_items,
-    default_weight,
     gradient_items,
     key_items,
     latent_rows,
@@ -136,7 +135,6 @@ def test_lists_are_kept_while_the_intervals_live_unchanged():
     first = attention_items(start, end, 150, tiles)
     assert attention_items(start, end, 150, tiles) is first
     assert gradient_items(start, end, 150, tiles, 2, 8) is gradient_items(start, end, 150, tiles, 2, 8)
-    assert default_weight(start, end, 150) is default_weight(start, end, 150)
     end[-1] -= 1
     assert attention_items(start, end, 150, tiles) is not first
 

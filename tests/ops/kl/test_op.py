@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from flash_indexer import IndexerKL, indexer_kl
-from flash_indexer.ops.kl import torch_body as cpu
+from flash_indexer.ops.kl import torch_body
 from flash_indexer.ops.kl.op import _indexer_kl
 from flash_indexer.testing import (
     SHAPES,
@@ -229,13 +229,13 @@ def make_tiny(index_heads: int) -> Inputs:
 def test_every_subset_of_gradients(target, needs, monkeypatch):
     x, whole = make("smollm2", target), measure(make("smollm2", target), target=target)
     computed: list[dict[str, bool]] = []
-    original = cpu.index_gradients
+    original = torch_body.index_gradients
 
     def spy(*args, **outputs):
         computed.append({name: out is not None for name, out in outputs.items()})
         return original(*args, **outputs)
 
-    monkeypatch.setattr(cpu, "index_gradients", spy)
+    monkeypatch.setattr(torch_body, "index_gradients", spy)
     leaves = leaves_of(x, needs)
     result = call(x, leaves, target=target)
     assert result.loss.requires_grad == any(needs)
@@ -252,7 +252,7 @@ def test_every_subset_of_gradients(target, needs, monkeypatch):
 
 
 def test_no_grad_computes_no_gradients(monkeypatch):
-    monkeypatch.setattr(cpu, "index_gradients", None)
+    monkeypatch.setattr(torch_body, "index_gradients", None)
     x = make("packed")
     with torch.no_grad():
         assert not call(x, leaves_of(x)).loss.requires_grad
@@ -302,7 +302,7 @@ def test_autocast_changes_nothing():
 def test_opcheck(target, with_lse, needs):
     x = make("cached_prefix", target, torch.float32)
     leaves = leaves_of(x, tuple(needs))
-    weight = x.token_weight.abs() if with_lse else None  # opcheck's upstream gradient is then 1: see _scale
+    weight = x.token_weight.abs() if with_lse else None  # opcheck's upstream gradient is then 1: see known.backward
     args = (x.q, x.k, *leaves, x.lse if with_lse else None, x.key_start, x.key_end, weight)
     torch.library.opcheck(_indexer_kl, (*args, x.softmax_scale, target, 50_000, needs))
 

@@ -1,16 +1,14 @@
-"""Plans: every visible score once, each gradient's work once, within the workspace, evenly dealt; kept and renewed."""
+"""Plans: every visible score once, each gradient's work once, within the workspace, evenly dealt."""
 
 from __future__ import annotations
-
-import gc
 
 import pytest
 import torch
 from torch import Tensor
 
 from flash_indexer.intervals import causal_intervals
-from flash_indexer.ops.kl import plan as plans
-from flash_indexer.ops.kl.plan import BYTES_PER_TILE, TILE, Chunk, Plan, Sizes, make_plan, plan
+from flash_indexer.ops.kl.plan import BYTES_PER_TILE, Plan, PlanSizes, TileChunk, make_plan, plan
+from flash_indexer.ops.worklists import TILE
 
 CPU = torch.device("cpu")
 
@@ -36,8 +34,8 @@ LAYOUTS = {
 }
 
 
-def sizes(S: int, workspace: int = 2**29, heads: int = 64, grouped: bool = False, processors: int = 8) -> Sizes:
-    return Sizes(S, 128, heads, grouped, workspace, processors)
+def sizes(S: int, workspace: int = 2**29, heads: int = 64, grouped: bool = False, processors: int = 8) -> PlanSizes:
+    return PlanSizes(S, 128, heads, grouped, workspace, processors)
 
 
 def rows(items: Tensor) -> list[list[int]]:
@@ -75,8 +73,6 @@ def test_every_visible_score_has_one_tile(layout: tuple[Tensor, Tensor, int], wo
         for key_tile in range(a // TILE, -(-b // TILE))
     }
     assert needed <= held
-    seen = key_end > key_start
-    assert torch.equal(made.weight > 0, seen) and float(made.weight.sum()) == pytest.approx(1.0)
 
 
 @pytest.mark.parametrize("heads", [8, 16, 32, 64])
@@ -137,7 +133,7 @@ def test_memory_stays_within_the_workspace() -> None:
 @pytest.mark.parametrize("which", ["query", "key"])
 def test_work_is_dealt_evenly(which: str) -> None:
     key_start, key_end, S = intervals([(8192, 8192)])
-    chunk: Chunk = make_plan(key_start, key_end, sizes(S, processors=132), CPU).chunks[0]
+    chunk: TileChunk = make_plan(key_start, key_end, sizes(S, processors=132), CPU).chunks[0]
     items = getattr(chunk, which).view(-1, 4).double()
     cost = items[:, 2] if which == "query" else items[:, 2] - items[:, 1]
     load = torch.zeros(132, dtype=torch.float64).index_add_(0, torch.arange(items.shape[0]) % 132, cost)
@@ -147,25 +143,7 @@ def test_work_is_dealt_evenly(which: str) -> None:
 def test_nothing_visible_makes_no_chunk() -> None:
     empty = torch.zeros(300, dtype=torch.int32)
     made = make_plan(empty, empty, sizes(10), CPU)
-    assert made.chunks == () and not made.complete and not made.weight.any()
-
-
-def test_a_plan_is_kept_while_its_intervals_are_unchanged(monkeypatch: pytest.MonkeyPatch) -> None:
-    made = []
-    monkeypatch.setattr(plans, "make_plan", lambda *args: made.append(args) or make_plan(*args))
-    key_start, key_end, S = intervals([(700, 700)])
-    first = plan(key_start, key_end, sizes(S))
-    assert plan(key_start, key_end, sizes(S)) is first and len(made) == 1
-    assert plan(key_start, key_end, sizes(S, heads=8)) is not first
-    assert plan(key_start, key_end, sizes(S)) is first and len(made) == 2
-    key_end[10:20] = key_end[20]
-    assert plan(key_start, key_end, sizes(S)) is not first and len(made) == 3
-    other = key_end.clone()
-    assert plan(key_start, other, sizes(S)) is not first and len(made) == 4
-    count = len(plans._kept)
-    del key_start, first, made[:]
-    gc.collect()
-    assert len(plans._kept) == count - 1
+    assert made.chunks == () and not made.complete
 
 
 def test_contents_are_checked_before_planning() -> None:

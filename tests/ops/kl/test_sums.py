@@ -10,7 +10,7 @@ from torch import Tensor
 
 from flash_indexer import indexer_kl
 from flash_indexer.ops import Problem, indexer_kl_sums
-from flash_indexer.ops.kl import gpu_body as cuda
+from flash_indexer.ops.kl import gpu_body
 from flash_indexer.testing import SHAPES, Inputs, make_inputs
 
 
@@ -56,9 +56,11 @@ def test_summed_queries_are_three_bfloat16_terms_however_many_at_once(
 ) -> None:
     q = torch.randn(50, 12, 16, generator=torch.Generator().manual_seed(3)).bfloat16()
     k, given = torch.zeros(50, 3, 16).bfloat16(), {}
-    monkeypatch.setattr(cuda, "_SUMMED", at_once)
-    monkeypatch.setattr(cuda, "_score", lambda mode, terms, *others: given.update(terms=terms, first_row=others[5]))
-    cuda.summed_logits(q, k, SimpleNamespace(begin=8, end=47), torch.empty(0), 0.5, 132)  # type: ignore[arg-type]
+    monkeypatch.setattr(gpu_body, "_SUMMED", at_once)
+    monkeypatch.setattr(
+        gpu_body, "_score", lambda mode, terms, *_, first_row: given.update(terms=terms, first_row=first_row)
+    )
+    gpu_body.summed_logits(q, k, SimpleNamespace(begin=8, end=47), torch.empty(0), 0.5)  # type: ignore[arg-type]
     assert given["first_row"] == 8 and given["terms"].dtype == torch.bfloat16
     terms = given["terms"].view(39, 3, 3, 16).double()
     exact = q[8:47].view(39, 3, 4, 16).double().sum(2)

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from flash_indexer import indexer_kl, indexer_scores, reference
 from flash_indexer.ops import index_gradients, index_scores, kl_rows, teacher_lse, teacher_scores
-from flash_indexer.ops.kl.torch_body import fill_unseen, plan_chunks
+from flash_indexer.ops.blockwise import fill_unseen, plan_chunks
 from flash_indexer.testing import SHAPES, Inputs, Shape, assert_close, make_inputs, reference_indexer_kl
 
 CHUNK = 11

@@ -6,9 +6,10 @@ import torch
 from torch import Tensor
 
 from flash_indexer.intervals import check_intervals
-from flash_indexer.ops.attention import gpu_body as heads
+from flash_indexer.ops import bodies
+from flash_indexer.ops.attention import gpu_body, torch_body
+from flash_indexer.ops.blockwise import compute_dtype
 from flash_indexer.ops.checks import check_attention
-from flash_indexer.ops.kl import torch_body as cpu
 
 _NAME = "flash_indexer::attention"
 _WORKSPACE_BYTES = 64 * 2**20
@@ -39,28 +40,30 @@ def attention_forward(
     Source: Milakov and Gimelshein (2018), online softmax; Dao et al. (2022), FlashAttention.
     """
     check_attention("attention_forward", q, k, v, key_start, key_end, softmax_scale)
-    out, lse = _attention(q, k, v, key_start, key_end, softmax_scale)
+    out, lse = attention_op(q, k, v, key_start, key_end, softmax_scale)
     return out, lse
 
 
-def _body(
+def _op(
     q: Tensor, k: Tensor, v: Tensor, key_start: Tensor, key_end: Tensor, softmax_scale: float
 ) -> tuple[Tensor, Tensor]:
-    if q.device.type == "cuda":
-        return heads.attention(q, k, v, key_start, key_end, softmax_scale)
+    body = bodies.choose("attention_forward", q.device, lambda: gpu_body.refusal(q, k, v))
+    if body != bodies.TORCH:
+        return gpu_body.attention(q, k, v, key_start.contiguous(), key_end.contiguous(), softmax_scale)
     check_intervals(key_start, key_end, k.shape[0])
     with torch.autocast(q.device.type, enabled=False):
-        return cpu.attention(q, k, v, key_start, key_end, softmax_scale, _WORKSPACE_BYTES)
+        return torch_body.attention(q, k, v, key_start, key_end, softmax_scale, _WORKSPACE_BYTES)
 
 
 def _fake(
     q: Tensor, k: Tensor, v: Tensor, key_start: Tensor, key_end: Tensor, softmax_scale: float
 ) -> tuple[Tensor, Tensor]:
-    return q.new_empty(*q.shape[:2], v.shape[2]), q.new_empty(q.shape[:2], dtype=cpu.compute_dtype(q))
+    return q.new_empty(*q.shape[:2], v.shape[2]), q.new_empty(q.shape[:2], dtype=compute_dtype(q))
 
 
 # not torch.library.custom_op, whose first call imports torch._dynamo: seconds in which nothing is computed
-torch.library.define(_NAME, torch.library.infer_schema(_body, mutates_args=()))
-torch.library.impl(_NAME, "default", _body)
+torch.library.define(_NAME, torch.library.infer_schema(_op, mutates_args=()))
+torch.library.impl(_NAME, "default", _op)
 torch.library.register_fake(_NAME, _fake)
-_attention = torch.ops.flash_indexer.attention.default
+attention_op = torch.ops.flash_indexer.attention.default
+"""`attention_forward` of checked arguments, in the order of its signature."""

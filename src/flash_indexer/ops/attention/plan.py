@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from flash_indexer.ops.kl.plan import TILE, balanced, kept, mean_weight, ragged, sent
+from flash_indexer.ops.worklists import TILE, balance, cached, ragged, to_device
 
 _LATENT = 64  # rows of an item and keys of a tile where the attention is latent (MLA)
 _PARTS_PER_PROCESSOR = (5, 16)  # pieces of d_index_k's work for each multiprocessor: from, to
@@ -20,7 +20,7 @@ _ITEM_STEPS = 1.5  # what an item costs besides its tiles, in tiles
 _SLOT_STEPS = 0.012  # what a partial sum costs, written and read, in tiles of a multiprocessor
 
 
-class HeadGradients(NamedTuple):
+class GradientItems(NamedTuple):
     """query, key: items. reduce: (key tile, slot, end, 0). slots: partial sums of d_index_k."""
 
     query: Tensor
@@ -39,21 +39,21 @@ class Tiles(NamedTuple):
 
 
 def attention_items(key_start: Tensor, key_end: Tensor, num_keys: int, tiles: Tiles) -> Tensor:
-    """Items of every row tile: (t0, key head, first key, key tiles, right, left, seen, 0); kept with the intervals."""
+    """Items of every row tile: (t0, key head, first key, key tiles, right, left, seen, 0), cached."""
 
     def make(start: Tensor, end: Tensor) -> Tensor:
-        return sent(row_items(start, end, tiles).reshape(-1), key_start.device)
+        return to_device(row_items(start, end, tiles).reshape(-1), key_start.device)
 
-    return kept(key_start, key_end, num_keys, ("attention", tiles), make)
+    return cached(key_start, key_end, num_keys, ("attention", tiles), make)
 
 
 def latent_items(key_start: Tensor, key_end: Tensor, num_keys: int, heads: int, processors: int) -> Tensor:
-    """Items of `kernels.attention_mla`; kept with the intervals."""
+    """Items of `kernels.attention_mla`; cached with the intervals."""
 
     def make(start: Tensor, end: Tensor) -> Tensor:
-        return sent(latent_rows(start, end, heads, processors).reshape(-1), key_start.device)
+        return to_device(latent_rows(start, end, heads, processors).reshape(-1), key_start.device)
 
-    return kept(key_start, key_end, num_keys, ("latent", heads, processors), make)
+    return cached(key_start, key_end, num_keys, ("latent", heads, processors), make)
 
 
 def latent_rows(key_start: Tensor, key_end: Tensor, heads: int, processors: int) -> Tensor:
@@ -65,29 +65,22 @@ def latent_rows(key_start: Tensor, key_end: Tensor, heads: int, processors: int)
     zero = torch.zeros_like(row)
     pairs = pairs.clamp(min=1)
     items = torch.stack([row, end[last] - _LATENT, pairs, start[last], end[first], zero, zero, zero], 1)
-    return balanced(items, pairs, processors).to(torch.int32)
+    return balance(items, pairs, processors).to(torch.int32)
 
 
 def gradient_items(
     key_start: Tensor, key_end: Tensor, num_keys: int, query: Tiles, key_tokens: int, max_slots: int
-) -> HeadGradients:
+) -> GradientItems:
     """Items of the two gradient kernels; row tiles of `key_tokens` tokens where the keys are stationary."""
 
-    def make(start: Tensor, end: Tensor) -> HeadGradients:
+    def make(start: Tensor, end: Tensor) -> GradientItems:
         rows = row_items(start, end, query)
         keys, reduce, slots = key_items(start, end, num_keys, key_tokens, max_slots, query.processors)
-        flat = sent(torch.cat([x.reshape(-1).to(torch.int32) for x in (rows, keys, reduce)]), key_start.device)
+        flat = to_device(torch.cat([x.reshape(-1).to(torch.int32) for x in (rows, keys, reduce)]), key_start.device)
         a, b, c = torch.split(flat, [rows.numel(), keys.numel(), reduce.numel()])
-        return HeadGradients(a, b, c, slots)
+        return GradientItems(a, b, c, slots)
 
-    return kept(key_start, key_end, num_keys, ("gradients", query, key_tokens, max_slots), make)
-
-
-def default_weight(key_start: Tensor, key_end: Tensor, num_keys: int) -> Tensor:
-    """float32 [T] on the intervals' device: 1/n for the n queries that see a key; kept with the intervals."""
-    return kept(
-        key_start, key_end, num_keys, "weight", lambda start, end: sent(mean_weight(start, end), key_start.device)
-    )
+    return cached(key_start, key_end, num_keys, ("gradients", query, key_tokens, max_slots), make)
 
 
 class RowTiles(NamedTuple):
@@ -127,7 +120,7 @@ def row_items(key_start: Tensor, key_end: Tensor, tiles: Tiles) -> Tensor:
     items = torch.stack([token, zero, end - keys, count, right, left, seen, zero], 1)
     items = items.repeat_interleave(tiles.groups, 0)
     items[:, 1] = torch.arange(tiles.groups).repeat(count.shape[0])
-    return balanced(items, items[:, 3] + 1, tiles.processors).to(torch.int32)
+    return balance(items, items[:, 3] + 1, tiles.processors).to(torch.int32)
 
 
 def key_items(
@@ -162,7 +155,7 @@ def key_items(
     items = torch.stack([tile[owner], first, last, middle, finish, slot, zero, zero], 1)
     split = parts > 1
     reduce = torch.stack([tile[split], (used - parts + 1)[split], used[split], torch.zeros_like(used[split])], 1)
-    return balanced(items, (last - first) + _ITEM_STEPS, processors), reduce, int(used[-1])
+    return balance(items, (last - first) + _ITEM_STEPS, processors), reduce, int(used[-1])
 
 
 def part_counts(runs: Tensor, max_slots: int, processors: int) -> Tensor:

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from flash_indexer.ops import known, worklists
+from flash_indexer.ops.blockwise import compute_dtype
+from flash_indexer.ops.bodies import TORCH
 from flash_indexer.ops.checks import check_indexer_kl, check_workspace
-from flash_indexer.ops.kl import gpu_body as cuda
-from flash_indexer.ops.kl import per_head
-from flash_indexer.ops.kl import torch_body as cpu
-from flash_indexer.ops.kl.sums import Problem, blockwise, say_torch_body
+from flash_indexer.ops.kl import gpu_body
+from flash_indexer.ops.kl.sums import body_of, indexer_kl_sums
+from flash_indexer.ops.problem import LEAVES, Problem
 
 _NAME = "flash_indexer::indexer_kl"
 
@@ -91,14 +94,15 @@ def indexer_kl(
     check_workspace("indexer_kl", workspace_bytes)
     grad = torch.is_grad_enabled()
     needs = [grad and x.requires_grad for x in (index_q, index_k, index_weights)]
-    loss, kl, entropy, *_ = _indexer_kl(
-        q, k, index_q, index_k, index_weights, lse, key_start, key_end, token_weight,
-        softmax_scale, target, workspace_bytes, needs,
+    problem = Problem(
+        q, k, index_q, index_k, index_weights, lse, key_start, key_end, token_weight, softmax_scale, target,
+        workspace_bytes, needs,
     )  # fmt: skip
+    loss, kl, entropy, *_ = _indexer_kl(*problem)
     return IndexerKL(loss, kl, entropy)
 
 
-def _body(
+def _op(
     q: Tensor,
     k: Tensor,
     index_q: Tensor,
@@ -113,142 +117,71 @@ def _body(
     workspace_bytes: int,
     needs: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    if q.device.type == "cuda":
-        if target != "per_head":
-            return cuda.indexer_kl(
-                q, k, index_q, index_k, index_weights, lse, key_start, key_end, token_weight,
-                softmax_scale, target, workspace_bytes, needs,
-            )  # fmt: skip
-        reason = per_head.refusal(q, k, index_q)
-        if reason is None:
-            return per_head.indexer_kl(
-                q, k, (index_q, index_k, index_weights), key_start, key_end, token_weight, softmax_scale, needs
-            )
-        say_torch_body(reason)
-    return torch_body(
-        q, k, index_q, index_k, index_weights, lse, key_start, key_end, token_weight,
-        softmax_scale, target, workspace_bytes, needs,
+    """The schema of the custom operator: Problem's fields -> loss, kl, entropy and a gradient for each of LEAVES."""
+    problem = Problem(
+        q, k, index_q, index_k, index_weights, lse, key_start, key_end, token_weight, softmax_scale, target,
+        workspace_bytes, needs,
     )  # fmt: skip
+    return _compute(problem)
 
 
-def torch_body(
-    q: Tensor,
-    k: Tensor,
-    index_q: Tensor,
-    index_k: Tensor,
-    index_weights: Tensor,
-    lse: Tensor | None,
-    key_start: Tensor,
-    key_end: Tensor,
-    token_weight: Tensor | None,
-    softmax_scale: float,
-    target: str,
-    workspace_bytes: int,
-    needs: Sequence[bool],
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """What `cuda.indexer_kl` returns, computed chunk by chunk in torch, on any device."""
-    seen = key_end > key_start
-    dtype = cpu.compute_dtype(q)
-    weight = seen.to(dtype) / seen.sum().clamp_min(1) if token_weight is None else token_weight.to(dtype)
-    sums = blockwise(
-        Problem(
-            q, k, index_q, index_k, index_weights, lse, key_start, key_end, weight,
-            softmax_scale, target, workspace_bytes, needs,
-        )
-    )  # fmt: skip
-    kl = sums.kl if target == "per_head" else sums.kl[:, None]
-    gradients = (
-        x.new_empty(0) if gradient is None else gradient.to(x.dtype)
-        for x, gradient in zip((index_q, index_k, index_weights), sums[2:], strict=True)
+def _compute(problem: Problem) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients are empty where not wanted."""
+    body, index_k = body_of(problem), problem.index_k
+    kernels = body != TORCH
+    if problem.token_weight is None:
+        mean = worklists.mean_weight(problem.key_start, problem.key_end, problem.k.shape[0])
+        problem = problem._replace(token_weight=mean if kernels else mean_weight(problem))
+    sums = indexer_kl_sums(problem)
+    d_index_k = sums.d_index_k
+    if kernels and problem.target != "per_head":
+        loss, d_index_k = gpu_body.finish(d_index_k, problem.weight.contiguous(), sums.kl, index_k)
+    else:
+        kl = sums.kl if sums.kl.ndim == 2 else sums.kl[:, None]
+        loss = (problem.weight.to(kl.dtype) * kl.mean(-1)).sum()
+    gradients = sums._replace(d_index_k=d_index_k).gradients
+    a, b, c = (
+        leaf.new_empty(0) if gradient is None else gradient.to(leaf.dtype)
+        for leaf, gradient in zip(problem.leaves, gradients, strict=True)
     )
-    d_index_q, d_index_k, d_weights = gradients
-    return (weight * kl.mean(-1)).sum(), sums.kl, sums.entropy, d_index_q, d_index_k, d_weights
+    return loss, sums.kl, sums.entropy, a, b, c
+
+
+def mean_weight(problem: Problem) -> Tensor:
+    """1/n for each of the n queries that see a key, 0 for the others: [T], in the dtype that torch computes in."""
+    seen = problem.key_end > problem.key_start
+    return seen.to(compute_dtype(problem.q)) / seen.sum().clamp_min(1)
 
 
 # not torch.library.custom_op, whose first call imports torch._dynamo: seconds in which nothing is computed
-torch.library.define(_NAME, torch.library.infer_schema(_body, mutates_args=()))
-torch.library.impl(_NAME, "default", _body)
+torch.library.define(_NAME, torch.library.infer_schema(_op, mutates_args=()))
+torch.library.impl(_NAME, "default", _op)
 _indexer_kl = torch.ops.flash_indexer.indexer_kl.default
+if tuple(inspect.signature(_op).parameters) != Problem._fields:
+    raise TypeError("flash_indexer: the operator's arguments must be Problem's fields")
 
 
-def _empty_gradients(
-    index_q: Tensor, index_k: Tensor, index_weights: Tensor, needs: Sequence[bool]
-) -> tuple[Tensor, Tensor, Tensor]:
-    """One tensor for each gradient that is wanted, an empty one for each that is not. Unwritten rows are zero."""
-    dq, dk, dw = (
-        torch.zeros_like(x, memory_format=torch.contiguous_format) if need else x.new_empty(0)
-        for x, need in zip((index_q, index_k, index_weights), needs, strict=True)
+def _fake(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    problem = Problem(*arguments)
+    q, dtype = problem.q, compute_dtype(problem.q)
+    kl = q.new_empty(q.shape[:2] if problem.target == "per_head" else q.shape[:1], dtype=dtype)
+    a, b, c = (
+        torch.empty_like(x, memory_format=torch.contiguous_format) if need else x.new_empty(0)
+        for x, need in zip(problem.leaves, problem.needs, strict=True)
     )
-    return dq, dk, dw
-
-
-def _fake(
-    q: Tensor,
-    k: Tensor,
-    index_q: Tensor,
-    index_k: Tensor,
-    index_weights: Tensor,
-    lse: Tensor | None,
-    key_start: Tensor,
-    key_end: Tensor,
-    token_weight: Tensor | None,
-    softmax_scale: float,
-    target: str,
-    workspace_bytes: int,
-    needs: Sequence[bool],
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    dtype = cpu.compute_dtype(q)
-    kl = q.new_empty(q.shape[:2] if target == "per_head" else q.shape[:1], dtype=dtype)
-    return (
-        q.new_empty((), dtype=dtype),
-        kl,
-        kl.new_empty(kl.shape),
-        *_empty_gradients(index_q, index_k, index_weights, needs),
-    )
+    return q.new_empty((), dtype=dtype), kl, kl.new_empty(kl.shape), a, b, c
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    problem = Problem(*inputs)
     ctx.mark_non_differentiable(*output[1:])
-    ctx.set_materialize_grads(False)  # the gradients of kl, entropy and of the gradients: zeros nobody reads
-    ctx.save_for_backward(*output[3:])
-    ctx.needs = inputs[-1]
-    q, k, index_q, *_ = inputs  # a size that "per_head" has no kernels for ran in the torch body, on any GPU
-    ctx.kernels = q.is_cuda and (inputs[10] != "per_head" or per_head.refusal(q, k, index_q) is None)
-    ctx.consumed = False
+    ctx.wanted = dict(zip(LEAVES, problem.needs, strict=True))
+    known.save(ctx, "indexer_kl", body_of(problem), output[3:])
 
 
 def _backward(ctx: Any, d_loss: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-    if torch.is_grad_enabled():
-        raise RuntimeError("indexer_kl: the loss has no second derivative; call backward without create_graph=True")
-    if ctx.consumed:
-        raise RuntimeError(
-            "indexer_kl: backward already ran and scaled the gradients in place; compute the loss again for a "
-            "second backward, or add the losses and call backward once"
-        )
-    ctx.consumed = True
-    gradients = [g if need else None for g, need in zip(_scaled(ctx, d_loss), ctx.needs, strict=True)]
-    return None, None, *gradients, *[None] * 8
-
-
-def _scaled(ctx: Any, d_loss: Tensor) -> Sequence[Tensor]:
-    """In place, so that each gradient exists once; a compiler's tracing tensors want it functional."""
-    gradients: Sequence[Tensor] = ctx.saved_tensors
-    if any(type(gradient) is not Tensor for gradient in gradients):
-        return [gradient * d_loss for gradient in gradients]
-    scale_gradients(gradients, d_loss, ctx.kernels)
-    return gradients
-
-
-def scale_gradients(gradients: Sequence[Tensor], factor: Tensor, kernels: bool) -> None:
-    """The gradients of index_q, index_k and index_weights (empty where not wanted) *= factor, in place.
-
-    kernels: in one launch on a GPU of the kernels, else by torch.
-    """
-    if kernels:
-        cuda.scale(gradients, factor)
-    else:
-        for gradient in gradients:
-            gradient.mul_(factor)
+    gradients = dict(zip(LEAVES, known.backward(ctx, d_loss), strict=True))
+    return tuple(gradients[name] if ctx.wanted.get(name) else None for name in Problem._fields)
 
 
 torch.library.register_fake(_NAME, _fake)

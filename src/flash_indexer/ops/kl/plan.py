@@ -1,35 +1,27 @@
 """What the GPU kernels work on: chunks of query rows that fit the workspace, and each kernel's list of work items.
 
 Scores are held as 128 x 128 tiles, only those that some query of a 128-token block can see, tile after tile, so that a
-chunk's memory is the area it sees, whatever the layout (causal, packed, sliding window). The lists are made on the host
-from the intervals' contents; they are kept as long as the interval tensors live unchanged, so that the layers of a
-model, which share their intervals, wait for the device once a batch.
+chunk's memory is the area it sees, whatever the layout (causal, packed, sliding window).
 """
 
 from __future__ import annotations
 
-import heapq
 import itertools
-from collections.abc import Callable, Hashable
 from dataclasses import dataclass
-from typing import Any, NamedTuple, TypeVar, cast
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils.weak import WeakTensorKeyDictionary
 
-from flash_indexer.intervals import check_intervals
+from flash_indexer.ops.worklists import TILE, balance, cached, deal, ragged, to_device, visible_tiles
 
-Made = TypeVar("Made")
-_GREEDY_ROUNDS = 16
-TILE = 128
 BYTES_PER_TILE = TILE * TILE * (4 + 4 + 2)  # teacher scores, index scores, di
 _SIDE_BY_SIDE = {False: 1, True: 8}  # token blocks whose tiles are computed together; one key head, many
 _PARTS_PER_PROCESSOR = 12  # pieces of d_index_k's work for each multiprocessor: small enough to balance them
 _SHARE_OF_PARTIALS = 8  # at most this fraction of the workspace holds partial sums of d_index_k
 
 
-class Sizes(NamedTuple):
+class PlanSizes(NamedTuple):
     """What a plan depends on besides the intervals."""
 
     S: int
@@ -41,7 +33,7 @@ class Sizes(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Chunk:
+class TileChunk:
     """Rows begin .. end - 1 (begin a multiple of 128), `tiles` score tiles, `slots` partial sums of d_index_k.
 
     Of the keys, those before `keys` are read, in whole tiles.
@@ -65,61 +57,29 @@ class Chunk:
 @dataclass(frozen=True)
 class Plan:
     """blocks: int32 [blocks * 4], (tile base, first key tile, end, 0) of every 128-token block, bases counted in its
-    chunk. weight: float32 [T], 1/n for the n queries that see a key, else 0. complete: every token is in some query
-    item, so that outputs need no zeros beforehand."""
+    chunk. complete: every token is in some query item, so that outputs need no zeros beforehand."""
 
-    chunks: tuple[Chunk, ...]
+    chunks: tuple[TileChunk, ...]
     blocks: Tensor
-    weight: Tensor
     complete: bool
 
 
-class _Kept(NamedTuple):
-    """What was made from a key_start tensor, with what must be unchanged for it to hold."""
-
-    key_end: Tensor
-    versions: tuple[int, int]
-    made: dict[Hashable, Any]
-
-
-_kept: Any = WeakTensorKeyDictionary()
-
-
-def plan(key_start: Tensor, key_end: Tensor, sizes: Sizes) -> Plan:
-    """The plan of these intervals: kept, or made after reading (and checking) their contents.
+def plan(key_start: Tensor, key_end: Tensor, sizes: PlanSizes) -> Plan:
+    """The plan of these intervals: cached, or made after reading (and checking) their contents.
 
     Raises:
         ValueError: as `check_intervals`, when the contents are no valid intervals.
     """
-    return kept(key_start, key_end, sizes.S, sizes, lambda start, end: make_plan(start, end, sizes, key_start.device))
+    return cached(key_start, key_end, sizes.S, sizes, lambda start, end: make_plan(start, end, sizes, key_start.device))
 
 
-def kept(
-    key_start: Tensor, key_end: Tensor, num_keys: int, sizes: Hashable, make: Callable[[Tensor, Tensor], Made]
-) -> Made:
-    """make(key_start, key_end) of intervals checked and copied to the CPU; kept while the tensors live unchanged."""
-    versions = None if key_start.is_inference() or key_end.is_inference() else (key_start._version, key_end._version)
-    old: _Kept | None = _kept.get(key_start) if versions is not None else None
-    if old is not None and (old.key_end is not key_end or old.versions != versions):
-        old = None
-    if old is not None and sizes in old.made:
-        return cast("Made", old.made[sizes])
-    check_intervals(key_start, key_end, num_keys)
-    made = make(key_start.cpu(), key_end.cpu())
-    if versions is not None:
-        if old is None:
-            old = _kept[key_start] = _Kept(key_end, versions, {})
-        old.made[sizes] = made
-    return made
-
-
-def make_plan(key_start: Tensor, key_end: Tensor, sizes: Sizes, device: torch.device) -> Plan:
+def make_plan(key_start: Tensor, key_end: Tensor, sizes: PlanSizes, device: torch.device) -> Plan:
     """The plan of valid intervals on the CPU, its lists on `device`."""
     return plan_spans(key_start, key_end, sizes, device, cut(*visible_tiles(key_start, key_end, TILE), sizes))
 
 
 def plan_spans(
-    key_start: Tensor, key_end: Tensor, sizes: Sizes, device: torch.device, spans: list[tuple[int, int]]
+    key_start: Tensor, key_end: Tensor, sizes: PlanSizes, device: torch.device, spans: list[tuple[int, int]]
 ) -> Plan:
     """The plan whose chunks are these runs of 128-token blocks, each of which sees a key."""
     first, end = visible_tiles(key_start, key_end, TILE)
@@ -140,45 +100,17 @@ def plan_spans(
         keys = min(int(end[begin:stop].max()) * TILE, sizes.S)
         shapes.append((begin, stop, int((end - first)[begin:stop].sum()), slots, keys))
     flat = torch.cat([*(x.reshape(-1) for x in lists), blocks.reshape(-1)]).to(torch.int32)
-    flat = sent(flat, device)
+    flat = to_device(flat, device)
     pieces = torch.split(flat, [*(x.numel() for x in lists), blocks.numel()])
     T = key_start.shape[0]
     chunks = tuple(
-        Chunk(b * TILE, min(e * TILE, T), tiles, slots, keys, *pieces[4 * n : 4 * n + 4])
+        TileChunk(b * TILE, min(e * TILE, T), tiles, slots, keys, *pieces[4 * n : 4 * n + 4])
         for n, (b, e, tiles, slots, keys) in enumerate(shapes)
     )
-    return Plan(
-        chunks, pieces[-1], mean_weight(key_start, key_end).to(device), T > 0 and bool((group_end > group_first).all())
-    )
+    return Plan(chunks, pieces[-1], T > 0 and bool((group_end > group_first).all()))
 
 
-def sent(x: Tensor, device: torch.device) -> Tensor:
-    """x on the device, without waiting for it."""
-    return (x.pin_memory() if device.type == "cuda" else x).to(device, non_blocking=True)
-
-
-def mean_weight(key_start: Tensor, key_end: Tensor) -> Tensor:
-    """float32 [T]: 1/n for the n queries that see a key, else 0."""
-    seen = key_end > key_start
-    return (seen.double() / seen.sum().clamp_min(1)).float()
-
-
-def visible_tiles(key_start: Tensor, key_end: Tensor, rows: int) -> tuple[Tensor, Tensor]:
-    """First and end key tile that any query of each group of `rows` tokens sees; equal where none sees a key."""
-    T = key_start.shape[0]
-    groups = -(-T // rows)
-    seen = key_end > key_start
-    big = torch.iinfo(torch.int32).max
-    low = torch.full((groups * rows,), big, dtype=torch.int64)
-    high = torch.zeros(groups * rows, dtype=torch.int64)
-    low[:T] = torch.where(seen, key_start.long(), big)
-    high[:T] = torch.where(seen, key_end.long(), 0)
-    first = low.view(groups, rows).amin(1) // TILE
-    end = (high.view(groups, rows).amax(1) + TILE - 1) // TILE
-    return torch.where(end > 0, first, 0), end
-
-
-def cut(first: Tensor, end: Tensor, sizes: Sizes) -> list[tuple[int, int]]:
+def cut(first: Tensor, end: Tensor, sizes: PlanSizes) -> list[tuple[int, int]]:
     """Runs of blocks whose tiles fit the workspace, one block at least. A run that sees nothing is left out.
 
     A run shorter than the workspace allows is taken where its items fill the processors' rounds better.
@@ -199,7 +131,7 @@ def cut(first: Tensor, end: Tensor, sizes: Sizes) -> list[tuple[int, int]]:
     return spans
 
 
-def _even(counts: list[int], sizes: Sizes) -> int:
+def _even(counts: list[int], sizes: PlanSizes) -> int:
     """The number of blocks, at least half of those given, whose items fill whole rounds of the processors best.
 
     Scores take about three quarters of the time, each pass over index_q an eighth.
@@ -238,10 +170,10 @@ def query_items(
     count = group_end[groups] - group_first[groups]
     groups, count = groups[count > 0], count[count > 0]
     base = blocks[groups * tokens // TILE, 0]
-    return balanced(torch.stack([groups * tokens, group_first[groups], count, base], 1), count, processors)
+    return balance(torch.stack([groups * tokens, group_first[groups], count, base], 1), count, processors)
 
 
-def key_items(first: Tensor, end: Tensor, begin: int, stop: int, sizes: Sizes) -> tuple[Tensor, Tensor, int]:
+def key_items(first: Tensor, end: Tensor, begin: int, stop: int, sizes: PlanSizes) -> tuple[Tensor, Tensor, int]:
     """Items (key tile, block, end, slot), reductions (key tile, slot, end, 0), and the number of slots.
 
     The blocks that see a key tile are a run, which is cut at multiples of some length and where a block sees no key at
@@ -275,7 +207,7 @@ def key_items(first: Tensor, end: Tensor, begin: int, stop: int, sizes: Sizes) -
     split = parts > 1
     reduce = torch.stack([tiles[split], (used - parts + 1)[split], used[split], torch.zeros_like(used[split])], 1)
     order = torch.argsort(segment, descending=True, stable=True)
-    return dealt(items[order], (item_end - item_begin)[order], sizes.processors), reduce, int(used[-1])
+    return deal(items[order], (item_end - item_begin)[order], sizes.processors), reduce, int(used[-1])
 
 
 def _segments(number: Tensor, longest: int) -> tuple[Tensor, Tensor]:
@@ -284,48 +216,3 @@ def _segments(number: Tensor, longest: int) -> tuple[Tensor, Tensor]:
     new = place % longest == 0
     new[1:] |= number[1:] != number[:-1] + 1
     return new.cumsum(0) - 1, torch.cat([place[new], torch.tensor([number.shape[0]])])
-
-
-def dealt(items: Tensor, cost: Tensor, processors: int) -> Tensor:
-    """Each item in turn to the CTA with the least work so far; CTAs that get fewer items than others get empty ones."""
-    grid = min(processors, items.shape[0])
-    loads = [(0, cta) for cta in range(grid)]
-    hands: list[list[int]] = [[] for _ in range(grid)]
-    for item, work in enumerate(cost.tolist()):
-        load, cta = loads[0]
-        hands[cta].append(item)
-        heapq.heapreplace(loads, (load + work, cta))
-    rounds = max(len(hand) for hand in hands)
-    flat = torch.tensor([hand + [items.shape[0]] * (rounds - len(hand)) for hand in hands]).T.reshape(-1)
-    empty = torch.tensor([[0, 0, 0, -1]], dtype=items.dtype)
-    return torch.cat([items, empty])[flat]
-
-
-def balanced(items: Tensor, cost: Tensor, processors: int) -> Tensor:
-    """Items in an order in which item n is CTA n % processors' and each CTA's cost about the same.
-
-    Longest first, every second round of `processors` items backwards; in the last rounds the longest go to those CTAs
-    that have least.
-    """
-    count, rounds = items.shape[0], -(-items.shape[0] // processors)
-    order = torch.full((rounds * processors,), -1)
-    order[:count] = torch.argsort(cost, descending=True, stable=True)
-    order = order.view(rounds, processors)
-    dealt = max(rounds - _GREEDY_ROUNDS, 0)
-    order[1:dealt:2] = order[1:dealt:2].flip(1)
-    load = cost[order[:dealt].flatten()].view(dealt, processors).sum(0)
-    for n in range(dealt, rounds):
-        here = order[n][order[n] >= 0]
-        place = torch.argsort(load, stable=True)[: here.numel()]
-        order[n] = -1
-        order[n, place] = here
-        load[place] += cost[here]
-    if rounds:
-        order = order[:, torch.argsort(order[-1] < 0, stable=True)]  # who has none of the last round comes last
-    return items[order[order >= 0]]
-
-
-def ragged(counts: Tensor) -> tuple[Tensor, Tensor]:
-    """For each unit of counts, its owner and its place among the owner's units."""
-    owner = torch.repeat_interleave(torch.arange(counts.shape[0]), counts)
-    return owner, torch.arange(owner.shape[0]) - (counts.cumsum(0) - counts)[owner]

@@ -15,7 +15,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from flash_indexer.ops.kl.plan import TILE, Chunk, Plan, Sizes, kept, plan_spans, score_items, sent, visible_tiles
+from flash_indexer.ops.kl.plan import Plan, PlanSizes, TileChunk, plan, plan_spans, score_items
+from flash_indexer.ops.worklists import TILE, cached, to_device, visible_tiles
 
 _BYTES_OF_SUMS = TILE * TILE * 4 * 2  # a tile's teacher scores, of the chunk under way and of the next
 _BYTES_OF_OWN = TILE * TILE * (4 * 2 + 4 + 2)  # the scattered sums likewise, index scores, di
@@ -29,10 +30,10 @@ class Shard:
     rows[r]: first row and end of rank r's run.
     """
 
-    teacher: Chunk
+    teacher: TileChunk
     piece: int
     rows: tuple[tuple[int, int], ...]
-    own: Chunk | None
+    own: TileChunk | None
 
 
 @dataclass(frozen=True)
@@ -43,20 +44,24 @@ class ShardPlan:
     own: Plan
 
 
-def shard_plan(key_start: Tensor, key_end: Tensor, sizes: Sizes, rank: int, world: int) -> ShardPlan:
-    """The plan of these intervals for one of `world` ranks: kept, or made after reading and checking their contents.
+def shard_plan(key_start: Tensor, key_end: Tensor, sizes: PlanSizes, rank: int, world: int) -> ShardPlan:
+    """The plan of these intervals for one of `world` ranks: cached, or made after reading and checking their contents.
 
     Raises:
         ValueError: as `check_intervals`, when the contents are no valid intervals.
     """
-    return kept(
+    if world == 1:
+        whole = plan(key_start, key_end, sizes)
+        shards = (Shard(chunk, chunk.tiles, ((chunk.begin, chunk.end),), chunk) for chunk in whole.chunks)
+        return ShardPlan(tuple(shards), whole)
+    return cached(
         key_start, key_end, sizes.S, (sizes, rank, world),
         lambda start, end: make_shard_plan(start, end, sizes, rank, world, key_start.device),
     )  # fmt: skip
 
 
 def make_shard_plan(
-    key_start: Tensor, key_end: Tensor, sizes: Sizes, rank: int, world: int, device: torch.device
+    key_start: Tensor, key_end: Tensor, sizes: PlanSizes, rank: int, world: int, device: torch.device
 ) -> ShardPlan:
     """The plan of valid intervals on the CPU, its lists on `device`. All ranks cut alike."""
     first, end = visible_tiles(key_start, key_end, TILE)
@@ -70,7 +75,7 @@ def make_shard_plan(
     blocks = torch.stack([base, first, end], 1)
     lists = [score_items(blocks, bounds[0], bounds[-1], sizes.grouped).reshape(-1) for bounds in runs]
     none = torch.empty(0, dtype=torch.int32)
-    items = torch.split(sent(torch.cat([none, *lists]).to(torch.int32), device), [x.numel() for x in lists])
+    items = torch.split(to_device(torch.cat([none, *lists]).to(torch.int32), device), [x.numel() for x in lists])
     seen = [bool(counts[bounds[rank] : bounds[rank + 1]].any()) for bounds in runs]
     spans = [(bounds[rank], bounds[rank + 1]) for bounds, sees in zip(runs, seen, strict=True) if sees]
     own = plan_spans(key_start, key_end, sizes, device, spans)
@@ -80,12 +85,12 @@ def make_shard_plan(
     for bounds, piece, sees, score in zip(runs, pieces, seen, items, strict=True):
         rows = tuple((min(b * TILE, T), min(e * TILE, T)) for b, e in itertools.pairwise(bounds))
         keys = min(int(end[bounds[0] : bounds[-1]].max()) * TILE, sizes.S)
-        teacher = Chunk(rows[0][0], rows[-1][1], world * piece, 0, keys, score, none, none, none)
+        teacher = TileChunk(rows[0][0], rows[-1][1], world * piece, 0, keys, score, none, none, none)
         shards.append(Shard(teacher, piece, rows, next(mine) if sees else None))
     return ShardPlan(tuple(shards), own)
 
 
-def cut_runs(counts: list[int], sizes: Sizes, world: int) -> list[tuple[int, ...]]:
+def cut_runs(counts: list[int], sizes: PlanSizes, world: int) -> list[tuple[int, ...]]:
     """Cuts the blocks, whose tiles are counted, into chunks and each chunk into `world` runs: their bounds, world + 1.
 
     The tiles of a chunk, every piece as large as its largest, fit the workspace, or it has `world` blocks at most. A

@@ -6,8 +6,9 @@ import torch
 from torch import Tensor
 
 from flash_indexer.intervals import check_intervals
+from flash_indexer.ops.blockwise import compute_dtype, fill_unseen
 from flash_indexer.ops.checks import check_dtypes, check_index_inputs, check_interval_tensors
-from flash_indexer.ops.kl import torch_body as cpu
+from flash_indexer.ops.kl import torch_body
 
 
 def indexer_scores(
@@ -33,6 +34,6 @@ def indexer_scores(
     check_dtypes("indexer_scores", dict(index_q=index_q, index_k=index_k, index_weights=index_weights))
     check_intervals(key_start, key_end, S)
     with torch.no_grad(), torch.autocast(index_q.device.type, enabled=False):
-        relu = index_q.new_empty(1, T, S, dtype=cpu.compute_dtype(index_q))
-        scores, _ = cpu.index_scores(index_q, index_k, index_weights, key_start, key_end, relu=relu)
-        return cpu.fill_unseen(scores, key_start, key_end, -torch.inf)
+        relu = index_q.new_empty(1, T, S, dtype=compute_dtype(index_q))
+        scores, _ = torch_body.index_scores(index_q, index_k, index_weights, key_start, key_end, relu=relu)
+        return fill_unseen(scores, key_start, key_end, -torch.inf)

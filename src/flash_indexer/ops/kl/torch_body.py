@@ -12,7 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-_TILE_BYTES = 2**20  # of one head's [R, C] tile on a CPU: larger tiles leave the second-level cache
+from flash_indexer.ops.blockwise import compute_dtype, fill_unseen
 
 
 def teacher_scores(
@@ -85,35 +85,6 @@ def teacher_lse(
         logits = torch.mm(q[:, h].to(dtype) * softmax_scale, k[:, h // per_group].to(dtype).T, out=scratch)
         lse[:, h] = fill_unseen(logits, key_start, key_end, torch.finfo(dtype).min).logsumexp(-1)
     return lse
-
-
-def attention(
-    q: Tensor, k: Tensor, v: Tensor, key_start: Tensor, key_end: Tensor, softmax_scale: float, workspace_bytes: int
-) -> tuple[Tensor, Tensor]:
-    """out[t,h] = sum_s exp(scale * q[t,h]·k[s,g(h)] - lse[t,h]) * v[s,g(h)] and lse, over the visible keys.
-
-    Args:
-        q: [T, H, D]. k: [S, G, D]. v: [S, G, V]. key_start, key_end: [T].
-
-    Returns:
-        out [T, H, V] in q's dtype, zeros for a query that sees nothing; lse [T, H], -inf there.
-    """
-    dtype = compute_dtype(q)
-    (T, H), per_group = q.shape[:2], q.shape[1] // k.shape[1]
-    out = torch.zeros(T, H, v.shape[2], dtype=q.dtype, device=q.device)
-    lse = torch.full((T, H), -torch.inf, dtype=dtype, device=q.device)
-    for begin, end, first, last in plan_chunks(key_start, key_end, 2, dtype.itemsize, workspace_bytes):
-        starts = (key_start[begin:end] - first).clamp_(0, last - first)
-        ends = (key_end[begin:end] - first).clamp_(0, last - first)
-        unseen = (ends <= starts)[:, None]
-        for h in range(H):
-            query, key = q[begin:end, h].to(dtype) * softmax_scale, k[first:last, h // per_group].to(dtype)
-            logits = fill_unseen(query @ key.T, starts, ends, torch.finfo(dtype).min)
-            row = logits.logsumexp(-1, keepdim=True)
-            p = fill_unseen(logits.sub_(row).exp_(), starts, ends, 0.0)
-            out[begin:end, h] = (p @ v[first:last, h // per_group].to(dtype)).to(out.dtype)
-            lse[begin:end, h] = row.masked_fill(unseen, -torch.inf)[:, 0]
-    return out, lse
 
 
 def index_scores(
@@ -209,52 +180,3 @@ def index_gradients(
                 d_index_q[:, j] = unscaled.mul_(weight)
         if d_index_k is not None:
             d_index_k.addmm_(masked.T, query * weight)
-
-
-def compute_dtype(x: Tensor) -> torch.dtype:
-    """float64 stays float64; everything else is computed in float32."""
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
-
-
-def fill_unseen(x: Tensor, key_start: Tensor, key_end: Tensor, value: float) -> Tensor:
-    """x[r, c] = value where c < key_start[r] or c >= key_end[r], in place; x is [R, C].
-
-    The intervals do not decrease, so only columns below the last start and from the first end on can be unseen.
-    """
-    if x.shape[0] == 0:
-        return x
-    last_start, first_end = int(key_start[-1]), int(key_end[0])
-    columns = torch.arange(x.shape[1], device=x.device)
-    if last_start > 0:
-        x[:, :last_start].masked_fill_(columns[:last_start] < key_start[:, None], value)
-    if first_end < x.shape[1]:
-        x[:, first_end:].masked_fill_(columns[first_end:] >= key_end[:, None], value)
-    return x
-
-
-def plan_chunks(
-    key_start: Tensor, key_end: Tensor, tiles: int, itemsize: int, workspace_bytes: int
-) -> list[tuple[int, int, int, int]]:
-    """Cuts the queries into chunks whose `tiles` tiles [R, C] fit workspace_bytes; at least one row each.
-
-    C counts the keys from the chunk's first key_start to its last key_end. On a CPU one tile stays in the second-level
-    cache as well, unless that leaves fewer than 16 rows.
-
-    Returns:
-        (first row, end of rows, first key, end of keys) of each chunk that sees a key, in order.
-    """
-    starts, ends = key_start.tolist(), key_end.tolist()
-    limit = workspace_bytes // (tiles * itemsize)
-    cached = _TILE_BYTES // itemsize if key_start.device.type == "cpu" else limit
-    chunks, begin = [], 0
-    while begin < len(starts):
-        end = begin + 1
-        while end < len(starts):
-            area = (end + 1 - begin) * (ends[end] - starts[begin])
-            if area > limit or (area > cached and end - begin >= 16):
-                break
-            end += 1
-        if ends[end - 1] > starts[begin]:
-            chunks.append((begin, end, starts[begin], ends[end - 1]))
-        begin = end
-    return chunks

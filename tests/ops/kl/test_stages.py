@@ -17,11 +17,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from flash_indexer.ops import Problem, Sums, make_stages
-from flash_indexer.ops.kl import gpu_body as cuda
-from flash_indexer.ops.kl import shards
-from flash_indexer.ops.kl.plan import TILE, Sizes, visible_tiles
+from flash_indexer.ops import Problem, Sums, make_stages, run_stages
+from flash_indexer.ops.bodies import TORCH
+from flash_indexer.ops.kl import gpu_body
+from flash_indexer.ops.kl.plan import PlanSizes
 from flash_indexer.ops.kl.plan_shards import cut_runs, largest_run, make_shard_plan
+from flash_indexer.ops.worklists import TILE, visible_tiles
 from flash_indexer.testing import Inputs, Result, Shape, make_inputs, reference_indexer_kl
 
 HEADS = dict(H=4, G=2, D=8, I=3, E=32)
@@ -40,16 +41,14 @@ SHAPES = {
 
 @pytest.fixture
 def players(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """CudaStages on the CPU: torch in the kernels' place, and NaN in every tensor that torch.empty makes."""
+    """GpuStages on the CPU: torch in the kernels' place, and NaN in every tensor that torch.empty makes."""
     names = ("teacher_scores", "summed_logits", "teacher_lse", "index_scores", "kl_rows", "index_gradients")
     for name in names:
-        monkeypatch.setattr(cuda, name, globals()[f"play_{name}"])
-    for name in ("check_supported", "prepare_kernels"):
-        monkeypatch.setattr(cuda, name, lambda *_: None)
+        monkeypatch.setattr(gpu_body, name, globals()[f"play_{name}"])
+    monkeypatch.setattr(gpu_body, "prepare", lambda problem: None)
     monkeypatch.setattr(torch.cuda, "device", lambda _: nullcontext())
     properties = SimpleNamespace(multi_processor_count=4)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: properties)
-    monkeypatch.setattr(shards, "CpuStages", shards.CudaStages)
     torch.use_deterministic_algorithms(True)
     assert torch.utils.deterministic.fill_uninitialized_memory and torch.empty(3).isnan().all()
     yield
@@ -70,15 +69,15 @@ def play_score(q: Tensor, k: Tensor, chunk: Any, out: Tensor, value: Any) -> Non
         out[tile * TILE :][: scores.shape[0], : scores.shape[1]] = scores
 
 
-def play_teacher_scores(q, k, lse, chunk, out, scale, processors) -> None:
+def play_teacher_scores(q, k, lse, chunk, out, scale) -> None:
     play_score(q, k, chunk, out, lambda x, here: (x * scale - lse[here, :, None]).exp())
 
 
-def play_summed_logits(q, k, chunk, out, scale, processors) -> None:
+def play_summed_logits(q, k, chunk, out, scale) -> None:
     play_score(q, k, chunk, out, lambda x, here: x * scale)
 
 
-def play_index_scores(index_q, index_k, weights, chunk, out, processors) -> None:
+def play_index_scores(index_q, index_k, weights, chunk, out) -> None:
     play_score(index_q, index_k[:, None], chunk, out, lambda x, here: x.relu() * weights[here, :, None])
 
 
@@ -109,7 +108,8 @@ def play_kl_rows(p, scores, work, chunk, rows, out, logits) -> None:
             di[at] = values.view(-1, TILE)
 
 
-def play_index_gradients(di, index_q, index_k, weights, work, chunk, partials, out, processors) -> None:
+def play_index_gradients(di, leaves, work, chunk, partials, out) -> None:
+    index_q, index_k, weights = leaves
     T, _, E = index_q.shape
     S, tokens = index_k.shape[0], TILE // 8
 
@@ -144,8 +144,10 @@ def play_index_gradients(di, index_q, index_k, weights, work, chunk, partials, o
                 rows += partials[slot * TILE : (slot + 1) * TILE][: rows.shape[0]]
 
 
-def drive(x: Inputs, world: int, needs: tuple[bool, ...] = (True,) * 3, lse: bool = True, **options: Any) -> list[Sums]:
-    """The loop of `parallel.tensor`, all ranks in turn: a chunk ahead, sums over ranks cut into pieces."""
+def drive(
+    x: Inputs, world: int, body: str, needs: tuple[bool, ...] = (True,) * 3, lse: bool = True, **options: Any
+) -> list[Sums]:
+    """`run_stages` for several ranks, all of them in turn: a chunk ahead, sums over ranks cut into pieces."""
     H, G = x.q.shape[1:2] + x.k.shape[1:2]
     settings = dict(target="mean", workspace=2**29) | options
     ranks, asked = [], []
@@ -156,7 +158,9 @@ def drive(x: Inputs, world: int, needs: tuple[bool, ...] = (True,) * 3, lse: boo
             x.q[:, heads], x.k[:, groups], x.index_q, x.index_k, x.index_weights, x.lse[:, heads] if lse else None,
             x.key_start, x.key_end, x.token_weight, x.softmax_scale, settings["target"], settings["workspace"], needs,
         )  # fmt: skip
-        ranks.append(make_stages(problem, rank, world, asked.append))
+        ranks.append(make_stages(problem, body, rank, world, asked.append))
+    if world == 1:
+        return [run_stages(ranks[0], x.q.device)]
     following: list[Tensor] = []
     for n in range(ranks[0].chunks + 1):
         under_way = following
@@ -174,9 +178,9 @@ def whole(parts: list[Sums]) -> list[Tensor]:
     return [torch.stack(values).sum(0) for values in zip(*parts, strict=True)]
 
 
-@pytest.fixture(params=["torch", "kernels"])
+@pytest.fixture(params=[TORCH, "sm_90"])
 def body(request: pytest.FixtureRequest) -> str:
-    if request.param == "kernels":
+    if request.param != TORCH:
         request.getfixturevalue("players")
     return str(request.param)
 
@@ -187,7 +191,7 @@ def test_the_ranks_together_are_one(body: str, name: str, world: int) -> None:
     heads = dict(G=4) if SHAPES[name].G == 2 and world == 4 else {}
     x = make_inputs(replace(SHAPES[name], **heads), seed=8, dtype=torch.float64)
     workspace = 2**29 if name == "causal" else 1
-    got = whole(drive(x, world, workspace=workspace))
+    got = whole(drive(x, world, body, workspace=workspace))
     truth = reference_indexer_kl(x, token_weight=x.token_weight)
     for field, value, expected in zip(Result._fields[1:], got, truth[1:], strict=True):
         torch.testing.assert_close(value, expected, rtol=1e-10, atol=1e-12, msg=lambda m, f=field: f"{f}: {m}")
@@ -197,7 +201,7 @@ def test_the_ranks_together_are_one(body: str, name: str, world: int) -> None:
 @pytest.mark.parametrize("target", ["mean", "sum_logits"])
 def test_targets(body: str, target: str, lse: bool) -> None:
     x = make_inputs(SHAPES["packed"], seed=8, dtype=torch.float64)
-    got = whole(drive(x, 2, target=target, lse=lse and target == "mean"))
+    got = whole(drive(x, 2, body, target=target, lse=lse and target == "mean"))
     truth = reference_indexer_kl(x, target=target, token_weight=x.token_weight)
     for value, expected in zip(got, truth[1:], strict=True):
         torch.testing.assert_close(value, expected, rtol=1e-10, atol=1e-12)
@@ -207,7 +211,7 @@ def test_targets(body: str, target: str, lse: bool) -> None:
 def test_gradients_that_are_not_wanted_are_not_made(body: str, needs: tuple[bool, ...]) -> None:
     x = make_inputs(SHAPES["packed"], seed=8, dtype=torch.float64)
     truth = reference_indexer_kl(x, token_weight=x.token_weight)
-    parts = drive(x, 2, needs)
+    parts = drive(x, 2, body, needs)
     for n, need in enumerate(needs):
         assert all((part[2 + n] is not None) == need for part in parts)
         if need:
@@ -216,7 +220,7 @@ def test_gradients_that_are_not_wanted_are_not_made(body: str, needs: tuple[bool
 
 
 def test_each_rank_works_on_rows_of_its_own(body: str) -> None:
-    parts = drive(make_inputs(SHAPES["causal"], seed=8, dtype=torch.float64), 4, workspace=2**20)
+    parts = drive(make_inputs(SHAPES["causal"], seed=8, dtype=torch.float64), 4, body, workspace=2**20)
     worked = torch.stack([part.kl != 0 for part in parts]).sum(0)
     assert worked.max() == 1
     assert all((part.kl != 0).any() for part in parts)
@@ -227,7 +231,7 @@ def causal_plan(blocks: int, world: int, workspace: int) -> tuple[list[int], lis
     starts, ends = torch.zeros(T, dtype=torch.int64), torch.arange(1, T + 1)
     first, end = visible_tiles(starts, ends, TILE)
     counts = (end - first).tolist()
-    return counts, cut_runs(counts, Sizes(T, 128, 64, False, workspace, 132), world)
+    return counts, cut_runs(counts, PlanSizes(T, 128, 64, False, workspace, 132), world)
 
 
 @pytest.mark.parametrize("world", [2, 8])
@@ -251,7 +255,7 @@ def test_work_is_cut_evenly_and_within_the_workspace(world: int) -> None:
 
 def test_all_ranks_cut_alike() -> None:
     starts, ends = (y.long() for y in SHAPES["packed"].intervals())
-    sizes = Sizes(SHAPES["packed"].S, 32, 8, True, 2**21, 132)
+    sizes = PlanSizes(SHAPES["packed"].S, 32, 8, True, 2**21, 132)
     plans = [make_shard_plan(starts, ends, sizes, rank, 4, torch.device("cpu")) for rank in range(4)]
     for plan in plans[1:]:
         for mine, first in zip(plan.shards, plans[0].shards, strict=True):

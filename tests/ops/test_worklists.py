@@ -1,0 +1,61 @@
+"""Lists of work: cached as long as their intervals live unchanged; and what is made from the intervals alone."""
+
+from __future__ import annotations
+
+import gc
+
+import pytest
+import torch
+from torch import Tensor
+
+from flash_indexer.intervals import causal_intervals
+from flash_indexer.ops import worklists
+from flash_indexer.ops.worklists import cached, mean_weight
+
+
+def intervals(length: int) -> tuple[Tensor, Tensor]:
+    return causal_intervals(torch.tensor([0, length]))
+
+
+def test_lists_are_cached_while_their_intervals_are_unchanged() -> None:
+    made: list[tuple[Tensor, Tensor]] = []
+
+    def make(start: Tensor, end: Tensor) -> list[int]:
+        made.append((start, end))
+        return end.tolist()
+
+    start, end = intervals(70)
+    first = cached(start, end, 70, "a", make)
+    assert cached(start, end, 70, "a", make) is first and len(made) == 1
+    assert cached(start, end, 70, "b", make) is not first and len(made) == 2
+    assert made[0][0] is made[1][0], "the intervals are copied once for all lists"
+    assert cached(start, end, 70, "a", make) is first and len(made) == 2
+    end[10:20] = end[20]
+    renewed = cached(start, end, 70, "a", make)
+    assert renewed is not first and renewed[10] == 21 and len(made) == 3
+    assert cached(start, end.clone(), 70, "a", make) is not renewed and len(made) == 4
+    entries = len(worklists._cache)
+    del start, made[:]
+    gc.collect()
+    assert len(worklists._cache) == entries - 1
+
+
+def test_contents_are_checked_for_each_number_of_keys() -> None:
+    start, end = intervals(70)
+    assert cached(start, end, 70, "a", lambda *_: 1) == 1
+    with pytest.raises(ValueError, match="key_end"):
+        cached(start, end, 69, "a", lambda *_: 2)
+
+
+def test_tensors_of_inference_mode_are_never_cached() -> None:
+    with torch.inference_mode():
+        start, end = intervals(5)
+        made = [cached(start, end, 5, "a", lambda *_: object()) for _ in range(2)]
+    assert made[0] is not made[1]
+
+
+def test_mean_weight() -> None:
+    start, end = torch.tensor([0, 0, 2, 3], dtype=torch.int32), torch.tensor([1, 0, 4, 4], dtype=torch.int32)
+    weight = mean_weight(start, end.clone().copy_(torch.tensor([1, 1, 2, 4])), 4)
+    assert weight.dtype == torch.float32 and weight.tolist() == pytest.approx([1 / 3, 1 / 3, 0, 1 / 3])
+    assert mean_weight(start, start, 4).tolist() == [0.0] * 4
