@@ -21,9 +21,9 @@ parser.add_argument("--data", required=True)
 parser.add_argument("--out", required=True)
 parser.add_argument("--steps", type=int, default=1000)
 parser.add_argument("--sequence-length", type=int, default=1024)
-given = parser.parse_args()
-if Path(given.out).exists():
-    raise SystemExit(f"--out must not exist yet, got {given.out}")
+options = parser.parse_args()
+if Path(options.out).exists():
+    raise SystemExit(f"--out must not exist yet, got {options.out}")
 
 device = "cuda" if torch.cuda.is_available() else "cpu"
 dist.init_process_group("nccl" if device == "cuda" else "gloo")
@@ -31,17 +31,17 @@ rank, world = dist.get_rank(), dist.get_world_size()
 if device == "cuda":
     torch.cuda.set_device(rank % torch.cuda.device_count())
 
-model, tokenizer = load_model(given.model, dtype=default_dtype())
-packed = pack(load_documents(given.data), tokenizer, sequence_length=given.sequence_length, seed=0)
+model, tokenizer = load_model(options.model, dtype=default_dtype())
+packed = pack(load_documents(options.data), tokenizer, sequence_length=options.sequence_length, seed=0)
 
 if world == 1:
     model.to(device)  # nothing to share out: FSDP2 would move it
 shard_model(model, make_parallel(device), fsdp=True)  # before attach: the indexers stay whole on every process
 torch.manual_seed(0)  # and begin with the same weights everywhere
 handle = attach(model)
-handle.token_weight = 1 / (world * given.sequence_length)  # a mean over all tokens of an optimizer step
+handle.token_weight = 1 / (world * options.sequence_length)  # a mean over all tokens of an optimizer step
 optimizer = torch.optim.AdamW(handle.indexers.parameters(), lr=1e-3, weight_decay=0.0, eps=1e-12)
-for step in range(given.steps):
+for step in range(options.steps):
     batch = {name: x[None].to(device) for name, x in packed[(step * world + rank) % len(packed)].items()}
     with torch.no_grad():
         handle.decoder(**batch, use_cache=False)  # every layer's backward runs inside
@@ -52,5 +52,5 @@ for step in range(given.steps):
         losses = [loss.kl for loss in handle.losses().values()]
         print(f"step {step + 1}: KL {sum(losses) / len(losses):.4f}")
 if rank == 0:
-    export(handle, given.out, format="native")
+    export(handle, options.out, format="native")
 dist.destroy_process_group()

@@ -17,17 +17,17 @@ parser.add_argument("--data", required=True)
 parser.add_argument("--out", required=True)
 parser.add_argument("--steps", type=int, default=1000)
 parser.add_argument("--sequence-length", type=int, default=1024)
-given = parser.parse_args()
-if Path(given.out).exists():
-    raise SystemExit(f"--out must not exist yet, got {given.out}")
+options = parser.parse_args()
+if Path(options.out).exists():
+    raise SystemExit(f"--out must not exist yet, got {options.out}")
 
 device = "cuda" if torch.cuda.is_available() else "cpu"
-model, tokenizer = load_model(given.model, dtype=default_dtype())
-packed = pack(load_documents(given.data), tokenizer, sequence_length=given.sequence_length, seed=0)
+model, tokenizer = load_model(options.model, dtype=default_dtype())
+packed = pack(load_documents(options.data), tokenizer, sequence_length=options.sequence_length, seed=0)
 
 handle = attach(model.to(device))
 optimizer = torch.optim.AdamW(handle.indexers.parameters(), lr=1e-3, weight_decay=0.0, eps=1e-12)
-for step in range(given.steps):
+for step in range(options.steps):
     batch = {name: x[None].to(device) for name, x in packed[step % len(packed)].items()}
     with torch.no_grad():
         handle.decoder(**batch, use_cache=False)  # every layer's backward runs inside
@@ -35,4 +35,4 @@ for step in range(given.steps):
     optimizer.zero_grad()
     losses = [loss.kl for loss in handle.losses().values()]
     print(f"step {step + 1}: KL {sum(losses) / len(losses):.4f}")
-export(handle, given.out, format="native")
+export(handle, options.out, format="native")

@@ -16,14 +16,14 @@ parser.add_argument("--data", required=True)
 parser.add_argument("--out", required=True)
 parser.add_argument("--steps", type=int, default=1000)
 parser.add_argument("--sequence-length", type=int, default=1024)
-given = parser.parse_args()
+options = parser.parse_args()
 
-model, tokenizer = load_model(given.model, dtype=default_dtype())
-packed = pack(load_documents(given.data), tokenizer, sequence_length=given.sequence_length, seed=0)
+model, tokenizer = load_model(options.model, dtype=default_dtype())
+packed = pack(load_documents(options.data), tokenizer, sequence_length=options.sequence_length, seed=0)
 
 handle = attach(model)
 arguments = TrainingArguments(
-    given.out, max_steps=given.steps, learning_rate=1e-3, warmup_steps=20, lr_scheduler_type="cosine",
+    options.out, max_steps=options.steps, learning_rate=1e-3, warmup_steps=20, lr_scheduler_type="cosine",
     adam_epsilon=1e-12, per_device_train_batch_size=1, logging_steps=10, report_to="none",
 )  # fmt: skip
 trainer = IndexerTrainer(handle, args=arguments, train_dataset=packed)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -63,23 +65,29 @@ def test_torchrun_and_accelerate_launch_the_command_line(tmp_path: Path, checkpo
 
 
 @pytest.mark.slow
-def test_torchrun_starts_a_run_again_that_lost_a_process(tmp_path: Path, checkpoint: Path, texts: Path) -> None:
-    """As README says; the variable keeps torchrun from handing the addresses of dead processes to new ones."""
+def test_readme_s_command_starts_a_run_again_that_lost_a_process(tmp_path: Path, checkpoint: Path, texts: Path) -> None:
+    """As printed, but for the number of processes, the folder, and options in place of its dots."""
     out = tmp_path / "run"
-    words = f"--model {checkpoint} --data {texts} --out {out} --resume --timeout 20 --sequence-length 32 --steps 150"
-    sizes = "--num-heads 2 --head-dim 32 --save-every 5 --evaluate-sequences 0"
-    launcher = "torch.distributed.run --standalone --nproc-per-node 2 --max-restarts 1 -m flash_indexer warmup"
-    environment = os.environ | {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", *launcher.split(), *words.split(), *sizes.split()]
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    (printed,) = (
+        x for x in re.findall(r"^```bash\n(.*?)^```", readme, re.MULTILINE | re.DOTALL) if "--max-restarts" in x
+    )
+    variable, program, *words = shlex.split(printed.replace("\\\n", " "))
+    assert program == "torchrun" and "c10d" in words and words[-1] == "..."
+    changes = {"8": "2", "runs/mine": str(out)}
+    options = f"--model {checkpoint} --data {texts} --timeout 20 --sequence-length 32 --steps 150 --num-heads 2"
+    options += " --head-dim 32 --save-every 5 --evaluate-sequences 0"
+    command = [sys.executable, "-m", "torch.distributed.run", *(changes.get(word, word) for word in words[:-1])]
+    environment = os.environ | dict([variable.split("=")]) | {"OMP_NUM_THREADS": "1"}
     with open(tmp_path / "said", "w") as said:
-        process = subprocess.Popen(command, env=environment, stdout=said, stderr=said)
+        process = subprocess.Popen([*command, *options.split()], env=environment, stdout=said, stderr=said)
         try:
             end = time.monotonic() + 120
             while not (out / "checkpoint").exists():
                 assert process.poll() is None and time.monotonic() < end
                 time.sleep(0.02)
-            found = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
-            os.kill(int(found[-1]), signal.SIGKILL)
+            ranks = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
+            os.kill(int(ranks[-1]), signal.SIGKILL)
             assert process.wait(180) == 0, (tmp_path / "said").read_text()
         finally:
             process.kill()

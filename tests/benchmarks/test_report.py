@@ -1,0 +1,118 @@
+"""README's five numbers and docs/performance.md, which come from what is recorded."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+Write = Callable[..., Path]
+
+
+@pytest.fixture
+def write(tmp_path: Path) -> Write:
+    """`write(indexer_kl=[record, ...], ...)`: a folder of records."""
+
+    def build(**files: list[dict[str, Any]]) -> Path:
+        for name, records in files.items():
+            (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records), encoding="utf-8")
+        return tmp_path
+
+    return build
+
+
+def record(name: str, **changes: object) -> dict[str, Any]:
+    times = dict.fromkeys(("p20", "p50", "p80"), 10.0) | {"sm_mhz": 1500.4}
+    passes = {name: {"ms": 2.0, "tflops": 700.0} for name in ("teacher", "index", "gradient_query", "gradient_key")}
+    return {
+        "name": name, "gpu": "GPU", "ours": times, "matmul_tflops": 770.0, "floor_ms": 9.0, "over_floor": 10 / 9,
+        "passes": passes | {"rows": {"ms": 0.2}}, "pairs": 1000, "extra_bytes": 2**29, "fa2_forward": times,
+        "fa2_backward": times, "cudnn_forward": times, "cudnn_backward": times, "short_repeated": times,
+        "notes": {"short_repeated": "v32_absorbed 2 times: 900 pairs"}, "picoseconds_a_pair": 1e7, "host_ms": 1.0,
+    } | changes  # fmt: skip
+
+
+def test_the_latest_record_of_a_size_stands_beside_attention_and_the_least_time(
+    report: ModuleType, write: Write
+) -> None:
+    slow = dict.fromkeys(("p20", "p50", "p80"), 30.0)
+    text = report.page(write(indexer_kl=[record("mqa64", ours=slow), record("smollm2", ours=slow), record("mqa64")]))
+    assert "| H=64 G=1 D=128 I=64 E=128, 8K | 10.00 ms | 1.11 x | 0.50 x | 0.50 x | 0.50 GiB |" in text
+    assert "| H=9 G=3 D=64 I=8 E=64, 8K | 30.00 ms | 1.11 x | 1.50 x | 1.50 x | 0.50 GiB |" in text
+    assert "| H=64 G=1 D=128 I=64 E=128, 8K | 2.00 ms, 700 TFLOP/s |" in text
+    assert text.count("| H=64 G=1") == 2, "one row of each table, of the later record"
+
+
+def test_the_rows_of_128k_have_their_clocks(report: ModuleType, write: Write) -> None:
+    long = record("v32_128k", ours={"p50": 2000.0, "sm_mhz": 1200}, picoseconds_a_pair=3e8)
+    text = report.page(write(indexer_kl=[record("v32_absorbed", picoseconds_a_pair=2e8), long]))
+    assert "| 8K, one call | 10.00 ms | 200000000 ps | 1,500 MHz |" in text
+    assert "| 128K, one call | 2,000.00 ms | 300000000 ps | 1,200 MHz |" in text
+    assert f"| 8K, repeated for as many pairs | 10.00 ms | {10 / 900 * 1e9:.0f} ps | 1,500 MHz |" in text
+    del long["short_repeated"]
+    assert "8K, repeated" not in report.page(write(indexer_kl=[long]))
+    assert "## 128K tokens" not in report.page(write(indexer_kl=[record("gqa32")]))
+
+
+def test_a_missing_baseline_is_told_with_its_reason(report: ModuleType, write: Write) -> None:
+    without = {k: v for k, v in record("gqa32", notes={"cudnn": "no kernel"}).items() if not k.startswith("cudnn")}
+    text = report.page(write(indexer_kl=[without]))
+    assert "8 documents of 4K | 10.00 ms | 1.11 x |  | 0.50 x | 0.50 GiB |" in text
+    assert "Where a ratio is missing: no kernel." in text
+    assert "Where a ratio is missing" not in report.page(write(indexer_kl=[record("gqa32")]))
+
+
+def test_a_host_slower_than_the_device_is_told(report: ModuleType, write: Write) -> None:
+    text = report.page(write(indexer_kl=[record("gqa32"), record("smollm2", host_ms=12.5)]))
+    assert "H=9 G=3 D=64 I=8 E=64, 8K: 12.50 ms to launch what runs in 10.00 ms." in text
+    assert text.count("to launch") == 1
+
+
+def test_a_record_without_the_atomic_backward_keeps_its_row(report: ModuleType, write: Write) -> None:
+    names = ("ours_forward", "ours_backward", "ours_attention")
+    old = {"tokens": 8143, "both": 3.0, "ratios": {"backward": 0.5}} | {name: {"p50": 1.5} for name in names}
+    new = old | {"tokens": 16271, "ours_once": {"p50": 0.875}, "ratios": {"once": 0.25}}
+    lines = report.per_head(write(warmup_attention=[old, new]))
+    assert "| 8,143 | 1.50 ms | 1.50 ms, 0.50 x | 3.00 ms | not measured | 1.50 ms |" in lines
+    assert "| 16,271 | 1.50 ms | 1.50 ms | 3.00 ms | 0.88 ms, 0.25 x | 1.50 ms |" in lines
+
+
+def test_five_numbers_of_five_records(report: ModuleType, write: Write) -> None:
+    warmup = {
+        "name": "mean", "gpu": "GPU", "sequence_length": 8192, "seconds_per_step": {"kernels": 0.25, "torch body": 1.0},
+        "largest_relative_difference": 3e-7,
+    }  # fmt: skip
+    pair = {"name": "v32_64k", "gpu": "GPU", "ranks": 2, "size": {"tokens": 65536}, "speedup": {"context": 1.97}}
+    sizes = [record("gqa32"), record("v32_absorbed"), record("v32_128k")]
+    lines = report.summary(write(indexer_kl=sizes, warmup=[warmup], distributed=[pair])).splitlines()
+    answers = [line.split(" | ")[1] for line in lines if line.startswith("| ")]
+    assert answers[2:] == [
+        "0.50 x its time", "1.11 x the time of the same flops in a plain matrix product", "0.50 GiB",
+        "0.25 s; in plain torch 1.00 s, the same loss to 3e-07", "1.97 x",
+    ]  # fmt: skip
+    assert lines[0].startswith("Medians on GPU;")
+
+
+def test_no_measurements(report: ModuleType, tmp_path: Path) -> None:
+    assert report.summary(tmp_path) == report.page(tmp_path) == "No measurements are recorded yet."
+
+
+@pytest.mark.parametrize(("page", "make"), [("README.md", "summary"), ("docs/performance.md", "page")])
+def test_a_page_is_what_the_results_make(report: ModuleType, page: str, make: str) -> None:
+    text = (ROOT / page).read_text(encoding="utf-8")
+    assert report.rewrite(text, getattr(report, make)()) == text, "run python benchmarks/report.py"
+
+
+def test_a_page_without_its_markers_is_refused(report: ModuleType) -> None:
+    with pytest.raises(ValueError, match="must hold the lines"):
+        report.rewrite("# README", "text")
+
+
+def test_the_plot_is_drawn(report: ModuleType, tmp_path: Path) -> None:
+    report.plot({name: record(name) for name in ("v32_absorbed", "smollm2")}, tmp_path / "plot.png")
+    assert (tmp_path / "plot.png").stat().st_size > 5000
