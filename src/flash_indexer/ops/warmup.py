@@ -60,7 +60,8 @@ def warmup_attention(
             elsewhere, and under torch.use_deterministic_algorithms(True).
 
     Dtypes: on CUDA q, k, v, index_q, index_k bfloat16 and the rest float32; on the CPU float32 or float64 throughout.
-    CUDA takes D and V up to 256, and with the other targets D=576 with v = k[..., :512] (MLA's absorbed form).
+    Kernels take D and V up to 256, and with the other targets D=576 with v = k[..., :512] (MLA's absorbed form); for
+    other sizes and on other GPUs the blockwise torch body runs, with one warning that says why.
 
     Returns:
         out [T, H, V] in q's dtype; lse [T, H], natural log; loss, differentiable in index_q, index_k, index_weights;

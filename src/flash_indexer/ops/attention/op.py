@@ -27,8 +27,9 @@ def attention_forward(
         softmax_scale: the model's own softmax scale.
         key_start, key_end: int32 [T], non-decreasing.
 
-    Dtypes: on CUDA bfloat16, D and V up to 256, or D=576 with v = k[..., :512] (MLA's absorbed form); on the CPU
-    float32 or float64 throughout.
+    Dtypes: on CUDA bfloat16; on the CPU float32 or float64 throughout. Kernels take D and V up to 256, or D=576 with
+    v = k[..., :512] (MLA's absorbed form); for other sizes and on other GPUs the blockwise torch body runs, with one
+    warning that says why.
 
     Returns:
         out [T, H, V] in q's dtype and lse [T, H], natural log, float32 (float64 for float64 inputs); zeros and -inf for

@@ -67,9 +67,9 @@ def indexer_kl(
         workspace_bytes: bound on the memory for score tiles; query rows are processed in chunks that fit.
 
     Dtypes: on CUDA q, k, index_q, index_k bfloat16 and the rest float32; on the CPU float32 or float64 throughout.
-    Sizes on CUDA: the kernels' (an error names them); but "per_head" runs in torch, with a warning that says why, where
-    D > 256, E is not 32, 64 or 128, H/G > 128 (> 64 with E = 128 or D > 192), the GPU is not of compute capability 9.0,
-    or tilelang is not installed.
+    Kernels run on GPUs of compute capability 9.0 with tilelang installed, where D is 64, 96, 128, 192, 256 or 576, E is
+    32, 64 or 128, H at most 128 and I at most 64 ("per_head": D up to 256, H/G up to 128; 64 with E = 128 or D > 192).
+    Elsewhere on a GPU the blockwise torch body runs, in float32 and linear memory, with one warning that says why.
 
     Returns:
         loss: scalar, differentiable in index_q, index_k and index_weights.
