@@ -19,6 +19,7 @@ def run_of(model: Path, **changes: Any) -> dict[str, Any]:
 
 def write_rows(path: Path) -> Path:
     rows = [{"body": "w1 w2 w3 " * 9, "other": "w4 w5 w6 w7 " * 9} for _ in range(5)]
+    path.parent.mkdir(exist_ok=True)
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return path
 
@@ -36,6 +37,15 @@ def test_the_column_is_the_runs_unless_one_is_named(
             "position_ids": (torch.int64, (1, 8)),
         }
     assert set(torch.cat([batch["input_ids"] for batch in batches]).unique().tolist()) - {60} == words
+
+
+def test_of_several_splits_the_one_to_judge_on_is_read(tmp_path: Path, checkpoint: Path) -> None:
+    write_rows(tmp_path / "data" / "train-00000-of-00001.jsonl")
+    validation = tmp_path / "data" / "validation-00000-of-00001.jsonl"
+    validation.write_text(json.dumps({"body": "w9 " * 40}) + "\n", encoding="utf-8")
+    with pytest.warns(UserWarning, match="'validation' is read"):
+        batches = held_out_batches(run_of(checkpoint), str(tmp_path), 3)
+    assert {int(token) for batch in batches for token in batch["input_ids"].flatten()} == {9}
 
 
 def test_the_standard_library_gives_one_document_a_sequence(checkpoint: Path) -> None:

@@ -443,6 +443,19 @@ def test_sequences_above_the_models_context_are_told_once_and_recorded(tmp_path:
     assert screen.getvalue().count(warning) == 1
 
 
+def test_what_was_left_out_of_the_text_is_told_and_recorded(tmp_path: Path, settings: Any) -> None:
+    (tmp_path / "data").mkdir()
+    for name, word in (("train", "w1 "), ("test", "w2 ")):
+        (tmp_path / "data" / f"{name}.jsonl").write_text(json.dumps({"text": word * 99}) + "\n")
+    screen = io.StringIO()
+    data = str(tmp_path / "data")
+    warm_up(settings(steps=1, data=data), tmp_path / "run", console=Console(file=screen, width=500))
+    record = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert len(record["warnings"]) == 1 and "'train' is read, the others are not" in record["warnings"][0]
+    assert f"warning: {record['warnings'][0]}" in screen.getvalue()
+    assert record["text"]["documents"] == 1 and "text: 1 document, 32 tokens" in screen.getvalue()
+
+
 def test_a_tokenizer_of_another_model_is_refused_before_anything_is_written(
     tmp_path: Path, train: Train, checkpoint: Path
 ) -> None:

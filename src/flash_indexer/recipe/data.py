@@ -20,7 +20,7 @@ from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from flash_indexer.recipe.standard_library import standard_library_documents
-from flash_indexer.recipe.text_files import load_documents
+from flash_indexer.recipe.text_files import load_documents, read_documents
 
 __all__ = [
     "DataSummary",
@@ -33,9 +33,18 @@ __all__ = [
     "longest_context",
     "pack",
     "standard_library_documents",
+    "training_documents",
 ]
 
 CHARACTERS_PER_CALL = 2**20
+
+
+def training_documents(path: str | None, column: str) -> tuple[datasets.Dataset, list[str]]:
+    """The documents at `path`, or the standard library's where it is None, and what to tell about the choice."""
+    if path is None:
+        return standard_library_documents("train"), []
+    documents, notes = read_documents(path, column=column)
+    return documents, list(notes)
 
 
 @dataclass(frozen=True)

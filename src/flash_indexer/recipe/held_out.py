@@ -14,6 +14,8 @@ from flash_indexer.recipe.run_record import settings_from
 
 __all__ = ["held_out_batches"]
 
+HELD_OUT_SPLITS = ("validation", "test")
+
 
 def held_out_batches(
     run: Mapping[str, Any], data: str | None, sequences: int, *, column: str | None = None
@@ -22,8 +24,8 @@ def held_out_batches(
 
     Args:
         run: settings of a run, as `read_run` gives them: model, sequence_length = L, seed and column.
-        data: text as `load_documents` takes it; None: the standard library's held-out half, each sequence from one
-            document.
+        data: text as `load_documents` takes it, of several splits the validation or test split; None:
+            the standard library's held-out half, each sequence from one document.
         column: the column that holds the text, where it is not the one of the run.
 
     Raises:
@@ -35,7 +37,7 @@ def held_out_batches(
     if data is None:
         documents = standard_library_documents("heldout")
     else:
-        documents = load_documents(data, column=settings.column if column is None else column)
+        documents = load_documents(data, column=settings.column if column is None else column, splits=HELD_OUT_SPLITS)
     packed = pack(
         documents, tokenizer, sequence_length=settings.sequence_length, seed=settings.seed, max_sequences=sequences,
         one_document=data is None, vocab_size=_vocab_size(settings.model),

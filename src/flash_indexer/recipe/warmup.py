@@ -32,10 +32,9 @@ from flash_indexer.recipe.data import (
     describe,
     embedding_rows,
     length_warning,
-    load_documents,
     longest_context,
     pack,
-    standard_library_documents,
+    training_documents,
 )
 from flash_indexer.recipe.processes import ParallelSettings, Processes, saved_state
 from flash_indexer.recipe.progress import StepProgress
@@ -126,9 +125,10 @@ def _warm_up(
         model, num_heads=settings.num_heads, head_dim=settings.head_dim, rope_dim=settings.rope_dim,
         target=settings.target, layers=settings.layers, parallel=processes.parallel,
     )  # fmt: skip
-    documents = standard_library_documents("train") if settings.data is None else _documents(settings)
-    warning = length_warning(settings.sequence_length, longest_context(model.config))
-    if warning is not None:
+    documents, warnings = training_documents(settings.data, settings.column)
+    if (warning := length_warning(settings.sequence_length, longest_context(model.config))) is not None:
+        warnings.append(warning)
+    for warning in warnings:
         console.print(f"warning: {warning}", highlight=False, markup=False)
     packing: dict[str, Any] = dict(sequence_length=settings.sequence_length, seed=settings.seed, vocab_size=vocab_size)
     if record is not None:
@@ -148,7 +148,7 @@ def _warm_up(
         out.mkdir(parents=True, exist_ok=True)
         if processes.is_main:
             facts = dict(steps=steps, sequences_per_step=per_step, torch=torch.__version__, **found)
-            facts |= dict(text=asdict(summary), warnings=[] if warning is None else [warning])
+            facts |= dict(text=asdict(summary), warnings=warnings)
             write_json(out / RUN_FILE, dict(settings=asdict(settings), **facts))
     else:
         _check_same(record, found)
@@ -335,11 +335,6 @@ def forward(handle: IndexerHandle, batch: dict[str, Tensor]) -> None:
     """One forward of the frozen decoder, without logits; gradients of the indexers are added inside it."""
     with torch.no_grad():
         handle.decoder(input_ids=batch["input_ids"], position_ids=batch["position_ids"], use_cache=False)
-
-
-def _documents(settings: WarmupSettings) -> Any:
-    assert settings.data is not None
-    return load_documents(settings.data, column=settings.column)
 
 
 def _steps_in(handle: IndexerHandle, data: PackedDataset, settings: WarmupSettings, processes: Processes) -> int:
