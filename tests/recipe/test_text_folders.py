@@ -48,6 +48,7 @@ def write_files(folder: Path, *names: str) -> Path:
             SHARDS,
         ),
         (("README.md", "test.jsonl"), ["test.jsonl"]),
+        (("CHANGELOG.md", "changelog.jsonl", "other.jsonl"), ["changelog.jsonl", "other.jsonl"]),
     ],
 )
 def test_files_of_a_folder(tmp_path: Path, recwarn: pytest.WarningsRecorder, names: Any, read: list[str]) -> None:

@@ -155,7 +155,8 @@ def _suffixes(files: Sequence[Path]) -> str:
 
 def _is_about(file: Path) -> bool:
     """Whether a file's name says that it is about a data set, as on the Hugging Face hub, rather than a part of it."""
-    return file.name.partition(".")[0].lower() in ABOUT or file.name in ABOUT_DATA_SETS
+    is_note = file.name.partition(".")[0].lower() in ABOUT and _kind(file) in ("text", None)
+    return is_note or file.name in ABOUT_DATA_SETS
 
 
 def _split_of(file: Path) -> str | None:
