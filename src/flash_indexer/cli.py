@@ -69,9 +69,10 @@ def warmup(
 
         import torch
 
+        from flash_indexer.recipe.held_out import held_out_batches
         from flash_indexer.recipe.processes import ParallelSettings, is_main_process, leave
         from flash_indexer.recipe.run_record import WarmupSettings, read_run
-        from flash_indexer.recipe.warmup import held_out_batches, warm_up
+        from flash_indexer.recipe.warmup import warm_up
 
         given = {name: value for name, value in context.params.items() if name in WarmupSettings.__dataclass_fields__}
         given["layers"] = _parse_layers(layers)
@@ -117,8 +118,8 @@ def evaluate(
 ) -> None:
     """Judge indexers: those of a run, or a native indexer folder, on held-out text."""
     with _plain_errors():
+        from flash_indexer.recipe.held_out import held_out_batches
         from flash_indexer.recipe.run_record import check_folder
-        from flash_indexer.recipe.warmup import held_out_batches
 
         if sequences < 1:
             raise ValueError(f"evaluate: --sequences must be at least 1, got {sequences}")
@@ -142,7 +143,7 @@ def check(
     """Check the teacher: every head's probabilities must sum to 1 on real text (within 1e-2)."""
     with _plain_errors():
         from flash_indexer.judge.evaluation import teacher_errors
-        from flash_indexer.recipe.warmup import held_out_batches
+        from flash_indexer.recipe.held_out import held_out_batches
 
         handle, _, run = _load(out, model)
         errors = teacher_errors(handle, held_out_batches(run, data, 1)[0])

@@ -1,9 +1,6 @@
-"""Reading text in every format, and packing: judged by a token-by-token walk over the stream."""
+"""Packing, judged by a token-by-token walk over the stream, and what is told of the text."""
 
 from __future__ import annotations
-
-import json
-from pathlib import Path
 
 import datasets
 import pytest
@@ -14,12 +11,9 @@ from tokenizers.pre_tokenizers import Split
 from transformers import PreTrainedTokenizerFast
 
 from flash_indexer.recipe import data
-from flash_indexer.recipe.data import PackedDataset, load_documents, pack, standard_library_documents
+from flash_indexer.recipe.data import PackedDataset, describe, length_warning, pack
 
 EOS, BOS, WORDS = 0, 1, 5000
-TEXTS = ["one two", "  \n", "trois\nquatre", "", "fünf sechs"]
-HELD_OUT = {"http/server.py", "pprint.py", "statistics.py", "topics/try", "unittest/mock.py"}
-TRAINED = {"argparse.py", "inspect.py", "json/decoder.py", "topics/class", "typing.py"}
 
 
 class CountingTokenizer(PreTrainedTokenizerFast):
@@ -60,130 +54,6 @@ def items_equal(one: PackedDataset, other: PackedDataset) -> bool:
     return len(one) == len(other) and all(
         torch.equal(one[n][key], other[n][key]) for n in range(len(one)) for key in one[n]
     )
-
-
-@pytest.fixture(autouse=True)
-def private_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / ".cache")
-
-
-def write_jsonl(path: Path, texts: list[str | None], column: str = "text") -> Path:
-    rows = [json.dumps({"id": n, column: text}) + "\n" for n, text in enumerate(texts)]
-    path.write_text("".join(rows), encoding="utf-8")
-    return path
-
-
-@pytest.mark.parametrize("column", ["text", "content"])
-@pytest.mark.parametrize("format", ["jsonl", "parquet", "saved"])
-def test_rows_come_back_in_order(tmp_path: Path, format: str, column: str) -> None:
-    rows = datasets.Dataset.from_dict({"id": list(range(len(TEXTS))), column: TEXTS})
-    path = tmp_path / {"saved": "corpus"}.get(format, f"corpus.{format}")
-    if format == "jsonl":
-        write_jsonl(path, TEXTS, column)
-    elif format == "parquet":
-        rows.to_parquet(str(path))
-    else:
-        rows.save_to_disk(str(path))
-    documents = load_documents(str(path), column=column)
-    assert documents.column_names == ["text"]
-    assert list(documents["text"]) == TEXTS
-
-
-@pytest.mark.parametrize("suffix", [".txt", ".md", ".py"])
-def test_a_text_file_is_one_document(tmp_path: Path, suffix: str) -> None:
-    path = tmp_path / f"file{suffix}"
-    path.write_text("fünf\n\nsechs\n", encoding="utf-8")
-    assert list(load_documents(path)["text"]) == ["fünf\n\nsechs\n"]
-
-
-def test_a_folder_is_one_document_per_text_file(tmp_path: Path) -> None:
-    for name in ("b.txt", "a/z.py", "a/c.md", "picture.png", ".git/config.txt", "a/.hidden.py"):
-        file = tmp_path / "corpus" / name
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(name, encoding="utf-8")
-    assert list(load_documents(tmp_path / "corpus")["text"]) == ["a/c.md", "a/z.py", "b.txt"]
-
-
-def test_reading_leaves_the_progress_bars_as_they_were(tmp_path: Path) -> None:
-    assert not datasets.are_progress_bars_disabled()
-    load_documents(write_jsonl(tmp_path / "a.jsonl", TEXTS))
-    assert not datasets.are_progress_bars_disabled()
-
-
-def test_a_missing_path_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match=r"path must be an existing file or directory, got .*nowhere"):
-        load_documents(tmp_path / "nowhere")
-
-
-def test_an_unknown_suffix_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "a.docx").write_text("text")
-    with pytest.raises(ValueError, match=r"must end in one of .txt, .md, .py, .jsonl, .parquet, got .*a.docx"):
-        load_documents(tmp_path / "a.docx")
-
-
-def test_a_missing_column_is_refused_with_those_there(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"column must be one of \['id', 'content'\] in .*, got 'text'"):
-        load_documents(write_jsonl(tmp_path / "a.jsonl", TEXTS, "content"))
-
-
-def test_a_column_of_numbers_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"column 'id' must hold strings, got int64"):
-        load_documents(write_jsonl(tmp_path / "a.jsonl", TEXTS), column="id")
-
-
-@pytest.mark.parametrize("texts", [["", " \n"], [None, ""]])
-def test_a_data_set_without_text_is_refused(tmp_path: Path, texts: list[str | None]) -> None:
-    with pytest.raises(ValueError, match=r"at least one non-empty document, got .* 2 documents, all empty"):
-        load_documents(write_jsonl(tmp_path / "a.jsonl", texts))
-
-
-@pytest.mark.parametrize("name", ["a.txt", "a.jsonl", "a.parquet"])
-def test_an_empty_file_is_refused(tmp_path: Path, name: str) -> None:
-    (tmp_path / name).touch()
-    with pytest.raises(ValueError, match=r"at least one non-empty document, got .* of 0 bytes"):
-        load_documents(tmp_path / name)
-
-
-@pytest.mark.parametrize("format", ["jsonl", "parquet", "saved"])
-def test_a_data_set_without_rows_is_refused(tmp_path: Path, format: str) -> None:
-    features = datasets.Features({"text": datasets.Value("string")})
-    rows = datasets.Dataset.from_dict({"text": []}, features=features)
-    path = tmp_path / f"corpus.{format}"
-    if format == "jsonl":
-        path.write_text("\n\n")
-    elif format == "parquet":
-        rows.to_parquet(str(path))
-    else:
-        rows.save_to_disk(str(path))
-    with pytest.raises(ValueError, match=r"at least one non-empty document, got .* (0 documents|without any row)"):
-        load_documents(path)
-
-
-@pytest.mark.parametrize("name", ["a.jsonl", "a.parquet"])
-def test_a_broken_file_is_named(tmp_path: Path, name: str) -> None:
-    (tmp_path / name).write_text('{"text": "cut off')
-    with pytest.raises(ValueError, match=rf"load_documents: .*{name}' can't be read: \w+"):
-        load_documents(tmp_path / name)
-
-
-def test_text_that_is_not_utf8_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "a.txt").write_bytes(b"caf\xe9")
-    with pytest.raises(ValueError, match=r"a.txt' must be UTF-8, got byte 0xe9 at offset 3"):
-        load_documents(tmp_path / "a.txt")
-
-
-def test_a_folder_without_text_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "picture.png").touch()
-    with pytest.raises(ValueError, match=r"a directory must come from Dataset.save_to_disk or hold files in"):
-        load_documents(tmp_path)
-
-
-def test_several_splits_are_refused_by_name(tmp_path: Path) -> None:
-    rows = datasets.Dataset.from_dict({"text": TEXTS})
-    datasets.DatasetDict({"train": rows, "validation": rows}).save_to_disk(str(tmp_path / "corpus"))
-    with pytest.raises(ValueError, match=r"one split of a data set, got .* with \['train', 'validation'\]"):
-        load_documents(tmp_path / "corpus")
-    assert list(load_documents(tmp_path / "corpus" / "train")["text"]) == TEXTS
 
 
 @pytest.mark.parametrize("length", [1, 7, 64, 500])
@@ -339,10 +209,10 @@ def test_empty_and_missing_texts_are_skipped() -> None:
 
 def test_too_little_text_says_how_much() -> None:
     with pytest.raises(
-        ValueError, match=r"needs sequence_length=64 tokens, got 12 \(of 12 found, the longest document 8"
+        ValueError, match=r"needs sequence_length=64 tokens, got 12 \(of 12 read, the longest document 8"
     ):
         pack(numbered(3, 7), tokenizer(), sequence_length=64, seed=0)
-    with pytest.raises(ValueError, match=r"sequence_length=8 tokens, got 0 \(of 12 found, .*min_document_tokens=9"):
+    with pytest.raises(ValueError, match=r"sequence_length=8 tokens, got 0 \(of 12 read, .*min_document_tokens=9"):
         pack(numbered(3, 7), tokenizer(), sequence_length=8, seed=0, min_document_tokens=9)
     with pytest.raises(ValueError, match=r"got 0 .*one_document=True"):
         pack(numbered(3, 6), tokenizer(), sequence_length=8, seed=0, one_document=True)
@@ -363,38 +233,51 @@ def test_an_index_out_of_range_is_refused(index: int) -> None:
         packed[index]
 
 
-def test_the_standard_library_is_split_by_name() -> None:
-    train, heldout = standard_library_documents("train"), standard_library_documents("heldout")
-    names = {"train": list(train["name"]), "heldout": list(heldout["name"])}
-    assert set(names["train"]).isdisjoint(names["heldout"])
-    assert set(train["text"]).isdisjoint(text for text in heldout["text"] if len(text) > 200)
-    for side in names.values():
-        assert side == sorted(side)
-        assert any(name.startswith("topics/") for name in side)
-        assert not [name for name in side if "/test/" in name or "site-packages" in name or "topics.py" in name]
-    sizes = [sum(map(len, documents["text"])) for documents in (train, heldout)]
-    assert sum(sizes) > 4_000_000
-    assert 0.05 <= sizes[1] / sum(sizes) <= 0.10
-    assert sum(len(text) > 12_000 for text in heldout["text"]) >= 8, "long contexts want long held-out documents"
-    assert list(standard_library_documents("heldout")["text"]) == list(heldout["text"])
+def test_the_summary_says_what_the_sequences_hold() -> None:
+    documents = datasets.Dataset.from_dict({"text": [*numbered(9, 3, 8)["text"], None, "", " \n"]})
+    packed = pack(documents, tokenizer(), sequence_length=11, seed=0)
+    found = packed.summary(7)
+    assert (found.documents, found.sequences, found.tokens, found.sequence_length) == (3, 2, 22, 11)
+    assert (found.dropped_tokens, found.empty_documents, found.is_whole_text) == (1, 3, True)
+    assert found.epochs == 3.5
+    assert describe(found).splitlines() == [
+        "text: 3 documents, 22 tokens in 2 sequences of 11; 3.50 epochs; 3 empty documents skipped; "
+        "1 token left over, in no sequence",
+        "the text repeats: the steps draw 7 sequences, 3.5 times what there is; give more text or fewer steps",
+    ]
 
 
-def test_the_side_of_a_file_never_changes() -> None:
-    """Names that Python 3.11 and 3.12 both have; a change of the rule would leak old training text into evaluation."""
-    heldout, train = (
-        set(standard_library_documents("heldout")["name"]),
-        set(standard_library_documents("train")["name"]),
+def test_a_text_that_is_long_enough_does_not_repeat() -> None:
+    packed = pack(numbered(*[20] * 5), tokenizer(), sequence_length=8, seed=0, max_sequences=3)
+    found = packed.summary(3)
+    assert (found.sequences, found.dropped_tokens, found.is_whole_text, found.epochs) == (3, 0, False, 1.0)
+    assert describe(found) == (
+        "text: 2 documents, 24 tokens in 3 sequences of 8; 1.00 epochs; text beyond what the steps need is not read"
     )
-    assert heldout >= HELD_OUT
-    assert train >= TRAINED
 
 
-def test_another_split_is_refused() -> None:
-    with pytest.raises(ValueError, match='split must be "train" or "heldout", got \'test\''):
-        standard_library_documents("test")
+def test_remainders_and_short_documents_count_as_dropped() -> None:
+    documents = numbered(5, 29, 30, 8)
+    cut = pack(documents, tokenizer(), sequence_length=10, seed=0, one_document=True).summary(6)
+    assert (cut.documents, cut.sequences, cut.dropped_tokens) == (2, 6, 6 + 0 + 1 + 9)
+    skipped = pack(documents, tokenizer(), sequence_length=10, seed=0, min_document_tokens=20).summary(6)
+    assert (skipped.documents, skipped.tokens, skipped.dropped_tokens) == (2, 60, 1 + 6 + 9)
 
 
-def test_a_python_without_sources_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(data.sysconfig, "get_path", lambda name: str(tmp_path))
-    with pytest.raises(FileNotFoundError, match=r"no readable .py files below"):
-        standard_library_documents("train")
+def test_a_summary_of_no_sequences_is_refused() -> None:
+    with pytest.raises(ValueError, match="sequences_needed must be at least 1, got 0"):
+        pack(numbered(9), tokenizer(), sequence_length=5, seed=0).summary(0)
+
+
+def test_token_ids_beyond_the_embedding_are_refused() -> None:
+    largest = 2 + 8
+    assert pack(numbered(9), tokenizer(), sequence_length=5, seed=0, vocab_size=largest + 1).largest_token_id == largest
+    with pytest.raises(ValueError, match=r"ids must be below the model's vocab_size = 10, got 10; use the tokenizer"):
+        pack(numbered(9), tokenizer(), sequence_length=5, seed=0, vocab_size=largest)
+
+
+def test_sequences_longer_than_the_models_context_are_told() -> None:
+    assert length_warning(256, 256) is None and length_warning(2**20, None) is None
+    told = length_warning(257, 256)
+    assert told is not None
+    assert "sequence_length = 257 is above the model's max_position_embeddings = 256" in told

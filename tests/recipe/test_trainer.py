@@ -164,6 +164,12 @@ def test_what_it_cannot_do_it_says(tmp_path: Path, checkpoint: Path, data: Packe
     padded = [data[0] | dict(attention_mask=torch.arange(32) < 30)]
     with pytest.raises(ValueError, match="attention_mask must be all ones or absent"):
         IndexerTrainer(handle, args=arguments, train_dataset=padded).train()
+    tokens = data.tokens.clone()
+    tokens[7] = 61
+    foreign = PackedDataset(tokens, data.document_starts, data.sequence_length)
+    for name in ("train_dataset", "eval_dataset"):
+        with pytest.raises(ValueError, match=r"ids must be below the model's vocab_size = 61, got 61"):
+            IndexerTrainer(handle, args=arguments, **{"train_dataset": data, name: foreign})
     handle.parallel = Parallel(cp=2)
     with pytest.raises(ValueError, match="without context or tensor parallelism, got cp=2, tp=1; use .*warm_up"):
         IndexerTrainer(handle, args=arguments)

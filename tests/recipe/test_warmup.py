@@ -420,6 +420,58 @@ def test_the_audit_finds_a_model_that_was_not_frozen(
         train(tmp_path, steps=1)
 
 
+def test_the_text_is_described_before_training_and_recorded(tmp_path: Path, settings: Any) -> None:
+    text, screen = tmp_path / "text.txt", io.StringIO()
+    text.write_text("w1 w2 w3 " * 36, encoding="utf-8")
+    warm_up(settings(data=str(text), steps=5, batch_size=2), tmp_path / "run", console=Console(file=screen, width=500))
+    record = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert record["text"] == dict(
+        documents=1, tokens=96, sequences=3, sequence_length=32, sequences_needed=10, dropped_tokens=13,
+        empty_documents=0, is_whole_text=True,
+    )  # fmt: skip
+    printed = screen.getvalue()
+    assert "text: 1 document, 96 tokens in 3 sequences of 32; 3.33 epochs; 13 tokens left over" in printed
+    assert "the text repeats: the steps draw 10 sequences, 3.3 times what there is" in printed
+    assert record["warnings"] == [] and "warning" not in printed
+
+
+def test_sequences_above_the_models_context_are_told_once_and_recorded(tmp_path: Path, settings: Any) -> None:
+    screen = io.StringIO()
+    warm_up(settings(steps=1, sequence_length=300), tmp_path, console=Console(file=screen, width=500))
+    (warning,) = json.loads((tmp_path / "run.json").read_text())["warnings"]
+    assert "sequence_length = 300 is above the model's max_position_embeddings = 256" in warning
+    assert screen.getvalue().count(warning) == 1
+
+
+def test_what_was_left_out_of_the_text_is_told_and_recorded(tmp_path: Path, settings: Any) -> None:
+    (tmp_path / "data").mkdir()
+    for name, word in (("train", "w1 "), ("test", "w2 ")):
+        (tmp_path / "data" / f"{name}.jsonl").write_text(json.dumps({"text": word * 99}) + "\n")
+    screen = io.StringIO()
+    data = str(tmp_path / "data")
+    warm_up(settings(steps=1, data=data), tmp_path / "run", console=Console(file=screen, width=500))
+    record = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert len(record["warnings"]) == 1 and "'train' is read, the others are not" in record["warnings"][0]
+    assert f"warning: {record['warnings'][0]}" in screen.getvalue()
+    assert record["text"]["documents"] == 1 and "text: 1 document, 32 tokens" in screen.getvalue()
+
+
+def test_a_tokenizer_of_another_model_is_refused_before_anything_is_written(
+    tmp_path: Path, train: Train, checkpoint: Path
+) -> None:
+    shutil.copytree(checkpoint, tmp_path / "model")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    model.resize_token_embeddings(50)
+    model.config.eos_token_id = model.generation_config.eos_token_id = None
+    model.save_pretrained(tmp_path / "model")
+    for changes in ({}, dict(steps=None)):
+        with pytest.raises(
+            ValueError, match=r"ids must be below the model's vocab_size = 50, got \d+; use the tokenizer"
+        ):
+            train(tmp_path / "run", model=str(tmp_path / "model"), **changes)
+    assert not (tmp_path / "run").exists()
+
+
 def test_missing_model_and_empty_data(tmp_path: Path, train: Train) -> None:
     with pytest.raises(FileNotFoundError, match="no directory"):
         train(tmp_path / "run", model=str(tmp_path / "nowhere"))

@@ -1,34 +1,74 @@
 """Text -> packed token sequences of one fixed length, with document boundaries kept as position ids.
 
 `load_documents` reads a user's text, `standard_library_documents` the text that every Python installation has,
-`pack` turns either into a `PackedDataset`.
+`pack` turns either into a `PackedDataset`, whose `summary` says how far it goes.
 """
 
 from __future__ import annotations
 
 import hashlib
-import os
-import sysconfig
 from collections.abc import Iterator
-from contextlib import suppress
+from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
-from typing import Literal
+from typing import Any
 
 import datasets
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-__all__ = ["PackedDataset", "load_documents", "pack", "standard_library_documents"]
+from flash_indexer.recipe.standard_library import standard_library_documents
+from flash_indexer.recipe.text_files import load_documents, read_documents
 
-TEXT_SUFFIXES = (".txt", ".md", ".py")
-HELD_OUT_PERCENT = 7
-NO_PROSE = frozenset({"__pycache__", "dist-packages", "encodings", "idle_test", "site-packages", "test", "tests"})
-GENERATED = ("_sysconfigdata", "config-", "html/entities.py", "pydoc_data/")
+__all__ = [
+    "DataSummary",
+    "PackedDataset",
+    "check_token_ids",
+    "describe",
+    "embedding_rows",
+    "length_warning",
+    "load_documents",
+    "longest_context",
+    "pack",
+    "standard_library_documents",
+    "training_documents",
+]
+
 CHARACTERS_PER_CALL = 2**20
+
+
+def training_documents(path: str | None, column: str) -> tuple[datasets.Dataset, list[str]]:
+    """The documents at `path`, or the standard library's where it is None, and what to tell about the choice."""
+    if path is None:
+        return standard_library_documents("train"), []
+    documents, notes = read_documents(path, column=column)
+    return documents, list(notes)
+
+
+@dataclass(frozen=True)
+class DataSummary:
+    """epochs = sequences_needed / sequences: how much text a run has, and how far it goes."""
+
+    documents: int
+    """Documents of which the sequences hold a part."""
+    tokens: int
+    """sequences times their length, separators of documents included."""
+    sequences: int
+    sequence_length: int
+    sequences_needed: int
+    """Sequences that the run draws, over all its steps."""
+    dropped_tokens: int
+    """Tokens of the text that fill no sequence; 0 where the text was not read to its end."""
+    empty_documents: int
+    """Texts, of those read, that are missing, empty or blank."""
+    is_whole_text: bool
+    """False where there may be more text than the run needs, so that it was not read to its end."""
+
+    @property
+    def epochs(self) -> float:
+        return self.sequences_needed / self.sequences
 
 
 class PackedDataset(torch.utils.data.Dataset[dict[str, Tensor]]):
@@ -41,12 +81,25 @@ class PackedDataset(torch.utils.data.Dataset[dict[str, Tensor]]):
         tokens: int32 [N·L], the token stream.
         document_starts: int64 [documents], increasing offsets into the stream, the first one 0.
         sequence_length: L.
+        dropped_tokens, empty_documents, is_whole_text: what `summary` tells of the text beside the sequences.
     """
 
-    def __init__(self, tokens: Tensor, document_starts: Tensor, sequence_length: int) -> None:
+    def __init__(
+        self,
+        tokens: Tensor,
+        document_starts: Tensor,
+        sequence_length: int,
+        *,
+        dropped_tokens: int = 0,
+        empty_documents: int = 0,
+        is_whole_text: bool = True,
+    ) -> None:
         self.tokens = tokens
         self.document_starts = document_starts
         self.sequence_length = sequence_length
+        self.dropped_tokens = dropped_tokens
+        self.empty_documents = empty_documents
+        self.is_whole_text = is_whole_text
 
     def __len__(self) -> int:
         return self.tokens.numel() // self.sequence_length
@@ -70,74 +123,77 @@ class PackedDataset(torch.utils.data.Dataset[dict[str, Tensor]]):
         digest.update(self.document_starts.numpy().astype("<i8", copy=False).data)
         return digest.hexdigest()
 
+    @property
+    def largest_token_id(self) -> int:
+        return int(self.tokens.max())
 
-def load_documents(path: str | Path, *, column: str = "text") -> datasets.Dataset:
-    """One row, with a string column "text", for each document found at `path`. Reads local files only.
+    def summary(self, sequences_needed: int) -> DataSummary:
+        """How far the text goes in a run that draws `sequences_needed` sequences."""
+        if sequences_needed < 1:
+            raise ValueError(f"PackedDataset: sequences_needed must be at least 1, got {sequences_needed}")
+        return DataSummary(
+            documents=self.document_starts.numel(),
+            tokens=self.tokens.numel(),
+            sequences=len(self),
+            sequence_length=self.sequence_length,
+            sequences_needed=sequences_needed,
+            dropped_tokens=self.dropped_tokens,
+            empty_documents=self.empty_documents,
+            is_whole_text=self.is_whole_text,
+        )
 
-    Args:
-        path: a .txt, .md or .py file (one document); a .jsonl or .parquet file, or a directory written by
-            `Dataset.save_to_disk` (one document per row); or a folder holding .txt, .md and .py files at any depth
-            (one document per file, in the order of their names; names that begin with a dot are left out).
-        column: the column that holds the text, for the formats that have columns.
 
-    Raises:
-        FileNotFoundError: `path` does not exist.
-        ValueError: unknown suffix, unreadable contents, missing or non-string column, or no text at all.
-    """
-    path = Path(path)
-    if not path.exists():
-        raise FileNotFoundError(f"load_documents: path must be an existing file or directory, got {str(path)!r}")
-    if path.is_file() and path.stat().st_size == 0:
+def describe(summary: DataSummary) -> str:
+    """One line for people, and a second one where the text repeats."""
+    line = (
+        f"text: {_count(summary.documents, 'document')}, {_count(summary.tokens, 'token')} in "
+        f"{_count(summary.sequences, 'sequence')} of {summary.sequence_length:,}; {summary.epochs:.2f} epochs"
+    )
+    if summary.empty_documents:
+        line += f"; {_count(summary.empty_documents, 'empty document')} skipped"
+    if summary.dropped_tokens:
+        line += f"; {_count(summary.dropped_tokens, 'token')} left over, in no sequence"
+    if not summary.is_whole_text:
+        line += "; text beyond what the steps need is not read"
+    if summary.epochs > 1:
+        line += (
+            f"\nthe text repeats: the steps draw {_count(summary.sequences_needed, 'sequence')}, "
+            f"{summary.epochs:.1f} times what there is; give more text or fewer steps"
+        )
+    return line
+
+
+def check_token_ids(largest_id: int, vocab_size: int) -> None:
+    """Raises ValueError where largest_id >= vocab_size: the model's embedding has no row for that token."""
+    if largest_id >= vocab_size:
         raise ValueError(
-            f"load_documents: path must hold at least one non-empty document, got {str(path)!r} of 0 bytes"
+            f"check_token_ids: the tokenizer's ids must be below the model's vocab_size = {vocab_size}, got "
+            f"{largest_id}; use the tokenizer that the model was trained with, or give the model's embedding the rows "
+            "that are missing (model.resize_token_embeddings)"
         )
-    saved = (path / "dataset_info.json").is_file() and (path / "state.json").is_file()
-    if saved or (path.is_file() and path.suffix in (".jsonl", ".parquet")):
-        documents = _text_column(_read_rows(path), path, column)
-    else:
-        documents = datasets.Dataset.from_dict({"text": [_read_text(file) for file in _text_files(path)]})
-    if not any(text and not text.isspace() for text in documents["text"]):
-        raise ValueError(
-            f"load_documents: path must hold at least one non-empty document, got {str(path)!r} with "
-            f"{len(documents)} documents, all empty"
-        )
-    return documents
 
 
-def standard_library_documents(split: Literal["train", "heldout"]) -> datasets.Dataset:
-    """The running Python's own sources and `pydoc` topics: real text on every machine, with nothing to download.
+def embedding_rows(model: PreTrainedModel) -> int:
+    """vocab_size: token ids of the model are 0..vocab_size - 1."""
+    embedding: Any = model.get_input_embeddings()
+    return int(embedding.weight.shape[0])
 
-    A document is held out when (first 8 bytes of SHA-256(name), big-endian) mod 100 < 7, so its side depends on its
-    name alone: it is the same on every machine and Python version, and no document is on both sides. Tests, installed
-    packages, tables and generated files are left out.
 
-    Returns:
-        Columns "name" (path below the library, or "topics/...") and "text", sorted by name.
+def longest_context(config: PreTrainedConfig) -> int | None:
+    """max_position_embeddings of a model's text part; None where its config has no such bound."""
+    bound = getattr(config.get_text_config(), "max_position_embeddings", None)
+    return None if bound is None else int(bound)
 
-    Raises:
-        ValueError: another split. FileNotFoundError: this Python was installed without its sources.
-    """
-    if split not in ("train", "heldout"):
-        raise ValueError(f'standard_library_documents: split must be "train" or "heldout", got {split!r}')
-    from pydoc_data.topics import topics
 
-    root = Path(sysconfig.get_path("stdlib"))
-    sources = {f"topics/{name}": text for name, text in topics.items()}
-    for folder, below, files in os.walk(root):
-        below[:] = [name for name in below if name not in NO_PROSE]
-        for file in (Path(folder, name) for name in files if name.endswith(".py")):
-            name = file.relative_to(root).as_posix()
-            if not name.startswith(GENERATED):
-                with suppress(OSError, UnicodeDecodeError):
-                    sources[name] = file.read_text(encoding="utf-8")
-    texts = {name: text for name, text in sources.items() if _is_held_out(name) == (split == "heldout")}
-    if all(name.startswith("topics/") for name in texts):
-        raise FileNotFoundError(
-            f"standard_library_documents: no readable .py files below {root}; use a Python that was installed with its "
-            "sources, or name a text of your own"
-        )
-    names = sorted(texts)
-    return datasets.Dataset.from_dict({"name": names, "text": [texts[name] for name in names]})
+def length_warning(sequence_length: int, max_position_embeddings: int | None) -> str | None:
+    """What to tell where sequences are longer than those the model was trained on; None where they are not."""
+    if max_position_embeddings is None or sequence_length <= max_position_embeddings:
+        return None
+    return (
+        f"sequence_length = {sequence_length} is above the model's max_position_embeddings = "
+        f"{max_position_embeddings}: the teacher's attention beyond that is not what the model was trained for; give "
+        f"--sequence-length {max_position_embeddings} or less, or extend the model's context first"
+    )
 
 
 def pack(
@@ -149,6 +205,7 @@ def pack(
     max_sequences: int | None = None,
     min_document_tokens: int = 0,
     one_document: bool = False,
+    vocab_size: int | None = None,
     progress: bool = False,
 ) -> PackedDataset:
     """stream = doc_1 <eos> doc_2 <eos> ... in an order drawn from `seed`, cut into sequences of exactly L tokens.
@@ -165,10 +222,12 @@ def pack(
         min_document_tokens: shorter documents (separator included) are skipped.
         one_document: cut each document by itself, so that no sequence crosses a boundary: n tokens give n // L
             sequences, the remainder is dropped. Then query t of every sequence sees exactly t + 1 keys.
+        vocab_size: of the model (`embedding_rows`), which every token id must be below; None: not checked.
         progress: show a progress bar.
 
     Raises:
-        ValueError: an argument out of range, a tokenizer without eos and bos, or too little text for one sequence.
+        ValueError: an argument out of range, a tokenizer without eos and bos or with ids beyond vocab_size, or too
+            little text for one sequence.
     """
     for name, value, least in (
         ("sequence_length", sequence_length, 1),
@@ -180,36 +239,54 @@ def pack(
     wanted = None if max_sequences is None else max_sequences * sequence_length
     parts: list[Tensor] = []
     starts: list[int] = []
-    total = found = longest = 0
+    total = tokens_read = longest = empty = 0
+    is_whole_text = True
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
     with Progress(*columns, console=Console(stderr=True), transient=True, disable=not progress) as bar:
         task = bar.add_task("tokens", total=wanted)
         for tokens in _tokenised(documents, tokenizer, seed, wanted and max(wanted, min_document_tokens)):
-            found, longest = found + len(tokens), max(longest, len(tokens))
-            kept = tokens[: len(tokens) // sequence_length * sequence_length] if one_document else tokens
-            if len(kept) and len(tokens) >= min_document_tokens:
+            if tokens is None:
+                empty += 1
+                continue
+            if vocab_size is not None:
+                check_token_ids(int(tokens.max()), vocab_size)
+            tokens_read, longest = tokens_read + len(tokens), max(longest, len(tokens))
+            part = tokens[: len(tokens) // sequence_length * sequence_length] if one_document else tokens
+            if len(part) and len(tokens) >= min_document_tokens:
                 starts.append(total)
-                parts.append(kept)
-                total += len(kept)
+                parts.append(part)
+                total += len(part)
                 bar.update(task, completed=total)
             if wanted is not None and total >= wanted:
+                is_whole_text = False
                 break
     if total < sequence_length:
         raise ValueError(
-            f"pack: one sequence needs sequence_length={sequence_length} tokens, got {total} (of {found} found, the "
-            f"longest document {longest}, min_document_tokens={min_document_tokens}, one_document={one_document}); "
+            f"pack: one sequence needs sequence_length={sequence_length} tokens, got {total} (of {tokens_read} read, "
+            f"the longest document {longest}, min_document_tokens={min_document_tokens}, one_document={one_document}); "
             "give more text or a shorter sequence_length"
         )
     end = total // sequence_length * sequence_length
     end = end if wanted is None else min(end, wanted)
     boundaries = torch.tensor([start for start in starts if start < end], dtype=torch.int64)
-    return PackedDataset(torch.cat(parts)[:end].clone(), boundaries, sequence_length)
+    return PackedDataset(
+        torch.cat(parts)[:end].clone(),
+        boundaries,
+        sequence_length,
+        dropped_tokens=tokens_read - end if is_whole_text else 0,
+        empty_documents=empty,
+        is_whole_text=is_whole_text,
+    )
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
 def _tokenised(
     documents: datasets.Dataset, tokenizer: PreTrainedTokenizerBase, seed: int, limit: int | None
-) -> Iterator[Tensor]:
-    """One int32 vector per non-empty document, separator included, tokenised many at a time for speed.
+) -> Iterator[Tensor | None]:
+    """One int32 vector per document, separator included, tokenised many at a time for speed; None for an empty one.
 
     A document longer than `limit` tokens may come incomplete, but with at least that many.
     """
@@ -229,6 +306,7 @@ def _tokenised(
     for row in documents.select_columns("text").select(order.tolist()):
         text = row["text"]
         if not text or text.isspace():
+            yield None
             continue
         if sum(map(len, waiting)) + len(text) > CHARACTERS_PER_CALL or len(waiting) == 64:
             yield from map(separated, encode(waiting) if waiting else [])
@@ -254,80 +332,3 @@ def _pieces(text: str) -> Iterator[str]:
             stop = text.rfind("\n", start, stop) + 1 or stop
         yield text[start:stop]
         start = stop
-
-
-def _is_held_out(name: str) -> bool:
-    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big") % 100 < HELD_OUT_PERCENT
-
-
-def _text_files(path: Path) -> list[Path]:
-    accepted = ", ".join(TEXT_SUFFIXES)
-    if path.is_file():
-        if path.suffix not in TEXT_SUFFIXES:
-            raise ValueError(
-                f"load_documents: path must end in one of {accepted}, .jsonl, .parquet, got "
-                f"{str(path)!r}; rename or convert it"
-            )
-        return [path]
-    if (path / "dataset_dict.json").is_file():
-        splits = sorted(entry.name for entry in path.iterdir() if entry.is_dir())
-        raise ValueError(
-            f"load_documents: path must be one split of a data set, got {str(path)!r} with {splits}; name one"
-        )
-    files = sorted(
-        file
-        for file in path.rglob("*")
-        if file.suffix in TEXT_SUFFIXES
-        and file.is_file()
-        and not any(piece.startswith(".") for piece in file.relative_to(path).parts)
-    )
-    if not files:
-        raise ValueError(
-            f"load_documents: a directory must come from Dataset.save_to_disk or hold files in {accepted}, got "
-            f"{str(path)!r} with neither"
-        )
-    return files
-
-
-def _read_text(file: Path) -> str:
-    try:
-        return file.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(
-            f"load_documents: {str(file)!r} must be UTF-8, got byte {error.object[error.start]:#04x} at offset "
-            f"{error.start}; convert it"
-        ) from error
-
-
-def _read_rows(path: Path) -> datasets.Dataset:
-    shown = not datasets.are_progress_bars_disabled()
-    datasets.disable_progress_bars()
-    try:
-        if path.is_dir():
-            return datasets.Dataset.load_from_disk(str(path))
-        read = datasets.Dataset.from_json if path.suffix == ".jsonl" else datasets.Dataset.from_parquet
-        return read(str(path))
-    except (OSError, ValueError, IndexError, datasets.exceptions.DatasetGenerationError) as error:
-        cause = error.__cause__ or error
-        # Without rows, load_from_disk raises IndexError and the readers of files say that there is no data.
-        if isinstance(error, IndexError) or "corresponds to no data" in str(cause):
-            raise ValueError(
-                f"load_documents: path must hold at least one non-empty document, got {str(path)!r} without any row"
-            ) from error
-        raise ValueError(f"load_documents: {str(path)!r} can't be read: {cause}") from error
-    finally:
-        if shown:
-            datasets.enable_progress_bars()
-
-
-def _text_column(rows: datasets.Dataset, path: Path, column: str) -> datasets.Dataset:
-    if column not in rows.column_names:
-        raise ValueError(
-            f"load_documents: column must be one of {rows.column_names} in {str(path)!r}, got {column!r}; name the one "
-            "that holds the text"
-        )
-    dtype = getattr(rows.features[column], "dtype", str(rows.features[column]))
-    if dtype not in ("string", "large_string"):
-        raise ValueError(f"load_documents: column {column!r} must hold strings, got {dtype} in {str(path)!r}")
-    rows = rows.select_columns([column])
-    return rows if column == "text" else rows.rename_column(column, "text")

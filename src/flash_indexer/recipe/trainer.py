@@ -15,6 +15,7 @@ from transformers import Trainer
 from flash_indexer.files.native import load_native, write_native
 from flash_indexer.models.attach import IndexerHandle
 from flash_indexer.parallel.gradients import all_sum, sum_gradients, unusable_gradient
+from flash_indexer.recipe.data import PackedDataset, check_token_ids, embedding_rows
 
 __all__ = ["IndexerTrainer"]
 
@@ -37,7 +38,8 @@ class IndexerTrainer(Trainer):
         handle: what `attach` returned. options: those of `transformers.Trainer` but for model and model_init.
 
     Raises:
-        ValueError: the handle has context or tensor parallelism, or a batch is padded.
+        ValueError: the handle has context or tensor parallelism, a `PackedDataset` has token ids that the model does
+            not know, or a batch is padded.
     """
 
     def __init__(self, handle: IndexerHandle, **options: Any) -> None:
@@ -46,6 +48,9 @@ class IndexerTrainer(Trainer):
                 "IndexerTrainer: handle must be attached without context or tensor parallelism, got "
                 f"cp={handle.parallel.cp}, tp={handle.parallel.tp}; use flash_indexer.recipe.warmup.warm_up for these"
             )
+        for data in (options.get("train_dataset"), options.get("eval_dataset")):
+            if isinstance(data, PackedDataset):
+                check_token_ids(data.largest_token_id, embedding_rows(handle.model))
         self.handle = handle
         super().__init__(model=handle.model, **options)
         handle.indexers.to(self.args.device)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, NoReturn
@@ -23,11 +23,19 @@ from torch import Tensor
 from flash_indexer.files.checkpoint import load_checkpoint, save_checkpoint, write_json
 from flash_indexer.judge.metrics import MetricSums, layer_sums
 from flash_indexer.models.attach import IndexerHandle, LayerCapture, attach
-from flash_indexer.models.load import load_model, load_tokenizer, model_fingerprint
+from flash_indexer.models.load import load_model, model_fingerprint
 from flash_indexer.models.sharding import shard_model
 from flash_indexer.parallel.context import gather_tokens
 from flash_indexer.parallel.gradients import sum_gradients, unusable_gradient
-from flash_indexer.recipe.data import PackedDataset, load_documents, pack, standard_library_documents
+from flash_indexer.recipe.data import (
+    PackedDataset,
+    describe,
+    embedding_rows,
+    length_warning,
+    longest_context,
+    pack,
+    training_documents,
+)
 from flash_indexer.recipe.processes import ParallelSettings, Processes, saved_state
 from flash_indexer.recipe.progress import StepProgress
 from flash_indexer.recipe.run_record import (
@@ -105,6 +113,7 @@ def _warm_up(
     with console.status(f"loading {settings.model}"):
         model, tokenizer = load_model(settings.model, dtype=getattr(torch, settings.dtype))
         before = held = model_fingerprint(model)
+        vocab_size = embedding_rows(model)
         fsdp = processes.settings.fsdp and processes.count > 1
         if not fsdp or processes.parallel.tp > 1:
             torch.nn.Module.to(model, processes.device)
@@ -116,8 +125,12 @@ def _warm_up(
         model, num_heads=settings.num_heads, head_dim=settings.head_dim, rope_dim=settings.rope_dim,
         target=settings.target, layers=settings.layers, parallel=processes.parallel,
     )  # fmt: skip
-    documents = standard_library_documents("train") if settings.data is None else _documents(settings)
-    packing: dict[str, Any] = dict(sequence_length=settings.sequence_length, seed=settings.seed)
+    documents, warnings = training_documents(settings.data, settings.column)
+    if (warning := length_warning(settings.sequence_length, longest_context(model.config))) is not None:
+        warnings.append(warning)
+    for warning in warnings:
+        console.print(f"warning: {warning}", highlight=False, markup=False)
+    packing: dict[str, Any] = dict(sequence_length=settings.sequence_length, seed=settings.seed, vocab_size=vocab_size)
     if record is not None:
         steps = int(record["steps"])
     elif settings.steps is not None:
@@ -128,11 +141,14 @@ def _warm_up(
                 handle, pack(documents, tokenizer, **packing, max_sequences=per_step), settings, processes
             )
     data = pack(documents, tokenizer, **packing, max_sequences=steps * per_step, progress=processes.is_main)
+    summary = data.summary(steps * per_step)
+    console.print(describe(summary), highlight=False)
     found = dict(base_fingerprint=before, data_fingerprint=data.fingerprint)
     if record is None:
         out.mkdir(parents=True, exist_ok=True)
         if processes.is_main:
             facts = dict(steps=steps, sequences_per_step=per_step, torch=torch.__version__, **found)
+            facts |= dict(text=asdict(summary), warnings=warnings)
             write_json(out / RUN_FILE, dict(settings=asdict(settings), **facts))
     else:
         _check_same(record, found)
@@ -319,23 +335,6 @@ def forward(handle: IndexerHandle, batch: dict[str, Tensor]) -> None:
     """One forward of the frozen decoder, without logits; gradients of the indexers are added inside it."""
     with torch.no_grad():
         handle.decoder(input_ids=batch["input_ids"], position_ids=batch["position_ids"], use_cache=False)
-
-
-def held_out_batches(run: Mapping[str, Any], data: str | None, sequences: int) -> list[dict[str, Tensor]]:
-    """Sequences of held-out text, each from one document where the documents are long enough."""
-    settings = settings_from(dict(run))
-    tokenizer = load_tokenizer(settings.model)
-    documents = load_documents(data, column=settings.column) if data else standard_library_documents("heldout")
-    packed = pack(
-        documents, tokenizer, sequence_length=settings.sequence_length, seed=settings.seed, max_sequences=sequences,
-        one_document=data is None,
-    )  # fmt: skip
-    return [{name: value[None] for name, value in packed[index].items()} for index in range(len(packed))]
-
-
-def _documents(settings: WarmupSettings) -> Any:
-    assert settings.data is not None
-    return load_documents(settings.data, column=settings.column)
 
 
 def _steps_in(handle: IndexerHandle, data: PackedDataset, settings: WarmupSettings, processes: Processes) -> int:
