@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn, SupportsIndex
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from flash_indexer.models.capture import LayerCapture
-from flash_indexer.models.families import FAMILIES, find_decoder
+from flash_indexer.models.documents import document_positions
+from flash_indexer.models.families import FAMILIES, call_arguments, check_call, find_decoder
 from flash_indexer.models.hooks import LayerTap
-from flash_indexer.models.packing import Packing, at_least_float32, batch_positions, causal_attention, packing
+from flash_indexer.models.packing import Packing, at_least_float32, causal_attention, packing
 from flash_indexer.models.teacher import layer_kl
 from flash_indexer.parallel.mesh import Parallel
 
@@ -54,7 +56,16 @@ class IndexerHandle:
         self._consumer: Consumer | None = None
         self._packing: Packing | None = None
         self._seen: set[int] = set()
+        self._runner: threading.Thread | None = None
+        self._lock = threading.Lock()
         self._undo: list[Callable[[], object]] = []
+
+    def __reduce_ex__(self, protocol: SupportsIndex) -> NoReturn:
+        raise TypeError(
+            "attach: a handle, and the model while its indexers are attached, can't be copied or pickled: their hooks "
+            "would go on feeding the indexers of the original; call remove() first, copy the model, attach to the "
+            "copy, and load_state_dict(handle.state_dict())"
+        )
 
     def losses(self) -> dict[int, LayerLoss]:
         """Each attached layer's mean KL, and the uniform prediction's, in the last forward."""
@@ -115,15 +126,41 @@ class IndexerHandle:
         """`remove` calls `action`, the last one first."""
         self._undo.append(action)
 
-    def begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Before the decoder runs: finds the documents from position_ids."""
-        tokens = kwargs.get("input_ids", args[0] if args else None)
-        tokens = kwargs.get("inputs_embeds") if tokens is None else tokens
+    def begin(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Before the decoder runs: checks that it may, and finds the documents; the decoder gets their positions."""
+        with self._lock:
+            if self._runner not in (None, threading.current_thread()) and self._runner.is_alive():
+                raise RuntimeError(
+                    f"attach: one forward at a time must run on an attached model, got a second in thread "
+                    f"{threading.current_thread().name!r} while {self._runner.name!r} is in its own; let it wait, or "
+                    "load and attach a model for each thread"
+                )
+            self._runner = threading.current_thread()
+        inputs = call_arguments(module, args, kwargs)
+        tokens = inputs.get("input_ids")
+        tokens = inputs.get("inputs_embeds") if tokens is None else tokens
         if tokens is None:
             raise ValueError("attach: the decoder needs input_ids or inputs_embeds")
-        positions = batch_positions(kwargs.get("position_ids"), tokens, self.parallel)
+        if torch.is_inference_mode_enabled() and self.indexers.training and self._consumer is None:
+            raise ValueError(
+                "attach: the forward must run outside of torch.inference_mode() while the indexers train, since no "
+                "gradient exists inside it; use torch.no_grad() around the model, or handle.indexers.eval() to compute "
+                "losses alone"
+            )
+        check_call(module, inputs)
+        positions = document_positions(inputs, tokens, self.parallel)
         self._packing = packing(positions, self.parallel)
         self._losses, self._seen = {}, set()
+        if inputs.get("position_ids") is None:
+            return (), inputs | {"position_ids": positions}
+        return args, kwargs
+
+    def release(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        """After the decoder, also where it raised: another thread may run it now."""
+        if self._runner is threading.current_thread():
+            self._runner = self._packing = None
 
     def end(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         """After the decoder: every attached layer must have passed through the attention function."""
@@ -133,7 +170,6 @@ class IndexerHandle:
                 f"attach: layers {missing[:5]} did not call the registered attention function; "
                 f"attachable are {FAMILIES}"
             )
-        self._packing = None
 
     def attend(self, tap: LayerTap, q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None) -> Tensor:
         """Runs one layer's attention; where the layer is attached, its indexer and the consumer after it."""
@@ -146,7 +182,7 @@ class IndexerHandle:
             )
         out, lse = self._attend(q, k, v, scale, window)
         key_start, key_end = self._packing.visible(window)
-        wide = (lambda x: x) if q.device.type == "cuda" else at_least_float32
+        wide = (lambda x: x.to(q.dtype)) if q.device.type == "cuda" else at_least_float32
         hidden = wide(tap.hidden.flatten(0, -2))
         residual = None if tap.q_residual is None else wide(tap.q_residual.flatten(0, -2))
         cos, sin = (x.expand(*tap.hidden.shape[:-1], -1).flatten(0, -2) for x in tap.rope)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 
+from flash_indexer.indexer import no_autocast
+from flash_indexer.models.documents import PACKED
 from flash_indexer.models.families import FAMILIES
 
 ATTENTION = "lightning_indexer_teacher"
@@ -17,7 +19,14 @@ ATTENTION = "lightning_indexer_teacher"
 TAP = "_flash_indexer"
 """Where an attention module of an attached decoder holds its LayerTap."""
 
-_PACKED = "batches are packed, not padded or masked; concatenate documents and restart position_ids at 0 for each"
+
+_Function = TypeVar("_Function", bound=Callable[..., Any])
+
+
+def uncompiled(function: _Function) -> _Function:
+    """`function`, at which torch.compile breaks the graph: what it reads and adds up, a graph would not see."""
+    disabled: _Function = torch.compiler.disable(function)  # type: ignore[no-untyped-call]
+    return disabled
 
 
 class LayerTap:
@@ -76,9 +85,23 @@ def attention(
     if kwargs.get("is_causal") is False:
         raise ValueError(f"attach: attention must be causal, got is_causal=False; attachable are {FAMILIES}")
     if attention_mask is not None:  # one of four dimensions, which no mask function saw
-        raise ValueError(f"attach: attention_mask must be [B, L], got {list(attention_mask.shape)}; {_PACKED}")
+        raise ValueError(f"attach: attention_mask must be [B, L], got {list(attention_mask.shape)}; {PACKED}")
     if dropout:
         raise ValueError(f"attach: attention dropout must be 0, got {dropout}; call model.eval()")
+    if query.requires_grad or key.requires_grad or value.requires_grad:
+        raise ValueError(
+            f"attach: query, key and value of {type(module).__name__} must not require grad, since the main model is "
+            "frozen; got one that does (by gradient checkpointing or inputs that require grad): call the model under "
+            "torch.no_grad()"
+        )
+    device = query.device.type
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+        query, key, value = (x.to(torch.get_autocast_dtype(device)) for x in (query, key, value))
+    if not query.dtype == key.dtype == value.dtype:
+        raise ValueError(
+            f"attach: query, key and value must have one dtype, got {query.dtype}, {key.dtype} and {value.dtype}; load "
+            "the model in one dtype, or call it under torch.autocast"
+        )
     B, _, L, _ = query.shape
     if key.shape[2] != L:
         raise ValueError(
@@ -90,15 +113,14 @@ def attention(
     tap: LayerTap | None = module.__dict__.get(TAP)
     if tap is None:
         raise ValueError(f"attach: {type(module).__name__} is not of the attached decoder; attachable are {FAMILIES}")
-    out = tap.attend(tap, q, k, v, scale, sliding_window)
+    with no_autocast(device):
+        out = tap.attend(tap, q, k, v, scale, sliding_window)
     return torch.unflatten(out, 0, (B, L)), None
 
 
-def no_mask(*args: Any, attention_mask: Tensor | None = None, **kwargs: Any) -> None:
-    """The registered mask function: intervals take the mask's place, so a padded batch can't be represented."""
-    if attention_mask is not None and not bool(attention_mask.all()):
-        raise ValueError(f"attach: attention_mask must be all ones or absent: {_PACKED}")
+def no_mask(*args: Any, **kwargs: Any) -> None:
+    """The registered mask function: intervals take the mask's place; `document_positions` has read it."""
 
 
-AttentionInterface.register(ATTENTION, attention)
+AttentionInterface.register(ATTENTION, uncompiled(attention))
 AttentionMaskInterface.register(ATTENTION, no_mask)
