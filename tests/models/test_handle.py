@@ -89,12 +89,11 @@ def test_autocast_is_followed_as_torchs_attention_does(tiny: Tiny, family_name: 
 
 
 def test_torch_compile_leaves_the_attention_as_it_is(tiny: Tiny) -> None:
-    handle = attached(tiny("llama"))
+    handle = attached(tiny("llama", num_hidden_layers=1))
     want = result(handle, lambda: forward(handle))
     compiled = torch.compile(handle.model, backend="eager")
     with torch.no_grad():
-        for _ in range(2):
-            assert_same(result(handle, lambda: compiled(IDS, use_cache=False)), want, 1e-5)
+        assert_same(result(handle, lambda: compiled(IDS, use_cache=False)), want, 1e-5)
     torch.compiler.reset()
 
 
