@@ -136,7 +136,7 @@ def deepseek_v32_config(handle: IndexerHandle, *, index_topk: int = 2048) -> Dee
 
 
 def _warn_of_ties(described: NativeConfig, index_topk: int, tied_rows: float | None) -> None:
-    """Where scores tie at the last rank, our evaluation keeps the earlier key, and Transformers whichever topk takes."""
+    """Where scores tie at the last rank, our evaluation keeps the earlier key, Transformers whichever topk takes."""
     if tied_rows is not None and not 0 <= tied_rows <= 1:
         raise ValueError(
             f"export: tied_rows must be a share of the queries from 0 to 1, got {tied_rows!r}; divide by them"
@@ -148,9 +148,9 @@ def _warn_of_ties(described: NativeConfig, index_topk: int, tied_rows: float | N
     else:
         return
     warnings.warn(
-        f"export: {share}: of keys with equal scores Transformers' indexer attends to whichever torch.topk takes, which "
-        "depends on the row's length, so that the exported model can select other keys than evaluate did and change "
-        "earlier logits when tokens are appended; train with 8 index heads or more (docs/format.md)",
+        f"export: {share}: of keys with equal scores Transformers' indexer attends to whichever torch.topk takes, "
+        "which depends on the row's length, so that the exported model can select other keys than evaluate did, and "
+        "change earlier logits when tokens are appended; train with 8 index heads or more (docs/format.md)",
         stacklevel=3,
     )
 

@@ -182,8 +182,8 @@ def load_native(
     given = isinstance(handle_or_model, PreTrainedModel)
     if not given and not isinstance(handle_or_model, IndexerHandle):
         raise TypeError(
-            "load_native: handle_or_model must be the handle that attach returned or a transformers.PreTrainedModel, got "
-            f"{type(handle_or_model).__name__}; unwrap it: take merge_and_unload() of a PeftModel, .module of "
+            "load_native: handle_or_model must be the handle that attach returned or a PreTrainedModel, "
+            f"got {type(handle_or_model).__name__}; unwrap it: take merge_and_unload() of a PeftModel, .module of "
             "DistributedDataParallel"
         )
     config, state_dict = read_native(path)
