@@ -13,6 +13,7 @@ from torch.nn.functional import cross_entropy, max_pool1d
 
 from flash_indexer.judge.metrics import (
     SELECTIONS,
+    AttentionCapture,
     MetricSums,
     layer_sums,
     sparse_attention,
@@ -302,8 +303,8 @@ def _pooled(p: Tensor, width: int) -> tuple[tuple[float, ...], ...]:
     return tuple(tuple(float(f"{x:.3g}") for x in row) for row in pooled.tolist())
 
 
-def _sparse(select: str, k: int) -> Callable[[LayerCapture], Tensor]:
-    def consumer(capture: LayerCapture) -> Tensor:
+def _sparse(select: str, k: int) -> Callable[[AttentionCapture], Tensor]:
+    def consumer(capture: AttentionCapture) -> Tensor:
         return sparse_attention(capture, select=select, k=k)
 
     return consumer

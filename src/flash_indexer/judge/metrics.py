@@ -18,12 +18,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from flash_indexer.models.capture import LayerCapture
 from flash_indexer.ops import indexer_scores, teacher_scores
 from flash_indexer.ops.kl.torch_body import plan_chunks
 
@@ -32,6 +32,31 @@ SINK = 4
 VISIBLE_PER_K = 4
 _TILES = 6
 _WORKSPACE = 512 * 2**20
+
+
+class AttentionCapture(Protocol):
+    """What one layer's attention saw, for T queries and S keys of packed documents."""
+
+    @property
+    def q(self) -> Tensor: ...  # [T, H, D]
+    @property
+    def k(self) -> Tensor: ...  # [S, G, D]
+    @property
+    def v(self) -> Tensor: ...  # [S, G, V]
+    @property
+    def lse(self) -> Tensor: ...  # [T, H], nats
+    @property
+    def index_q(self) -> Tensor: ...  # [T, I, E]
+    @property
+    def index_k(self) -> Tensor: ...  # [S, E]
+    @property
+    def index_weights(self) -> Tensor: ...  # [T, I]
+    @property
+    def softmax_scale(self) -> float: ...
+    @property
+    def key_start(self) -> Tensor: ...  # int32 [T]
+    @property
+    def key_end(self) -> Tensor: ...  # int32 [T]
 
 
 @dataclass(frozen=True)
@@ -84,7 +109,7 @@ class MetricSums:
 
 @torch.no_grad()
 def layer_sums(
-    capture: LayerCapture,
+    capture: AttentionCapture,
     *,
     ks: Sequence[int] = (64, 128, 256, 512),
     min_visible: int = 0,
@@ -211,7 +236,7 @@ def window_keys(key_start: Tensor, key_end: Tensor, k: int, sink: int, num_keys:
 
 @torch.no_grad()
 def sparse_attention(
-    capture: LayerCapture,
+    capture: AttentionCapture,
     *,
     select: str,
     k: int,
@@ -260,13 +285,13 @@ def sparse_attention(
     return out
 
 
-def teacher_row_sums(capture: LayerCapture, *, workspace_bytes: int = _WORKSPACE) -> Iterator[Tensor]:
+def teacher_row_sums(capture: AttentionCapture, *, workspace_bytes: int = _WORKSPACE) -> Iterator[Tensor]:
     """sum_s sum_h exp(scale * q[t,h]·k[s,g(h)] - lse[t,h]), chunk by chunk, of the queries that see a key."""
     for rows, keys, start, end in _chunks(capture, workspace_bytes):
         yield _teacher(capture, rows, keys, start, end).sum(-1)[end > start]
 
 
-def _chunks(capture: LayerCapture, workspace_bytes: int) -> Iterator[tuple[slice, slice, Tensor, Tensor]]:
+def _chunks(capture: AttentionCapture, workspace_bytes: int) -> Iterator[tuple[slice, slice, Tensor, Tensor]]:
     """Query rows, the keys that they see, and their intervals counted from the first of those keys."""
     key_start, key_end = capture.key_start, capture.key_end
     for begin, stop, first, last in plan_chunks(
@@ -277,12 +302,12 @@ def _chunks(capture: LayerCapture, workspace_bytes: int) -> Iterator[tuple[slice
         yield rows, slice(first, last), start, end
 
 
-def _teacher(capture: LayerCapture, rows: slice, keys: slice, start: Tensor, end: Tensor) -> Tensor:
+def _teacher(capture: AttentionCapture, rows: slice, keys: slice, start: Tensor, end: Tensor) -> Tensor:
     q, k, lse = capture.q[rows], capture.k[keys], capture.lse[rows]
     return teacher_scores(q, k, lse, start, end, softmax_scale=capture.softmax_scale)
 
 
-def _scores(capture: LayerCapture, rows: slice, keys: slice, start: Tensor, end: Tensor) -> Tensor:
+def _scores(capture: AttentionCapture, rows: slice, keys: slice, start: Tensor, end: Tensor) -> Tensor:
     index_q, index_k, weights = capture.index_q[rows], capture.index_k[keys], capture.index_weights[rows]
     return indexer_scores(index_q, index_k, weights, start, end)
 
