@@ -129,7 +129,7 @@ class IndexerHandle:
     def begin(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """Before the decoder runs: checks that it may, and finds the documents; the decoder gets their positions."""
+        """Before the decoder runs: checks that it may, and finds the documents, whose positions it then gets."""
         with self._lock:
             if self._runner not in (None, threading.current_thread()) and self._runner.is_alive():
                 raise RuntimeError(
@@ -153,7 +153,7 @@ class IndexerHandle:
         positions = document_positions(inputs, tokens, self.parallel)
         self._packing = packing(positions, self.parallel)
         self._losses, self._seen = {}, set()
-        if inputs.get("position_ids") is None:
+        if inputs.get("position_ids") is None and len(self._packing.boundaries) - 1 > tokens.shape[0]:
             return (), inputs | {"position_ids": positions}
         return args, kwargs
 
