@@ -81,6 +81,20 @@ def test_check_intervals_refuses(start, end, message):
         check_intervals(torch.tensor(start), torch.tensor(end), 8)
 
 
+def test_lists_are_refused():
+    with pytest.raises(TypeError, match=r"cu_seqlens_q must be a tensor of integers, got list \[0, 3\]; pass"):
+        causal_intervals([0, 3])
+    with pytest.raises(TypeError, match="causal_intervals: cu_seqlens_k must be a tensor of integers, got tuple"):
+        causal_intervals(torch.tensor([0, 3]), (0, 3))
+    with pytest.raises(TypeError, match=r"check_intervals: key_end must be a tensor .* pass torch.tensor\(key_end\)"):
+        check_intervals(torch.tensor([0]), [1], 1)
+
+
+def test_check_intervals_refuses_vectors_of_two_lengths():
+    with pytest.raises(ValueError, match=r"key_start and key_end must be \[T\] both, got \[2\] and \[1\]"):
+        check_intervals(torch.tensor([0, 0]), torch.tensor([1]), 1)
+
+
 def test_check_intervals_accepts_the_limits():
     check_intervals(torch.tensor([0, 0, 8]), torch.tensor([0, 8, 8]), 8)
     check_intervals(torch.empty(0, dtype=torch.int32), torch.empty(0, dtype=torch.int32), 0)

@@ -41,8 +41,9 @@ class LightningIndexer(nn.Module):
     are positive and may stand outside the ReLU. Rope turns the first `rope_dim` of the E dims only.
 
     Parameters, by state dict key: wq_b.weight [I·E, q_lora_rank or hidden_size], wk.weight [E, hidden_size],
-    k_norm.weight and k_norm.bias [E], weights_proj.weight [I, hidden_size]. weights_proj is float32 and stays
-    so under `.to(dtype)`, `.bfloat16()` and `.half()` of this module or of a model that holds it.
+    k_norm.weight and k_norm.bias [E], weights_proj.weight [I, hidden_size]. All are float32,
+    whatever torch's default dtype: an optimizer's steps would be lost in bfloat16's rounding. weights_proj stays
+    float32 under `.to(dtype)`, `.bfloat16()` and `.half()` of this module or of a model that holds it.
 
     Args:
         hidden_size: width of the hidden states that enter the attention block, after its input norm.
@@ -74,9 +75,7 @@ class LightningIndexer(nn.Module):
         sizes = dict(hidden_size=hidden_size, num_heads=num_heads, head_dim=head_dim, rope_dim=rope_dim)
         if q_lora_rank is not None:
             sizes["q_lora_rank"] = q_lora_rank
-        for name, value in sizes.items():
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ValueError(f"LightningIndexer: {name} must be a positive integer, got {value!r}")
+        check_sizes("LightningIndexer", **sizes)
         if rope_dim % 2 or rope_dim > head_dim:
             raise ValueError(
                 f"LightningIndexer: rope_dim must be even and at most head_dim = {head_dim}, got {rope_dim}"
@@ -94,9 +93,9 @@ class LightningIndexer(nn.Module):
         self.rope_interleaved = rope_interleaved
 
         q_in = hidden_size if q_lora_rank is None else q_lora_rank
-        self.wq_b = nn.Linear(q_in, num_heads * head_dim, bias=False)
-        self.wk = nn.Linear(hidden_size, head_dim, bias=False)
-        self.k_norm = nn.LayerNorm(head_dim, eps=1e-6)
+        self.wq_b = nn.Linear(q_in, num_heads * head_dim, bias=False, dtype=torch.float32)
+        self.wk = nn.Linear(hidden_size, head_dim, bias=False, dtype=torch.float32)
+        self.k_norm = nn.LayerNorm(head_dim, eps=1e-6, dtype=torch.float32)
         self.weights_proj = _WideLinear(hidden_size, num_heads, bias=False, dtype=torch.float32)
         self.reset_parameters()
 
@@ -149,7 +148,7 @@ class LightningIndexer(nn.Module):
         cos = cos[..., : self.rope_dim // 2].to(wide)
         sin = sin[..., : self.rope_dim // 2].to(wide)
 
-        with _no_autocast(hidden.device.type):
+        with no_autocast(hidden.device.type):
             index_q = F.linear(x, self.wq_b.weight.to(dtype))
             index_q = torch.unflatten(index_q, -1, (self.num_heads, self.head_dim))
             index_q = self._rope(index_q, cos.unsqueeze(-2), sin.unsqueeze(-2))
@@ -224,7 +223,14 @@ class LightningIndexer(nn.Module):
         )
 
 
-def _no_autocast(device_type: str) -> torch.autocast | nullcontext[None]:
+def check_sizes(op: str, **sizes: object) -> None:
+    """Raises ValueError for the first of `sizes` that is no positive integer."""
+    for name, value in sizes.items():
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise ValueError(f"{op}: {name} must be a positive integer, got {value!r}; pass a number such as 64")
+
+
+def no_autocast(device_type: str) -> torch.autocast | nullcontext[None]:
     """Switch autocast off where the device has it; the meta device does not."""
     if torch.amp.is_autocast_available(device_type):
         return torch.autocast(device_type, enabled=False)

@@ -24,10 +24,11 @@ def causal_intervals(cu_seqlens_q: Tensor, cu_seqlens_k: Tensor | None = None) -
         key_start, key_end: int32 [T] on the input's device.
 
     Raises:
-        TypeError: for another dtype. ValueError: for a wrong shape, a first entry that is not 0, or a decrease.
+        TypeError: for another type or dtype. ValueError: for a wrong shape, a first entry that is not 0, or a decrease.
     """
     cu_seqlens_k = cu_seqlens_q if cu_seqlens_k is None else cu_seqlens_k
     for name, boundaries in (("cu_seqlens_q", cu_seqlens_q), ("cu_seqlens_k", cu_seqlens_k)):
+        _check_tensor("causal_intervals", name, boundaries)
         if boundaries.dtype not in (torch.int32, torch.int64):
             raise TypeError(f"causal_intervals: {name} must be int32 or int64, got {boundaries.dtype}")
         if boundaries.ndim != 1 or boundaries.numel() < 1:
@@ -58,8 +59,16 @@ def check_intervals(key_start: Tensor, key_end: Tensor, num_keys: int) -> None:
         num_keys: S.
 
     Raises:
+        TypeError: for intervals that are no tensors.
         ValueError: naming the first query that breaks a rule, with its values.
     """
+    for name, x in (("key_start", key_start), ("key_end", key_end)):
+        _check_tensor("check_intervals", name, x)
+    if key_start.ndim != 1 or key_end.shape != key_start.shape:
+        raise ValueError(
+            f"check_intervals: key_start and key_end must be [T] both, got {list(key_start.shape)} and "
+            f"{list(key_end.shape)}; pass one interval for each query"
+        )
     rules = (
         (key_start < 0, "key_start must not be negative"),
         (
@@ -77,6 +86,13 @@ def check_intervals(key_start: Tensor, key_end: Tensor, num_keys: int) -> None:
                 f"check_intervals: {rule}; query {t} has key_start={int(key_start[t])}, key_end={int(key_end[t])}; "
                 "order queries so that both grow, or build them with causal_intervals"
             )
+
+
+def _check_tensor(op: str, name: str, x: object) -> None:
+    if not isinstance(x, Tensor):
+        raise TypeError(
+            f"{op}: {name} must be a tensor of integers, got {type(x).__name__} {x!r}; pass torch.tensor({name})"
+        )
 
 
 def _decreases(x: Tensor) -> Tensor:

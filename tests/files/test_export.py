@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import resource
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -341,6 +342,35 @@ def test_tensors_that_can_not_be_exported(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"model.layers.1.self_attn.indexer.wk.weight holds NaN or infinity"):
         export(handle, tmp_path / "out")
     assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("heads", "tied_rows", "message"),
+    [
+        (1, None, "the ties of 1 index head were not counted: of keys with equal scores Transformers' indexer attends"),
+        (2, None, "the ties of 2 index heads were not counted"),
+        (2, 0.36, "36.0% of the queries have equal scores at rank 16 and behind it: .*; train with 8 index heads or"),
+        (8, 0.02, "2.0% of the queries have equal scores at rank 16"),
+        (2, 0.0, None),
+        (2, 0.01, None),
+        (8, None, None),
+    ],
+)
+def test_many_ties_are_warned_of(tmp_path: Path, heads: int, tied_rows: float | None, message: str | None) -> None:
+    handle = random_handle(random_model(v3()), num_heads=heads)
+    expected = warnings.catch_warnings() if message is None else pytest.warns(UserWarning, match=message)
+    with expected:
+        if message is None:
+            warnings.simplefilter("error")
+        export(handle, tmp_path / "model", index_topk=16, tied_rows=tied_rows)
+
+
+def test_an_indexer_that_layers_share_is_exported_for_each(tmp_path: Path) -> None:
+    handle = random_handle(random_model(v3()))
+    handle.indexers["2"] = handle.indexers["0"]
+    model = load(export(handle, tmp_path / "model"), dtype=torch.float32)
+    for key, value in handle.state_dict().items():
+        assert torch.equal(model.state_dict()[key], value), key
 
 
 def test_wrong_arguments(tmp_path: Path) -> None:

@@ -323,6 +323,46 @@ def test_a_write_the_system_refuses_inside_safetensors(saved: tuple[IndexerHandl
     assert sorted(p.name for p in path.parent.iterdir()) == ["indexer"]
 
 
+def test_an_indexer_that_layers_share_is_written_for_each(tmp_path: Path) -> None:
+    handle = random_handle(tiny_model())
+    handle.indexers["2"] = handle.indexers["0"]
+    path = save_native(handle, tmp_path / "shared", base_name="tiny")
+    handle.remove()
+    again = load_native(tiny_model(), path)
+    assert again.state_dict().keys() == handle.state_dict().keys()
+    assert all(torch.equal(value, again.state_dict()[key]) for key, value in handle.state_dict().items())
+    assert again.indexers["2"].wk.weight is not again.indexers["0"].wk.weight
+
+
+def test_the_file_holds_float32_whatever_the_indexers_are(tmp_path: Path) -> None:
+    handle = random_handle(tiny_model())
+    handle.indexers.bfloat16()
+    assert handle.indexers["0"].wk.weight.dtype == torch.bfloat16
+    path = save_native(handle, tmp_path / "narrow", base_name="tiny")
+    for key, tensor in load_file(path / "indexer.safetensors").items():
+        assert tensor.dtype == torch.float32 and torch.equal(tensor, handle.state_dict()[key].float()), key
+
+
+def test_the_file_holds_float32_whatever_the_default_dtype(tmp_path: Path) -> None:
+    model = tiny_model()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        path = save_native(attach(model, num_heads=4, head_dim=32), tmp_path / "default", base_name="tiny")
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert {tensor.dtype for tensor in load_file(path / "indexer.safetensors").values()} == {torch.float32}
+
+
+def test_what_is_neither_a_handle_nor_a_model_is_refused(saved: tuple[IndexerHandle, Path]) -> None:
+    handle, path = saved
+
+    class PeftModel(torch.nn.Module):
+        base_model = handle.model
+
+    with pytest.raises(TypeError, match=r"handle_or_model must be .*, got PeftModel; unwrap it: take merge_and_unload"):
+        load_native(PeftModel(), path)
+
+
 def test_indexers_of_different_sizes_are_refused(saved: tuple[IndexerHandle, Path], tmp_path: Path) -> None:
     handle, _ = saved
     handle.indexers["2"].rope_dim = 8

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate import cpu_offload
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
@@ -196,6 +197,97 @@ def test_weights_of_another_shape_are_refused(checkpoint: Path) -> None:
     edit_weights(checkpoint, lambda weights: weights.update({QUERY: torch.zeros(3, 3)}))
     with pytest.raises(ValueError, match=rf"1 of another shape, first .*{QUERY}"):
         load_model(checkpoint, dtype=torch.float32)
+
+
+def edit_config(path: Path, **values: object) -> None:
+    config = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps(config | values))
+
+
+@pytest.mark.parametrize(
+    "key", ["model.layers.0.self_attn.q_proj.bias", "model.layers.2.mlp.up_proj.weight", f"{QUERY}_scale"]
+)
+def test_weights_that_the_model_does_not_know_are_not_dropped(checkpoint: Path, key: str) -> None:
+    edit_weights(checkpoint, lambda weights: weights.update({key: torch.ones(32)}))
+    with pytest.raises(ValueError, match=rf"1 unexpected, first \['{key}'\]; use the checkpoint that its config.json"):
+        load_model(checkpoint, dtype=torch.float32)
+
+
+@pytest.mark.parametrize("key", ["model.layers.1.self_attn.rotary_emb.inv_freq", "model.layers.0.self_attn.indexer.wk"])
+def test_weights_that_change_nothing_are_dropped(checkpoint: Path, key: str) -> None:
+    edit_weights(checkpoint, lambda weights: weights.update({key: torch.ones(4)}))
+    load_model(checkpoint, dtype=torch.float32)
+
+
+def test_layers_that_predict_further_tokens_are_dropped(checkpoint: Path) -> None:
+    edit_weights(checkpoint, lambda weights: weights.update({"model.layers.2.enorm.weight": torch.ones(4)}))
+    edit_config(checkpoint, num_nextn_predict_layers=1)
+    load_model(checkpoint, dtype=torch.float32)
+
+
+def test_a_tied_head_may_be_there_or_not(checkpoint: Path) -> None:
+    edit_config(checkpoint, tie_word_embeddings=True)
+    for change in (
+        lambda weights: weights.update({"lm_head.weight": weights["model.embed_tokens.weight"].clone()}),
+        lambda weights: weights.pop("lm_head.weight"),
+    ):
+        edit_weights(checkpoint, change)
+        model, _ = load_model(checkpoint, dtype=torch.float32)
+        assert torch.equal(model.lm_head.weight, model.get_input_embeddings().weight)
+
+
+def narrow(weights: dict[str, torch.Tensor], *, scales: bool, dtype: torch.dtype = torch.float8_e4m3fn) -> None:
+    """As other tools store a weight: divided by a scale of its own."""
+    scale = weights[QUERY].abs().max() / 100
+    weights[QUERY] = (weights[QUERY] / scale).to(dtype)
+    if scales:
+        weights[f"{QUERY}_scale"] = scale
+
+
+@pytest.mark.parametrize("config", [None, dict(quant_method="modelopt", quant_algo="FP8")])
+@pytest.mark.parametrize(("dtype", "name"), [(torch.float8_e4m3fn, "F8_E4M3"), (torch.int8, "I8")])
+@pytest.mark.parametrize("scales", [True, False])
+def test_weights_in_eight_bits_are_not_taken_as_they_are(
+    checkpoint: Path, scales: bool, dtype: torch.dtype, name: str, config: dict[str, str] | None
+) -> None:
+    edit_weights(checkpoint, lambda weights: narrow(weights, scales=scales, dtype=dtype))
+    if config is not None:
+        edit_config(checkpoint, quantization_config=config)
+    with pytest.raises(ValueError, match=rf"1 are stored in 8 bits or fewer, first {QUERY} in {name}, and no quant"):
+        load_model(checkpoint, dtype=torch.float32)
+
+
+def test_shards_are_looked_at_too(checkpoint: Path) -> None:
+    edit_weights(checkpoint, lambda weights: narrow(weights, scales=False))
+    (checkpoint / "model.safetensors").rename(checkpoint / "model-00001-of-00001.safetensors")
+    names = load_file(checkpoint / "model-00001-of-00001.safetensors")
+    index = dict(metadata={}, weight_map=dict.fromkeys(names, "model-00001-of-00001.safetensors"))
+    (checkpoint / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(ValueError, match=f"1 are stored in 8 bits or fewer, first {QUERY} in F8_E4M3"):
+        load_model(checkpoint, dtype=torch.float32)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        dict(quant_method="gptq", bits=4), dict(quant_method="awq", bits=4), dict(quant_method="compressed-tensors"),
+        dict(quant_method="bitsandbytes", load_in_4bit=True), dict(quant_method="gptq"), dict(bits=4),
+        dict(quant_method="torchao", quant_type="int8_weight_only"),
+    ],
+)  # fmt: skip
+def test_a_quantisation_without_its_package_is_refused(checkpoint: Path, config: dict[str, object]) -> None:
+    edit_config(checkpoint, quantization_config=config)
+    with pytest.raises(ValueError, match="quantised and can't be read here, got quantization_config .*; install"):
+        load_model(checkpoint, dtype=torch.float32)
+
+
+def test_offloaded_weights_have_no_fingerprint(checkpoint: Path) -> None:
+    model, _ = load_model(checkpoint, dtype=torch.float32)
+    cpu_offload(model, execution_device=torch.device("cpu"))
+    with pytest.raises(
+        ValueError, match=r"model_fingerprint: every tensor must have values, got .* on the meta device"
+    ):
+        model_fingerprint(model)
 
 
 def test_truncated_weights_are_refused(checkpoint: Path) -> None:

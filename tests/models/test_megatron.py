@@ -20,6 +20,7 @@ class Packed:
     cu_seqlens_q: Tensor | None = None
     cu_seqlens_kv: Tensor | None = None
     cu_seqlens_q_padded: Tensor | None = None
+    cu_seqlens_kv_padded: Tensor | None = None
 
 
 def tensors(sq: int, sk: int, b: int, *, heads: int = 4, groups: int = 1) -> list[Tensor]:
@@ -101,9 +102,64 @@ def test_packed_parameters_are_checked() -> None:
     packed = Packed(cu_seqlens_q=bounds, cu_seqlens_kv=bounds)
     with pytest.raises(ValueError, match="query must have b=1 where documents are packed, got b=2"):
         dsa_indexer_loss(*tensors(5, 5, 2), softmax_scale=0.3, loss_coeff=1.0, packed_seq_params=packed)
-    packed.cu_seqlens_q_padded = bounds
-    with pytest.raises(ValueError, match="must hold documents without padding between them"):
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            dict(cu_seqlens_q_padded=[0, 4, 6]),
+            r"cu_seqlens_q_padded \[0, 4, 6\] beside cu_seqlens_q \[0, 3, 5\]; take the",
+        ),
+        (
+            dict(cu_seqlens_kv_padded=[0, 4, 6]),
+            r"documents without padding between them, got cu_seqlens_kv_padded \[0, 4",
+        ),
+        (
+            dict(cu_seqlens_q=None),
+            r"packed_seq_params.cu_seqlens_q must be an int32 tensor \[documents \+ 1\] .*, got None",
+        ),
+        (
+            dict(cu_seqlens_kv=None),
+            "packed_seq_params.cu_seqlens_kv must be an int32 tensor .*, got None; give cu_seqlens",
+        ),
+        (
+            dict(cu_seqlens_q=[0, 3], cu_seqlens_kv=[0, 3]),
+            "cu_seqlens_q must end with the 5 tokens of its tensor, got 3; take",
+        ),
+        (dict(cu_seqlens_kv=[0, 3, 6]), "cu_seqlens_kv must end with the 5 tokens of its tensor, got 6"),
+    ],
+)
+def test_documents_that_can_not_be_told_are_refused(changes: dict[str, list[int] | None], message: str) -> None:
+    bounds = {name: torch.tensor([0, 3, 5], dtype=torch.int32) for name in ("cu_seqlens_q", "cu_seqlens_kv")}
+    values = {name: x if x is None else torch.tensor(x, dtype=torch.int32) for name, x in changes.items()}
+    packed = Packed(**(bounds | values))
+    with pytest.raises(ValueError, match=message):
         dsa_indexer_loss(*tensors(5, 5, 1), softmax_scale=0.3, loss_coeff=1.0, packed_seq_params=packed)
+
+
+def test_padded_boundaries_without_padding_are_taken() -> None:
+    bounds = torch.tensor([0, 3, 5], dtype=torch.int32)
+    options = dict(softmax_scale=0.3, loss_coeff=1.0)
+    want = dsa_indexer_loss(*tensors(5, 5, 1), packed_seq_params=Packed(None, bounds, bounds), **options)
+    padded = Packed(None, bounds, bounds, bounds.clone(), bounds.clone())
+    assert torch.equal(dsa_indexer_loss(*tensors(5, 5, 1), packed_seq_params=padded, **options), want)
+
+
+@pytest.mark.parametrize(("nats", "left"), [(20, 0.954), (25, 0.122), (30, 9.3e-4), (40, 4.2e-8)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_large_error_keeps_its_gradient(dtype: torch.dtype, nats: int, left: float) -> None:
+    """One query, two keys: the teacher sees the first alone, the indexer prefers the second by so many nats."""
+    query, key = torch.ones(2, 1, 1, 1), torch.tensor([50.0, -50.0]).view(2, 1, 1, 1)
+    index_key = torch.tensor([0.0, float(nats)]).view(2, 1, 1)
+    tensors = [query, key, torch.ones(2, 1, 1, 1), index_key, torch.ones(2, 1, 1, requires_grad=True)]
+    tensors = [x.detach().to(dtype).requires_grad_(x.requires_grad) for x in tensors]
+    loss = dsa_indexer_loss(*tensors, softmax_scale=1.0, loss_coeff=2.0)  # the first query sees one key, KL 0
+    (ours,) = torch.autograd.grad(loss, tensors[4])
+    assert loss.item() == pytest.approx(nats, rel=1e-5) and float(ours[1]) == pytest.approx(nats, rel=1e-5)
+    theirs = 2 * megatron(*tensors, 1.0, torch.ones(2, 2, dtype=torch.bool).tril())
+    (gradient,) = torch.autograd.grad(theirs, tensors[4])
+    assert float(gradient[1]) == pytest.approx(left * nats, rel=0.02)
 
 
 def test_sharded_heads(pair: Any) -> None:

@@ -119,7 +119,7 @@ def test_captures_and_targets_that_are_not_whole_are_refused(tiny: Tiny) -> None
 
 def test_a_part_of_a_sequence_needs_its_positions(tiny: Tiny) -> None:
     handle = attach(tiny("llama"), num_heads=2, head_dim=32, parallel=Parallel(cp=2))
-    with pytest.raises(ValueError, match="with cp=2 the forward needs position_ids, got None; pass this process"):
+    with pytest.raises(ValueError, match="with cp=2 the forward needs position_ids and no other form, got None"):
         handle.decoder(input_ids=torch.arange(8)[None], use_cache=False)
 
 

@@ -20,7 +20,7 @@ def test_positions() -> None:
 
 
 def test_positions_refuse() -> None:
-    with pytest.raises(ValueError, match="length must be a multiple of 8 .*zigzag on 4 ranks.*, got 13; pad to 16"):
+    with pytest.raises(ValueError, match="multiple of 8 .*zigzag on 4 ranks.*, got 13; pad to 16 .* zeros in"):
         context_positions(13, 4, 0)
     with pytest.raises(ValueError, match="length must be a multiple of 4 .*contiguous.*, got 13; pad to 16"):
         context_positions(13, 4, 0, layout="contiguous")

@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import TrainerCallback, TrainerState, TrainingArguments
+from transformers import DataCollatorWithFlattening, TrainerCallback, TrainerState, TrainingArguments
 
 from flash_indexer.files.native import read_native
 from flash_indexer.models.attach import IndexerHandle, attach
@@ -158,11 +158,42 @@ def test_a_gradient_that_is_none_ends_the_training_before_its_step(
     assert all(value.isfinite().all() for value in handle.state_dict().values())
 
 
+@pytest.mark.parametrize(
+    "says",
+    [
+        dict(),
+        dict(return_position_ids=False, return_flash_attn_kwargs=True),
+        dict(return_position_ids=False, return_seq_idx=True),
+    ],
+)
+def test_the_flattening_collator_keeps_documents_apart(tmp_path: Path, checkpoint: Path, says: dict[str, bool]) -> None:
+    handle, lengths = handle_of(checkpoint), (5, 20, 12)
+    generator = torch.Generator().manual_seed(1)
+    documents = [dict(input_ids=torch.randint(0, 60, (n,), generator=generator)) for n in lengths]
+    want = 0.0
+    with torch.no_grad():
+        for document in documents:
+            handle.decoder(input_ids=document["input_ids"][None], use_cache=False)
+            share = len(document["input_ids"]) / sum(lengths)
+            want += float(sum(loss.kl for loss in handle.losses().values())) / 3 * share
+    arguments = TrainingArguments(str(tmp_path), **OPTIONS, per_device_eval_batch_size=3)
+    trainer = IndexerTrainer(
+        handle, args=arguments, eval_dataset=documents, data_collator=DataCollatorWithFlattening(**says)
+    )
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(want, rel=1e-4)
+
+
+def test_a_collator_that_hides_documents_is_refused(tmp_path: Path, checkpoint: Path) -> None:
+    collator = DataCollatorWithFlattening(return_position_ids=False)
+    with pytest.raises(ValueError, match=r"data_collator must say where .* begin .*; use DataCollatorWithFl"):
+        IndexerTrainer(handle_of(checkpoint), args=TrainingArguments(str(tmp_path), **OPTIONS), data_collator=collator)
+
+
 def test_what_it_cannot_do_it_says(tmp_path: Path, checkpoint: Path, data: PackedDataset) -> None:
     arguments = TrainingArguments(str(tmp_path), **OPTIONS)
     handle = handle_of(checkpoint)
     padded = [data[0] | dict(attention_mask=torch.arange(32) < 30)]
-    with pytest.raises(ValueError, match="attention_mask must be all ones or absent"):
+    with pytest.raises(ValueError, match="attention_mask must be all ones, document numbers from 1, or absent"):
         IndexerTrainer(handle, args=arguments, train_dataset=padded).train()
     tokens = data.tokens.clone()
     tokens[7] = 61

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 import os
+import warnings
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
@@ -18,6 +19,7 @@ from transformers.models.deepseek_v32.modeling_deepseek_v32 import DeepseekV32Ro
 from flash_indexer.files.atomic import atomic_directory
 from flash_indexer.files.native import (
     NativeConfig,
+    apart,
     check_replaceable,
     check_tensors,
     describe,
@@ -37,6 +39,9 @@ _ROUTER_KEYS = ("moe_layer_freq", "scoring_func", "topk_method")
 
 _INDEXER = ".self_attn.indexer."
 
+_MANY_TIES = 0.01
+"""The share of queries with ties at the last rank from which the export warns."""
+
 
 def export(
     handle: IndexerHandle,
@@ -49,6 +54,7 @@ def export(
     tokenizer: PreTrainedTokenizerBase | None = None,
     overwrite: bool = False,
     max_shard_size: str = "5GB",
+    tied_rows: float | None = None,
 ) -> Path:
     """Write what was trained to a directory, atomically, and return its path.
 
@@ -69,10 +75,13 @@ def export(
         tokenizer: saved beside the exported model; deepseek_v32 only.
         overwrite: replace an earlier checkpoint of ours at `path`. Other content is never replaced.
         max_shard_size: the largest weight file of an exported model, as in "5GB".
+        tied_rows: the share of queries, from 0 to 1, whose score at rank index_topk equals the next one's, as
+            `flash-indexer evaluate` counts them; above 0.01 the export warns. None: not counted, and one or two index
+            heads warn, whose exact zeros tie most (docs/format.md).
 
     Raises:
-        ValueError: the model or its indexers don't fit the format (the message says why, and what does), a
-            tensor holds NaN or infinity, or `path` may not be replaced.
+        ValueError: the model or its indexers don't fit the format (the message says why, and what does), tied_rows
+            is no share, a tensor holds NaN or infinity, or `path` may not be replaced.
         OSError: the disk is full; see `atomic_directory`.
 
     Source of the format: DeepSeek-V3.2, section 2.1, and its released checkpoints' names.
@@ -88,6 +97,7 @@ def export(
 
     described = describe(handle, base_name=name, base_fingerprint=base_fingerprint)
     converted = deepseek_v32_config(handle, index_topk=index_topk)
+    _warn_of_ties(described, index_topk, tied_rows)
     check_replaceable(path, overwrite=overwrite)
     model = _build(handle, converted, described)
     with atomic_directory(path) as folder:
@@ -123,6 +133,26 @@ def deepseek_v32_config(handle: IndexerHandle, *, index_topk: int = 2048) -> Dee
         "first_k_dense_replace": dense,
     }
     return DeepseekV32Config(**values)
+
+
+def _warn_of_ties(described: NativeConfig, index_topk: int, tied_rows: float | None) -> None:
+    """Where scores tie at the last rank, our evaluation keeps the earlier key, Transformers whichever topk takes."""
+    if tied_rows is not None and not 0 <= tied_rows <= 1:
+        raise ValueError(
+            f"export: tied_rows must be a share of the queries from 0 to 1, got {tied_rows!r}; divide by them"
+        )
+    if tied_rows is None and described.num_heads <= 2:
+        share = f"the ties of {described.num_heads} index head{'s' * (described.num_heads == 2)} were not counted"
+    elif tied_rows is not None and tied_rows > _MANY_TIES:
+        share = f"{tied_rows:.1%} of the queries have equal scores at rank {index_topk} and behind it"
+    else:
+        return
+    warnings.warn(
+        f"export: {share}: of keys with equal scores Transformers' indexer attends to whichever torch.topk takes, "
+        "which depends on the row's length, so that the exported model can select other keys than evaluate did, and "
+        "change earlier logits when tokens are appended; train with 8 index heads or more (docs/format.md)",
+        stacklevel=3,
+    )
 
 
 def _check_base(base: Any, handle: IndexerHandle) -> None:
@@ -174,7 +204,7 @@ def _build(handle: IndexerHandle, config: DeepseekV32Config, described: NativeCo
     state_dict = {key: tensor for key, tensor in source.state_dict().items() if _INDEXER not in key}
     for key, tensor in state_dict.items():
         _check_tensor(key, tensor)
-    state_dict.update(trained)
+    state_dict.update(apart(trained))
 
     with torch.device("meta"):
         model = DeepseekV32ForCausalLM(config)

@@ -108,10 +108,25 @@ def write_native(
     Arguments and errors are save_native's.
     """
     config = describe(handle, base_name=base_name, base_fingerprint=base_fingerprint)
-    state_dict = {key: tensor.detach().cpu().contiguous() for key, tensor in handle.state_dict().items()}
+    state_dict = apart({key: tensor.detach().cpu() for key, tensor in handle.state_dict().items()})
     check_tensors(state_dict, config, where="the handle")
     save_file(state_dict, Path(folder) / WEIGHTS_FILE, metadata={"format": "pt"})
     write_config(folder, FORMAT, asdict(config))
+
+
+def apart(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors as they are written: float32 at least, each with memory of its own.
+
+    An indexer that several layers share is written once for each of them; layers that read it learn apart.
+    """
+    separate, seen = {}, set()
+    for key, tensor in state_dict.items():
+        wide = tensor.to(torch.promote_types(tensor.dtype, torch.float32)).contiguous()
+        if (memory := wide.untyped_storage().data_ptr()) in seen:
+            wide = wide.clone()
+        seen.add(memory)
+        separate[key] = wide
+    return separate
 
 
 def read_native(path: str | os.PathLike[str]) -> NativeCheckpoint:
@@ -160,11 +175,18 @@ def load_native(
         The handle. Where anything fails, a model given stays as it was, and so do a handle's weights.
 
     Raises:
+        TypeError: `handle_or_model` is neither, such as a wrapper around a model.
         FileNotFoundError, ValueError: read_native's.
         ValueError: the base model, the layers or a size differ; all differences are listed.
     """
-    config, state_dict = read_native(path)
     given = isinstance(handle_or_model, PreTrainedModel)
+    if not given and not isinstance(handle_or_model, IndexerHandle):
+        raise TypeError(
+            "load_native: handle_or_model must be the handle that attach returned or a PreTrainedModel, "
+            f"got {type(handle_or_model).__name__}; unwrap it: take merge_and_unload() of a PeftModel, .module of "
+            "DistributedDataParallel"
+        )
+    config, state_dict = read_native(path)
     model: Any = handle_or_model if isinstance(handle_or_model, PreTrainedModel) else handle_or_model.model
     _compare_base(config, model, base_fingerprint, path)
     if isinstance(handle_or_model, PreTrainedModel):

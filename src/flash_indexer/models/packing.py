@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from flash_indexer.models.documents import document_begins
 from flash_indexer.ops import attention_forward
 from flash_indexer.parallel.context import context_positions, gather_tokens
 from flash_indexer.parallel.mesh import Parallel
@@ -38,29 +39,6 @@ class Packing:
         return self._visible[window]
 
 
-def batch_positions(position_ids: Tensor | None, tokens: Tensor, parallel: Parallel = _ALONE) -> Tensor:
-    """position_ids as [B, L], the shape of `tokens`; None means 0, 1, ... in each row.
-
-    Raises:
-        ValueError: None with context parallelism, where this process's tokens are not the first ones; another shape; no
-            token.
-    """
-    shapes = tokens.shape[:2], (1, tokens.shape[1])
-    if not tokens.numel() or (position_ids is not None and position_ids.shape not in shapes):
-        raise ValueError(
-            "attach: input_ids must be [B, L] with a token at least and position_ids [B, L] or [1, L], got "
-            f"{list(tokens.shape[:2])} and {None if position_ids is None else list(position_ids.shape)}"
-        )
-    if position_ids is None:
-        if parallel.cp > 1:
-            raise ValueError(
-                f"attach: with cp={parallel.cp} the forward needs position_ids, got None; pass this process's part of "
-                "the batch's position_ids, at context_positions(tokens, cp, cp_rank, layout=...)"
-            )
-        position_ids = torch.arange(tokens.shape[1], device=tokens.device)[None]
-    return position_ids.expand(tokens.shape[:2])
-
-
 def packing(position_ids: Tensor, parallel: Parallel = _ALONE) -> Packing:
     """Documents of a batch: position_ids [B, L] restart wherever one begins; every row begins one.
 
@@ -73,9 +51,7 @@ def packing(position_ids: Tensor, parallel: Parallel = _ALONE) -> Packing:
         position_ids = gather_tokens(position_ids.flatten(), group, layout=parallel.layout)[None]
         rows = context_positions(position_ids.numel(), parallel.cp, parallel.cp_rank, layout=parallel.layout)
         rows = rows.to(position_ids.device, torch.int32)
-    begins = torch.ones_like(position_ids, dtype=torch.bool)
-    begins[:, 1:] = position_ids[:, 1:] != position_ids[:, :-1] + 1
-    first = begins.flatten().nonzero().flatten()
+    first = document_begins(position_ids).flatten().nonzero().flatten()
     token = torch.arange(position_ids.numel(), device=position_ids.device)
     document_start = first[torch.searchsorted(first, token, right=True) - 1]
     return Packing((*first.tolist(), position_ids.numel()), document_start.int(), rows)

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor
 
+from flash_indexer.models.capture import LayerCapture
 from flash_indexer.ops import IndexerKL, indexer_kl
 from flash_indexer.parallel.context import context_parallel_indexer_kl
 from flash_indexer.parallel.mesh import Parallel
 from flash_indexer.parallel.tensor import tensor_parallel_indexer_kl
-
-if TYPE_CHECKING:
-    from flash_indexer.models.attach import LayerCapture
 
 
 def layer_kl(capture: LayerCapture, *, target: str, token_weight: Tensor, parallel: Parallel) -> IndexerKL:

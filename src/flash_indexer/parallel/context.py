@@ -43,7 +43,8 @@ def context_positions(length: int, world_size: int, rank: int, *, layout: str = 
         longer = -(-length // len(owners)) * len(owners)
         raise ValueError(
             f"context_positions: length must be a multiple of {len(owners)} (the pieces of {layout} on {world_size} "
-            f"ranks), got {length}; pad to {longer} with tokens that see nothing (key_start == key_end)"
+            f"ranks), got {length}; pad to {longer} with tokens that see nothing (key_start == key_end), "
+            "zeros in every tensor: NaN or infinity there would reach the gradients"
         )
     size = length // len(owners)
     return torch.cat([torch.arange(j * size, (j + 1) * size) for j, owner in enumerate(owners) if owner == rank])

@@ -10,10 +10,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from transformers import Trainer
+from transformers import DataCollatorWithFlattening, Trainer
 
 from flash_indexer.files.native import load_native, write_native
 from flash_indexer.models.attach import IndexerHandle
+from flash_indexer.models.documents import DOCUMENT_INPUTS
 from flash_indexer.parallel.gradients import all_sum, sum_gradients, unusable_gradient
 from flash_indexer.recipe.data import PackedDataset, check_token_ids, embedding_rows
 
@@ -26,7 +27,8 @@ class IndexerTrainer(Trainer):
         handle = attach(model)
         IndexerTrainer(handle, args=TrainingArguments(..., adam_epsilon=1e-12), train_dataset=packed).train()
 
-    Items of the data sets hold input_ids and, where documents are packed, position_ids that restart at 0; no padding.
+    Items of the data sets hold input_ids and, where documents are packed, position_ids that restart at 0 (or another
+    form of `flash_indexer.models.documents`); no padding. DataCollatorWithFlattening packs items that are documents.
     Labels are not used. Checkpoints and `save_model` write the indexers in the native format (docs/format.md), beside
     the Trainer's own files; `resume_from_checkpoint` reads them.
 
@@ -39,7 +41,7 @@ class IndexerTrainer(Trainer):
 
     Raises:
         ValueError: the handle has context or tensor parallelism, a `PackedDataset` has token ids that the model does
-            not know, or a batch is padded.
+            not know, a batch is padded, or the collator packs documents without saying where they begin.
     """
 
     def __init__(self, handle: IndexerHandle, **options: Any) -> None:
@@ -53,6 +55,15 @@ class IndexerTrainer(Trainer):
                 check_token_ids(data.largest_token_id, embedding_rows(handle.model))
         self.handle = handle
         super().__init__(model=handle.model, **options)
+        packs = self.data_collator
+        if isinstance(packs, DataCollatorWithFlattening) and not (
+            packs.return_position_ids or packs.return_seq_idx or packs.return_flash_attn_kwargs
+        ):
+            raise ValueError(
+                "IndexerTrainer: data_collator must say where the documents begin that it packs, got "
+                "DataCollatorWithFlattening(return_position_ids=False), whose batches are one document each; use "
+                "DataCollatorWithFlattening()"
+            )
         handle.indexers.to(self.args.device)
         if self.args.world_size > 1:
             for parameter in handle.indexers.parameters():
@@ -129,7 +140,7 @@ class IndexerTrainer(Trainer):
         """Mean KL of each layer, ascending: [layers]."""
         self.handle.model.train(False)
         inputs = self._prepare_inputs(inputs)
-        known = {name: inputs[name] for name in ("input_ids", "position_ids", "attention_mask") if name in inputs}
+        known = {name: inputs[name] for name in ("input_ids", *DOCUMENT_INPUTS) if name in inputs}
         with torch.no_grad():
             self.handle.decoder(**known, use_cache=False)
         return torch.stack([loss.kl for _, loss in sorted(self.handle.losses().items())])

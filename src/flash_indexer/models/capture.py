@@ -1,0 +1,29 @@
+"""What an attached layer's attention and indexer hand on: the one type between models and their judges."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class LayerCapture:
+    """One attached layer's attention in one forward, batch rows flattened into T tokens (S = T).
+
+    Shapes by the legend of docs/math.md. Context parallelism: q, k, v and the index tensors are this process's tokens,
+    key_start and key_end count all keys. Tensor parallelism: q, k, v, lse and out are this process's heads.
+    """
+
+    layer: int
+    q: Tensor  # [T, H, D]
+    k: Tensor  # [S, G, D]
+    v: Tensor  # [S, G, V]
+    lse: Tensor  # [T, H], nats
+    out: Tensor  # [T, H, V]
+    index_q: Tensor  # [T, I, E]
+    index_k: Tensor  # [S, E]
+    index_weights: Tensor  # [T, I]
+    softmax_scale: float
+    key_start: Tensor  # int32 [T]
+    key_end: Tensor  # int32 [T]

@@ -1,0 +1,220 @@
+"""The handle of attached indexers: runs each layer's attention, its indexer, and what consumes the two."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple, NoReturn, SupportsIndex
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from flash_indexer.models.capture import LayerCapture
+from flash_indexer.models.documents import document_positions
+from flash_indexer.models.families import FAMILIES, call_arguments, check_call, find_decoder
+from flash_indexer.models.hooks import LayerTap
+from flash_indexer.models.packing import Packing, at_least_float32, causal_attention, packing
+from flash_indexer.models.teacher import layer_kl
+from flash_indexer.parallel.mesh import Parallel
+
+Consumer = Callable[[LayerCapture], Tensor | None]
+
+
+class LayerLoss(NamedTuple):
+    """Means over the tokens of the last forward, nats."""
+
+    kl: Tensor
+    uniform_kl: Tensor
+
+
+class IndexerHandle:
+    """Indexers attached to a model. `remove()` leaves the model as it was, to the bit.
+
+    Attributes:
+        model: the model; its parameters do not require gradients while the indexers are attached.
+        indexers: one LightningIndexer per attached layer, keyed by str(layer). In train() mode (the default) a
+            forward of the model adds each layer's gradients; in eval() mode it only computes the losses.
+        layers: attached layers, ascending. target: see `flash_indexer.indexer_kl`.
+        token_weight: weight of every token's KL in the loss; None means 1/T of each forward. Training sets it to
+            1 / (tokens of the whole optimizer step over all ranks).
+        parallel: how sequence and heads are shared out over processes.
+        observer: called with each layer's capture before the default loss, for logging; None for none.
+    """
+
+    def __init__(self, model: PreTrainedModel, indexers: nn.ModuleDict, target: str, parallel: Parallel) -> None:
+        self.model = model
+        self.decoder: Any = find_decoder(model)
+        self.indexers = indexers
+        self.layers = tuple(int(name) for name in indexers)
+        self.target = target
+        self.parallel = parallel
+        self.token_weight: float | None = None
+        self.observer: Callable[[LayerCapture], None] | None = None
+        self._losses: dict[int, LayerLoss] = {}
+        self._consumer: Consumer | None = None
+        self._packing: Packing | None = None
+        self._seen: set[int] = set()
+        self._runner: threading.Thread | None = None
+        self._lock = threading.Lock()
+        self._undo: list[Callable[[], object]] = []
+
+    def __reduce_ex__(self, protocol: SupportsIndex) -> NoReturn:
+        raise TypeError(
+            "attach: a handle, and the model while its indexers are attached, can't be copied or pickled: their hooks "
+            "would go on feeding the indexers of the original; call remove() first, copy the model, attach to the "
+            "copy, and load_state_dict(handle.state_dict())"
+        )
+
+    def losses(self) -> dict[int, LayerLoss]:
+        """Each attached layer's mean KL, and the uniform prediction's, in the last forward."""
+        return dict(self._losses)
+
+    @contextmanager
+    def using(self, consumer: Consumer) -> Iterator[IndexerHandle]:
+        """Hands captures to `consumer` instead of the loss; a tensor [T, H, V] it returns replaces the output.
+
+        The indexers then run without gradients.
+
+        Raises:
+            ValueError: sequence or heads are shared out over processes, so that no capture is whole.
+        """
+        if self.parallel.cp * self.parallel.tp > 1:
+            raise ValueError(
+                "using: captures must be whole, got a model attached with context or tensor parallelism; attach it in "
+                "one process to evaluate"
+            )
+        before, self._consumer = self._consumer, consumer
+        try:
+            yield self
+        finally:
+            self._consumer = before
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Parameters under DeepSeek-V3.2's checkpoint names: model.layers.N.self_attn.indexer.*"""
+        return {
+            f"model.layers.{layer}.self_attn.indexer.{name}": value
+            for layer in self.layers
+            for name, value in self.indexers[str(layer)].state_dict().items()
+        }
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Loads what `state_dict` gave. Raises ValueError on missing, unknown or misshapen entries."""
+        own = self.state_dict()
+        if set(own) != set(state):
+            missing, unknown = sorted(set(own) - set(state)), sorted(set(state) - set(own))
+            raise ValueError(
+                f"load_state_dict: state must have the attached layers' parameters; missing {missing[:3]}, "
+                f"unknown {unknown[:3]}; attach with the layers and sizes it was saved with"
+            )
+        with torch.no_grad():
+            for name, value in own.items():
+                if value.shape != state[name].shape:
+                    raise ValueError(
+                        f"load_state_dict: {name} must be {list(value.shape)}, got {list(state[name].shape)}; "
+                        "attach with the sizes it was saved with"
+                    )
+                value.copy_(state[name])
+
+    def remove(self) -> None:
+        """Takes hooks and attention function off again. The indexers stay usable; a second call does nothing."""
+        while self._undo:
+            self._undo.pop()()
+
+    def undo_with(self, action: Callable[[], object]) -> None:
+        """`remove` calls `action`, the last one first."""
+        self._undo.append(action)
+
+    def begin(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Before the decoder runs: checks that it may, and finds the documents, whose positions it then gets."""
+        with self._lock:
+            if self._runner not in (None, threading.current_thread()) and self._runner.is_alive():
+                raise RuntimeError(
+                    f"attach: one forward at a time must run on an attached model, got a second in thread "
+                    f"{threading.current_thread().name!r} while {self._runner.name!r} is in its own; let it wait, or "
+                    "load and attach a model for each thread"
+                )
+            self._runner = threading.current_thread()
+        inputs = call_arguments(module, args, kwargs)
+        tokens = inputs.get("input_ids")
+        tokens = inputs.get("inputs_embeds") if tokens is None else tokens
+        if tokens is None:
+            raise ValueError("attach: the decoder needs input_ids or inputs_embeds")
+        if torch.is_inference_mode_enabled() and self.indexers.training and self._consumer is None:
+            raise ValueError(
+                "attach: the forward must run outside of torch.inference_mode() while the indexers train, since no "
+                "gradient exists inside it; use torch.no_grad() around the model, or handle.indexers.eval() to compute "
+                "losses alone"
+            )
+        check_call(module, inputs)
+        positions = document_positions(inputs, tokens, self.parallel)
+        self._packing = packing(positions, self.parallel)
+        self._losses, self._seen = {}, set()
+        if inputs.get("position_ids") is None and len(self._packing.boundaries) - 1 > tokens.shape[0]:
+            return (), inputs | {"position_ids": positions}
+        return args, kwargs
+
+    def release(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        """After the decoder, also where it raised: another thread may run it now."""
+        if self._runner is threading.current_thread():
+            self._runner = self._packing = None
+
+    def end(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        """After the decoder: every attached layer must have passed through the attention function."""
+        missing = [layer for layer in self.layers if layer not in self._seen]
+        if missing:
+            raise RuntimeError(
+                f"attach: layers {missing[:5]} did not call the registered attention function; "
+                f"attachable are {FAMILIES}"
+            )
+
+    def attend(self, tap: LayerTap, q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None) -> Tensor:
+        """Runs one layer's attention; where the layer is attached, its indexer and the consumer after it."""
+        if tap.layer not in self.layers:
+            return self._attend(q, k, v, scale, window)[0]
+        assert self._packing is not None and tap.hidden is not None and tap.rope is not None
+        if q.device.type == "cuda" and q.dtype != torch.bfloat16:
+            raise ValueError(
+                f"attach: on CUDA the model must be bfloat16, got {q.dtype}; load it with that dtype (--dtype bfloat16)"
+            )
+        out, lse = self._attend(q, k, v, scale, window)
+        key_start, key_end = self._packing.visible(window)
+        wide = (lambda x: x.to(q.dtype)) if q.device.type == "cuda" else at_least_float32
+        hidden = wide(tap.hidden.flatten(0, -2))
+        residual = None if tap.q_residual is None else wide(tap.q_residual.flatten(0, -2))
+        cos, sin = (x.expand(*tap.hidden.shape[:-1], -1).flatten(0, -2) for x in tap.rope)
+        with torch.set_grad_enabled(self._consumer is None and self.indexers.training):
+            index_q, index_k, index_weights = self.indexers[str(tap.layer)](hidden, residual, cos, sin)
+        tap.hidden = tap.q_residual = tap.rope = None
+        capture = LayerCapture(
+            tap.layer, wide(q), wide(k), wide(v), lse.to(index_weights.dtype), out,
+            index_q, index_k, index_weights, scale, key_start, key_end,
+        )  # fmt: skip
+        self._seen.add(tap.layer)
+        if self._consumer is None:
+            self._loss(capture)
+            return out
+        replaced = self._consumer(capture)
+        return out if replaced is None else replaced.to(out.dtype)
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None) -> tuple[Tensor, Tensor]:
+        assert self._packing is not None
+        return causal_attention(q, k, v, self._packing, softmax_scale=scale, window=window, parallel=self.parallel)
+
+    def _loss(self, capture: LayerCapture) -> None:
+        """The default consumer: the layer's KL and, in train() mode, its backward."""
+        if self.observer is not None:
+            self.observer(capture)
+        T = capture.q.shape[0]
+        each = 1 / (T * self.parallel.cp) if self.token_weight is None else self.token_weight
+        weight = capture.index_weights.new_full((T,), each)
+        with torch.enable_grad():
+            loss, kl, entropy = layer_kl(capture, target=self.target, token_weight=weight, parallel=self.parallel)
+            if loss.requires_grad:
+                loss.backward()  # type: ignore[no-untyped-call]
+        visible = (capture.key_end - capture.key_start).to(kl.dtype).log()
+        uniform = visible.view(-1, *[1] * (kl.ndim - 1)) - entropy
+        self._losses[capture.layer] = LayerLoss(kl.mean(), uniform.mean())

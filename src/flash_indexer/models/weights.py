@@ -1,0 +1,106 @@
+"""Reading a model's weights, all of them and nothing else.
+
+Transformers fills what a checkpoint lacks with random numbers, drops what the model does not know, and takes numbers in
+8 bits as they are where no quantiser is at work. A teacher made so is wrong without a word; here each is an error.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+
+def load_weights(directory: Path, dtype: torch.dtype, *, gguf_file: str | None = None) -> PreTrainedModel:
+    """A causal language model from a folder, every weight of it as stored there, or from a GGUF file in it.
+
+    Raises:
+        ValueError: naming weights that are unreadable, missing, misshapen or left over, or a quantisation that can't be
+            undone here.
+    """
+    source: dict[str, Any] = {"ignore_mismatched_sizes": True} if gguf_file is None else {"gguf_file": gguf_file}
+    quantised = _json(directory / "config.json").get("quantization_config") if gguf_file is None else None
+    try:
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            directory, dtype=dtype, local_files_only=True, output_loading_info=True, **source
+        )
+    except (OSError, RuntimeError, SafetensorError) as error:
+        raise ValueError(f"load_model: the weights in {str(directory)!r} can't be read: {first_line(error)}") from error
+    except (ImportError, ValueError, TypeError, KeyError, AttributeError) as error:
+        if quantised is None:
+            raise
+        raise ValueError(
+            f"load_model: the weights in {str(directory)!r} are quantised and can't be read here, got "
+            f"quantization_config {_short(quantised)}: {type(error).__name__}: {first_line(error)}; install what it "
+            "asks for, or use a checkpoint in bfloat16"
+        ) from error
+    model: PreTrainedModel = loaded[0]
+    _check_keys(directory, model, loaded[1])
+    return model
+
+
+def _check_keys(directory: Path, model: PreTrainedModel, info: dict[str, Any]) -> None:
+    """Every weight of the model must come from the checkpoint, as it is stored, and none may be left over."""
+    leftover = _harmless_keys(model.config)
+    missing, mismatched = sorted(info["missing_keys"]), sorted(map(str, info["mismatched_keys"]))
+    unexpected = sorted(key for key in info["unexpected_keys"] if not leftover.search(key))
+    narrow = _narrow_weights(directory, model)
+    remedy = "use the checkpoint that its config.json belongs to"
+    if narrow:
+        remedy = (
+            f"{len(narrow)} are stored in 8 bits or fewer, first {' in '.join(next(iter(narrow.items())))}, and no "
+            "quantization_config that Transformers acts on says how to scale them: put the checkpoint's own back into "
+            "config.json, or save the weights dequantised to bfloat16"
+        )
+    if missing or mismatched or unexpected or narrow:
+        raise ValueError(
+            f"load_model: {str(directory)!r} must hold every weight of its config, got {len(missing)} missing, first "
+            f"{missing[:3]}, {len(mismatched)} of another shape, first {mismatched[:3]}, and {len(unexpected)} "
+            f"unexpected, first {unexpected[:3]}; {remedy}"
+        )
+
+
+def _harmless_keys(config: Any) -> re.Pattern[str]:
+    """Keys beside those that Transformers knows to be harmless, which the dense model computes without.
+
+    Indexers of DeepSeek-V3.2, and the layers behind the last that predict further tokens.
+    """
+    text = config.get_text_config()
+    last, further = text.num_hidden_layers, getattr(text, "num_nextn_predict_layers", None) or 0
+    layers = "|".join(str(n) for n in range(last, last + further)) or "(?!)"
+    return re.compile(rf"\.self_attn\.indexer\.|(^|\.)layers\.({layers})\.")
+
+
+def _narrow_weights(directory: Path, model: PreTrainedModel) -> dict[str, str]:
+    """Names and stored dtypes of weights in 8 bits or fewer that were taken as they are: no quantiser was at work."""
+    if getattr(model, "hf_quantizer", None) is not None:
+        return {}
+    index, single = directory / "model.safetensors.index.json", directory / "model.safetensors"
+    shards = sorted(set(_json(index)["weight_map"].values())) if index.is_file() else [single.name] * single.is_file()
+    own, narrow = {name for name, _ in model.named_parameters()}, {}
+    for shard in shards:
+        with safe_open(directory / shard, framework="pt") as file:
+            for key in file.keys():  # noqa: SIM118 (a file of safetensors is no mapping)
+                stored = file.get_slice(key).get_dtype()
+                if stored.startswith(("F8", "F6", "F4")) or (stored in ("I8", "U8") and key in own):
+                    narrow[key] = stored
+    return narrow
+
+
+def _json(path: Path) -> dict[str, Any]:
+    content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return content
+
+
+def _short(value: object) -> str:
+    return str(value) if len(str(value)) < 100 else f"{str(value)[:100]}..."
+
+
+def first_line(error: Exception) -> str:
+    """What an error says, without its traceback of causes."""
+    return str(error).strip().partition("\n")[0]
