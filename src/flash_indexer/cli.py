@@ -141,7 +141,7 @@ def check(
 ) -> None:
     """Check the teacher: every head's probabilities must sum to 1 on real text (within 1e-2)."""
     with _plain_errors():
-        from flash_indexer.judge.evaluation import teacher_errors
+        from flash_indexer.judge.teacher_check import teacher_errors
         from flash_indexer.recipe.warmup import held_out_batches
 
         handle, _, run = _load(out, model)

@@ -13,8 +13,8 @@ from typing import Any
 
 import pytest
 
-from flash_indexer.judge.evaluation import Evaluation, LayerScore, MassAtK, Perplexity, RowBlock
 from flash_indexer.judge.report import verdict, write_report
+from flash_indexer.judge.scores import Evaluation, LayerScore, MassAtK, Perplexity, RowBlock
 
 LAYERS, STEPS = 3, 20
 RUN = {"model": "tiny", "lr": 1e-3, "layers": None, "note": "a|b", "command": "flash-indexer warmup --out runs/x"}

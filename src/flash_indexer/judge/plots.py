@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.font_manager import FontProperties
 from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullFormatter
 
-from flash_indexer.judge.evaluation import Evaluation, LayerScore, MassAtK, RowBlock
+from flash_indexer.judge.scores import Evaluation, LayerScore, MassAtK, RowBlock
 
 _INDEXER, _ORACLE, _WINDOW, _DENSE = "#0072B2", "#222222", "#D55E00", "#8C8C8C"
 NAMES = {"dense": "all keys (dense)", "indexer": "indexer", "oracle": "oracle", "window": "sink + window"}

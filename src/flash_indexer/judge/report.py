@@ -10,9 +10,9 @@ from typing import Any
 from matplotlib import rc_context
 from matplotlib.figure import Figure
 
-from flash_indexer.judge.evaluation import Evaluation, LayerScore, MassAtK
-from flash_indexer.judge.metrics import SINK
 from flash_indexer.judge.plots import NAMES, STYLE, change, percent, plot_loss, plot_mass, plot_perplexity, plot_rows
+from flash_indexer.judge.scores import Evaluation, LayerScore, MassAtK
+from flash_indexer.judge.selections import SINK
 
 HEADLINE_K = 128
 GOOD_KL_OVER_UNIFORM = 0.12
