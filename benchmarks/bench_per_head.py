@@ -21,8 +21,8 @@ import torch
 from torch import Tensor
 
 from flash_indexer import indexer_kl, warmup_attention
-from flash_indexer.bench.kl import environment, time_in_turns
 from flash_indexer.bench.per_head import SUITES, problem, sized
+from flash_indexer.bench.timing import environment, time_in_turns
 from flash_indexer.ops.kl import op as operator
 from flash_indexer.ops.kl import per_head
 
