@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -12,6 +13,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from flash_indexer import reference
 from flash_indexer.intervals import causal_intervals
+from flash_indexer.judge.scores import Evaluation, LayerScore, MassAtK, Perplexity, RowBlock
 from flash_indexer.models.attach import IndexerHandle, attach
 
 
@@ -92,3 +94,35 @@ def _capture(lengths_q: list[int], lengths_k: list[int] | None = None, *, seed: 
     lse = reference.teacher_lse(q, k, scale, key_start, key_end)
     index_q, index_k, weights = normal(T, 3, 4), normal(S, 4), normal(T, 3)
     return Capture(q, k, normal(S, 2, 5), lse, index_q, index_k, weights, scale, key_start, key_end)
+
+
+@pytest.fixture(scope="session")
+def make_evaluation() -> Callable[[], Evaluation]:
+    """A made-up evaluation of three layers at k = 64 and 128."""
+    return _evaluation
+
+
+def _mass(k: int, indexer: float, oracle: float, window: float, queries: int) -> MassAtK:
+    return MassAtK(k, 4 * k, queries, indexer, oracle, window, indexer / oracle, window / oracle, indexer * 0.9)
+
+
+def _layer_score(layer: int | None, kl: float, at_k: tuple[MassAtK, ...]) -> LayerScore:
+    return LayerScore(layer, 4000, kl, 2.5, kl / 2.5, at_k)
+
+
+def _evaluation() -> Evaluation:
+    scores = [
+        _layer_score(n, 0.21 + 0.0137 * n, tuple(_mass(k, 0.7 + 0.013 * n, 0.8, 0.6, 10 * k) for k in (64, 128)))
+        for n in (0, 1, 2)
+    ]
+    rows = tuple(tuple(0.001 * (row + column + 1) * (column <= 8 + row) for column in range(12)) for row in range(4))
+    losses = {("dense", None): 1.9, ("indexer", 128): 1.95, ("oracle", 128): 1.91, ("window", 128): 2.3}
+    return Evaluation(
+        sequences=7,
+        tokens=14336,
+        predicted=14000,
+        mean=_layer_score(None, 0.2237, (_mass(64, 0.713, 0.8, 0.6, 1920), _mass(128, 0.7791, 0.81, 0.63, 3840))),
+        layers=tuple(scores),
+        perplexities=tuple(Perplexity(s, k, x, math.exp(x), 0.93 if k else 0.0) for (s, k), x in losses.items()),
+        row_block=RowBlock(1, 92, 96, 8, rows, rows),
+    )

@@ -114,7 +114,7 @@ def test_metrics_are_those_of_each_layers_captures(handle: IndexerHandle, batche
     sums: dict[int, MetricSums] = {}
 
     def measure(capture: LayerCapture) -> None:
-        sums[capture.layer] = sums.get(capture.layer, MetricSums()) + layer_sums(capture, ks=(4, 8), min_visible=20)
+        sums[capture.layer] = sums.get(capture.layer, MetricSums()) + layer_sums(capture, ks=(4, 8, 16), min_visible=20)
 
     with torch.no_grad(), handle.using(measure):
         for batch in batches:

@@ -203,3 +203,26 @@ def test_a_nan_weight_is_not_hidden(make_capture: MakeCapture) -> None:
 def test_a_k_below_the_sink_is_refused(make_capture: MakeCapture) -> None:
     with pytest.raises(ValueError, match=r"layer_sums: k must be at least max\(1, sink\) = 1, got 0"):
         layer_sums(make_capture([8]), ks=(2, 0), sink=0)
+
+
+@pytest.mark.parametrize("workspace_bytes", [TINY, 2**29])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_ties_at_rank_k_are_counted(layout: str, workspace_bytes: int, make_capture: MakeCapture) -> None:
+    """One index head with positive weights: every score is 0 or above, and about half are exact zeros."""
+    capture = make_capture(*LAYOUTS[layout])
+    one = replace(capture, index_q=capture.index_q[:, :1], index_weights=capture.index_weights[:, :1].abs())
+    _, scores = target_and_scores(one)
+    expected: dict[int, list[int]] = {}
+    for row, start, end in zip(scores.tolist(), one.key_start.tolist(), one.key_end.tolist(), strict=True):
+        ranked = sorted(row[start:end], reverse=True)
+        for k in KS:
+            if len(ranked) > k:
+                counts = expected.setdefault(k, [0, 0])
+                counts[0] += 1
+                counts[1] += ranked[k - 1] == ranked[k]
+    ties = layer_sums(one, ks=KS, workspace_bytes=workspace_bytes).ties
+    assert {k: [t.queries, t.tied_rows] for k, t in ties.items()} == dict(sorted(expected.items()))
+    if layout == "one document":
+        assert ties[16].queries == 67 - 16 and 0 < ties[16].tied_rows < ties[16].queries
+    many = layer_sums(capture, ks=KS, workspace_bytes=workspace_bytes).ties
+    assert [t.queries for t in many.values()] == [t.queries for t in ties.values()]

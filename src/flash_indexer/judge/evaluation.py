@@ -55,11 +55,13 @@ def evaluate(
     total = passes * len(batches) if isinstance(batches, Sized) else None
     model, sums, blocks = handle.model, dict[int, MetricSums](), dict[int, RowBlock]()
     losses = {(select, k): 0.0 for k in perplexity_ks for select in SELECTIONS}
-    dense_loss, predicted, tokens, sequences, done = 0.0, 0, 0, 0, 0
+    dense_loss, predicted, tokens, sequences, done, most_visible = 0.0, 0, 0, 0, 0, 0
     restricted = dict.fromkeys(perplexity_ks, 0)
 
     def measure(capture: LayerCapture) -> None:
+        nonlocal most_visible
         layer, visible = capture.layer, capture.key_end - capture.key_start
+        most_visible = max(most_visible, int(visible.max()))
         for k in perplexity_ks:
             restricted[k] += int((visible > k).sum())
         sums[layer] = sums.get(layer, MetricSums()) + layer_sums(capture, ks=ks, min_visible=min_visible)
@@ -115,6 +117,9 @@ def evaluate(
         layers=layers,
         perplexities=tuple(perplexities),
         row_block=blocks[_typical(layers)],
+        ks=tuple(sorted(set(ks))),
+        min_visible=min_visible,
+        most_visible=most_visible,
     )
 
 

@@ -7,6 +7,7 @@ at once, and summed in float64 into `MetricSums`, so that chunks, sequences and 
     mass@k   sum of p[t,s] over k chosen keys: the indexer's top k, p's own top k ("oracle"), or the first
              `sink` visible keys and the k - sink most recent ones ("window")
     recall   |indexer's top k ∩ oracle's top k| / k
+    tie      a query whose k-th largest index score equals the next, so that which key is taken is a convention
 
 Shape legend: T queries, S keys, H teacher heads, G teacher key/value heads, D teacher head dim, V value dim,
 I index heads, E index dim.
@@ -57,23 +58,38 @@ class MassSums:
 
 
 @dataclass(frozen=True)
+class TieSums:
+    """Of the `queries` queries that see more than k keys, `tied_rows` have equal scores at rank k and at k + 1."""
+
+    queries: int
+    tied_rows: int
+
+    def __add__(self, other: TieSums) -> TieSums:
+        return TieSums(self.queries + other.queries, self.tied_rows + other.tied_rows)
+
+
+@dataclass(frozen=True)
 class MetricSums:
-    """Sums of KL (nats) over the `queries` queries that see a key, masses per k; `MetricSums()` is zero."""
+    """Sums of KL (nats) over the `queries` queries that see a key, masses and ties per k; `MetricSums()` is zero."""
 
     queries: int = 0
     kl: float = 0.0
     uniform_kl: float = 0.0
     at_k: Mapping[int, MassSums] = field(default_factory=dict)
+    ties: Mapping[int, TieSums] = field(default_factory=dict)
 
     def __add__(self, other: MetricSums) -> MetricSums:
-        at_k = dict(self.at_k)
-        for k, sums in other.at_k.items():
-            at_k[k] = at_k[k] + sums if k in at_k else sums
+        at_k, ties = dict(self.at_k), dict(self.ties)
+        for k, mass in other.at_k.items():
+            at_k[k] = at_k[k] + mass if k in at_k else mass
+        for k, tie in other.ties.items():
+            ties[k] = ties[k] + tie if k in ties else tie
         return MetricSums(
             self.queries + other.queries,
             self.kl + other.kl,
             self.uniform_kl + other.uniform_kl,
             dict(sorted(at_k.items())),
+            dict(sorted(ties.items())),
         )
 
 
@@ -86,12 +102,12 @@ def layer_sums(
     sink: int = SINK,
     workspace_bytes: int = WORKSPACE,
 ) -> MetricSums:
-    """Sums of KL, uniform KL, mass at k and recall at k over one layer's queries.
+    """Sums of KL, uniform KL, mass at k, recall at k and ties at rank k over one layer's queries.
 
     Args:
         capture: one layer's tensors.
-        ks: selection sizes; each counts only queries that see at least max(4 * k, min_visible) keys, and is
-            left out of the result where none does.
+        ks: selection sizes; the masses of each count only queries that see at least max(4 * k, min_visible) keys,
+            its ties those that see more than k; it is left out where no query does.
         min_visible: keys that a query must see to count in the masses, on top of 4 * k.
         sink: first keys of the document that sink + window keeps.
         workspace_bytes: bound on the memory for [R, C] tiles; query rows are processed in chunks that fit.
@@ -144,6 +160,9 @@ def block_sums(
     thresholds = {k: max(VISIBLE_PER_K * k, min_visible) for k in sorted(ks)}
     counted = {k: least for k, least in thresholds.items() if least <= most}
     sums = torch.stack([column.sum(dtype=torch.float64) for column in columns])
+    tied_ks = [k for k in sorted(ks) if k < most]
+    if tied_ks:
+        sums = torch.cat([sums, _tie_sums(scores, visible, tied_ks).flatten()])
     if counted:
         enough = visible >= min(counted.values())
         if not bool(enough.all()):
@@ -152,11 +171,13 @@ def block_sums(
         masses = _mass_sums(p / total[:, None], scores, key_start, key_end, counted, sink)
         sums = torch.cat([sums, masses.flatten()])
     queries, kl, uniform_kl, *rest = sums.tolist()
+    ties = {k: TieSums(int(rest[2 * j]), int(rest[2 * j + 1])) for j, k in enumerate(tied_ks)}
+    rest = rest[2 * len(tied_ks) :]
     at_k = {
         k: MassSums(int(rest[5 * j]), least, *rest[5 * j + 1 : 5 * j + 5])
         for j, (k, least) in enumerate(counted.items())
     }
-    return MetricSums(int(queries), kl, uniform_kl, at_k)
+    return MetricSums(int(queries), kl, uniform_kl, at_k, ties)
 
 
 def _mass_sums(
@@ -176,6 +197,17 @@ def _mass_sums(
         values = [row, *(x[row, k - 1] for x in masses), recall[row]]
         table.append(torch.stack([x.sum(dtype=torch.float64) for x in values]))
     return torch.stack(table)
+
+
+def _tie_sums(scores: Tensor, visible: Tensor, ks: Sequence[int]) -> Tensor:
+    """float64 [len(ks), 2]: rows that see more than k keys, and those of them whose k-th score equals the next."""
+    enough = visible > ks[0]
+    values, visible = scores[enough].topk(ks[-1] + 1).values, visible[enough]
+    table = []
+    for k in ks:
+        row = visible > k
+        table.append(torch.stack([row.sum(), (row & (values[:, k - 1] == values[:, k])).sum()]))
+    return torch.stack(table).double()
 
 
 def _hits(chosen: Tensor, oracle: Tensor) -> Tensor:

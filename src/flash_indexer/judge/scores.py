@@ -25,6 +25,20 @@ class MassAtK:
 
 
 @dataclass(frozen=True)
+class TiesAtK:
+    """Of the `queries` queries that see more than k keys, `tied_rows` have equal scores at rank k and at k + 1."""
+
+    k: int
+    queries: int
+    tied_rows: int
+
+    @property
+    def share(self) -> float:
+        """tied_rows / queries, from 0 to 1."""
+        return self.tied_rows / self.queries
+
+
+@dataclass(frozen=True)
 class LayerScore:
     """Means over the `queries` queries of one layer that see a key; KL in nats. layer None: all layers."""
 
@@ -34,6 +48,7 @@ class LayerScore:
     uniform_kl: float
     kl_over_uniform: float | None
     at_k: tuple[MassAtK, ...]
+    ties: tuple[TiesAtK, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -68,7 +83,11 @@ class RowBlock:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What `evaluate` found. `tokens` were read, `predicted` of them have a predecessor in their document."""
+    """What `evaluate` measured. `tokens` were read, `predicted` of them have a predecessor in their document.
+
+    ks, min_visible: what was asked for. most_visible: keys that the query with most of them sees. Records of versions
+    that did not count ties lack these, as they lack ties: 0 and ().
+    """
 
     sequences: int
     tokens: int
@@ -77,13 +96,16 @@ class Evaluation:
     layers: tuple[LayerScore, ...]
     perplexities: tuple[Perplexity, ...]
     row_block: RowBlock
+    ks: tuple[int, ...] = ()
+    min_visible: int = 0
+    most_visible: int = 0
 
     def to_dict(self) -> dict[str, Any]:
         """Plain numbers, strings, lists and dicts, ready for json.dump."""
         plain = asdict(self)
         plain["layers"] = [_score_to_dict(score) for score in plain["layers"]]
         plain["mean"] = _score_to_dict(plain["mean"])
-        plain["perplexities"] = list(plain["perplexities"])
+        plain["perplexities"], plain["ks"] = list(plain["perplexities"]), list(plain["ks"])
         for name in ("teacher", "indexer"):
             plain["row_block"][name] = [list(row) for row in plain["row_block"][name]]
         return plain
@@ -102,6 +124,9 @@ class Evaluation:
             layers=tuple(_score_from_dict(score) for score in plain["layers"]),
             perplexities=tuple(Perplexity(**perplexity) for perplexity in plain["perplexities"]),
             row_block=RowBlock(**block),
+            ks=tuple(plain.get("ks", ())),
+            min_visible=plain.get("min_visible", 0),
+            most_visible=plain.get("most_visible", 0),
         )
 
 
@@ -127,12 +152,14 @@ def score(layer: int | None, sums: MetricSums) -> LayerScore:
         )
     n = max(1, sums.queries)
     ratio = sums.kl / sums.uniform_kl if sums.uniform_kl > 0 else None
-    return LayerScore(layer, sums.queries, sums.kl / n, sums.uniform_kl / n, ratio, tuple(at_k))
+    ties = tuple(TiesAtK(k, tie.queries, tie.tied_rows) for k, tie in sums.ties.items())
+    return LayerScore(layer, sums.queries, sums.kl / n, sums.uniform_kl / n, ratio, tuple(at_k), ties)
 
 
 def _score_to_dict(plain: dict[str, Any]) -> dict[str, Any]:
-    return {**plain, "at_k": list(plain["at_k"])}
+    return {**plain, "at_k": list(plain["at_k"]), "ties": list(plain["ties"])}
 
 
 def _score_from_dict(plain: Mapping[str, Any]) -> LayerScore:
-    return LayerScore(**{**plain, "at_k": tuple(MassAtK(**mass) for mass in plain["at_k"])})
+    at_k = tuple(MassAtK(**mass) for mass in plain["at_k"])
+    return LayerScore(**{**plain, "at_k": at_k, "ties": tuple(TiesAtK(**tie) for tie in plain.get("ties", ()))})
