@@ -28,6 +28,7 @@ from torch import Tensor
 
 from flash_indexer import causal_intervals, indexer_kl
 from flash_indexer.bench import kl as bench
+from flash_indexer.bench import timing
 from flash_indexer.ops.kl import gpu_body, torch_body
 from flash_indexer.parallel import (
     context_parallel_indexer_kl,
@@ -74,7 +75,7 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.one_gpu:
         for record in one_gpu(arguments.rounds):
-            append(arguments.out, {**bench.environment(arguments.commit), **record})
+            append(arguments.out, {**timing.environment(arguments.commit), **record})
         return
     device = start()
     for name in arguments.sizes.split(","):
@@ -99,7 +100,7 @@ def start() -> torch.device:
 
 def environment(commit: str, device: torch.device) -> dict[str, Any]:
     if device.type == "cuda":
-        return bench.environment(commit)
+        return timing.environment(commit)
     now = datetime.now(UTC).isoformat(timespec="seconds")
     return {"timestamp": now, "commit": commit, "gpu": "none", "torch": torch.__version__}
 
@@ -181,7 +182,7 @@ def measure(size: Size, ways: list[str], rounds: int, device: torch.device) -> d
             took = timed(contestant, device)
             if turn >= 2:
                 times[name].append(took)
-    found = {name: bench.percentiles(values) for name, values in times.items()}
+    found = {name: timing.percentiles(values) for name, values in times.items()}
     return {
         "size": asdict(size), "ranks": dist.get_world_size(), "rounds": rounds, "milliseconds": found,
         "speedup": {way: found["one"]["p50"] / found[way]["p50"] for way in ways},
@@ -289,16 +290,16 @@ def peak(step: Callable[[], Any], device: torch.device) -> int:
 
 def one_gpu(rounds: int) -> list[dict[str, Any]]:
     """DeepSeek-V3.2's absorbed sizes: every length with all heads, and 16K tokens with fewer."""
-    bench.needs_gpu()
+    timing.needs_gpu()
     records = []
     for tokens, heads in dict.fromkeys([*((n, 128) for n in LENGTHS), *((16384, h) for h in HEADS)]):
-        size = bench.Size(heads, 1, 576, 64, 128, (tokens,), 512)
+        size = timing.Size(heads, 1, 576, 64, 128, (tokens,), 512)
         tensors, others = bench.problem(size)
         bench.check_rows(size, tensors, others)
         step, leaves = bench.call(tensors, others)
-        most, extra = bench.memory(step, leaves)
+        most, extra = timing.memory(step, leaves)
         few = rounds if size.pairs <= bench.LONG else bench.ROUNDS_LONG
-        times = bench.time_in_turns({"ours": step}, few)["ours"]
+        times = timing.time_in_turns({"ours": step}, few)["ours"]
         sizes = dict(tokens=tokens, H=heads, G=1, D=576, I=64, E=128)
         records.append(
             {"name": "one_gpu", "size": sizes, "pairs": size.pairs, "flops": size.flops, "rounds": few,

@@ -20,8 +20,8 @@ import torch
 from torch import Tensor
 
 from flash_indexer import indexer_kl, warmup_attention
-from flash_indexer.bench.kl import environment, time_in_turns
 from flash_indexer.bench.per_head import SUITES, problem, sized
+from flash_indexer.bench.timing import environment, time_in_turns
 from flash_indexer.ops import bodies
 from flash_indexer.ops.attention import per_head_op
 from flash_indexer.ops.bodies import TORCH

@@ -26,7 +26,7 @@ from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
 
 from flash_indexer import cli
-from flash_indexer.bench.kl import environment
+from flash_indexer.bench.timing import environment
 from flash_indexer.ops import bodies
 from flash_indexer.ops.bodies import TORCH
 

@@ -24,7 +24,7 @@ from pathlib import Path
 
 import torch
 
-from flash_indexer.bench.kl import environment
+from flash_indexer.bench.timing import environment
 
 ROOT = Path(__file__).resolve().parents[1]
 # Small problems of several chunks, over every kernel.

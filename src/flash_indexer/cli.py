@@ -112,7 +112,7 @@ def evaluate(
     data: Annotated[str | None, typer.Option(help="Held-out text; default: the embedded split.")] = None,
     sequences: Annotated[int, typer.Option(help="Held-out sequences.")] = 8,
     sequence_length: Annotated[int | None, typer.Option(help="Default: as in training.")] = None,
-    min_visible: Annotated[int, typer.Option(help="Masses count only queries that see so many keys.")] = 0,
+    min_visible: Annotated[int, typer.Option(help="Masses at k count queries that see so many keys, 4k at least.")] = 0,
     perplexity_k: Annotated[list[int] | None, typer.Option(help="Keys per query for sparse perplexity.")] = None,
     model: Annotated[str | None, typer.Option(help="Model; default: the one it was trained on.")] = None,
 ) -> None:
@@ -142,7 +142,7 @@ def check(
 ) -> None:
     """Check the teacher: every head's probabilities must sum to 1 on real text (within 1e-2)."""
     with _plain_errors():
-        from flash_indexer.judge.evaluation import teacher_errors
+        from flash_indexer.judge.teacher_check import teacher_errors
         from flash_indexer.recipe.held_out import held_out_batches
 
         handle, _, run = _load(out, model)
@@ -264,6 +264,7 @@ def _judge(
 
     from flash_indexer.judge.evaluation import evaluate as judge
     from flash_indexer.judge.report import write_report
+    from flash_indexer.judge.verdict import summary_lines
     from flash_indexer.recipe.run_record import METRICS_FILE, read_metrics, warmup_command
 
     with Progress(console=console, disable=not console.is_terminal) as bar:
@@ -276,14 +277,8 @@ def _judge(
     trained = [warmup_command(run, out)] if "steps" in run else []
     run = {**run, "command": "\n".join([*trained, *([command] if command else [])])}
     path = write_report(report, evaluation=found, metrics_log=read_metrics(out / METRICS_FILE), run=run)
-    ratio = found.mean.kl_over_uniform
-    console.print(f"held-out KL over uniform {ratio:.3f}" if ratio is not None else "held-out KL not available")
-    for mass in found.mean.at_k:
-        console.print(
-            f"mass@{mass.k}: indexer {mass.indexer:.1%}, oracle {mass.oracle:.1%}, sink + window {mass.window:.1%}"
-            f" ({mass.queries} queries)",
-            highlight=False,
-        )
+    for line in summary_lines(found):
+        console.print(line, highlight=False, soft_wrap=True, markup=False)
     _print_path("plots", report)
     _print_path("report", path)
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from flash_indexer.bench import attention as bench_attention
-from flash_indexer.bench.kl import Size
+from flash_indexer.bench.timing import Size
 from flash_indexer.ops import attention_forward
 
 

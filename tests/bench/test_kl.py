@@ -10,10 +10,11 @@ from typer.testing import CliRunner
 
 from flash_indexer import cli
 from flash_indexer.bench import kl as bench
+from flash_indexer.bench.timing import Size
 from flash_indexer.reference import indexer_kl as definition
 from flash_indexer.testing import Shape, make_inputs
 
-TINY = bench.Size(H=4, G=2, D=16, I=3, E=32, documents=(20, 20), V=16)
+TINY = Size(H=4, G=2, D=16, I=3, E=32, documents=(20, 20), V=16)
 
 
 def test_the_floor_counts_pairs_and_flops() -> None:
@@ -22,7 +23,7 @@ def test_the_floor_counts_pairs_and_flops() -> None:
     assert bench.SIZES["v32_absorbed"].flops == pytest.approx(7.147e12, rel=1e-3)
 
 
-def problem(size: bench.Size) -> tuple[list[torch.Tensor], dict[str, object]]:
+def problem(size: Size) -> tuple[list[torch.Tensor], dict[str, object]]:
     documents = tuple((n, n) for n in size.documents)
     x = make_inputs(Shape(documents, size.H, size.G, size.D, size.I, size.E), seed=0, dtype=torch.float64)
     others = dict(softmax_scale=x.softmax_scale, key_start=x.key_start, key_end=x.key_end, lse=x.lse)
@@ -63,11 +64,6 @@ def test_a_wrong_result_leaves_no_record(monkeypatch: pytest.MonkeyPatch, tmp_pa
     with pytest.raises(RuntimeError, match="no speed is reported"):
         bench.run(["tiny"], tmp_path)
     assert list(tmp_path.iterdir()) == []
-
-
-def test_percentiles() -> None:
-    assert bench.percentiles([float(n) for n in range(11)]) == {"p20": 2.0, "p50": 5.0, "p80": 8.0}
-    assert bench.percentiles([3.0]) == {"p20": 3.0, "p50": 3.0, "p80": 3.0}
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="what happens without a GPU")

@@ -7,7 +7,7 @@ import torch
 from typer.testing import CliRunner
 
 from flash_indexer.bench import per_head as bench_heads
-from flash_indexer.bench.kl import Size
+from flash_indexer.bench.timing import Size
 from flash_indexer.cli import app
 
 TINY = Size(4, 2, 16, 4, 8, (20, 30), 12)

@@ -2,59 +2,29 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
 from flash_indexer import reference
-from flash_indexer.intervals import causal_intervals
-from flash_indexer.judge import metrics
-from flash_indexer.judge.metrics import MetricSums, block_sums, layer_sums, sparse_attention, top_keys
+from flash_indexer.judge.metrics import MetricSums, block_sums, layer_sums, ranked_keys
+from flash_indexer.models.capture import LayerCapture
 
+MakeCapture = Callable[..., Any]
 KS = (4, 7, 16)
 TINY = 2000  # bytes: a few query rows a chunk
 
 
-@dataclass(frozen=True)
-class Capture:
-    q: Tensor
-    k: Tensor
-    v: Tensor
-    lse: Tensor
-    index_q: Tensor
-    index_k: Tensor
-    index_weights: Tensor
-    softmax_scale: float
-    key_start: Tensor
-    key_end: Tensor
-
-
-def make_capture(lengths_q: list[int], lengths_k: list[int] | None = None, *, seed: int = 0) -> Capture:
-    """Random float64 tensors; H=6 over G=2, D=8, V=5, I=3, E=4."""
-    generator = torch.Generator().manual_seed(seed)
-
-    def normal(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator, dtype=torch.float64)
-
-    cu_q, cu_k = (
-        torch.tensor([0, *torch.tensor(lengths).cumsum(0).tolist()]) for lengths in (lengths_q, lengths_k or lengths_q)
-    )
-    key_start, key_end = causal_intervals(cu_q, cu_k)
-    T, S, scale = int(cu_q[-1]), int(cu_k[-1]), 0.4
-    q, k = 2 * normal(T, 6, 8), normal(S, 2, 8)
-    lse = reference.teacher_lse(q, k, scale, key_start, key_end)
-    index_q, index_k, weights = normal(T, 3, 4), normal(S, 4), normal(T, 3)
-    return Capture(q, k, normal(S, 2, 5), lse, index_q, index_k, weights, scale, key_start, key_end)
-
-
-def target_and_scores(c: Capture) -> tuple[Tensor, Tensor]:
+def target_and_scores(c: LayerCapture) -> tuple[Tensor, Tensor]:
     p = reference.target_distribution(c.q, c.k, c.softmax_scale, c.key_start, c.key_end)
     return p, reference.indexer_scores(c.index_q, c.index_k, c.index_weights, c.key_start, c.key_end)
 
 
-def dense_sums(c: Capture, ks: tuple[int, ...], min_visible: int, sink: int) -> dict[str, object]:
+def dense_sums(c: LayerCapture, ks: tuple[int, ...], min_visible: int, sink: int) -> dict[str, object]:
     """The specification, one query at a time over its visible keys only."""
     p_all, i_all = target_and_scores(c)
     kl = uniform = 0.0
@@ -102,7 +72,7 @@ LAYOUTS = {
 
 @pytest.mark.parametrize("workspace_bytes", [TINY, 2**29])
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_layer_sums_equal_dense_formulas(layout: str, workspace_bytes: int) -> None:
+def test_layer_sums_equal_dense_formulas(layout: str, workspace_bytes: int, make_capture: MakeCapture) -> None:
     capture = make_capture(*LAYOUTS[layout])
     for min_visible in (0, 40):
         got = layer_sums(capture, ks=KS, min_visible=min_visible, sink=2, workspace_bytes=workspace_bytes)
@@ -110,13 +80,13 @@ def test_layer_sums_equal_dense_formulas(layout: str, workspace_bytes: int) -> N
     assert (layout == "too short for any k") == (not got.at_k)
 
 
-def test_the_layouts_hold_what_they_promise() -> None:
+def test_the_layouts_hold_what_they_promise(make_capture: MakeCapture) -> None:
     nothing = make_capture(*LAYOUTS["some queries see nothing"])
     visible = nothing.key_end - nothing.key_start
     assert (visible == 0).sum() == 7 and (visible == 1).sum() >= 1 and nothing.k.shape[0] != nothing.q.shape[0]
 
 
-def test_parts_add_up_to_the_whole() -> None:
+def test_parts_add_up_to_the_whole(make_capture: MakeCapture) -> None:
     capture = make_capture([30, 61, 17])
     whole = layer_sums(capture, ks=KS, sink=2)
     parts = MetricSums()
@@ -130,13 +100,13 @@ def test_parts_add_up_to_the_whole() -> None:
     assert_same(parts, expected)
 
 
-def test_sums_over_different_queries_are_not_added() -> None:
+def test_sums_over_different_queries_are_not_added(make_capture: MakeCapture) -> None:
     capture = make_capture([40])
     with pytest.raises(ValueError, match="min_visible must agree to be added, got 16 and 30"):
         layer_sums(capture, ks=(4,)) + layer_sums(capture, ks=(4,), min_visible=30)
 
 
-def test_k_counts_only_queries_with_four_times_as_many_keys() -> None:
+def test_k_counts_only_queries_with_four_times_as_many_keys(make_capture: MakeCapture) -> None:
     capture = make_capture([32])
     sums = layer_sums(capture, ks=(4, 8, 9))
     assert {k: s.queries for k, s in sums.at_k.items()} == {4: 32 - 15, 8: 1}
@@ -158,24 +128,18 @@ def test_window_is_the_first_visible_keys_and_the_most_recent() -> None:
     assert sums.recall == 0
 
 
-def test_of_equal_scores_the_earlier_key_is_taken() -> None:
-    inf = torch.inf
-    scores = torch.tensor(
-        [
-            [3.0, 1.0, 7.0, 1.0, 1.0, 5.0],
-            [2.0] * 6,
-            [-inf, -inf, 4.0, 4.0, 6.0, -inf],
-            [-inf, 1.0, 0.0, 0.0, 0.0, -inf],
-        ]
-    )
-    expected = [[2, 5, 0, 1], [0, 1, 2, 3], [4, 2, 3], [1, 2, 3, 4]]
-    for row, keys in zip(top_keys(scores, 4).tolist(), expected, strict=True):
-        assert row[: len(keys)] == keys
-    assert top_keys(scores, 9).shape == (4, 6)
+def test_of_equal_scores_the_earlier_key_is_ranked_first() -> None:
+    """Also of zeros of either sign; and the first of the ranked keys are the top keys of any smaller k."""
+    scores = torch.tensor([[3.0, 1.0, 7.0, 1.0, 1.0, 5.0], [2.0] * 6, [-0.0, 0.0, 4.0, 4.0, -0.0, 0.0]])
+    bounds = torch.zeros(3), torch.full((3,), 6)
+    assert ranked_keys(scores, *bounds, 4).tolist() == [[2, 5, 0, 1], [0, 1, 2, 3], [2, 3, 0, 1]]
+    assert ranked_keys(scores, *bounds, 9).tolist()[2] == [2, 3, 0, 1, 4, 5]
+    few = ranked_keys(scores, torch.tensor([3, 0, 2]), torch.tensor([5, 2, 2]), 4)
+    assert few.tolist() == [[3, 4, 0, 0], [0, 1, 0, 0], [0, 0, 0, 0]]
 
 
 @pytest.mark.parametrize("workspace_bytes", [TINY, 2**29])
-def test_a_constant_indexer_is_the_uniform_prediction(workspace_bytes: int) -> None:
+def test_a_constant_indexer_is_the_uniform_prediction(workspace_bytes: int, make_capture: MakeCapture) -> None:
     """All scores tie: KL is uniform's, and the top k are the first k keys, in chunks of any size."""
     capture = make_capture([9, 60])
     capture = replace(capture, index_weights=torch.zeros_like(capture.index_weights))
@@ -203,7 +167,7 @@ def test_tied_targets_count_as_hits_as_far_as_they_have_room() -> None:
     assert second.at_k[4].recall == pytest.approx(0.75)
 
 
-def test_the_oracle_is_never_beaten_and_recall_of_a_perfect_indexer_is_one() -> None:
+def test_the_oracle_is_never_beaten_and_recall_of_a_perfect_indexer_is_one(make_capture: MakeCapture) -> None:
     capture = make_capture([80], seed=3)
     p, scores = target_and_scores(capture)
     for t in range(80):
@@ -217,7 +181,7 @@ def test_the_oracle_is_never_beaten_and_recall_of_a_perfect_indexer_is_one() -> 
     assert sums.at_k[16].indexer == pytest.approx(sums.at_k[16].oracle)
 
 
-def test_float32_follows_float64() -> None:
+def test_float32_follows_float64(make_capture: MakeCapture) -> None:
     capture = make_capture([1, 130])
     single = replace(
         capture,
@@ -230,53 +194,35 @@ def test_float32_follows_float64() -> None:
         assert got.at_k[k].indexer == pytest.approx(expected.at_k[k].indexer, rel=1e-4)
 
 
-def dense_sparse_attention(c: Capture, chosen: Tensor) -> Tensor:
-    """softmax over the chosen keys [T, S] only; zeros where none."""
-    logits = reference.teacher_logits(c.q, c.k, c.softmax_scale).masked_fill(~chosen[:, None], -torch.inf)
-    values = c.v.repeat_interleave(c.q.shape[1] // c.v.shape[1], dim=1)
-    return torch.einsum("ths,shv->thv", logits.softmax(-1).nan_to_num(0.0), values)
-
-
-@pytest.mark.parametrize("workspace_bytes", [TINY, 2**29])
-@pytest.mark.parametrize("select", metrics.SELECTIONS)
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_sparse_attention_equals_a_masked_softmax(layout: str, select: str, workspace_bytes: int) -> None:
-    capture, k = make_capture(*LAYOUTS[layout]), 9
-    p, scores = target_and_scores(capture)
-    chosen = torch.zeros_like(p, dtype=torch.bool)
-    for t, (start, end) in enumerate(zip(capture.key_start.tolist(), capture.key_end.tolist(), strict=True)):
-        if end - start <= k:
-            chosen[t, start:end] = True
-        elif select == "window":
-            chosen[t, start : start + 4] = chosen[t, end - 5 : end] = True
-        else:
-            rank = (scores if select == "indexer" else p)[t, start:end]
-            chosen[t, start + rank.argsort(descending=True, stable=True)[:k]] = True
-    got = sparse_attention(capture, select=select, k=k, workspace_bytes=workspace_bytes)
-    torch.testing.assert_close(got, dense_sparse_attention(capture, chosen), rtol=1e-9, atol=1e-12)
-
-
-@pytest.mark.parametrize("select", metrics.SELECTIONS)
-def test_a_selection_of_all_keys_is_dense_attention(select: str) -> None:
-    capture = make_capture([20, 33, 5], [13, 33, 70])
-    dense = dense_sparse_attention(capture, reference.visible_keys(capture.key_start, capture.key_end, 116))
-    torch.testing.assert_close(sparse_attention(capture, select=select, k=116), dense, rtol=1e-9, atol=1e-12)
-    fewer = sparse_attention(capture, select=select, k=69)
-    assert not torch.equal(fewer[-1], dense[-1]), "the last query sees 70 keys: one must be missing"
-    torch.testing.assert_close(fewer[:-1], dense[:-1], rtol=1e-9, atol=1e-12)
-
-
-def test_wrong_arguments_are_refused() -> None:
-    capture = make_capture([8])
-    with pytest.raises(ValueError, match="select must be one of indexer, oracle, window, got 'random'"):
-        sparse_attention(capture, select="random", k=8)
-    with pytest.raises(ValueError, match=r"sparse_attention: k must be at least max\(1, sink\) = 4, got 3"):
-        sparse_attention(capture, select="window", k=3)
-    with pytest.raises(ValueError, match=r"layer_sums: k must be at least max\(1, sink\) = 1, got 0"):
-        layer_sums(capture, ks=(2, 0), sink=0)
-
-
-def test_a_nan_weight_is_not_hidden() -> None:
+def test_a_nan_weight_is_not_hidden(make_capture: MakeCapture) -> None:
     capture = make_capture([40])
     capture.index_weights[5, 1] = torch.nan
     assert layer_sums(capture, ks=(4,)).kl != layer_sums(capture, ks=(4,)).kl
+
+
+def test_a_k_below_the_sink_is_refused(make_capture: MakeCapture) -> None:
+    with pytest.raises(ValueError, match=r"layer_sums: k must be at least max\(1, sink\) = 1, got 0"):
+        layer_sums(make_capture([8]), ks=(2, 0), sink=0)
+
+
+@pytest.mark.parametrize("workspace_bytes", [TINY, 2**29])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_ties_at_rank_k_are_counted(layout: str, workspace_bytes: int, make_capture: MakeCapture) -> None:
+    """One index head with positive weights: every score is 0 or above, and about half are exact zeros."""
+    capture = make_capture(*LAYOUTS[layout])
+    one = replace(capture, index_q=capture.index_q[:, :1], index_weights=capture.index_weights[:, :1].abs())
+    _, scores = target_and_scores(one)
+    expected: dict[int, list[int]] = {}
+    for row, start, end in zip(scores.tolist(), one.key_start.tolist(), one.key_end.tolist(), strict=True):
+        ranked = sorted(row[start:end], reverse=True)
+        for k in KS:
+            if len(ranked) > k:
+                counts = expected.setdefault(k, [0, 0])
+                counts[0] += 1
+                counts[1] += ranked[k - 1] == ranked[k]
+    ties = layer_sums(one, ks=KS, workspace_bytes=workspace_bytes).ties
+    assert {k: [t.queries, t.tied_rows] for k, t in ties.items()} == dict(sorted(expected.items()))
+    if layout == "one document":
+        assert ties[16].queries == 67 - 16 and 0 < ties[16].tied_rows < ties[16].queries
+    many = layer_sums(capture, ks=KS, workspace_bytes=workspace_bytes).ties
+    assert [t.queries for t in many.values()] == [t.queries for t in ties.values()]

@@ -7,44 +7,21 @@ import math
 import re
 import struct
 import zlib
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from flash_indexer.judge.evaluation import Evaluation, LayerScore, MassAtK, Perplexity, RowBlock
-from flash_indexer.judge.report import verdict, write_report
+from flash_indexer.judge.report import write_report
+from flash_indexer.judge.scores import Evaluation, LayerScore, RowBlock, TiesAtK
+from flash_indexer.judge.verdict import verdict
 
+MakeEvaluation = Callable[[], Evaluation]
 LAYERS, STEPS = 3, 20
 RUN = {"model": "tiny", "lr": 1e-3, "layers": None, "note": "a|b", "command": "flash-indexer warmup --out runs/x"}
 PLOTS = ("loss.png", "mass_at_k.png", "attention_rows.png", "perplexity.png")
-
-
-def mass(k: int, indexer: float, oracle: float, window: float) -> MassAtK:
-    return MassAtK(k, 4 * k, 1000 * k, indexer, oracle, window, indexer / oracle, window / oracle, indexer * 0.9)
-
-
-def layer_score(layer: int | None, kl: float, at_k: tuple[MassAtK, ...]) -> LayerScore:
-    return LayerScore(layer, 4000, kl, 2.5, kl / 2.5, at_k)
-
-
-def make_evaluation() -> Evaluation:
-    scores = [
-        layer_score(n, 0.21 + 0.0137 * n, tuple(mass(k, 0.7 + 0.013 * n, 0.8, 0.6) for k in (64, 128)))
-        for n in (0, 1, 2)
-    ]
-    rows = tuple(tuple(0.001 * (row + column + 1) * (column <= 8 + row) for column in range(12)) for row in range(4))
-    losses = {("dense", None): 1.9, ("indexer", 128): 1.95, ("oracle", 128): 1.91, ("window", 128): 2.3}
-    return Evaluation(
-        sequences=7,
-        tokens=14336,
-        predicted=14000,
-        mean=layer_score(None, 0.2237, (mass(64, 0.713, 0.8, 0.6), mass(128, 0.7791, 0.81, 0.63))),
-        layers=tuple(scores),
-        perplexities=tuple(Perplexity(s, k, x, math.exp(x), 0.93 if k else 0.0) for (s, k), x in losses.items()),
-        row_block=RowBlock(1, 92, 96, 8, rows, rows),
-    )
 
 
 def make_log() -> list[dict[str, Any]]:
@@ -85,7 +62,7 @@ def percent(x: float) -> str:
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def folder(tmp_path_factory: pytest.TempPathFactory, make_evaluation: MakeEvaluation) -> Path:
     """A whole report; tests only read it."""
     folder = tmp_path_factory.mktemp("report") / "new" / "report"
     path = write_report(folder, evaluation=make_evaluation(), metrics_log=make_log(), run=RUN)
@@ -102,7 +79,7 @@ def test_files_are_written(folder: Path) -> None:
         assert width >= 1000 and height >= 400 and patterns > 50, name
 
 
-def test_json_holds_the_evaluation_and_the_run(folder: Path) -> None:
+def test_json_holds_the_evaluation_and_the_run(folder: Path, make_evaluation: MakeEvaluation) -> None:
     evaluation = make_evaluation()
     content = json.loads((folder / "report.json").read_text(encoding="utf-8"))
     assert Evaluation.from_dict(content["evaluation"]) == evaluation
@@ -121,7 +98,9 @@ def test_markdown_has_the_numbers_of_the_json(folder: Path) -> None:
     found = content["evaluation"]
     for at in found["mean"]["at_k"]:
         shares = [percent(at[name]) for name in ("indexer", "oracle", "window", "indexer_over_oracle", "recall")]
-        assert table(text, "k")[str(at["k"])] == [f"{at['min_visible']:,}", f"{at['queries']:,}", *shares]
+        assert table(text, "k")[str(at["k"])] == [
+            f"{at['min_visible']:,}", f"{at['queries'] // LAYERS:,} queries in each of {LAYERS} layers", *shares
+        ]  # fmt: skip
     by_layer = table(text, "layer")
     assert len(by_layer) == LAYERS + 1
     for score in (*found["layers"], found["mean"]):
@@ -149,34 +128,14 @@ def test_the_verdict_comes_first_in_words(folder: Path) -> None:
         assert part in first, part
 
 
-def test_the_verdict_is_honest() -> None:
-    good = make_evaluation()
-
-    def with_mean(kl: float, indexer: float) -> Evaluation:
-        return replace(good, mean=layer_score(None, kl, (mass(128, indexer, 0.8, 0.6),)))
-
-    well, more, bad = "predicts the model's attention well", "there is more to learn", "no better than sink + window"
-    assert well in verdict(with_mean(0.12 * 2.5, 0.77))
-    assert more in verdict(with_mean(0.13 * 2.5, 0.77))
-    assert more in verdict(with_mean(0.12 * 2.5, 0.75))
-    assert bad in verdict(with_mean(0.12 * 2.5, 0.6))
-
-
-def test_a_perplexity_far_off_is_given_as_a_multiple() -> None:
-    good = make_evaluation()
-    far = replace(good.perplexities[1], perplexity=100 * good.perplexities[0].perplexity)
-    text = verdict(replace(good, perplexities=(good.perplexities[0], far, *good.perplexities[2:])))
-    assert "668.59 (×100.0) with the indexer's" in text
-
-
-def test_evaluation_alone_makes_a_report(tmp_path: Path) -> None:
+def test_evaluation_alone_makes_a_report(tmp_path: Path, make_evaluation: MakeEvaluation) -> None:
     text = write_report(tmp_path, evaluation=make_evaluation(), run={}).read_text(encoding="utf-8")
     assert "## Training" not in text and "## Run" not in text and "loss.png" not in text
     assert not (tmp_path / "loss.png").exists()
     assert json.loads((tmp_path / "report.json").read_text(encoding="utf-8"))["training"] is None
 
 
-def test_sparse_evaluations_are_reported(tmp_path: Path) -> None:
+def test_sparse_evaluations_are_reported(tmp_path: Path, make_evaluation: MakeEvaluation) -> None:
     """No k with enough queries, no sparse perplexity, no uniform KL, one layer, one key: nothing to divide by."""
     good = make_evaluation()
     bare = LayerScore(0, 5, 0.0, 0.0, None, ())
@@ -190,7 +149,7 @@ def test_sparse_evaluations_are_reported(tmp_path: Path) -> None:
     assert not (tmp_path / "mass_at_k.png").exists() and not (tmp_path / "loss.png").exists()
 
 
-def test_a_layer_that_lacks_the_headline_k_has_empty_cells(tmp_path: Path) -> None:
+def test_a_layer_that_lacks_the_headline_k_has_empty_cells(tmp_path: Path, make_evaluation: MakeEvaluation) -> None:
     good = make_evaluation()
     layers = (replace(good.layers[0], at_k=good.layers[0].at_k[:1]), *good.layers[1:])
     text = write_report(tmp_path, evaluation=replace(good, layers=layers), run={}).read_text(encoding="utf-8")
@@ -204,7 +163,65 @@ def test_run_settings_and_command_are_printed(folder: Path) -> None:
     assert "```bash\nflash-indexer warmup --out runs/x\n```" in text
 
 
-def test_a_number_that_is_not_finite_is_refused(tmp_path: Path) -> None:
+def test_a_number_that_is_not_finite_is_refused(tmp_path: Path, make_evaluation: MakeEvaluation) -> None:
     with pytest.raises(ValueError, match="write_report: evaluation and run must hold finite numbers"):
         write_report(tmp_path, evaluation=make_evaluation(), run={"lr": math.nan})
     assert list(tmp_path.iterdir()) == []
+
+
+def test_what_is_silent_otherwise_is_said(tmp_path: Path, make_evaluation: MakeEvaluation) -> None:
+    """A raised --min-visible, a k that no query qualifies for, few queries, ties above 1%, warnings, the time's end."""
+    good = make_evaluation()
+    layers = tuple(
+        replace(
+            score, at_k=(score.at_k[0], replace(score.at_k[1], queries=12)),
+            ties=(TiesAtK(64, 5000, 10), TiesAtK(128, 2000, 700 * (score.layer == 2))),
+        )
+        for score in good.layers
+    )  # fmt: skip
+    mean = replace(good.mean, ties=(TiesAtK(64, 15000, 30), TiesAtK(128, 6000, 700)))
+    evaluation = replace(good, mean=mean, layers=layers, ks=(64, 128, 256), min_visible=300, most_visible=700)
+    run = {**RUN, "minutes": 3.0, "ended_by": "time", "warnings": ["--sequence-length 8192 is above 2048"]}
+    path = write_report(tmp_path, evaluation=evaluation, metrics_log=make_log(), run=run)
+    text = path.read_text(encoding="utf-8")
+    assert "--min-visible 300 is raised to 4k: 512 for k = 128" in text
+    assert "k = 256 is not measured: it needs queries that see 1,024 keys, and none sees more than 700" in text
+    assert "k = 128 rests on 12 queries in each of 3 layers: too few to tell indexers apart" in text
+    assert table(text, "rank k")["64"] == ["15,000", "30", "0.2%", "0.2% (0)"]
+    assert table(text, "rank k")["128"] == ["6,000", "700", "11.7%", "35.0% (2)"]
+    assert "In layer 2, 35.0% of the queries that see more than 128 keys have equal index scores" in text
+    assert "Transformers' indexer selects whichever torch.topk takes" in text
+    assert "## Warnings\n\n- --sequence-length 8192 is above 2048\n" in text
+    assert "The time budget (--minutes 3) ended this run, not its learning" in text
+    assert "--resume --steps N" in text and "| ended_by |" not in text and "| warnings |" not in text
+    content = json.loads((tmp_path / "report.json").read_text(encoding="utf-8"))
+    assert content["tied_rows"][1] == {"k": 128, "queries": 6000, "tied_rows": 700, "share": 700 / 6000}
+    assert content["evaluation"]["layers"][2]["ties"][1] == {"k": 128, "queries": 2000, "tied_rows": 700}
+    assert content["run"] == run
+    assert Evaluation.from_dict(content["evaluation"]) == evaluation
+
+
+def test_nothing_to_tell_is_not_told(tmp_path: Path, make_evaluation: MakeEvaluation) -> None:
+    good = make_evaluation()
+    ties = (TiesAtK(64, 5000, 0), TiesAtK(128, 4000, 0))
+    scores = tuple(replace(score, ties=ties) for score in good.layers)
+    evaluation = replace(good, layers=scores, mean=replace(good.mean, ties=ties), ks=(64, 128), min_visible=256)
+    run = {**RUN, "ended_by": "steps", "warnings": []}
+    text = write_report(tmp_path, evaluation=evaluation, metrics_log=make_log(), run=run).read_text(encoding="utf-8")
+    assert "No query has equal index scores at rank k and k + 1 (k = 64, 128)." in text
+    for absent in ("## Warnings", "time budget", "not measured", "rests on", "torch.topk"):
+        assert absent not in text, absent
+    raised = "--min-visible 256 is raised to 4k: 512 for k = 128 "  # 256 is 4 x 64 itself
+    assert raised in text
+
+
+def test_records_from_before_ties_were_counted_are_read() -> None:
+    file = Path(__file__).resolve().parents[2] / "docs" / "smollm2-135m" / "report.json"
+    plain = json.loads(file.read_text(encoding="utf-8"))["evaluation"]
+    for name in ("ks", "min_visible", "most_visible"):
+        plain.pop(name, None)
+    for score in (plain["mean"], *plain["layers"]):
+        score.pop("ties", None)
+    evaluation = Evaluation.from_dict(plain)
+    assert (evaluation.ks, evaluation.mean.ties, len(evaluation.layers)) == ((), (), 30)
+    assert verdict(evaluation).startswith("The indexer predicts the model's attention well.")

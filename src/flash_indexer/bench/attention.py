@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from flash_indexer import causal_intervals
-from flash_indexer.bench.baselines import baselines
-from flash_indexer.bench.kl import MATMUL, Size, environment, needs_gpu, time_in_turns
+from flash_indexer.bench.baselines import attention_contestants
+from flash_indexer.bench.timing import MATMUL, Size, environment, needs_gpu, time_in_turns
 from flash_indexer.ops import attention_forward
 
 SUITE = "attention"
@@ -80,7 +80,7 @@ def measure(size: Size) -> dict[str, Any]:
     contestants: dict[str, Callable[[], Any]] = {
         "ours": lambda: attention_forward(*tensors, **others), "matmul": lambda: square @ square
     }  # fmt: skip
-    beside, reasons = baselines(size)
+    beside, reasons = attention_contestants(size)
     forwards = {name: call for name, call in beside.items() if name.endswith("_forward")}
     times = time_in_turns(contestants | forwards, ROUNDS)
     ours, theirs = times["ours"]["p50"], times.get("cudnn_forward")

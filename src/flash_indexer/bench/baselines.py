@@ -26,7 +26,7 @@ class Attention(Protocol):
     def documents(self) -> tuple[int, ...]: ...
 
 
-def baselines(size: Attention) -> tuple[dict[str, Callable[[], Any]], dict[str, str]]:
+def attention_contestants(size: Attention) -> tuple[dict[str, Callable[[], Any]], dict[str, str]]:
     """Contestants fa2_forward, fa2_backward, cudnn_forward, cudnn_backward, and why those that are absent are."""
     contestants: dict[str, Callable[[], Any]] = {}
     reasons: dict[str, str] = {}

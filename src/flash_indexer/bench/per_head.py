@@ -22,8 +22,8 @@ import torch
 from torch import Tensor
 
 from flash_indexer import causal_intervals, warmup_attention
-from flash_indexer.bench.baselines import baselines
-from flash_indexer.bench.kl import MATMUL, Size, environment, needs_gpu, time_in_turns
+from flash_indexer.bench.baselines import attention_contestants
+from flash_indexer.bench.timing import MATMUL, Size, environment, needs_gpu, time_in_turns
 from flash_indexer.ops import attention_forward
 from flash_indexer.testing import Shape, assert_close, eager_indexer_kl, make_inputs, reference_indexer_kl
 
@@ -155,7 +155,7 @@ def measure(size: Size) -> dict[str, Any]:
         "ours_attention": lambda: attention_forward(*tensors[:3], **others),
         "matmul": lambda: square @ square,
     }
-    beside, reasons = baselines(size)
+    beside, reasons = attention_contestants(size)
     times = time_in_turns(contestants | beside, ROUNDS)
     alone = {"ours_once": lambda: torch.autograd.grad(once.loss, leaves, retain_graph=True)}
     times |= time_in_turns(alone, ROUNDS)  # by itself: beside the others it would heat the card that they are judged on

@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from flash_indexer.bench.kl import Size, needs_gpu
+from flash_indexer.bench.timing import Size, needs_gpu
 from flash_indexer.bench.tune_worker import Lost, Worker
 from flash_indexer.files.checkpoint import write_json
 from flash_indexer.kernels import cache as kernels

@@ -21,8 +21,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flash_indexer.bench.kl import Size, time_in_turns
 from flash_indexer.bench.per_head import problem
+from flash_indexer.bench.timing import Size, time_in_turns
 from flash_indexer.ops import worklists
 from flash_indexer.ops.attention import gpu_body
 from flash_indexer.ops.attention.gpu_gradients import per_head_gradients

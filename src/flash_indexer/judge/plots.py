@@ -10,11 +10,13 @@ from matplotlib.axes import Axes
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 from matplotlib.font_manager import FontProperties
-from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullFormatter
+from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
 
-from flash_indexer.judge.evaluation import Evaluation, LayerScore, MassAtK, RowBlock
+from flash_indexer.judge.scores import Evaluation, MassAtK, RowBlock
+from flash_indexer.judge.verdict import change, percent, queries_of_layers, rests_on_few
 
 _INDEXER, _ORACLE, _WINDOW, _DENSE = "#0072B2", "#222222", "#D55E00", "#8C8C8C"
+_LEAST_RANGE = 1.1  # of a loss axis: its top over its bottom
 NAMES = {"dense": "all keys (dense)", "indexer": "indexer", "oracle": "oracle", "window": "sink + window"}
 _COLOURS = {"dense": _DENSE, "indexer": _INDEXER, "oracle": _ORACLE, "window": _WINDOW}
 STYLE: dict[Any, Any] = {
@@ -31,16 +33,6 @@ STYLE: dict[Any, Any] = {
     "legend.frameon": False,
     "savefig.dpi": 140,
 }
-
-
-def percent(x: float) -> str:
-    """0.123 -> 12.3%"""
-    return f"{100 * x:.1f}%"
-
-
-def change(x: float, base: float) -> str:
-    """+12.3% from the base, or a factor where it is three times the base or more."""
-    return f"{100 * (x / base - 1):+.1f}%" if x < 3 * base else f"×{x / base:.1f}"
 
 
 def _figure(width: float, height: float) -> Figure:
@@ -70,12 +62,21 @@ def plot_loss(steps: Sequence[Mapping[str, Any]], held_out: float | None) -> Fig
         style: dict[str, Any] = dict(color=_ORACLE, marker="D", markersize=8, linestyle="none", clip_on=False)
         ax.plot([x[-1]], [held_out], label=f"held-out text, at the end: {held_out:.3f}", **style)
     ax.set_yscale("log")
-    ax.yaxis.set_major_locator(FixedLocator([b * 10.0**e for e in range(-5, 3) for b in (1, 2, 5)]))
+    low, high = ax.get_ylim()
+    if high < _LEAST_RANGE * low:
+        low, high = low / _LEAST_RANGE**0.5, high * _LEAST_RANGE**0.5
+    ax.set_ylim(low, high)
+    wide = high / low > 5  # then two of 1, 2, 5, 10, ... at least are in sight
+    steps_of_decades = FixedLocator([b * 10.0**e for e in range(-5, 3) for b in (1, 2, 5)])
+    ax.yaxis.set_major_locator(steps_of_decades if wide else MaxNLocator(nbins=6, steps=[1, 2, 2.5, 5, 10]))
+    ax.yaxis.set_minor_locator(NullLocator())
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10], min_n_ticks=1))
+    if len(x) == 1:
+        ax.set_xlim(x[0] - 1, x[0] + 1)
     ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    ax.yaxis.set_minor_formatter(NullFormatter())
     ax.set(xlabel="optimizer step", ylabel="KL / uniform prediction's KL (log scale)")
     ax.set_title("How far the indexer is from the model's attention, in training")
-    ax.legend(loc="upper right", fontsize=11, frameon=True, facecolor="white", edgecolor="none", framealpha=1)
+    figure.legend(loc="outside lower center", ncols=4, fontsize=11)
     return figure
 
 
@@ -88,7 +89,7 @@ def plot_mass(evaluation: Evaluation) -> Figure:
     for position, mass in enumerate(masses):
         ax = figure.add_subplot(-(-len(masses) // columns), columns, position + 1)
         axes.append(ax)
-        _draw_mass(ax, evaluation.layers, mass)
+        _draw_mass(ax, evaluation, mass)
     bottom = min(ax.get_ylim()[0] for ax in axes)
     for ax in axes:
         ax.set_ylim(max(0.0, 10 * (bottom // 10)), 101)
@@ -99,8 +100,8 @@ def plot_mass(evaluation: Evaluation) -> Figure:
     return figure
 
 
-def _draw_mass(ax: Axes, layers: Sequence[LayerScore], mean: MassAtK) -> None:
-    scores = [(score.layer or 0, at) for score in layers for at in score.at_k if at.k == mean.k]
+def _draw_mass(ax: Axes, evaluation: Evaluation, mean: MassAtK) -> None:
+    scores = [(score.layer or 0, at) for score in evaluation.layers for at in score.at_k if at.k == mean.k]
     x = [layer for layer, _ in scores]
     labels = {"oracle": "oracle: the best k keys", "indexer": "indexer's top k", "window": "sink + window"}
     for (name, label), marker in zip(labels.items(), "so^", strict=True):
@@ -109,6 +110,12 @@ def _draw_mass(ax: Axes, layers: Sequence[LayerScore], mean: MassAtK) -> None:
     ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     ax.set(xlabel="layer", ylabel="attention mass (%)")
     ax.set_title(f"k = {mean.k}: indexer at {percent(mean.indexer_over_oracle)} of the oracle", fontsize=12)
+    if rests_on_few(evaluation, mean.k):
+        counts = sorted({min(queries := queries_of_layers(evaluation, mean.k)), max(queries)})
+        number = " to ".join(f"{count:,}" for count in counts)
+        text = f"only {number} {'query' if counts == [1] else 'queries'} a layer: too few to judge"
+        box = dict(facecolor="white", edgecolor=_WINDOW, boxstyle="round,pad=0.4")
+        ax.text(0.5, 0.06, text, transform=ax.transAxes, ha="center", va="bottom", fontsize=11, bbox=box)
 
 
 def plot_rows(block: RowBlock) -> Figure:

@@ -4,19 +4,35 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from matplotlib import rc_context
 from matplotlib.figure import Figure
 
-from flash_indexer.judge.evaluation import Evaluation, LayerScore, MassAtK
-from flash_indexer.judge.metrics import SINK
-from flash_indexer.judge.plots import NAMES, STYLE, change, percent, plot_loss, plot_mass, plot_perplexity, plot_rows
+from flash_indexer.judge.metrics import VISIBLE_PER_K
+from flash_indexer.judge.plots import NAMES, STYLE, plot_loss, plot_mass, plot_perplexity, plot_rows
+from flash_indexer.judge.scores import Evaluation, MassAtK
+from flash_indexer.judge.selections import SINK
+from flash_indexer.judge.verdict import (
+    BEGUN_KL_OVER_UNIFORM,
+    GOOD_INDEXER_OVER_ORACLE,
+    GOOD_KL_OVER_UNIFORM,
+    UNLEARNT_KL_OVER_UNIFORM,
+    change,
+    headline,
+    mass_notes,
+    percent,
+    queries_behind,
+    ties_note,
+    verdict,
+    worst_ties,
+)
 
-HEADLINE_K = 128
-GOOD_KL_OVER_UNIFORM = 0.12
-GOOD_INDEXER_OVER_ORACLE = 0.95
+LONGER_STEPS, LONGER_TOKENS, LONGER_KL_OVER_UNIFORM = 360, 2048, 0.055
+"""The recorded run of docs/smollm2-135m/report.md: its steps, the tokens of each, the last one's KL over uniform."""
+_OWN_LINES = frozenset({"command", "warnings", "ended_by"})
 _MASS_HEAD = ("indexer", "oracle", "sink + window", "indexer / oracle", "recall")
 
 
@@ -35,7 +51,9 @@ def write_report(
         metrics_log: training's rows: step, loss (mean KL, nats), kl_over_uniform, seconds, tokens, and kl (one
             value a layer). Rows without a step and a loss are passed over; without any, the report has no
             training part.
-        run: settings to print, JSON-serialisable. "command" (a string) is printed as what reproduces the run.
+        run: settings to print, JSON-serialisable. "command" (a string) is printed as what reproduces the run,
+            "warnings" (a list of strings) above the results; "ended_by": "time" makes the training part say that
+            --minutes ended the run.
 
     Returns:
         The path of report.md.
@@ -58,6 +76,7 @@ def write_report(
             "verdict": verdict(evaluation),
             "run": dict(run),
             "training": _training_summary(steps),
+            "tied_rows": [{**asdict(ties), "share": ties.share} for ties in evaluation.mean.ties],
             "plots": list(plots),
             "evaluation": evaluation.to_dict(),
         }
@@ -71,56 +90,6 @@ def write_report(
     path = folder / "report.md"
     path.write_text(_markdown(evaluation, content), encoding="utf-8")
     return path
-
-
-def verdict(evaluation: Evaluation) -> str:
-    """One to four sentences that say how good the indexers are, best read first."""
-    mean, mass = evaluation.mean, headline(evaluation.mean)
-    ratio = mean.kl_over_uniform
-    sentences = [_grade(ratio, mass)]
-    if ratio is not None:
-        sentences.append(
-            f"Its KL to the model's attention is {ratio:.3f} of the uniform prediction's "
-            f"({mean.kl:.3f} of {mean.uniform_kl:.3f} nats)."
-        )
-    if mass is not None:
-        sentences.append(
-            f"Its top {mass.k} keys hold {percent(mass.indexer)} of the attention, which is "
-            f"{percent(mass.indexer_over_oracle)} of what the best {mass.k} keys hold "
-            f"(sink + window: {percent(mass.window_over_oracle)}), "
-            f"over queries that see at least {mass.min_visible:,} keys."
-        )
-    sparse = {p.selection: p for p in evaluation.perplexities if p.k == _headline_sparse_k(evaluation)}
-    if "indexer" in sparse:
-        dense = evaluation.perplexities[0].perplexity
-        whose = {"indexer": "the indexer's", "oracle": "the oracle's", "window": "sink + window"}
-        values = {name: sparse[name].perplexity for name in whose}
-        changes = ", ".join(f"{values[n]:.2f} ({change(values[n], dense)}) with {whose[n]}" for n in whose)
-        sentences.append(
-            f"Perplexity is {dense:.2f} with all keys; with {sparse['indexer'].k} keys a query it is {changes}."
-        )
-    return " ".join(sentences)
-
-
-def headline(score: LayerScore) -> MassAtK | None:
-    """The mass at the measured k nearest to 128; None where none was measured."""
-    return min(score.at_k, key=lambda mass: abs(mass.k - HEADLINE_K), default=None)
-
-
-def _grade(ratio: float | None, mass: MassAtK | None) -> str:
-    if mass is not None and mass.indexer <= mass.window:
-        return "The indexer has not learnt enough: it is no better than sink + window."
-    close = mass is None or mass.indexer_over_oracle >= GOOD_INDEXER_OVER_ORACLE
-    if ratio is not None and ratio <= GOOD_KL_OVER_UNIFORM and close:
-        return "The indexer predicts the model's attention well."
-    if mass is not None:
-        return "The indexer finds more of the attention than sink + window does, but there is more to learn."
-    return "There is more to learn." if ratio else "Too little text to judge: every query sees one key."
-
-
-def _headline_sparse_k(evaluation: Evaluation) -> int | None:
-    ks = {p.k for p in evaluation.perplexities if p.k is not None}
-    return min(ks, key=lambda k: abs(k - HEADLINE_K), default=None)
 
 
 def _training_summary(steps: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
@@ -144,11 +113,14 @@ def _markdown(evaluation: Evaluation, content: Mapping[str, Any]) -> str:
         f"{len(evaluation.layers)} layers.",
         "",
     ]
+    lines += _section("Warnings", [f"- {_setting(warning)}" for warning in content["run"].get("warnings") or ()])
     lines += _section("Attention mass at k", _mass_lines(evaluation))
+    lines += _section("Ties", _ties_lines(evaluation))
     lines += _section("Perplexity", _perplexity_lines(evaluation))
     lines += _section("Where it looks", _rows_lines(evaluation))
-    lines += _section("Training", _training_lines(content["training"], content["plots"]))
+    lines += _section("Training", _training_lines(content["training"], content["plots"], content["run"]))
     lines += _section("Layers", _layer_lines(evaluation))
+    lines += _section("Grades", _grade_lines())
     lines += _section("Run", _run_lines(content["run"]))
     return "\n".join(lines).rstrip() + "\n"
 
@@ -159,17 +131,66 @@ def _section(title: str, lines: Sequence[str]) -> list[str]:
 
 def _mass_lines(evaluation: Evaluation) -> list[str]:
     masses = evaluation.mean.at_k
+    notes = [f"- {note}" for note in mass_notes(evaluation)]
     if not masses:
-        return ["No query sees enough keys for any k (four times k at least): evaluate longer sequences."]
-    rows = [[str(m.k), f"{m.min_visible:,}", f"{m.queries:,}", *_mass_cells(m)] for m in masses]
+        return ["No query sees enough keys for any k (four times k at least): evaluate longer sequences.", "", *notes]
+    rows = [[str(m.k), f"{m.min_visible:,}", queries_behind(evaluation, m.k), *_mass_cells(m)] for m in masses]
     return [
         "The part of a query's head-summed attention that lies in k keys: the indexer's choice, the best choice "
         f"(oracle), and the first {SINK} keys with the most recent k - {SINK}. Recall: the part of the oracle's "
-        "keys that the indexer chose.",
+        f"keys that the indexer chose. A query counts where it sees {VISIBLE_PER_K}k keys or more.",
         "",
-        *_table(["k", "keys seen, at least", "queries × layers", *_MASS_HEAD], rows),
+        *_table(["k", "keys seen, at least", "measured on", *_MASS_HEAD], rows),
         "",
+        *([*notes, ""] if notes else []),
         "![Attention mass at k, layer by layer](mass_at_k.png)",
+    ]
+
+
+def _ties_lines(evaluation: Evaluation) -> list[str]:
+    worst = worst_ties(evaluation)
+    if worst is None:
+        return []
+    tied = sum(ties.tied_rows for ties in evaluation.mean.ties)
+    if not tied:
+        ks = ", ".join(str(ties.k) for ties in evaluation.mean.ties)
+        return [f"No query has equal index scores at rank k and k + 1 (k = {ks})."]
+    rows = []
+    for ties in evaluation.mean.ties:
+        layers = [(at.share, score.layer) for score in evaluation.layers for at in score.ties if at.k == ties.k]
+        share, layer = max(layers, key=lambda item: item[0])
+        cells = [
+            str(ties.k),
+            f"{ties.queries:,}",
+            f"{ties.tied_rows:,}",
+            percent(ties.share),
+            f"{percent(share)} ({layer})",
+        ]
+        rows.append(cells)
+    note = ties_note(evaluation)
+    return [
+        "Queries whose index scores at rank k and k + 1 are equal, so that a convention decides which key is selected.",
+        "",
+        *_table(["rank k", "queries × layers that see more keys", "tied", "share", "largest share (layer)"], rows),
+        *(["", note] if note else []),
+    ]
+
+
+def _grade_lines() -> list[str]:
+    rows = [
+        [f"{UNLEARNT_KL_OVER_UNIFORM:g} or more", "next to nothing is learnt: untrained indexers begin at about 1"],
+        [f"{BEGUN_KL_OVER_UNIFORM:g} or more", "begun: most of the uniform prediction's error is still there"],
+        [f"above {GOOD_KL_OVER_UNIFORM:g}", "much is learnt, and there is more to learn"],
+        [
+            f"up to {GOOD_KL_OVER_UNIFORM:g}",
+            f"good, if its keys hold {GOOD_INDEXER_OVER_ORACLE:.0%} of the attention that the best keys hold as well",
+        ],
+    ]
+    return [
+        "By KL over uniform, the part of the uniform prediction's KL that the indexer still has. Whatever it is, an "
+        "indexer whose keys hold no more attention than sink + window, which need no training, has not learnt enough.",
+        "",
+        *_table(["KL / uniform", "grade"], rows),
     ]
 
 
@@ -209,7 +230,7 @@ def _rows_lines(evaluation: Evaluation) -> list[str]:
     ]
 
 
-def _training_lines(training: Mapping[str, Any] | None, plots: Sequence[str]) -> list[str]:
+def _training_lines(training: Mapping[str, Any] | None, plots: Sequence[str], run: Mapping[str, Any]) -> list[str]:
     if training is None:
         return []
     text = f"{training['steps']:,} steps"
@@ -222,7 +243,17 @@ def _training_lines(training: Mapping[str, Any] | None, plots: Sequence[str]) ->
             f"; KL over uniform from {training['first_kl_over_uniform']:.3f} at the first recorded step to "
             f"{training['last_kl_over_uniform']:.3f} at the last"
         )
-    return [text + ".", *(["", "![KL over uniform by step](loss.png)"] if "loss.png" in plots else [])]
+    lines = [text + "."]
+    if run.get("ended_by") == "time":
+        minutes = f" (--minutes {run['minutes']:g})" if "minutes" in run else ""
+        lines += [
+            "",
+            f"The time budget{minutes} ended this run, not its learning: more steps bring KL over uniform further "
+            f"down. The recorded run on SmolLM2-135M reached {LONGER_KL_OVER_UNIFORM} after {LONGER_STEPS} steps of "
+            f"{LONGER_TOKENS:,} tokens. `flash-indexer warmup --resume --steps N`, with this run's --out, goes on to "
+            "step N.",
+        ]
+    return [*lines, *(["", "![KL over uniform by step](loss.png)"] if "loss.png" in plots else [])]
 
 
 def _layer_lines(evaluation: Evaluation) -> list[str]:
@@ -240,7 +271,7 @@ def _layer_lines(evaluation: Evaluation) -> list[str]:
 
 
 def _run_lines(run: Mapping[str, Any]) -> list[str]:
-    rows = [[name, _setting(value)] for name, value in run.items() if name != "command"]
+    rows = [[name, _setting(value)] for name, value in run.items() if name not in _OWN_LINES]
     lines = _table(["setting", "value"], rows) if rows else []
     if "command" in run:
         lines += ["", "To reproduce:", "", "```bash", str(run["command"]), "```"]

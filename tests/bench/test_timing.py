@@ -1,0 +1,18 @@
+"""What benchmarks share: the parts that need no GPU."""
+
+from __future__ import annotations
+
+from flash_indexer.bench import timing
+
+
+def test_a_size_counts_visible_pairs() -> None:
+    """Of two causal documents; where only the last queries are asked for, of these alone."""
+    size = timing.Size(H=1, G=1, D=1, I=1, E=1, documents=(20, 7), V=1)
+    assert size.pairs == sum(range(1, 21)) + sum(range(1, 8))
+    last = timing.Size(H=1, G=1, D=1, I=1, E=1, documents=(20, 7), V=1, queries=3)
+    assert last.pairs == 18 + 19 + 20 + 5 + 6 + 7
+
+
+def test_percentiles() -> None:
+    assert timing.percentiles([float(n) for n in range(11)]) == {"p20": 2.0, "p50": 5.0, "p80": 8.0}
+    assert timing.percentiles([3.0]) == {"p20": 3.0, "p50": 3.0, "p80": 3.0}
