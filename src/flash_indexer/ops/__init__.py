@@ -9,6 +9,7 @@ from flash_indexer.ops.kl.sums import body_of, indexer_kl_sums, make_stages
 from flash_indexer.ops.kl.torch_body import index_gradients, index_scores, kl_rows, teacher_lse, teacher_scores
 from flash_indexer.ops.known import known_loss
 from flash_indexer.ops.problem import Problem, Sums, WaitForKeys
+from flash_indexer.ops.unseen import with_unseen
 from flash_indexer.ops.warmup import WarmupAttention, warmup_attention
 
 __all__ = [
@@ -34,4 +35,5 @@ __all__ = [
     "teacher_lse",
     "teacher_scores",
     "warmup_attention",
+    "with_unseen",
 ]

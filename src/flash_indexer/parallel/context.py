@@ -145,7 +145,7 @@ def context_parallel_indexer_kl(
             if heads:
                 dist.all_reduce(own, group=heads[0])
             sums = sums._replace(d_index_k=own)
-        loss = total(weight, sums.kl, ranks)
+        loss = total(problem, sums.kl, ranks)
     return finish(_OP, body, loss, sums, leaves)
 
 

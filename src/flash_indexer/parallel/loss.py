@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from flash_indexer.ops import IndexerKL, Sums, known_loss
+from flash_indexer.ops import IndexerKL, Problem, Sums, known_loss, with_unseen
 
 
 def wanted(leaves: Sequence[Tensor]) -> list[bool]:
@@ -26,10 +26,11 @@ def mean_weight(key_start: Tensor, key_end: Tensor, like: Tensor, group: Process
     return (seen.double() / count.clamp_min(1)).to(like.dtype)
 
 
-def total(weight: Tensor, kl: Tensor, group: ProcessGroup | None) -> Tensor:
+def total(problem: Problem, kl: Tensor, group: ProcessGroup | None) -> Tensor:
     """sum_t weight[t] * kl[t] over the group's tokens, summed in float64: a scalar, equal on all ranks."""
     per_token = kl.double() if kl.ndim == 1 else kl.double().mean(-1)
-    loss = weight.double() @ per_token
+    loss = problem.weight.double() @ per_token
+    loss = with_unseen(loss, problem.leaves, problem.key_start, problem.key_end)
     if group is not None:
         dist.all_reduce(loss, group=group)
     return loss.to(kl.dtype)

@@ -93,7 +93,7 @@ def tensor_parallel_indexer_kl(
         sums = sharded_sums(problem, body, ranks)
         if sums.d_index_k is not None:
             dist.all_reduce(sums.d_index_k, group=ranks)
-        loss = total(weight, sums.kl, None)
+        loss = total(problem, sums.kl, None)
     return finish(_OP, body, loss, sums, leaves)
 
 

@@ -14,6 +14,7 @@ from flash_indexer.ops.attention import gpu_body
 from flash_indexer.ops.attention.gpu_gradients import kernels, per_head_gradients
 from flash_indexer.ops.problem import LEAVES, Problem, Sums, WaitForKeys
 from flash_indexer.ops.recomputed import Recomputed
+from flash_indexer.ops.unseen import with_unseen
 
 _NAME, _GRADIENTS = "flash_indexer::per_head_attention", "flash_indexer::per_head_gradients"
 _TARGET, _ALL = "per_head", (True, True, True)
@@ -83,7 +84,8 @@ def _op(
         token_weight = worklists.mean_weight(key_start, key_end, k.shape[0])
     made = gpu_body.attention_with_kl(q, k, v, problem.leaves, problem.key_start, problem.key_end, softmax_scale)
     weight = token_weight.contiguous()
-    return made.out, made.lse, torch.dot(weight, made.kl.mean(1)), made.kl, made.lse_index, weight.clone()
+    loss = with_unseen(torch.dot(weight, made.kl.mean(1)), problem.leaves, key_start, key_end)
+    return made.out, made.lse, loss, made.kl, made.lse_index, weight.clone()
 
 
 def _fake(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:

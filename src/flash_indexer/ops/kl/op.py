@@ -16,6 +16,7 @@ from flash_indexer.ops.checks import check_indexer_kl, check_workspace
 from flash_indexer.ops.kl import gpu_body
 from flash_indexer.ops.kl.sums import body_of, indexer_kl_sums
 from flash_indexer.ops.problem import LEAVES, Problem
+from flash_indexer.ops.unseen import with_unseen
 
 _NAME = "flash_indexer::indexer_kl"
 
@@ -75,6 +76,9 @@ def indexer_kl(
         loss: scalar, differentiable in index_q, index_k and index_weights.
         kl: [T] ([T, H] for "per_head"), nats, not differentiable.
         entropy: -sum_s p log p, shaped like kl; log(visible keys) - entropy is the uniform prediction's KL.
+
+    NaN or inf in any input that a query sees shows in kl and loss; in index inputs of a token that nobody sees, in the
+    loss alone, since it would reach gradients as 0 · NaN: pad with zeros.
 
     Raises:
         ValueError, TypeError: naming the argument, what it must be and what it is.
@@ -144,6 +148,7 @@ def _compute(problem: Problem) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, 
         leaf.new_empty(0) if gradient is None else gradient.to(leaf.dtype)
         for leaf, gradient in zip(problem.leaves, gradients, strict=True)
     )
+    loss = with_unseen(loss, problem.leaves, problem.key_start, problem.key_end)
     return loss, sums.kl, sums.entropy, a, b, c
 
 
