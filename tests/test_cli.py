@@ -17,10 +17,10 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
-from flash_indexer.cli import _parse_layers, app
+from flash_indexer.cli import app
 from flash_indexer.files.native import load_native, read_native
 from flash_indexer.recipe import warmup as training
-from flash_indexer.recipe.run_record import read_metrics
+from flash_indexer.recipe.run_record import parse_layers, read_metrics
 
 
 def run(*arguments: object) -> Result:
@@ -66,7 +66,7 @@ def test_warmup_evaluate_export(warmup: Any, checkpoint: Path, texts: Path, tmp_
     errors = re.findall(r"layer (\d): max .* = (\S+)", checked.output)
     assert [int(layer) for layer, _ in errors] == [0, 1] and all(float(error) < 1e-4 for _, error in errors)
 
-    exported = run("export", "--out", out, tmp_path / "native")
+    exported = run("export", "--run", out, tmp_path / "native", "--format", "native")
     assert exported.exit_code == 0, exported.output
     trained, copied = (read_native(path) for path in (out / "checkpoint", tmp_path / "native"))
     assert copied.config == trained.config and copied.config.layers == (0, 1)
@@ -77,7 +77,7 @@ def test_warmup_evaluate_export(warmup: Any, checkpoint: Path, texts: Path, tmp_
     judged = run("evaluate", "--out", tmp_path / "native", "--data", texts, "--sequences", 1, "--sequence-length", 64)
     assert judged.exit_code == 0, judged.output
 
-    refused = run("export", "--out", out, tmp_path / "v32", "--format", "deepseek_v32")
+    refused = run("export", "--out", out, tmp_path / "v32")
     assert refused.exit_code == 1 and not (tmp_path / "v32").exists()
     assert "error" in plain(refused.output) and "Traceback" not in refused.output
 
@@ -117,7 +117,8 @@ def test_unusable_options_of_evaluate(warmup: Any, texts: Path, tmp_path: Path) 
         ("--report", tmp_path / "file", "--report must be a folder"),
         ("--sequences", 0, "--sequences must be at least 1"),
         ("--sequence-length", 0, "--sequence-length must be at least 2"),
-        ("--perplexity-k", 0, "perplexity_ks 1 or more"),
+        ("--perplexity-k", 0, "--perplexity-k must be 1 or more, got 0"),
+        ("--min-visible", -1, "--min-visible must be 0 or more, got -1"),
     ):
         refused = run("evaluate", "--out", tmp_path / "run", "--data", texts, option, value)
         assert refused.exit_code == 1 and message in plain(refused.output), refused.output
@@ -126,13 +127,13 @@ def test_unusable_options_of_evaluate(warmup: Any, texts: Path, tmp_path: Path) 
 
 def test_a_runs_checkpoint_comes_before_an_indexer_beside_it(warmup: Any, tmp_path: Path) -> None:
     assert warmup("--seed", 1).exit_code == 0
-    assert run("export", "--out", tmp_path / "run", tmp_path / "old").exit_code == 0
+    assert run("export", "--run", tmp_path / "run", tmp_path / "old", "--format", "native").exit_code == 0
     for file in (tmp_path / "run" / "checkpoint").iterdir():
         if file.name == "indexer.safetensors":
             changed = {name: value + 1 for name, value in load_file(file).items()}
             save_file(changed, file)
     shutil.copytree(tmp_path / "old", tmp_path / "run", dirs_exist_ok=True)
-    assert run("export", "--out", tmp_path / "run", tmp_path / "new").exit_code == 0
+    assert run("export", "--run", tmp_path / "run", tmp_path / "new", "--format", "native").exit_code == 0
     old, new = (load_file(tmp_path / name / "indexer.safetensors") for name in ("old", "new"))
     assert all(torch.equal(new[name], value + 1) for name, value in old.items())
 
@@ -203,13 +204,13 @@ def test_evaluation_holds_one_model_and_says_where_memory_ends(
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nmore")
 
     monkeypatch.setattr("flash_indexer.recipe.warmup.warm_up", trained)
-    monkeypatch.setattr("flash_indexer.cli._load", load)
+    monkeypatch.setattr("flash_indexer.recipe.judging.load_trained", load)
     found = warmup("--fsdp", "--held-out", texts)
     assert alive[1] is True, "the trained model was held while the whole one was loaded"
     assert found.exit_code == 1 and isinstance(found.exception, SystemExit), found.output
     said = plain(found.output)
     assert "ran out of memory (CUDA out of memory. Tried to allocate 2.00 GiB.)" in said
-    assert f"saved in {tmp_path}/run/checkpoint: run `flash-indexer evaluate --out {tmp_path}/run`" in said
+    assert f"saved in {tmp_path}/run/checkpoint: run `flash-indexer evaluate --run {tmp_path}/run`" in said
 
 
 def test_error_text_is_not_taken_for_markup(warmup: Any, tmp_path: Path) -> None:
@@ -222,13 +223,13 @@ def test_error_text_is_not_taken_for_markup(warmup: Any, tmp_path: Path) -> None
     [(None, None), ("3", (3,)), ("0,1,5-7", (0, 1, 5, 6, 7)), ("2-2", (2,)), (" 1, 2 ", (1, 2))],
 )
 def test_layers(text: str | None, layers: tuple[int, ...] | None) -> None:
-    assert _parse_layers(text) == layers
+    assert parse_layers(text) == layers
 
 
 @pytest.mark.parametrize("text", ["", "a", "1,,2", "1-", "-1", "3-1", "1-2-3"])
 def test_layers_that_are_none(text: str) -> None:
     with pytest.raises(ValueError, match=f"--layers must be like 0,1,5-9, got '{text}'"):
-        _parse_layers(text)
+        parse_layers(text)
 
 
 @pytest.mark.parametrize("command", [[], ["warmup"], ["evaluate"], ["export"]])
@@ -242,6 +243,6 @@ def test_help(command: list[str]) -> None:
 def test_a_native_export_of_a_bfloat16_run_loads_its_base_in_bfloat16(warmup: Any, texts: Path, tmp_path: Path) -> None:
     assert warmup("--dtype", "bfloat16", "--evaluate-sequences", 0).exit_code == 0
     native = tmp_path / "native"
-    assert run("export", "--out", tmp_path / "run", native).exit_code == 0
+    assert run("export", "--run", tmp_path / "run", native, "--format", "native").exit_code == 0
     checked = run("check", "--out", native, "--data", texts)
     assert checked.exit_code == 0, checked.output

@@ -189,7 +189,8 @@ def _loop(settings: WarmupSettings, data: Any, *, world: int, rank: int) -> Any:
     parallel = Parallel(dp=world, dp_rank=rank)
     processes: Any = SimpleNamespace(parallel=parallel, device=torch.device("cpu"))
     per_step = settings.batch_size * settings.accumulation * world
-    return loop.TrainingLoop(settings, 4, per_step, Path(), None, data, processes, "", Console())  # type: ignore[arg-type]
+    parts: Any = (settings, 4, per_step, Path(), None, data, processes, "", Console(), None)
+    return loop.TrainingLoop(*parts)
 
 
 @pytest.mark.parametrize("accumulation", [1, 3])
