@@ -146,14 +146,14 @@ def test_the_first_of_many_processes_holds_the_folder_and_all_are_told(
     assert said[1] == "ValueError: warmup: process 0 could not begin; see its message, in its output"
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="nothing is forbidden to root")
-def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
-    tmp_path.chmod(0o500)
-    with (
-        pytest.raises(PermissionError, match="--out must be a folder that can be written"),
-        locked_folder(tmp_path, never),
-    ):
-        never("it can")
+def test_a_folder_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def denied(path: Any, *args: object) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    monkeypatch.setattr(os, "open", denied)
+    with pytest.raises(PermissionError, match="--out must be a folder that can be written, got .*Permission denied"):
+        locked_folder(tmp_path / "run", never).__enter__()
+    monkeypatch.undo()
 
 
 @pytest.mark.parametrize("names", [["model.safetensors"], ["a.txt", "b"], ["report"], [".git"]])
