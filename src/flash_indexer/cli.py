@@ -71,8 +71,18 @@ def warmup(
     timeout: Annotated[float, typer.Option(help="Seconds without an answer after which a process is given up.")] = 600,
 ) -> None:
     """Warm up a model's indexers; with a report at the end, on --held-out or, without --data, the embedded split."""
-    _say_that_imports_take_time()
     with _plain_errors():
+        from flash_indexer.recipe.run_record import WarmupSettings, parse_layers, read_run, refuse_other_settings
+
+        if evaluate_sequences < 0:
+            raise ValueError(f"warmup: --evaluate-sequences must be 0 (none) or more, got {evaluate_sequences}")
+        values = {name: value for name, value in context.params.items() if name in WarmupSettings.__dataclass_fields__}
+        values["layers"] = parse_layers(layers)
+        settings, recorded = WarmupSettings(**values), read_run(out) if resume else {}
+        typed = [name for name in values if _was_typed(context, name)]
+        refuse_other_settings(recorded, {name: getattr(settings, name) for name in typed})
+
+        _say_that_imports_take_time()
         from dataclasses import asdict
 
         import torch
@@ -80,19 +90,11 @@ def warmup(
         from flash_indexer.recipe import judging
         from flash_indexer.recipe.processes import ParallelSettings, is_main_process, leave
         from flash_indexer.recipe.run_folder import sizes_of_indexers
-        from flash_indexer.recipe.run_record import WarmupSettings, parse_layers, read_run, refuse_other_settings
         from flash_indexer.recipe.warmup import held_out_batches, warm_up
 
-        if evaluate_sequences < 0:
-            raise ValueError(f"warmup: --evaluate-sequences must be 0 (none) or more, got {evaluate_sequences}")
-        values = {name: value for name, value in context.params.items() if name in WarmupSettings.__dataclass_fields__}
-        values["layers"] = parse_layers(layers)
-        typed = [name for name in values if _was_typed(context, name)]
-        recorded = read_run(out) if resume else {}
         if init_from is not None and not recorded:
-            values |= {name: x for name, x in sizes_of_indexers(Path(init_from)).items() if name not in typed}
-        settings = WarmupSettings(**values)
-        refuse_other_settings(recorded, {name: getattr(settings, name) for name in typed})
+            sizes = sizes_of_indexers(Path(init_from))
+            settings = WarmupSettings(**(values | {name: x for name, x in sizes.items() if name not in typed}))
         parallel = ParallelSettings(cp=cp, tp=tp, layout=cp_layout, fsdp=fsdp, timeout=timeout)
         batches = None
         if evaluate_sequences > 0 and held_out is not None:  # now: a wrong path is told before the training

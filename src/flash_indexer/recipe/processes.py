@@ -52,7 +52,7 @@ class ParallelSettings:
             if getattr(self, name) < 1:
                 raise ValueError(f"warmup: {name} must be at least 1, got {getattr(self, name)}")
         if self.layout not in LAYOUTS:
-            raise ValueError(f"warmup: layout must be one of {LAYOUTS}, got {self.layout!r}")
+            raise ValueError(f"warmup: layout (--cp-layout) must be one of {LAYOUTS}, got {self.layout!r}")
         if not 0 < self.timeout <= LONGEST_TIMEOUT:
             raise ValueError(f"warmup: timeout must be positive and at most {LONGEST_TIMEOUT:g} s, got {self.timeout}")
 

@@ -1,4 +1,7 @@
-"""The record of a run: its settings (run.json) and its metrics (metrics.jsonl, a row a step)."""
+"""The record of a run: its settings (run.json) and its metrics (metrics.jsonl, a row a step).
+
+Imports no torch, so that a command can refuse its options before it imports what takes seconds.
+"""
 
 from __future__ import annotations
 
@@ -10,8 +13,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
-
-from flash_indexer.models.load import EMBEDDED_MODEL
 
 RUN_FILE, METRICS_FILE = "run.json", "metrics.jsonl"
 CHECKPOINT = "checkpoint"
@@ -32,7 +33,8 @@ CHOICES = {
 class WarmupSettings:
     """Everything that determines a run. Recorded in run.json; a resumed run takes it from there."""
 
-    model: str = EMBEDDED_MODEL
+    model: str = "smollm2-135m"
+    """A local Transformers checkpoint, or the name of the embedded one."""
     data: str | None = None
     """Text, JSONL, Parquet or a datasets directory; None: the Python standard library's sources and topics."""
     column: str = "text"
