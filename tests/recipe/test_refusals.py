@@ -75,6 +75,8 @@ def test_settings_that_do_nothing_are_said(
     assert said not in recipe.printed
     recipe(tmp_path / "run", parallel=ParallelSettings(**parallel), **(dict(steps=2, warmup_steps=2) | changes))
     assert said in recipe.printed
+    warnings = json.loads((tmp_path / "run" / "run.json").read_text())["warnings"]
+    assert [said in warning for warning in warnings] == ([True] if "warmup_steps" in changes else [])
 
 
 def test_each_thing_that_takes_time_is_said_as_it_begins(

@@ -19,6 +19,7 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
+from flash_indexer.files.atomic import readable_directory
 from flash_indexer.files.checkpoint import load_checkpoint, save_checkpoint
 from flash_indexer.models.attach import IndexerHandle
 from flash_indexer.parallel.gradients import sum_gradients, unusable_gradient
@@ -55,7 +56,7 @@ class TrainingLoop:
         parameters = self.handle.indexers.parameters()
         optimizer = torch.optim.AdamW(parameters, lr=self.settings.lr, weight_decay=0.0, eps=ADAM_EPS)
         done = 0
-        if (self.out / CHECKPOINT).exists() or (self.out / f".{CHECKPOINT}.old").exists():
+        if readable_directory(self.out / CHECKPOINT).exists():
             done = load_checkpoint(
                 self.out / CHECKPOINT, self.handle, optimizer, base_fingerprint=self.base_fingerprint
             )

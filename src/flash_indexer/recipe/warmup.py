@@ -153,7 +153,7 @@ def _prepare(
         target=settings.target, layers=settings.layers, parallel=processes.parallel,
     )  # fmt: skip
     facts = dict(base_fingerprint=before)
-    if settings.init_from is not None and not (out / CHECKPOINT).exists():
+    if settings.init_from is not None and not readable_directory(out / CHECKPOINT).exists():
         with processes.refusing_together():
             facts["init_fingerprint"] = _begin_with(handle, Path(settings.init_from), before, say)
     say("compiling or loading the GPU kernels" if processes.device.type == "cuda" else "trying a short sequence")
@@ -169,9 +169,14 @@ def _prepare(
     else:
         say("measuring the time of a step")
         steps = _steps_in(handle, pack(documents, tokenizer, **packing, max_sequences=per_step), settings, processes)
+    warnings = []
     if steps < settings.warmup_steps:
-        say(f"warmup: {steps} steps are fewer than the {settings.warmup_steps} of --warmup-steps: the learning rate "
-            f"ends at {learning_rate(settings, steps, steps):.2e} and never reaches --lr {settings.lr:g}")  # fmt: skip
+        warnings.append(
+            f"{steps} steps are fewer than the {settings.warmup_steps} of --warmup-steps: the learning rate ends at "
+            f"{learning_rate(settings, steps, steps):.2e} and never reaches --lr {settings.lr:g}"
+        )
+    for warning in warnings:
+        say(f"warning: {warning}")
     say(f"packing {steps * per_step} sequences of {settings.sequence_length} tokens")
     with processes.refusing_together():
         data = pack(documents, tokenizer, **packing, max_sequences=steps * per_step, progress=processes.is_main)
@@ -184,6 +189,7 @@ def _prepare(
             content = dict(
                 settings=asdict(settings), steps=steps, sequences_per_step=per_step, torch=torch.__version__, **facts,
                 data_fingerprint=data.fingerprint, ended_by="time" if settings.steps is None else "steps",
+                warnings=warnings,
             )  # fmt: skip
             write_json(out / RUN_FILE, content)
         elif steps > int(record["steps"]):
