@@ -11,8 +11,11 @@ if ((processes % 2)); then
     exit 2
 fi
 
-# Each sequence over two processes, the frozen model sharded over all of them by FSDP2.
-torchrun --nproc-per-node "$processes" -m flash_indexer warmup \
+# Each sequence over two processes, the frozen model sharded over all of them by FSDP2. Where a process dies, torchrun
+# starts all of them again: it needs the variable and c10d for that, since under static rendezvous (--master-addr,
+# --master-port) new processes are handed the store of the dead ones, and may not find each other.
+TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 torchrun --rdzv-backend c10d --rdzv-endpoint localhost:0 --max-restarts 3 \
+    --nproc-per-node "$processes" -m flash_indexer warmup \
     --model "$model" --data "$data" --out "$out/context-parallel" --cp 2 --fsdp --resume "$@"
 
 # Each process with sequences of its own.

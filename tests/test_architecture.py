@@ -205,7 +205,8 @@ def public_names(tree: ast.Module) -> list[str]:
 def definition(name: str, path: Path, trees: dict[Path, ast.Module], src: Path) -> ast.AST | None:
     """The class or function behind a name, through re-exports; another node if it is neither; or None."""
     package = list(path.relative_to(src).parent.parts)
-    for node in trees[path].body:
+    body = trees[path].body
+    for node in [*body, *(below for block in body if isinstance(block, ast.If) for below in block.body)]:
         if isinstance(node, ast.FunctionDef | ast.ClassDef) and node.name == name:
             return node
         if isinstance(node, ast.ImportFrom):

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import gc
 import json
+import os
 import re
 import shutil
+import signal
+import subprocess
+import sys
 import weakref
 from pathlib import Path
 from typing import Any
@@ -17,10 +21,12 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
-from flash_indexer.cli import _parse_layers, app
+from flash_indexer.cli import app
 from flash_indexer.files.native import load_native, read_native
+from flash_indexer.models.load import EMBEDDED_MODEL
+from flash_indexer.recipe import loop
 from flash_indexer.recipe import warmup as training
-from flash_indexer.recipe.run_record import read_metrics
+from flash_indexer.recipe.run_record import WarmupSettings, parse_layers, read_metrics
 
 
 def run(*arguments: object) -> Result:
@@ -66,7 +72,7 @@ def test_warmup_evaluate_export(warmup: Any, checkpoint: Path, texts: Path, tmp_
     errors = re.findall(r"layer (\d): max .* = (\S+)", checked.output)
     assert [int(layer) for layer, _ in errors] == [0, 1] and all(float(error) < 1e-4 for _, error in errors)
 
-    exported = run("export", "--out", out, tmp_path / "native")
+    exported = run("export", "--run", out, tmp_path / "native", "--format", "native")
     assert exported.exit_code == 0, exported.output
     trained, copied = (read_native(path) for path in (out / "checkpoint", tmp_path / "native"))
     assert copied.config == trained.config and copied.config.layers == (0, 1)
@@ -74,12 +80,109 @@ def test_warmup_evaluate_export(warmup: Any, checkpoint: Path, texts: Path, tmp_
     handle = load_native(AutoModelForCausalLM.from_pretrained(checkpoint), tmp_path / "native")
     assert (handle.layers, handle.indexers["0"].num_heads) == ((0, 1), 4)
 
-    judged = run("evaluate", "--out", tmp_path / "native", "--data", texts, "--sequences", 1, "--sequence-length", 64)
-    assert judged.exit_code == 0, judged.output
+    words = ["evaluate", "--out", tmp_path / "native", "--data", texts, "--sequences", 1]
+    judged = run(*words, "--sequence-length", 64)
+    assert judged.exit_code == 0 and "doesn't say how" not in plain(judged.output), judged.output
+    judged = run(*words)
+    assert "evaluating sequences of 1024 tokens: a native indexer folder doesn't say how" in plain(judged.output)
 
-    refused = run("export", "--out", out, tmp_path / "v32", "--format", "deepseek_v32")
+    refused = run("export", "--out", out, tmp_path / "v32")
     assert refused.exit_code == 1 and not (tmp_path / "v32").exists()
     assert "error" in plain(refused.output) and "Traceback" not in refused.output
+
+
+def test_a_runs_steps_grow_by_the_command_line(warmup: Any, tmp_path: Path) -> None:
+    assert warmup("--evaluate-sequences", 0).exit_code == 0
+    less = warmup("--resume", "--steps", 3)
+    assert less.exit_code == 1 and "--steps of a resumed run must be at least the 4" in plain(less.output)
+    more = warmup("--resume", "--steps", 6)
+    assert more.exit_code == 0 and "4 steps become 6: from step 5 on" in plain(more.output), more.output
+    assert [row["step"] for row in read_metrics(tmp_path / "run" / "metrics.jsonl")] == [1, 2, 3, 4, 5, 6]
+
+
+def test_a_run_takes_the_sizes_of_the_indexers_that_it_begins_with(warmup: Any, texts: Path, tmp_path: Path) -> None:
+    assert warmup("--evaluate-sequences", 0, "--layers", "0,2", "--target", "sum_logits").exit_code == 0
+    words = ["--out", tmp_path / "more", "--evaluate-sequences", 0, "--init-from", tmp_path / "run"]
+    refused = warmup(*words, "--num-heads", 2)
+    assert refused.exit_code == 1 and "num_heads 4, attached are 2" in plain(refused.output), refused.output
+    words = ["--out", tmp_path / "more", "--data", texts, "--sequence-length", 64, "--steps", 1, *words[2:]]
+    model = json.loads((tmp_path / "run" / "run.json").read_text())["settings"]["model"]
+    begun = run("warmup", "--model", model, *words)
+    assert begun.exit_code == 0, begun.output
+    found = json.loads((tmp_path / "more" / "run.json").read_text())["settings"]
+    assert (found["layers"], found["num_heads"], found["target"]) == ([0, 2], 4, "sum_logits")
+
+
+def test_a_run_that_time_ended_says_how_to_go_on(warmup: Any, tmp_path: Path) -> None:
+    done = warmup("--evaluate-sequences", 0)
+    assert "time ended it" not in plain(done.output)
+    words = ["--out", tmp_path / "timed", "--minutes", 1e-9, "--evaluate-sequences", 0]
+    settings = json.loads((tmp_path / "run" / "run.json").read_text())["settings"]
+    timed = run("warmup", "--model", settings["model"], "--data", settings["data"], "--sequence-length", 64, *words)
+    assert "time ended it: --minutes 1e-09 allowed 1 steps of 64 tokens" in plain(timed.output), timed.output
+    assert f"To go on: flash-indexer warmup --out {tmp_path}/timed --resume --steps" in plain(timed.output)
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_ends_with_the_code_that_shells_expect(
+    warmup: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, code: int
+) -> None:
+    forward = loop.forward
+    monkeypatch.setattr(loop, "forward", lambda *args: (forward(*args), os.kill(os.getpid(), number))[0])
+    ended = warmup()
+    assert ended.exit_code == code and "Traceback" not in ended.output
+    assert f"after step 1 of 4, which is saved in {tmp_path}/run/checkpoint; to go on: flash" in plain(ended.output)
+    assert "error" not in plain(ended.output)
+
+
+def test_an_interrupted_evaluation_says_that_the_training_is_saved(
+    warmup: Any, texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*args: object, **options: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("flash_indexer.recipe.judging.judge_and_report", interrupted)
+    ended = warmup("--held-out", texts)
+    assert ended.exit_code == 130
+    assert f"saved in {tmp_path}/run/checkpoint: run `flash-indexer evaluate --run {tmp_path}/run`" in plain(
+        ended.output
+    )
+
+
+def test_a_whole_checkpoint_is_exported_by_default_with_its_topk(
+    warmup: Any, mla_checkpoint: Path, tmp_path: Path
+) -> None:
+    assert warmup("--model", mla_checkpoint, "--evaluate-sequences", 0, "--steps", 1).exit_code == 0
+    words = ["export", "--run", tmp_path / "run", tmp_path / "v32"]
+    assert run(*words, "--topk", 7).exit_code == 0
+    assert json.loads((tmp_path / "v32" / "config.json").read_text())["index_topk"] == 7
+    again = run(*words)
+    assert again.exit_code == 1 and "pass overwrite=True (--overwrite)" in plain(again.output)
+    assert run(*words, "--overwrite").exit_code == 0
+    assert json.loads((tmp_path / "v32" / "config.json").read_text())["index_topk"] == 2048
+    refused = run(*words[:3], tmp_path / "native", "--format", "native", "--topk", 7)
+    assert refused.exit_code == 1 and "--topk belongs to --format deepseek_v32, got 7" in plain(refused.output)
+
+
+def test_text_of_another_column_and_reports_only_where_nothing_else_lies(
+    warmup: Any, texts: Path, tmp_path: Path
+) -> None:
+    assert warmup("--evaluate-sequences", 0).exit_code == 0
+    rows = [json.dumps(dict(body=file.read_text())) for file in sorted(texts.iterdir())]
+    (tmp_path / "held_out.jsonl").write_text("\n".join(rows))
+    words = ["evaluate", "--run", tmp_path / "run", "--data", tmp_path / "held_out.jsonl", "--sequences", 1]
+    assert run(*words).exit_code == 1
+    assert run(*words, "--column", "body").exit_code == 0
+    checked = run("check", "--run", tmp_path / "run", "--data", tmp_path / "held_out.jsonl", "--column", "body")
+    assert checked.exit_code == 0, checked.output
+    (tmp_path / "models").mkdir()
+    (tmp_path / "models" / "model.safetensors").touch()
+    for command in (words, ["warmup", "--out", tmp_path / "models"]):
+        refused = run(*command, *(["--column", "body", "--report", tmp_path / "models"] if command is words else []))
+        assert refused.exit_code == 1 and "which holds model.safetensors and no" in plain(refused.output), (
+            refused.output
+        )
+    assert [path.name for path in (tmp_path / "models").iterdir()] == ["model.safetensors"]
 
 
 def test_resume(warmup: Any, tmp_path: Path) -> None:
@@ -117,7 +220,8 @@ def test_unusable_options_of_evaluate(warmup: Any, texts: Path, tmp_path: Path) 
         ("--report", tmp_path / "file", "--report must be a folder"),
         ("--sequences", 0, "--sequences must be at least 1"),
         ("--sequence-length", 0, "--sequence-length must be at least 2"),
-        ("--perplexity-k", 0, "perplexity_ks 1 or more"),
+        ("--perplexity-k", 0, "--perplexity-k must be 1 or more, got 0"),
+        ("--min-visible", -1, "--min-visible must be 0 or more, got -1"),
     ):
         refused = run("evaluate", "--out", tmp_path / "run", "--data", texts, option, value)
         assert refused.exit_code == 1 and message in plain(refused.output), refused.output
@@ -126,13 +230,13 @@ def test_unusable_options_of_evaluate(warmup: Any, texts: Path, tmp_path: Path) 
 
 def test_a_runs_checkpoint_comes_before_an_indexer_beside_it(warmup: Any, tmp_path: Path) -> None:
     assert warmup("--seed", 1).exit_code == 0
-    assert run("export", "--out", tmp_path / "run", tmp_path / "old").exit_code == 0
+    assert run("export", "--run", tmp_path / "run", tmp_path / "old", "--format", "native").exit_code == 0
     for file in (tmp_path / "run" / "checkpoint").iterdir():
         if file.name == "indexer.safetensors":
             changed = {name: value + 1 for name, value in load_file(file).items()}
             save_file(changed, file)
     shutil.copytree(tmp_path / "old", tmp_path / "run", dirs_exist_ok=True)
-    assert run("export", "--out", tmp_path / "run", tmp_path / "new").exit_code == 0
+    assert run("export", "--run", tmp_path / "run", tmp_path / "new", "--format", "native").exit_code == 0
     old, new = (load_file(tmp_path / name / "indexer.safetensors") for name in ("old", "new"))
     assert all(torch.equal(new[name], value + 1) for name, value in old.items())
 
@@ -203,13 +307,13 @@ def test_evaluation_holds_one_model_and_says_where_memory_ends(
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nmore")
 
     monkeypatch.setattr("flash_indexer.recipe.warmup.warm_up", trained)
-    monkeypatch.setattr("flash_indexer.cli._load", load)
+    monkeypatch.setattr("flash_indexer.recipe.judging.load_trained", load)
     found = warmup("--fsdp", "--held-out", texts)
     assert alive[1] is True, "the trained model was held while the whole one was loaded"
     assert found.exit_code == 1 and isinstance(found.exception, SystemExit), found.output
     said = plain(found.output)
     assert "ran out of memory (CUDA out of memory. Tried to allocate 2.00 GiB.)" in said
-    assert f"saved in {tmp_path}/run/checkpoint: run `flash-indexer evaluate --out {tmp_path}/run`" in said
+    assert f"saved in {tmp_path}/run/checkpoint: run `flash-indexer evaluate --run {tmp_path}/run`" in said
 
 
 def test_error_text_is_not_taken_for_markup(warmup: Any, tmp_path: Path) -> None:
@@ -222,26 +326,52 @@ def test_error_text_is_not_taken_for_markup(warmup: Any, tmp_path: Path) -> None
     [(None, None), ("3", (3,)), ("0,1,5-7", (0, 1, 5, 6, 7)), ("2-2", (2,)), (" 1, 2 ", (1, 2))],
 )
 def test_layers(text: str | None, layers: tuple[int, ...] | None) -> None:
-    assert _parse_layers(text) == layers
+    assert parse_layers(text) == layers
 
 
 @pytest.mark.parametrize("text", ["", "a", "1,,2", "1-", "-1", "3-1", "1-2-3"])
 def test_layers_that_are_none(text: str) -> None:
     with pytest.raises(ValueError, match=f"--layers must be like 0,1,5-9, got '{text}'"):
-        _parse_layers(text)
+        parse_layers(text)
+
+
+@pytest.mark.parametrize(
+    ("words", "code"), [(["--help"], 0), (["warmup", "--help"], 0), (["warmup", "--out", "x", "--lr", "-1"], 1)]
+)
+def test_help_and_impossible_values_need_no_torch(words: list[str], code: int) -> None:
+    program = f"""
+import sys
+from flash_indexer.cli import main
+sys.argv = ["flash-indexer", *{words}]
+try:
+    main()
+except SystemExit as end:
+    heavy = sorted({{"torch", "transformers", "datasets"}} & sys.modules.keys())
+    print(end.code, heavy, "flash_indexer.recipe.run_record" in sys.modules)
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120, check=True)
+    assert done.stdout.splitlines()[-1] == f"{code} [] {code == 1}", done.stdout + done.stderr
+
+
+def test_the_embedded_model_is_the_default() -> None:
+    assert WarmupSettings().model == EMBEDDED_MODEL
 
 
 @pytest.mark.parametrize("command", [[], ["warmup"], ["evaluate"], ["export"]])
 def test_help(command: list[str]) -> None:
     found = run(*command, "--help")
     assert found.exit_code == 0
-    wanted = ["--out"] if command else ["warmup", "evaluate", "export", "indexers"]
+    wanted = (
+        ["--out", *(["--run"] if command != ["warmup"] else [])]
+        if command
+        else ["warmup", "evaluate", "export", "indexers"]
+    )
     assert all(word in plain(found.output) for word in wanted)
 
 
 def test_a_native_export_of_a_bfloat16_run_loads_its_base_in_bfloat16(warmup: Any, texts: Path, tmp_path: Path) -> None:
     assert warmup("--dtype", "bfloat16", "--evaluate-sequences", 0).exit_code == 0
     native = tmp_path / "native"
-    assert run("export", "--out", tmp_path / "run", native).exit_code == 0
+    assert run("export", "--run", tmp_path / "run", native, "--format", "native").exit_code == 0
     checked = run("check", "--out", native, "--data", texts)
     assert checked.exit_code == 0, checked.output

@@ -1,8 +1,10 @@
-"""The command line. Each command calls the library and prints where things are."""
+"""The command line. Each command calls the library and prints where things are.
+
+Commands import what they call, so that `--help` needs no torch.
+"""
 
 from __future__ import annotations
 
-import os
 import shlex
 import sys
 from collections.abc import Iterator
@@ -12,9 +14,8 @@ from typing import Annotated, Any, Literal
 
 import typer
 from rich.console import Console
-from rich.markup import escape
 
-from flash_indexer.recipe.progress import print_error
+from flash_indexer.recipe.progress import print_end, print_error
 
 app = typer.Typer(
     no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
@@ -23,6 +24,7 @@ app = typer.Typer(
 console = Console()
 
 Out = Annotated[Path, typer.Option(help="Folder of the run: settings, metrics, checkpoint, report.")]
+Run = Annotated[Path, typer.Option("--run", "--out", help="Folder of a run, or of a native indexer.")]
 
 
 @app.callback()
@@ -42,7 +44,9 @@ def warmup(
     sequence_length: Annotated[int, typer.Option(help="Tokens of a packed sequence.")] = 1024,
     batch_size: Annotated[int, typer.Option(help="Sequences of a micro-batch.")] = 1,
     accumulation: Annotated[int, typer.Option(help="Micro-batches of an optimizer step.")] = 1,
-    steps: Annotated[int | None, typer.Option(help="Optimizer steps; default: what --minutes allow.")] = None,
+    steps: Annotated[
+        int | None, typer.Option(help="Optimizer steps; default: what --minutes allow. With --resume it may grow.")
+    ] = None,
     minutes: Annotated[float, typer.Option(help="Time budget of the training, where --steps is absent.")] = 3.0,
     lr: Annotated[float, typer.Option(help="Peak learning rate of AdamW.")] = 1e-3,
     warmup_steps: Annotated[int, typer.Option(help="Steps of linear learning-rate warm-up.")] = 20,
@@ -54,6 +58,9 @@ def warmup(
     rope_dim: Annotated[int | None, typer.Option(help="Dims that rope turns; default min(32, E).")] = None,
     target: Annotated[str, typer.Option(help="mean, per_head or sum_logits.")] = "mean",
     layers: Annotated[str | None, typer.Option(help="Layers to train, such as 0,1,5-9; default all.")] = None,
+    init_from: Annotated[
+        str | None, typer.Option(help="Begin with the indexers of a run or native folder, and with their sizes.")
+    ] = None,
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or auto (bfloat16 on CUDA).")] = "auto",
     save_every: Annotated[int, typer.Option(help="Steps between checkpoints.")] = 50,
     evaluate_sequences: Annotated[int, typer.Option(help="Held-out sequences to judge on at the end; 0: none.")] = 4,
@@ -65,87 +72,121 @@ def warmup(
 ) -> None:
     """Warm up a model's indexers; with a report at the end, on --held-out or, without --data, the embedded split."""
     with _plain_errors():
+        from flash_indexer.recipe.run_record import WarmupSettings, parse_layers, read_run, refuse_other_settings
+
+        if evaluate_sequences < 0:
+            raise ValueError(f"warmup: --evaluate-sequences must be 0 (none) or more, got {evaluate_sequences}")
+        values = {name: value for name, value in context.params.items() if name in WarmupSettings.__dataclass_fields__}
+        values["layers"] = parse_layers(layers)
+        settings, recorded = WarmupSettings(**values), read_run(out) if resume else {}
+        typed = [name for name in values if _was_typed(context, name)]
+        refuse_other_settings(recorded, {name: getattr(settings, name) for name in typed})
+
+        _say_that_imports_take_time()
         from dataclasses import asdict
 
         import torch
 
+        from flash_indexer.recipe import judging
         from flash_indexer.recipe.held_out import held_out_batches
         from flash_indexer.recipe.processes import ParallelSettings, is_main_process, leave
-        from flash_indexer.recipe.run_record import WarmupSettings, read_run
+        from flash_indexer.recipe.run_folder import sizes_of_indexers
         from flash_indexer.recipe.warmup import warm_up
 
-        given = {name: value for name, value in context.params.items() if name in WarmupSettings.__dataclass_fields__}
-        given["layers"] = _parse_layers(layers)
-        settings = WarmupSettings(**given)
-        explicit = {name: getattr(settings, name) for name in given if _was_given(context, name)}
-        _refuse_other_settings(out, resume, explicit)
+        if init_from is not None and not recorded:
+            sizes = sizes_of_indexers(Path(init_from))
+            settings = WarmupSettings(**(values | {name: x for name, x in sizes.items() if name not in typed}))
         parallel = ParallelSettings(cp=cp, tp=tp, layout=cp_layout, fsdp=fsdp, timeout=timeout)
         batches = None
         if evaluate_sequences > 0 and held_out is not None:  # now: a wrong path is told before the training
-            batches = held_out_batches(
-                (read_run(out) if resume else {}) or asdict(settings), held_out, evaluate_sequences
-            )
-        handle = warm_up(settings, out, resume=resume, console=console, parallel=parallel)
+            batches = held_out_batches(recorded or asdict(settings), held_out, evaluate_sequences)
+        handle = warm_up(settings, out, resume=resume, steps=steps, console=console, parallel=parallel)
         main, run = is_main_process(), read_run(out)
         leave()
         if not main:
             return
-        _print_path("indexer", out / "checkpoint")
+        judging.print_path(console, "indexer", out / "checkpoint")
+        if (ended := judging.ended_by_time(run, out)) is not None:
+            console.print(ended, highlight=False, soft_wrap=True, markup=False)
         if evaluate_sequences > 0 and batches is None:
             if run["data"] is None:
                 batches = held_out_batches(run, None, evaluate_sequences)
             else:
                 console.print("no report: for one, give --held-out, or `flash-indexer evaluate --data` text of its own")
         if batches is not None:
-            with _memory_for_evaluation(out):
+            with _trained_and_saved(out):
                 if cp * tp > 1 or fsdp:
                     del handle
                     torch.cuda.empty_cache()
-                    handle, _, _ = _load(out, None)
-                _judge(handle, batches, out, out / "report", run)
+                    handle, _, _ = judging.load_trained(out, None, console)
+                judging.judge_and_report(handle, batches, out, out / "report", run, console=console)
 
 
 @app.command()
 def evaluate(
-    out: Out,
-    report: Annotated[Path | None, typer.Option(help="Folder of the report; default: report/ in --out.")] = None,
+    run_folder: Run,
+    report: Annotated[Path | None, typer.Option(help="Folder of the report; default: report/ in --run.")] = None,
     data: Annotated[str | None, typer.Option(help="Held-out text; default: the embedded split.")] = None,
+    column: Annotated[str | None, typer.Option(help="Column that holds the text; default: as in training.")] = None,
     sequences: Annotated[int, typer.Option(help="Held-out sequences.")] = 8,
-    sequence_length: Annotated[int | None, typer.Option(help="Default: as in training.")] = None,
+    sequence_length: Annotated[
+        int | None, typer.Option(help="Default: as in training; 1024 for a native folder, which records none.")
+    ] = None,
     min_visible: Annotated[int, typer.Option(help="Masses at k count queries that see so many keys, 4k at least.")] = 0,
     perplexity_k: Annotated[list[int] | None, typer.Option(help="Keys per query for sparse perplexity.")] = None,
     model: Annotated[str | None, typer.Option(help="Model; default: the one it was trained on.")] = None,
 ) -> None:
     """Judge indexers: those of a run, or a native indexer folder, on held-out text."""
     with _plain_errors():
+        from flash_indexer.recipe import judging
         from flash_indexer.recipe.held_out import held_out_batches
-        from flash_indexer.recipe.run_record import check_folder
+        from flash_indexer.recipe.run_folder import check_folder, check_report_folder
+        from flash_indexer.recipe.run_record import RUN_FILE
 
         if sequences < 1:
             raise ValueError(f"evaluate: --sequences must be at least 1, got {sequences}")
         if sequence_length is not None and sequence_length < 2:
             raise ValueError(f"evaluate: --sequence-length must be at least 2, got {sequence_length}")
-        check_folder("evaluate: --report", report or out / "report")
-        handle, _, run = _load(out, model)
-        length = int(run["sequence_length"]) if sequence_length is None else sequence_length
-        batches = held_out_batches({**run, "sequence_length": length}, data, sequences)
-        ks = tuple(perplexity_k) if perplexity_k else (128,)
-        command = shlex.join(["flash-indexer", *sys.argv[1:]])
-        _judge(handle, batches, out, report or out / "report", run, command, min_visible, ks)
+        if min_visible < 0:
+            raise ValueError(f"evaluate: --min-visible must be 0 or more, got {min_visible}")
+        if any(k < 1 for k in perplexity_k or []):
+            raise ValueError(f"evaluate: --perplexity-k must be 1 or more, got {min(perplexity_k or [])}")
+        if report is None:
+            check_folder("evaluate: --report", run_folder / "report")
+        else:
+            check_report_folder("evaluate: --report", report)
+        handle, _, run = judging.load_trained(run_folder, model, console)
+        if sequence_length is None and not (run_folder / RUN_FILE).exists():
+            console.print(
+                f"evaluating sequences of {run['sequence_length']} tokens: a native indexer folder doesn't say how "
+                "long those of the training were; give --sequence-length for others",
+                highlight=False, soft_wrap=True,
+            )  # fmt: skip
+        chosen = {"sequence_length": sequence_length, "column": column}
+        run |= {name: value for name, value in chosen.items() if value is not None}
+        batches = held_out_batches(run, data, sequences)
+        judging.judge_and_report(
+            handle, batches, run_folder, report or run_folder / "report", run, console=console,
+            command=shlex.join(["flash-indexer", *sys.argv[1:]]), min_visible=min_visible,
+            perplexity_ks=tuple(perplexity_k or (128,)),
+        )  # fmt: skip
 
 
 @app.command()
 def check(
-    out: Out,
+    run_folder: Run,
     model: Annotated[str | None, typer.Option(help="Model; default: the one it was trained on.")] = None,
     data: Annotated[str | None, typer.Option(help="Text; default: the embedded held-out split.")] = None,
+    column: Annotated[str | None, typer.Option(help="Column that holds the text; default: as in training.")] = None,
 ) -> None:
     """Check the teacher: every head's probabilities must sum to 1 on real text (within 1e-2)."""
     with _plain_errors():
         from flash_indexer.judge.teacher_check import teacher_errors
+        from flash_indexer.recipe import judging
         from flash_indexer.recipe.held_out import held_out_batches
 
-        handle, _, run = _load(out, model)
+        handle, _, run = judging.load_trained(run_folder, model, console)
+        run |= {} if column is None else {"column": column}
         errors = teacher_errors(handle, held_out_batches(run, data, 1)[0])
         for layer, error in errors.items():
             console.print(f"layer {layer}: max |sum_s a[t,h,s] - 1| = {error:.2e}", highlight=False)
@@ -156,23 +197,39 @@ def check(
 
 @app.command()
 def export(
-    out: Out,
+    run_folder: Run,
     path: Annotated[Path, typer.Argument(help="Directory to write.")],
     format: Annotated[
-        Literal["deepseek_v32", "native"], typer.Option(help="A whole checkpoint, or the indexers alone.")
-    ] = "native",
+        Literal["deepseek_v32", "native"],
+        typer.Option(help="A whole checkpoint, of an MLA model with q-LoRA, or the indexers alone, of any model."),
+    ] = "deepseek_v32",
+    topk: Annotated[
+        int | None, typer.Option(help="Keys that each query of a deepseek_v32 checkpoint attends to; default 2048.")
+    ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier export at PATH.")] = False,
     model: Annotated[str | None, typer.Option(help="Model; default: the one it was trained on.")] = None,
 ) -> None:
     """Write trained indexers as a checkpoint that Transformers loads as deepseek_v32, or in the native format."""
     with _plain_errors():
         from flash_indexer.files.export import export as write
+        from flash_indexer.files.native import check_replaceable
         from flash_indexer.models.load import model_fingerprint
+        from flash_indexer.recipe import judging
 
-        handle, tokenizer, run = _load(out, model)
+        if topk is not None and format == "native":
+            raise ValueError(f"export: --topk belongs to --format deepseek_v32, got {topk} with native; leave it out")
+        if topk is not None and topk < 1:
+            raise ValueError(f"export: --topk must be at least 1, got {topk}")
+        check_replaceable(path, overwrite=overwrite)
+        handle, tokenizer, run = judging.load_trained(run_folder, model, console)
         options: dict[str, Any] = dict(tokenizer=tokenizer) if format == "deepseek_v32" else {}
+        options |= {} if topk is None else dict(index_topk=topk)
         fingerprint = model_fingerprint(handle.model)
-        write(handle, path, format=format, base_name=run["model"], base_fingerprint=fingerprint, **options)
-        _print_path("exported", path)
+        write(
+            handle, path, format=format, base_name=run["model"], base_fingerprint=fingerprint, overwrite=overwrite,
+            **options,
+        )  # fmt: skip
+        judging.print_path(console, "exported", path)
 
 
 @app.command()
@@ -249,134 +306,62 @@ def main() -> None:
     app()
 
 
-def _judge(
-    handle: Any,
-    batches: list[Any],
-    out: Path,
-    report: Path,
-    run: dict[str, Any],
-    command: str | None = None,
-    min_visible: int = 0,
-    perplexity_ks: tuple[int, ...] = (128,),
-) -> None:
-    """Evaluates a handle on held-out text and writes the report."""
-    from rich.progress import Progress
-
-    from flash_indexer.judge.evaluation import evaluate as judge
-    from flash_indexer.judge.report import write_report
-    from flash_indexer.judge.verdict import summary_lines
-    from flash_indexer.recipe.run_record import METRICS_FILE, read_metrics, warmup_command
-
-    with Progress(console=console, disable=not console.is_terminal) as bar:
-        task = bar.add_task("evaluating", total=None)
-
-        def advance(done: int, total: int | None) -> None:
-            bar.update(task, completed=done, total=total)
-
-        found = judge(handle, batches, min_visible=min_visible, perplexity_ks=perplexity_ks, progress=advance)
-    trained = [warmup_command(run, out)] if "steps" in run else []
-    run = {**run, "command": "\n".join([*trained, *([command] if command else [])])}
-    path = write_report(report, evaluation=found, metrics_log=read_metrics(out / METRICS_FILE), run=run)
-    for line in summary_lines(found):
-        console.print(line, highlight=False, soft_wrap=True, markup=False)
-    _print_path("plots", report)
-    _print_path("report", path)
-
-
 def _print_path(name: str, path: Path) -> None:
-    console.print(f"[bold]{name:<9}[/bold]{escape(str(path))}", highlight=False, soft_wrap=True)
+    console.print(f"{name:<9}{path}", highlight=False, soft_wrap=True, markup=False)
 
 
-def _indexer_folder(out: Path) -> Path:
-    """A run's checkpoint, or the folder itself where it is a native indexer directory."""
-    from flash_indexer.recipe.run_record import CHECKPOINT, RUN_FILE
-
-    own = (out / "indexer_config.json").exists() and not (out / RUN_FILE).exists()
-    return out if own else out / CHECKPOINT
+def _say_that_imports_take_time() -> None:
+    """In one process: those of `torchrun -m flash_indexer` don't know yet which of them speaks."""
+    if not sys.argv[0].endswith("__main__.py"):
+        console.print("importing torch and transformers", highlight=False)
 
 
-def _load(out: Path, model: str | None) -> tuple[Any, Any, dict[str, Any]]:
-    """The handle and tokenizer of a run or a native indexer folder, and the settings it was trained with."""
-    import torch
-
-    from flash_indexer.files.native import load_native, read_native
-    from flash_indexer.models.load import load_model, model_fingerprint
-    from flash_indexer.recipe.run_record import WarmupSettings, read_run
-
-    checkpoint = _indexer_folder(out)
-    config = read_native(checkpoint).config
-    name = model or config.base_name
-    run = read_run(out) or {"sequence_length": WarmupSettings.sequence_length}
-    base, tokenizer = load_model(name, dtype=getattr(torch, run.get("dtype", config.base_dtype)))
-    if torch.cuda.is_available():
-        torch.nn.Module.cuda(base)
-    handle = load_native(base, checkpoint, base_fingerprint=model_fingerprint(base))
-    return handle, tokenizer, {**run, "model": name}
-
-
-def _refuse_other_settings(out: Path, resume: bool, explicit: dict[str, Any]) -> None:
-    """An option given beside --resume must say what the run was started with."""
-    from flash_indexer.recipe.run_record import read_run
-
-    recorded = read_run(out) if resume else {}
-    for name, value in explicit.items():
-        before = recorded.get(name, value)
-        if (name, value) == ("dtype", "auto"):
-            continue  # what it came to when the run began
-        if name in ("model", "data") and value is not None and before is not None:
-            before, value = os.path.normpath(before), os.path.normpath(value)
-        if (tuple(before) if isinstance(before, list) else before) != value:
-            raise ValueError(
-                f"warmup: --{name.replace('_', '-')} must be {before} as when the run began, got {value}; "
-                "leave it out, or start a new run in another --out"
-            )
-
-
-def _was_given(context: typer.Context, name: str) -> bool:
+def _was_typed(context: typer.Context, name: str) -> bool:
     source = context.get_parameter_source(name)
     return source is not None and source.name == "COMMANDLINE"
 
 
-def _parse_layers(text: str | None) -> tuple[int, ...] | None:
-    """ "0,1,5-7" -> (0, 1, 5, 6, 7)."""
-    if text is None:
-        return None
-    try:
-        chosen: list[int] = []
-        for part in text.split(","):
-            first, dash, last = part.partition("-")
-            span = range(int(first), int(last if dash else first) + 1)
-            if not span:
-                raise ValueError
-            chosen += span
-    except ValueError:
-        raise ValueError(f"warmup: --layers must be like 0,1,5-9, got {text!r}") from None
-    return tuple(chosen)
-
-
 @contextmanager
-def _memory_for_evaluation(out: Path) -> Iterator[None]:
-    """The training is over and saved: that the whole model does not fit beside its evaluation must not hide it."""
+def _trained_and_saved(out: Path) -> Iterator[None]:
+    """That the whole model does not fit beside its evaluation, or that this is interrupted, must not hide it."""
     import torch
 
+    saved = f"the indexer is trained and saved in {out / 'checkpoint'}: run `flash-indexer evaluate --run {out}`"
     try:
         yield
     except torch.OutOfMemoryError as error:
         raise ValueError(
-            f"warmup: the evaluation ran out of memory ({str(error).partition(chr(10))[0]}); the indexer is trained "
-            f"and saved in {out / 'checkpoint'}: run `flash-indexer evaluate --out {out}` where the whole model fits"
+            f"warmup: the evaluation ran out of memory ({str(error).partition(chr(10))[0]}); {saved} where the whole "
+            "model fits"
         ) from error
+    except KeyboardInterrupt as error:
+        raise KeyboardInterrupt(f"warmup: the evaluation was interrupted; {saved} for a report") from error
 
 
 @contextmanager
 def _plain_errors() -> Iterator[None]:
-    """Expected failures end with their message alone and exit code 1; bugs keep their traceback."""
+    """Expected failures end with their message alone and exit code 1; bugs keep their traceback.
+
+    Ctrl-C ends with 130 and SIGTERM with 143, as shells expect of what they end.
+    """
     try:
         yield
     except (ValueError, OSError, ArithmeticError) as error:
         print_error(error)
         if isinstance(error, ConnectionError):
-            from flash_indexer.recipe.processes import end_if_shared
-
-            end_if_shared(1)
+            _end_if_shared(1)
         raise typer.Exit(1) from error
+    except KeyboardInterrupt as error:
+        code = 128 + int(getattr(error, "number", 2))
+        if getattr(error, "speaks", True):
+            print_end(str(error) or "interrupted")
+        _end_if_shared(code)
+        raise typer.Exit(code) from error
+
+
+def _end_if_shared(code: int) -> None:
+    """Interrupted before torch was imported, there is no group of processes."""
+    if "torch" in sys.modules:
+        from flash_indexer.recipe.processes import end_if_shared
+
+        end_if_shared(code)

@@ -25,7 +25,7 @@ def one_of(parallel: Parallel) -> Processes:
     [
         (dict(cp=0), "warmup: cp must be at least 1, got 0"),
         (dict(tp=-1), "warmup: tp must be at least 1, got -1"),
-        (dict(layout="ring"), "warmup: layout must be one of .* got 'ring'"),
+        (dict(layout="ring"), r"warmup: layout \(--cp-layout\) must be one of .* got 'ring'"),
         (dict(timeout=0.0), r"warmup: timeout must be positive and at most 1e\+06 s, got 0.0"),
         (dict(timeout=float("inf")), r"warmup: timeout must be positive and at most 1e\+06 s, got inf"),
     ],

@@ -23,7 +23,7 @@ from flash_indexer.files.native import read_native
 from flash_indexer.models.attach import IndexerHandle
 from flash_indexer.models.load import load_model
 from flash_indexer.parallel.mesh import Parallel
-from flash_indexer.recipe import warmup as training
+from flash_indexer.recipe import loop
 from flash_indexer.recipe.data import load_documents, pack
 from flash_indexer.recipe.run_record import WarmupSettings, read_metrics, read_run, settings_from
 from flash_indexer.recipe.warmup import warm_up
@@ -127,13 +127,13 @@ def test_every_token_of_an_optimizer_step_weighs_the_same(
     tmp_path: Path, train: Train, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen = []
-    original = training.forward
+    original = loop.forward
 
     def forward(handle: IndexerHandle, batch: dict[str, torch.Tensor]) -> None:
         seen.append((handle.token_weight, tuple(batch["input_ids"].shape)))
         original(handle, batch)
 
-    monkeypatch.setattr(training, "forward", forward)
+    monkeypatch.setattr(loop, "forward", forward)
     train(tmp_path, steps=2, batch_size=2, accumulation=3)
     assert seen == [(pytest.approx(1 / (2 * 3 * L)), (2, L))] * 6
 
@@ -189,7 +189,8 @@ def _loop(settings: WarmupSettings, data: Any, *, world: int, rank: int) -> Any:
     parallel = Parallel(dp=world, dp_rank=rank)
     processes: Any = SimpleNamespace(parallel=parallel, device=torch.device("cpu"))
     per_step = settings.batch_size * settings.accumulation * world
-    return training._Run(settings, 4, per_step, Path(), None, data, processes, "", Console())  # type: ignore[arg-type]
+    parts: Any = (settings, 4, per_step, Path(), None, data, processes, "", Console(), None)
+    return loop.TrainingLoop(*parts)
 
 
 @pytest.mark.parametrize("accumulation", [1, 3])
@@ -211,7 +212,7 @@ def test_ranks_share_out_what_one_process_would_draw(
 
 def test_an_interrupted_run_goes_on_bit_for_bit(tmp_path: Path, train: Train, monkeypatch: pytest.MonkeyPatch) -> None:
     train(tmp_path / "whole", steps=7)
-    monkeypatch.setattr(training, "save_checkpoint", _after(3, training.save_checkpoint, KeyboardInterrupt()))
+    monkeypatch.setattr(loop, "save_checkpoint", _after(3, loop.save_checkpoint, KeyboardInterrupt()))
     with pytest.raises(KeyboardInterrupt):
         train(tmp_path / "cut", steps=7)
     monkeypatch.undo()
@@ -297,14 +298,14 @@ def test_a_file_where_the_folder_should_be(tmp_path: Path, train: Train) -> None
 
 
 def test_the_clock_goes_on_with_a_resumed_run(tmp_path: Path, train: Train, monkeypatch: pytest.MonkeyPatch) -> None:
-    original, calls = training.forward, iter(range(1, 99))
+    original, calls = loop.forward, iter(range(1, 99))
 
     def forward(handle: IndexerHandle, batch: dict[str, torch.Tensor]) -> None:
         if next(calls) == 6:
             raise KeyboardInterrupt
         original(handle, batch)
 
-    monkeypatch.setattr(training, "forward", forward)
+    monkeypatch.setattr(loop, "forward", forward)
     with pytest.raises(KeyboardInterrupt):
         train(tmp_path, steps=8)
     monkeypatch.undo()
@@ -339,14 +340,14 @@ def test_a_loss_that_turns_nan_keeps_the_checkpoint(
     tmp_path: Path, train: Train, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     train(tmp_path / "whole", steps=8)
-    original, calls = training.forward, iter(range(1, 99))
+    original, calls = loop.forward, iter(range(1, 99))
 
     def forward(handle: IndexerHandle, batch: dict[str, torch.Tensor]) -> None:
         if next(calls) == 6:
             handle.indexers["2"].wk.weight.data[0, 0] = math.nan
         original(handle, batch)
 
-    monkeypatch.setattr(training, "forward", forward)
+    monkeypatch.setattr(loop, "forward", forward)
     with pytest.raises(FloatingPointError, match="layer 2 is nan at step 6; the checkpoint in .* smaller --lr"):
         train(tmp_path / "run", steps=8)
     monkeypatch.undo()
@@ -363,7 +364,7 @@ def test_a_gradient_that_is_none_ends_the_run_before_its_step(
 ) -> None:
     """While the loss is as ever."""
     train(tmp_path / "whole", steps=6, clip=clip)
-    original, calls = training.sum_gradients, iter(range(1, 99))
+    original, calls = loop.sum_gradients, iter(range(1, 99))
 
     def sum_gradients(parameters: Iterable[torch.Tensor], **options: Any) -> None:
         parameters = list(parameters)
@@ -373,9 +374,9 @@ def test_a_gradient_that_is_none_ends_the_run_before_its_step(
         original(parameters, **options)
 
     handles: list[IndexerHandle] = []
-    forward = training.forward
-    monkeypatch.setattr(training, "forward", lambda handle, batch: (handles.append(handle), forward(handle, batch))[1])
-    monkeypatch.setattr(training, "sum_gradients", sum_gradients)
+    forward = loop.forward
+    monkeypatch.setattr(loop, "forward", lambda handle, batch: (handles.append(handle), forward(handle, batch))[1])
+    monkeypatch.setattr(loop, "sum_gradients", sum_gradients)
     with pytest.raises(FloatingPointError, match=f"the gradient of layer 1 reaches {shown} at step 4; the checkpoint"):
         train(tmp_path / "run", steps=6, clip=clip)
     monkeypatch.undo()
@@ -404,7 +405,7 @@ def test_a_full_disk_keeps_the_earlier_checkpoint(
 def test_the_audit_finds_a_model_that_was_not_frozen(
     tmp_path: Path, train: Train, monkeypatch: pytest.MonkeyPatch, harm: str
 ) -> None:
-    original = training.forward
+    original = loop.forward
 
     def forward(handle: IndexerHandle, batch: dict[str, torch.Tensor]) -> None:
         original(handle, batch)
@@ -414,7 +415,7 @@ def test_the_audit_finds_a_model_that_was_not_frozen(
         else:
             parameter.data[0, 0].nextafter_(torch.tensor(9.0))
 
-    monkeypatch.setattr(training, "forward", forward)
+    monkeypatch.setattr(loop, "forward", forward)
     message = {"value": "parameters changed during training", "gradient": r"got gradients: .*up_proj"}[harm]
     with pytest.raises(RuntimeError, match=message):
         train(tmp_path, steps=1)

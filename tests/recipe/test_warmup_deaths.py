@@ -33,14 +33,14 @@ owner.{name} = wrapper
 """
 STUCK = """
 import time
-from flash_indexer.recipe import warmup as training
+from flash_indexer.recipe import loop
 from flash_indexer.parallel.heartbeat import Heartbeat
 Heartbeat.GRACE = 1.0
-function, left = training.forward, [6]
+function, left = loop.forward, [6]
 def wrapper(*args, **options):
     left[0] -= 1
     return function(*args, **options) if left[0] else time.sleep(600)
-training.forward = wrapper
+loop.forward = wrapper
 """
 ENDLESS_END = """
 try:
@@ -67,8 +67,8 @@ def command(checkpoint: Path, texts: Path, out: Path, *options: str) -> list[str
 @pytest.mark.parametrize(
     ("where", "dying", "options", "count"),
     [
-        (dict(owner="flash_indexer.recipe.warmup", name="forward", call=6), 1, [], 2),
-        (dict(owner="flash_indexer.recipe.warmup", name="sum_gradients", call=7), 1, ["--fsdp"], 2),
+        (dict(owner="flash_indexer.recipe.loop", name="forward", call=6), 1, [], 2),
+        (dict(owner="flash_indexer.recipe.loop", name="sum_gradients", call=7), 1, ["--fsdp"], 2),
         (dict(owner="flash_indexer.files.checkpoint", name="save_file", call=2), 0, ["--cp", "2"], 2),
         pytest.param(
             dict(owner="flash_indexer.models.handle", name="layer_kl", call=20), 2,
@@ -107,7 +107,7 @@ def test_when_one_process_hangs_the_other_ends_within_the_timeout(
 ) -> None:
     """Even where the interpreter cannot end, as when NCCL does not let its group be taken down."""
     out = tmp_path / "run"
-    stop = SIGNAL_SELF.format(owner="flash_indexer.recipe.warmup", name="forward", call=3, signal="SIGSTOP")
+    stop = SIGNAL_SELF.format(owner="flash_indexer.recipe.loop", name="forward", call=3, signal="SIGSTOP")
     codes = [COMMAND + ENDLESS_END, COMMAND + stop + "main()"]
     first, hanging = runs.ranks(2, None, out, codes=codes, arguments=command(checkpoint, texts, out))
     try:
@@ -124,7 +124,7 @@ def test_when_one_process_dies_the_other_ends_though_its_main_thread_is_stuck(
     tmp_path: Path, runs: Any, checkpoint: Path, texts: Path
 ) -> None:
     """As in a CUDA synchronisation behind an operation of NCCL that never ends."""
-    out, die = tmp_path / "run", dict(owner="flash_indexer.recipe.warmup", name="forward", call=6, signal="SIGKILL")
+    out, die = tmp_path / "run", dict(owner="flash_indexer.recipe.loop", name="forward", call=6, signal="SIGKILL")
     codes = [COMMAND + STUCK + "main()", COMMAND + SIGNAL_SELF.format(**die) + "main()"]
     first, dying = runs.ranks(2, None, out, codes=codes, arguments=command(checkpoint, texts, out))
     dying.join(60)

@@ -8,50 +8,51 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file
 
+from flash_indexer.recipe.loop import micro_batches
 from flash_indexer.recipe.run_record import WarmupSettings, read_metrics
-from flash_indexer.recipe.warmup import micro_batches
 
 STEPS = 20
 LONG: dict[str, Any] = dict(sequence_length=640, batch_size=1, steps=1)
 FIRST_GRADIENTS = """
 from safetensors.torch import save_file
-from flash_indexer.recipe import warmup as training
-summed = training.sum_gradients
+from flash_indexer.recipe import loop
+summed = loop.sum_gradients
 def sum_and_save(parameters, **options):
     parameters = list(parameters)
     summed(parameters, **options)
-    training.sum_gradients = summed
+    loop.sum_gradients = summed
     save_file({str(n): parameter.grad for n, parameter in enumerate(parameters)}, out + ".gradients")
-training.sum_gradients = sum_and_save
+loop.sum_gradients = sum_and_save
 """
 CHANGE = """
-from flash_indexer.recipe import warmup as training
-forward = training.forward
+from flash_indexer.recipe import loop
+forward = loop.forward
 def changing(handle, batch):
     forward(handle, batch)
     handle.model.get_parameter("model.layers.1.mlp.up_proj.weight").to_local()[0, 0] += 1e-3
-training.forward = changing
+loop.forward = changing
 """
 CATCH = """
 import os
 os.environ.update(environment)
-original = training.warm_up
+from flash_indexer.recipe import warmup
+original = warmup.warm_up
 def caught(*args, **options):
     try:
         original(*args, **options)
     except RuntimeError as error:
         open(f"{out}.{environment['RANK']}", "w").write(str(error))
-training.warm_up = caught
+warmup.warm_up = caught
 """
 STOP = """
-from flash_indexer.recipe import warmup as training
-forward, steps = training.forward, []
+from flash_indexer.recipe import loop
+forward, steps = loop.forward, []
 def stopping(handle, batch):
     steps.append(handle.token_weight)
     if len(steps) == 13:
         raise RuntimeError("stopped")
     forward(handle, batch)
-training.forward = stopping
+loop.forward = stopping
 """
 
 

@@ -71,9 +71,9 @@ def test_killed_again_and_again_it_ends_bit_for_bit_the_same(tmp_path: Path, run
     runs.finish([runs.start("", tiny_settings(), whole)])
     for owner, name, call, after in (
         ("flash_indexer.recipe.warmup", "write_json", 1, []),  # before anything is written
-        ("flash_indexer.recipe.warmup", "forward", 2, [1]),  # before the first checkpoint
+        ("flash_indexer.recipe.loop", "forward", 2, [1]),  # before the first checkpoint
         ("os", "rename", 1, [1, 2, 3, 4]),  # of the first checkpoint
-        ("flash_indexer.recipe.warmup", "forward", 6, [1, 2, 3, 4, 5]),
+        ("flash_indexer.recipe.loop", "forward", 6, [1, 2, 3, 4, 5]),
         ("os", "rename", 2, [1, 2, 3, 4, 5, 6, 7, 8]),  # the old one is moved away, the new one not yet there
         ("flash_indexer.files.checkpoint", "save_file", 1, [1, 2, 3, 4, 5, 6, 7, 8]),
     ):

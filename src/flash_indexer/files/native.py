@@ -292,7 +292,7 @@ def check_replaceable(path: str | os.PathLike[str], *, overwrite: bool) -> None:
     if not overwrite:
         raise ValueError(
             f"path must be empty or missing, got {folder}, which holds an earlier checkpoint; choose another path, or "
-            "pass overwrite=True in Python"
+            "pass overwrite=True (--overwrite)"
         )
 
 

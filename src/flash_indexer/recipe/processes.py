@@ -17,6 +17,7 @@ import torch.distributed as dist
 from accelerate import Accelerator, PartialState
 from accelerate.utils import InitProcessGroupKwargs
 from torch import Tensor
+from torch.distributed.rendezvous import _torchelastic_use_agent_store
 
 from flash_indexer.files.atomic import readable_directory
 from flash_indexer.parallel.context import LAYOUTS, context_positions
@@ -51,7 +52,7 @@ class ParallelSettings:
             if getattr(self, name) < 1:
                 raise ValueError(f"warmup: {name} must be at least 1, got {getattr(self, name)}")
         if self.layout not in LAYOUTS:
-            raise ValueError(f"warmup: layout must be one of {LAYOUTS}, got {self.layout!r}")
+            raise ValueError(f"warmup: layout (--cp-layout) must be one of {LAYOUTS}, got {self.layout!r}")
         if not 0 < self.timeout <= LONGEST_TIMEOUT:
             raise ValueError(f"warmup: timeout must be positive and at most {LONGEST_TIMEOUT:g} s, got {self.timeout}")
 
@@ -90,15 +91,13 @@ class Processes:
         """Returns when all processes have called it."""
         all_sum(torch.zeros(1, device=self.device), timeout=self.settings.timeout)
 
-    def agree(self, out: Path, found: int) -> None:
-        """Returns when all processes have called it with the same number, what they found in `out`.
+    def agree(self, out: Path, number: int) -> None:
+        """Returns when all processes have called it with the same number, which stands for what `out` holds.
 
         Raises:
-            ValueError: in every process, where one found another number.
+            ValueError: in every process, where one has another number.
         """
-        each = torch.zeros(self.count, dtype=torch.int64, device=self.device)
-        each[self.rank] = found
-        each = all_sum(each, timeout=self.settings.timeout)
+        each = self._all(number)
         if bool((each != each[0]).any()):
             other = int((each != each[0]).nonzero()[0])
             raise ValueError(
@@ -106,14 +105,43 @@ class Processes:
                 "another run, or another step of it, than process 0; use a shared disk"
             )
 
+    @contextmanager
+    def refusing_together(self) -> Iterator[None]:
+        """What is refused in one process ends all, each with a message. The block itself must not communicate.
+
+        Raises:
+            ValueError: in the processes whose own block ended well; names one whose block didn't.
+        """
+        try:
+            yield
+        except Exception:
+            with suppress(RuntimeError):  # lost contact: this process's own error says more
+                self._all(1)
+            raise
+        refusals = self._all(0)
+        if refusals.any():
+            raise ValueError(
+                f"warmup: process {int(refusals.nonzero()[0])} could not begin; see its message, in its output"
+            )
+
+    def _all(self, own: int) -> Tensor:
+        """The number of each process, [count]."""
+        each = torch.zeros(self.count, dtype=torch.int64, device=self.device)
+        each[self.rank] = own
+        return all_sum(each, timeout=self.settings.timeout)
+
+    @property
+    def pieces(self) -> int:
+        """A sequence's length is a multiple of this, so that cp processes take equal parts."""
+        cp = self.parallel.cp
+        return 1 if cp == 1 else 2 * cp if self.parallel.layout == "zigzag" else cp
+
     def check_length(self, sequence_length: int) -> None:
         """Raises ValueError where cp processes can't take equal parts of a sequence."""
-        cp, layout = self.parallel.cp, self.parallel.layout
-        pieces = 1 if cp == 1 else 2 * cp if layout == "zigzag" else cp
-        if sequence_length % pieces:
+        if sequence_length % self.pieces:
             raise ValueError(
-                f"warmup: sequence_length must be a multiple of {pieces} for cp={cp} in layout {layout!r}, got "
-                f"{sequence_length}"
+                f"warmup: sequence_length must be a multiple of {self.pieces} for cp={self.parallel.cp} in layout "
+                f"{self.parallel.layout!r}, got {sequence_length}"
             )
 
     def part(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -161,6 +189,21 @@ class Processes:
             print_error(self._lost_contact(reason, saved_state(checkpoint)))
         finally:
             os._exit(1)
+
+
+def restart_warning() -> str | None:
+    """What to say where torchrun, should it start the processes of a run again, hands them the store of dead ones.
+
+    torchrun does so under static rendezvous (--master-addr, --master-port, accelerate launch) always, and under c10d
+    unless a variable of torch's forbids it; torch's own rendezvous tells which.
+    """
+    if not (dist.is_torchelastic_launched() and _torchelastic_use_agent_store()):
+        return None
+    return (
+        "warmup: if torchrun starts this run again by itself (--max-restarts), its new processes may not find each "
+        "other: for that, launch it with TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 torchrun --rdzv-backend c10d, without "
+        "--master-addr and --master-port"
+    )
 
 
 def is_main_process() -> bool:

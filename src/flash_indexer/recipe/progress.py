@@ -45,7 +45,12 @@ class StepProgress:
 
 
 def print_error(error: Exception) -> None:
-    """The message alone, on stderr; with the cursor, which a bar that nobody stopped leaves hidden."""
+    """The message alone, on stderr."""
+    print_end(f"[bold red]error[/bold red] {escape(str(error))}", markup=True)
+
+
+def print_end(text: str, *, markup: bool = False) -> None:
+    """On stderr, with the cursor, which a bar that nobody stopped leaves hidden."""
     console = Console(stderr=True)
     console.show_cursor()
-    console.print(f"[bold red]error[/bold red] {escape(str(error))}", highlight=False, soft_wrap=True)
+    console.print(text, highlight=False, soft_wrap=True, markup=markup)

@@ -1,27 +1,40 @@
-"""The record of a run: its settings (run.json) and its metrics (metrics.jsonl, a row a step)."""
+"""The record of a run: its settings (run.json) and its metrics (metrics.jsonl, a row a step).
+
+Imports no torch, so that a command can refuse its options before it imports what takes seconds.
+"""
 
 from __future__ import annotations
 
 import json
 import math
+import os
 import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from flash_indexer.models.load import EMBEDDED_MODEL
-
 RUN_FILE, METRICS_FILE = "run.json", "metrics.jsonl"
 CHECKPOINT = "checkpoint"
 LARGEST_SEED = 2**32 - 1
+WHOLE = (
+    "sequence_length", "batch_size", "accumulation", "steps", "warmup_steps", "seed", "num_heads", "head_dim",
+    "rope_dim", "save_every",
+)  # fmt: skip
+REAL = ("minutes", "lr", "clip")
+CHOICES = {
+    "decay": ("cosine", "none"),
+    "target": ("mean", "per_head", "sum_logits"),
+    "dtype": ("auto", "float32", "bfloat16"),
+}
 
 
 @dataclass(frozen=True)
 class WarmupSettings:
     """Everything that determines a run. Recorded in run.json; a resumed run takes it from there."""
 
-    model: str = EMBEDDED_MODEL
+    model: str = "smollm2-135m"
+    """A local Transformers checkpoint, or the name of the embedded one."""
     data: str | None = None
     """Text, JSONL, Parquet or a datasets directory; None: the Python standard library's sources and topics."""
     column: str = "text"
@@ -42,26 +55,35 @@ class WarmupSettings:
     rope_dim: int | None = None
     target: str = "mean"
     layers: tuple[int, ...] | None = None
+    init_from: str | None = None
+    """Run folder or native indexer folder whose indexers, of the same layers and sizes, the training begins with."""
     dtype: str = "auto"
     """ "float32", "bfloat16", or "auto": bfloat16 on CUDA, else float32."""
     save_every: int = 50
 
     def __post_init__(self) -> None:
         """Raises ValueError for a value that no run can use."""
-        positive = ("batch_size", "accumulation", "minutes", "lr", "save_every")
-        for name in positive:
-            if not 0 < getattr(self, name) < math.inf:
-                raise ValueError(f"warmup: {name} must be positive and finite, got {getattr(self, name)}")
+        for name in WHOLE + REAL:
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int if name in WHOLE else int | float):
+                if value is None and type(self).__dataclass_fields__[name].default is None:
+                    continue
+                kind = "a whole number" if name in WHOLE else "a number"
+                raise ValueError(f"warmup: {name} must be {kind}, got {value!r}")
+        for name in ("batch_size", "accumulation", "minutes", "lr", "save_every", "num_heads", "head_dim", "rope_dim"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < math.inf:
+                raise ValueError(f"warmup: {name} must be positive and finite, got {value}")
         if self.sequence_length < 2:
             raise ValueError(f"warmup: sequence_length must be at least 2, got {self.sequence_length}")
         if not 0 <= self.seed <= LARGEST_SEED:
             raise ValueError(f"warmup: seed must be from 0 to {LARGEST_SEED}, got {self.seed}")
         if self.steps is not None and self.steps < 1:
             raise ValueError(f"warmup: steps must be at least 1, got {self.steps}")
-        if self.decay not in ("cosine", "none"):
-            raise ValueError(f'warmup: decay must be "cosine" or "none", got {self.decay!r}')
-        if self.dtype not in ("auto", "float32", "bfloat16"):
-            raise ValueError(f'warmup: dtype must be "auto", "float32" or "bfloat16", got {self.dtype!r}')
+        for name, choices in CHOICES.items():
+            if getattr(self, name) not in choices:
+                shown = ", ".join(f'"{x}"' for x in choices[:-1])
+                raise ValueError(f'warmup: {name} must be {shown} or "{choices[-1]}", got {getattr(self, name)!r}')
         if self.clip is not None and not self.clip > 0:
             raise ValueError(f"warmup: clip must be positive, got {self.clip}; leave it out for no clipping")
         if self.warmup_steps < 0:
@@ -69,11 +91,15 @@ class WarmupSettings:
 
 
 def read_run(out: Path) -> dict[str, Any]:
-    """The settings of the run in `out`, with its steps and the sequences of one; empty where there is none."""
+    """The settings of the run in `out` with its steps, the sequences of one, what ended it, and warnings; or empty.
+
+    ended_by is "time" where --minutes chose the number of steps, else "steps".
+    """
     record = read_record(out, resume=True)
     if record is None:
         return {}
-    return {**record["settings"], "steps": record["steps"], "sequences_per_step": record["sequences_per_step"]}
+    names = ("steps", "sequences_per_step", "ended_by", "extensions", "warnings")
+    return {**record["settings"], **{name: record[name] for name in names if name in record}}
 
 
 def read_record(out: Path, resume: bool) -> dict[str, Any] | None:
@@ -92,22 +118,13 @@ def read_record(out: Path, resume: bool) -> dict[str, Any] | None:
     return record
 
 
-def check_new(out: Path) -> None:
-    """Raises ValueError where a new run would take what lies in `out` for its own, or where no folder can be."""
-    check_folder("warmup: --out", out)
-    for name in (CHECKPOINT, f".{CHECKPOINT}.old", METRICS_FILE, "indexer_config.json"):
-        if (out / name).exists():
-            raise ValueError(
-                f"warmup: --out must be a new folder or that of a run, got {out}, which holds {name} and no "
-                f"{RUN_FILE}; nothing was written: choose another --out"
-            )
-
-
-def check_folder(option: str, path: Path) -> None:
-    """Raises ValueError naming the option where no folder can be at `path`, because of a file."""
-    for part in (path, *path.parents):
-        if part.exists() and not part.is_dir():
-            raise ValueError(f"{option} must be a folder, got {path}, where {part} is a file; choose another")
+def extended(record: Mapping[str, Any], done: int, steps: int, data_fingerprint: str) -> dict[str, Any]:
+    """The record of a run that has more steps to do than it was to have, from step done + 1 on."""
+    extension = {"after": done, "from": record["steps"], "to": steps}
+    return {
+        **record, "steps": steps, "data_fingerprint": data_fingerprint, "ended_by": "steps",
+        "extensions": [*record.get("extensions", []), extension],
+    }  # fmt: skip
 
 
 def settings_from(plain: dict[str, Any]) -> WarmupSettings:
@@ -120,11 +137,16 @@ def settings_from(plain: dict[str, Any]) -> WarmupSettings:
 
 
 def warmup_command(run: Mapping[str, Any], out: str | Path) -> str:
-    """The command line that trains with a run's settings; what it chose by time budget is spelled out as steps.
+    """The command lines that train with a run's settings; what it chose by time budget is spelled out as steps.
 
-    One process then takes the sequences that a run over data-parallel processes shared out, in more micro-batches.
+    One process then takes the sequences that a run over data-parallel processes shared out, in more micro-batches. A
+    run whose steps were extended has a line for each extension.
     """
     words = ["flash-indexer", "warmup", "--out", str(out)]
+    extensions = list(run.get("extensions", []))
+    again = [[*words, "--resume", "--steps", str(extension["to"])] for extension in extensions]
+    if extensions:
+        run = {**run, "steps": extensions[0]["from"]}
     if "sequences_per_step" in run:
         run = {**run, "accumulation": run["sequences_per_step"] // run["batch_size"]}
     for field in fields(WarmupSettings):
@@ -132,7 +154,39 @@ def warmup_command(run: Mapping[str, Any], out: str | Path) -> str:
         if value is not None and value != field.default and field.name != "minutes":
             text = ",".join(map(str, value)) if field.name == "layers" else str(value)
             words += [f"--{field.name.replace('_', '-')}", text]
-    return shlex.join(words)
+    return "\n".join(shlex.join(line) for line in [words, *again])
+
+
+def refuse_other_settings(recorded: Mapping[str, Any], settings: Mapping[str, Any]) -> None:
+    """Raises ValueError where an option given beside --resume says something else than the run was started with."""
+    for name, value in settings.items():
+        before = recorded.get(name, value)
+        if name == "steps" or (name, value) == ("dtype", "auto"):
+            continue  # steps may grow; auto is what it came to when the run began
+        if name in ("model", "data", "init_from") and value is not None and before is not None:
+            before, value = os.path.normpath(before), os.path.normpath(value)
+        if (tuple(before) if isinstance(before, list) else before) != value:
+            raise ValueError(
+                f"warmup: --{name.replace('_', '-')} must be {before} as when the run began, got {value}; "
+                "leave it out, or start a new run in another --out"
+            )
+
+
+def parse_layers(text: str | None) -> tuple[int, ...] | None:
+    """ "0,1,5-7" -> (0, 1, 5, 6, 7)."""
+    if text is None:
+        return None
+    try:
+        chosen: list[int] = []
+        for part in text.split(","):
+            first, dash, last = part.partition("-")
+            span = range(int(first), int(last if dash else first) + 1)
+            if not span:
+                raise ValueError
+            chosen += span
+    except ValueError:
+        raise ValueError(f"warmup: --layers must be like 0,1,5-9, got {text!r}") from None
+    return tuple(chosen)
 
 
 def keep_rows(file: Path, done: int) -> float:

@@ -10,23 +10,24 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import asdict, replace
+from functools import partial
+from hashlib import sha256
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 from zlib import crc32
 
 import torch
 from rich.console import Console
-from torch import Tensor
 
-from flash_indexer.files.checkpoint import load_checkpoint, save_checkpoint, write_json
-from flash_indexer.judge.metrics import MetricSums, layer_sums
-from flash_indexer.models.attach import IndexerHandle, LayerCapture, attach
+from flash_indexer.files.atomic import readable_directory
+from flash_indexer.files.checkpoint import write_json
+from flash_indexer.files.native import WEIGHTS_FILE, load_native, read_native
+from flash_indexer.models.attach import IndexerHandle, attach
 from flash_indexer.models.load import load_model, model_fingerprint
 from flash_indexer.models.sharding import shard_model
-from flash_indexer.parallel.context import gather_tokens
-from flash_indexer.parallel.gradients import sum_gradients, unusable_gradient
 from flash_indexer.recipe.data import (
     PackedDataset,
     describe,
@@ -36,23 +37,20 @@ from flash_indexer.recipe.data import (
     pack,
     training_documents,
 )
-from flash_indexer.recipe.processes import ParallelSettings, Processes, saved_state
-from flash_indexer.recipe.progress import StepProgress
+from flash_indexer.recipe.loop import TrainingLoop, forward, learning_rate, micro_batches
+from flash_indexer.recipe.processes import ParallelSettings, Processes, restart_warning
+from flash_indexer.recipe.run_folder import check_folder, check_new, indexer_folder, locked_folder
 from flash_indexer.recipe.run_record import (
     CHECKPOINT,
-    METRICS_FILE,
     RUN_FILE,
     WarmupSettings,
-    check_new,
-    keep_rows,
+    extended,
     read_record,
     settings_from,
 )
 
-MASS_K = 64
-MASS_ROWS = 128
-ADAM_EPS = 1e-12
-"""Well below torch's 1e-8, which is as large as a fresh indexer's gradients where hidden states are small."""
+SHORT = 16
+"""Tokens of the sequence that is tried before text is packed."""
 
 
 def warm_up(
@@ -60,15 +58,21 @@ def warm_up(
     out: str | Path,
     *,
     resume: bool = False,
+    steps: int | None = None,
     console: Console | None = None,
     parallel: ParallelSettings | None = None,
 ) -> IndexerHandle:
     """Trains the indexers of a model with loss = mean over tokens and layers' sum of KL(teacher || indexer).
 
     Writes into `out`: run.json (settings), metrics.jsonl (a row a step), checkpoint/ (a native indexer directory with
-    the optimizer's state). With `resume`, a run found there goes on from its checkpoint, with its own settings.
+    the optimizer's state). Nothing is written before the first step was computed, so that whatever is refused leaves
+    `out` as it was. With `resume`, a run found there goes on from its checkpoint, with its own settings. One run at a
+    time may write into `out`.
 
     Args:
+        steps: in place of settings.steps; with `resume` it may be larger than the run's. From the checkpoint on, the
+            learning rate is then that of a run of so many steps: with decay "cosine" it rises again where a run was
+            finished.
         parallel: how the run is shared out over the processes that torchrun or accelerate launch started. It may
             change at a resumption, and with it the number of processes: batch_size * accumulation * data-parallel
             processes, the sequences of an optimizer step, stays as it was, in micro-batches of batch_size at most.
@@ -77,264 +81,138 @@ def warm_up(
         The handle with the trained indexers attached.
 
     Raises:
-        ValueError, FileNotFoundError: for unusable settings, data or checkpoints, and where `out` is not one folder
-            that all processes see.
+        ValueError, FileNotFoundError: for unusable settings, data or checkpoints, where `out` is not one folder
+            that all processes see, and where another run writes into it.
         FloatingPointError: a loss is not finite, or a gradient is not or is above 1e12; names layer and step. No step
             is taken, the last checkpoint stays.
         ConnectionError: another process died or did not answer in time. The last checkpoint stays. A process that is
             stuck waiting for its GPU can't raise it: it prints the message and ends with exit code 1.
+        Interrupted: a KeyboardInterrupt, after Ctrl-C or SIGTERM during the training: the step under way was finished
+            and saved.
         RuntimeError: the frozen model changed or got gradients.
 
     Source: DeepSeek-V3.2-Exp technical report (2025), section 2.1: lr 1e-3, main model frozen, dense attention.
     """
     out, parallel = Path(out), parallel or ParallelSettings()
-    record = read_record(out, resume)
-    if record is None:
-        check_new(out)
-    else:
-        settings = settings_from(record["settings"])
+    check_folder("warmup: --out", out)
     processes = Processes(parallel)
-    if settings.dtype == "auto":
-        settings = replace(settings, dtype=str(default_dtype()).removeprefix("torch."))
     console = (console or Console()) if processes.is_main else Console(quiet=True)
-    with processes.telling(out / CHECKPOINT):
+    say = partial(console.print, highlight=False, soft_wrap=True, markup=False)
+    with processes.telling(out / CHECKPOINT), ExitStack() as held:
+        with processes.refusing_together():
+            if processes.is_main:
+                held.enter_context(locked_folder(out, say))
+        with processes.refusing_together():
+            record = read_record(out, resume)
+            if record is None:
+                check_new(out)
+                settings = settings if steps is None else replace(settings, steps=steps)
+            else:
+                settings = settings_from(record["settings"])
+            if settings.dtype == "auto":
+                settings = replace(settings, dtype=str(default_dtype()).removeprefix("torch."))
         processes.agree(out, -1 if record is None else crc32(json.dumps(record, sort_keys=True).encode()))
         processes.check_length(settings.sequence_length)
-        return _warm_up(settings, out, record, console, processes)
+        for note in notes(settings, parallel, processes.count, record is not None or resume):
+            say(note)
+        try:
+            loop, weights = _prepare(settings, out, record, steps, processes, console)
+            optimizer, done = loop.load()
+        except KeyboardInterrupt as error:
+            raise KeyboardInterrupt(f"warmup: interrupted before a step was computed: {out} is as it was") from error
+        if record is not None and loop.steps > int(record["steps"]):
+            rate = learning_rate(loop.settings, done + 1, loop.steps)
+            say(f"{record['steps']} steps become {loop.steps}: from step {done + 1} on, the learning rate is that of a "
+                f"run of {loop.steps} steps, {rate:.2e} at first")  # fmt: skip
+        loop.train(optimizer, done)
+        _audit(loop.handle, weights)
+        return loop.handle
 
 
-def _warm_up(
-    settings: WarmupSettings, out: Path, record: dict[str, Any] | None, console: Console, processes: Processes
-) -> IndexerHandle:
+def _prepare(
+    settings: WarmupSettings,
+    out: Path,
+    record: dict[str, Any] | None,
+    more_steps: int | None,
+    processes: Processes,
+    console: Console,
+) -> tuple[TrainingLoop, str]:
+    """The loop, and the fingerprint that the model must have after it. Writes nothing; says what takes time."""
+    say = partial(console.print, highlight=False, soft_wrap=True, markup=False)
     per_step = settings.batch_size * settings.accumulation * processes.parallel.dp
     if record is not None:
         per_step = int(record["sequences_per_step"])
+        _check_more_steps(int(record["steps"]), more_steps)
     micro_batches(settings, per_step, processes.parallel.dp)
-    with console.status(f"loading {settings.model}"):
+    say(f"loading {settings.model}")
+    with processes.refusing_together():
         model, tokenizer = load_model(settings.model, dtype=getattr(torch, settings.dtype))
-        before = held = model_fingerprint(model)
+        before = weights = model_fingerprint(model)
         vocab_size = embedding_rows(model)
-        fsdp = processes.settings.fsdp and processes.count > 1
-        if not fsdp or processes.parallel.tp > 1:
-            torch.nn.Module.to(model, processes.device)
-        if fsdp or processes.parallel.tp > 1:
-            shard_model(model, processes.parallel, fsdp=fsdp)
-            held = model_fingerprint(model)
+    fsdp = processes.settings.fsdp and processes.count > 1
+    if not fsdp or processes.parallel.tp > 1:
+        torch.nn.Module.to(model, processes.device)
+    if fsdp or processes.parallel.tp > 1:
+        shard_model(model, processes.parallel, fsdp=fsdp)
+        weights = model_fingerprint(model)
     torch.manual_seed(settings.seed)
     handle = attach(
         model, num_heads=settings.num_heads, head_dim=settings.head_dim, rope_dim=settings.rope_dim,
         target=settings.target, layers=settings.layers, parallel=processes.parallel,
     )  # fmt: skip
-    documents, warnings = training_documents(settings.data, settings.column)
+    facts = dict(base_fingerprint=before)
+    if settings.init_from is not None and not readable_directory(out / CHECKPOINT).exists():
+        with processes.refusing_together():
+            facts["init_fingerprint"] = _begin_with(handle, Path(settings.init_from), before, say)
+    say("compiling or loading the GPU kernels" if processes.device.type == "cuda" else "trying a short sequence")
+    _try_short_sequence(handle, settings, processes)
+    say("reading the text")
+    with processes.refusing_together():
+        documents, warnings = training_documents(settings.data, settings.column)
     if (warning := length_warning(settings.sequence_length, longest_context(model.config))) is not None:
         warnings.append(warning)
-    for warning in warnings:
-        console.print(f"warning: {warning}", highlight=False, markup=False)
     packing: dict[str, Any] = dict(sequence_length=settings.sequence_length, seed=settings.seed, vocab_size=vocab_size)
     if record is not None:
-        steps = int(record["steps"])
+        steps = max(int(record["steps"]), more_steps or 0)
     elif settings.steps is not None:
         steps = settings.steps
     else:
-        with console.status("measuring the time of a step"):
-            steps = _steps_in(
-                handle, pack(documents, tokenizer, **packing, max_sequences=per_step), settings, processes
-            )
-    data = pack(documents, tokenizer, **packing, max_sequences=steps * per_step, progress=processes.is_main)
+        say("measuring the time of a step")
+        steps = _steps_in(handle, pack(documents, tokenizer, **packing, max_sequences=per_step), settings, processes)
+    if steps < settings.warmup_steps:
+        warnings.append(
+            f"{steps} steps are fewer than the {settings.warmup_steps} of --warmup-steps: the learning rate ends at "
+            f"{learning_rate(settings, steps, steps):.2e} and never reaches --lr {settings.lr:g}"
+        )
+    for warning in warnings:
+        say(f"warning: {warning}")
+    say(f"packing {steps * per_step} sequences of {settings.sequence_length} tokens")
+    with processes.refusing_together():
+        data = pack(documents, tokenizer, **packing, max_sequences=steps * per_step, progress=processes.is_main)
+        if record is not None:
+            sequences = min(len(data), int(record["steps"]) * per_step)
+            _check_same(record, dict(facts, data_fingerprint=first_sequences(data, sequences).fingerprint))
     summary = data.summary(steps * per_step)
-    console.print(describe(summary), highlight=False)
-    found = dict(base_fingerprint=before, data_fingerprint=data.fingerprint)
-    if record is None:
-        out.mkdir(parents=True, exist_ok=True)
-        if processes.is_main:
-            facts = dict(steps=steps, sequences_per_step=per_step, torch=torch.__version__, **found)
-            facts |= dict(text=asdict(summary), warnings=warnings)
-            write_json(out / RUN_FILE, dict(settings=asdict(settings), **facts))
-    else:
-        _check_same(record, found)
-    run = _Run(settings, steps, per_step, out, handle, data, processes, before, console)
-    run.train()
-    _audit(handle, held)
-    return handle
+    say(describe(summary))
 
+    def write_record(done: int) -> None:
+        if record is None:
+            content = dict(
+                settings=asdict(settings), steps=steps, sequences_per_step=per_step, torch=torch.__version__, **facts,
+                data_fingerprint=data.fingerprint, ended_by="time" if settings.steps is None else "steps",
+                text=asdict(summary), warnings=warnings,
+            )  # fmt: skip
+            write_json(out / RUN_FILE, content)
+        elif steps > int(record["steps"]):
+            write_json(out / RUN_FILE, extended(record, done, steps, data.fingerprint))
 
-@dataclass
-class _Run:
-    """One run's parts, and the loop over its steps."""
-
-    settings: WarmupSettings
-    steps: int
-    per_step: int
-    """Sequences of an optimizer step, over all processes."""
-    out: Path
-    handle: IndexerHandle
-    data: PackedDataset
-    processes: Processes
-    base_fingerprint: str
-    console: Console
-
-    def train(self) -> None:
-        settings, handle = self.settings, self.handle
-        parameters = list(handle.indexers.parameters())
-        optimizer = torch.optim.AdamW(parameters, lr=settings.lr, weight_decay=0.0, eps=ADAM_EPS)
-        done = 0
-        if (self.out / CHECKPOINT).exists() or (self.out / f".{CHECKPOINT}.old").exists():
-            done = load_checkpoint(self.out / CHECKPOINT, handle, optimizer, base_fingerprint=self.base_fingerprint)
-        self.processes.agree(self.out, done)
-        main = self.processes.is_main
-        before = keep_rows(self.out / METRICS_FILE, done) if main else 0.0
-        started, watch = time.perf_counter() - before, _MassWatch(handle, self.processes)
-        with StepProgress(self.console, self.steps, done, quiet=not main) as progress:
-            for step in range(done + 1, self.steps + 1):
-                watch.on = step % 10 == 0 or step in (1, self.steps)
-                kl, uniform = self._gradients(step)
-                if settings.clip is not None:
-                    torch.nn.utils.clip_grad_norm_(parameters, settings.clip)
-                lr = settings.lr * _lr_factor(settings, step, self.steps)
-                for group in optimizer.param_groups:
-                    group["lr"] = lr
-                optimizer.step()
-                optimizer.zero_grad(set_to_none=True)
-                row = dict(
-                    step=step, loss=float(kl.mean()), kl_over_uniform=_ratio(kl, uniform),
-                    mass=watch.take(), lr=lr, seconds=round(time.perf_counter() - started, 3),
-                    tokens=step * self.per_step * settings.sequence_length,
-                    kl=kl.tolist(), uniform_kl=uniform.tolist(),
-                )  # fmt: skip
-                if main:
-                    with (self.out / METRICS_FILE).open("a", encoding="utf-8") as file:
-                        file.write(json.dumps(row) + "\n")
-                    if step % settings.save_every == 0 or step == self.steps:
-                        save_checkpoint(
-                            self.out / CHECKPOINT, handle, optimizer, step,
-                            base_name=settings.model, base_fingerprint=self.base_fingerprint,
-                        )  # fmt: skip
-                progress.step(row)
-        self.processes.wait()
-        watch.close()
-
-    def _gradients(self, step: int) -> tuple[Tensor, Tensor]:
-        """Forwards (and backwards, inside them) of one optimizer step; gradients and means summed over all ranks.
-
-        Returns:
-            mean KL and mean uniform KL per layer, [layers] each.
-        """
-        handle, processes = self.handle, self.processes
-        total = self.per_step * self.settings.sequence_length
-        handle.token_weight = 1 / total
-        means = torch.zeros(2, len(handle.layers), device=processes.device)
-        for batch in self._batches(step):
-            own = processes.part(batch)
-            forward(handle, own)
-            share = own["input_ids"].numel() / total
-            for column, (_, loss) in enumerate(sorted(handle.losses().items())):
-                means[0, column] += share * loss.kl
-                means[1, column] += share * loss.uniform_kl
-        sum_gradients(handle.indexers.parameters(), replicas=processes.parallel.tp, timeout=processes.settings.timeout)
-        means = processes.sum(means)
-        kl, uniform = means.cpu()
-        for layer, value in zip(sorted(handle.layers), kl.tolist(), strict=True):
-            if not math.isfinite(value):
-                self._stop(f"the loss of layer {layer} is {value}", step)
-        if (found := unusable_gradient(handle.indexers)) is not None:
-            self._stop("the gradient of layer {} reaches {:.3g}".format(*found), step)
-        return kl, uniform
-
-    def _stop(self, found: str, step: int) -> NoReturn:
-        """Before the step. A resumed run keeps its settings, so a smaller lr means another run."""
-        raise FloatingPointError(
-            f"warmup: {found} at step {step}; {saved_state(self.out / CHECKPOINT)}: start a new run in another --out "
-            "with a smaller --lr or with --clip, and check the model's weights and activations for NaN"
-        )
-
-    def _batches(self, step: int) -> Iterator[dict[str, Tensor]]:
-        """This rank's micro-batches of a step; the data is gone through again, in another order, when it ends.
-
-        Ranks of one dp_rank get the same ones.
-        """
-        parallel = self.processes.parallel
-        size, count = micro_batches(self.settings, self.per_step, parallel.dp)
-        first = (step - 1) * self.per_step
-        for micro in range(count):
-            begin = first + (micro * parallel.dp + parallel.dp_rank) * size
-            items = [self.data[self._index(begin + i)] for i in range(size)]
-            yield {
-                name: torch.stack([item[name] for item in items]).to(self.processes.device)
-                for name in ("input_ids", "position_ids")
-            }
-
-    def _index(self, drawn: int) -> int:
-        epoch, position = divmod(drawn, len(self.data))
-        if epoch == 0:
-            return position
-        generator = torch.Generator().manual_seed(self.settings.seed + epoch)
-        return int(torch.randperm(len(self.data), generator=generator)[position])
-
-
-class _MassWatch:
-    """Attention mass in the indexer's top 64 of each layer's last query rows, on the steps where it is on.
-
-    The last 128 tokens of each micro-batch, whichever context-parallel processes hold them. With tensor parallelism
-    the mean over processes is the mean over all heads.
-    """
-
-    def __init__(self, handle: IndexerHandle, processes: Processes) -> None:
-        self.handle, self.processes, self.on = handle, processes, False
-        self.sums = MetricSums()
-        handle.observer = self._look
-
-    def _look(self, capture: LayerCapture) -> None:
-        if not self.on:
-            return
-        parallel = self.processes.parallel
-        rows = capture.key_end > len(capture.q) * parallel.cp - MASS_ROWS  # key_end is a token's position + 1
-        names = ("q", "lse", "index_q", "index_weights", "key_start", "key_end")
-        part = replace(capture, **{name: getattr(capture, name)[rows].detach() for name in names})
-        if (group := parallel.group("cp")) is not None:
-            k, index_k = (gather_tokens(x, group, layout=parallel.layout) for x in (part.k, part.index_k))
-            part = replace(part, k=k, index_k=index_k)
-        if len(part.q):
-            self.sums = self.sums + layer_sums(part, ks=(MASS_K,))
-
-    def take(self) -> float | None:
-        """Mean mass since the last call, over all processes where it was on; None where no query saw enough keys."""
-        sums, self.sums = self.sums, MetricSums()
-        if not self.on:
-            return None
-        mass = sums.at_k.get(MASS_K)
-        found = [0.0, 0.0] if mass is None else [float(mass.indexer), float(mass.queries)]
-        held, queries = self.processes.sum(torch.tensor(found, device=self.processes.device)).tolist()
-        return held / queries if queries else None
-
-    def close(self) -> None:
-        self.handle.observer = None
-
-
-def micro_batches(settings: WarmupSettings, per_step: int, dp: int) -> tuple[int, int]:
-    """Sequences of a micro-batch, batch_size at most, and micro-batches of a step, of each of dp processes.
-
-    Raises:
-        ValueError: the sequences of a step can't be shared out evenly.
-    """
-    if per_step % dp:
-        raise ValueError(
-            f"warmup: the number of data-parallel processes must divide the {per_step} sequences of an optimizer step "
-            f"(--batch-size x --accumulation x processes when the run began), got {dp}; start another number of them"
-        )
-    each = per_step // dp
-    size = max(n for n in range(1, min(each, settings.batch_size) + 1) if each % n == 0)
-    return size, each // size
+    loop = TrainingLoop(settings, steps, per_step, out, handle, data, processes, before, console, write_record)
+    return loop, weights
 
 
 def default_dtype() -> torch.dtype:
     """The dtype that the operators take of a model: bfloat16 on CUDA, float32 elsewhere."""
     return torch.bfloat16 if torch.cuda.is_available() else torch.float32
-
-
-def forward(handle: IndexerHandle, batch: dict[str, Tensor]) -> None:
-    """One forward of the frozen decoder, without logits; gradients of the indexers are added inside it."""
-    with torch.no_grad():
-        handle.decoder(input_ids=batch["input_ids"], position_ids=batch["position_ids"], use_cache=False)
 
 
 def _steps_in(handle: IndexerHandle, data: PackedDataset, settings: WarmupSettings, processes: Processes) -> int:
@@ -351,29 +229,63 @@ def _steps_in(handle: IndexerHandle, data: PackedDataset, settings: WarmupSettin
     return max(1, int(mean))
 
 
-def _ratio(kl: Tensor, uniform: Tensor) -> float | None:
-    """Mean over mean; None where every query sees one key, and the uniform prediction is exact."""
-    return float(kl.mean() / uniform.mean()) if float(uniform.mean()) > 0 else None
-
-
-def _lr_factor(settings: WarmupSettings, step: int, steps: int) -> float:
-    """Linear from 1/warmup_steps to 1, then constant or half a cosine to zero after the last step."""
-    if step < settings.warmup_steps:
-        return step / settings.warmup_steps
-    if settings.decay == "none":
-        return 1.0
-    remaining = max(1, steps + 1 - settings.warmup_steps)
-    return 0.5 * (1 + math.cos(math.pi * (step - settings.warmup_steps) / remaining))
-
-
-def _check_same(record: dict[str, Any], found: dict[str, Any]) -> None:
+def _check_same(record: dict[str, Any], facts: dict[str, Any]) -> None:
     """A resumed run must see the model and the data it began with."""
-    for name, value in found.items():
+    for name, value in facts.items():
         if record[name] != value:
             raise ValueError(
                 f"warmup: {name} must be {record[name]} as when the run began, got {value}; "
                 "resume with the same model and data, or start a new run in another --out"
             )
+
+
+def notes(settings: WarmupSettings, parallel: ParallelSettings, processes: int, resume: bool) -> list[str]:
+    """What a person should know of settings that do nothing, and of a launcher that can't start the run again."""
+    said = []
+    if parallel.fsdp and processes == 1:
+        said.append(
+            "warmup: --fsdp does nothing in one process, which holds the whole model; start several with torchrun"
+        )
+    if parallel.layout != ParallelSettings.layout and parallel.cp == 1:
+        said.append(f"warmup: --cp-layout {parallel.layout} does nothing without --cp")
+    if settings.steps is not None and settings.minutes != WarmupSettings.minutes:
+        said.append(f"warmup: --minutes {settings.minutes:g} does nothing beside --steps {settings.steps}")
+    warning = restart_warning() if resume else None
+    return said if warning is None else [*said, warning]
+
+
+def first_sequences(data: PackedDataset, count: int) -> PackedDataset:
+    """What `pack` gives with max_sequences=count."""
+    end = count * data.sequence_length
+    return PackedDataset(data.tokens[:end], data.document_starts[data.document_starts < end], data.sequence_length)
+
+
+def _check_more_steps(recorded: int, steps: int | None) -> None:
+    if steps is not None and steps < recorded:
+        raise ValueError(
+            f"warmup: --steps of a resumed run must be at least the {recorded} that it has, got {steps}; leave it out, "
+            "or start a new run in another --out"
+        )
+
+
+def _begin_with(handle: IndexerHandle, source: Path, base_fingerprint: str, say: Callable[[str], None]) -> str:
+    """Loads trained indexers into a new run's handle. Returns the SHA-256 of their weights."""
+    folder = readable_directory(indexer_folder(source))
+    try:
+        load_native(handle, folder)
+    except (ValueError, FileNotFoundError) as error:
+        raise type(error)(f"warmup: --init-from must name a run or an indexer that fits this model: {error}") from error
+    if read_native(folder).config.base_fingerprint not in (None, base_fingerprint):
+        say(f"warmup: the indexers of {source} were trained on a model of the same sizes with other weights")
+    return sha256((folder / WEIGHTS_FILE).read_bytes()).hexdigest()
+
+
+def _try_short_sequence(handle: IndexerHandle, settings: WarmupSettings, processes: Processes) -> None:
+    """Refuses now, before text is packed, a model or sizes that the first step would refuse; leaves no trace."""
+    length = min(settings.sequence_length, math.ceil(SHORT / processes.pieces) * processes.pieces)
+    positions = torch.arange(length, device=processes.device)[None]
+    forward(handle, processes.part(dict(input_ids=torch.zeros_like(positions), position_ids=positions)))
+    handle.indexers.zero_grad(set_to_none=True)
 
 
 def _audit(handle: IndexerHandle, before: str) -> None:

@@ -1,0 +1,105 @@
+"""Trained indexers as a command finds them: loaded from their folder, judged on held-out text, reported."""
+
+from __future__ import annotations
+
+import math
+import shlex
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import Progress
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from flash_indexer.files.native import load_native, read_native
+from flash_indexer.judge.evaluation import evaluate
+from flash_indexer.judge.report import write_report
+from flash_indexer.judge.scores import Evaluation
+from flash_indexer.judge.verdict import summary_lines
+from flash_indexer.models.attach import IndexerHandle
+from flash_indexer.models.load import load_model, model_fingerprint
+from flash_indexer.recipe.run_folder import indexer_folder
+from flash_indexer.recipe.run_record import METRICS_FILE, WarmupSettings, read_metrics, read_run, warmup_command
+
+LONGER_STEPS, LONGER_TOKENS, LONGER_RATIO = 360, 737_280, 0.055
+"""Steps, tokens and last KL / uniform of the recorded run, docs/smollm2-135m/report.md."""
+
+
+def load_trained(
+    folder: Path, model: str | None, console: Console
+) -> tuple[IndexerHandle, PreTrainedTokenizerBase, dict[str, Any]]:
+    """The handle and tokenizer of a run or a native indexer folder, and the settings it was trained with.
+
+    A native folder records no sequence length: the settings then hold the default one, and `console` is told.
+
+    Args:
+        model: instead of the one that the folder names.
+    """
+    source = indexer_folder(folder)
+    config = read_native(source).config
+    name, run = model or config.base_name, read_run(folder)
+    console.print(f"loading {name}", highlight=False, soft_wrap=True, markup=False)
+    base, tokenizer = load_model(name, dtype=getattr(torch, run.get("dtype", config.base_dtype)))
+    if torch.cuda.is_available():
+        torch.nn.Module.cuda(base)
+    handle = load_native(base, source, base_fingerprint=model_fingerprint(base))
+    return handle, tokenizer, {"sequence_length": WarmupSettings.sequence_length, **run, "model": name}
+
+
+def judge_and_report(
+    handle: IndexerHandle,
+    batches: Sequence[dict[str, Tensor]],
+    folder: Path,
+    report: Path,
+    run: Mapping[str, Any],
+    *,
+    console: Console,
+    command: str | None = None,
+    min_visible: int = 0,
+    perplexity_ks: tuple[int, ...] = (128,),
+) -> Evaluation:
+    """Evaluates a handle on held-out text, writes the report, and prints the numbers that say most.
+
+    Args:
+        folder: of the run or the native indexer, whose metrics the report shows. report: the folder to write.
+        run: settings to print. command: what was called, beside what trained.
+    """
+    with Progress(console=console, disable=not console.is_terminal) as bar:
+        task = bar.add_task("evaluating", total=None)
+
+        def advance(done: int, total: int | None) -> None:
+            bar.update(task, completed=done, total=total)
+
+        judged = evaluate(handle, batches, min_visible=min_visible, perplexity_ks=perplexity_ks, progress=advance)
+    trained = [warmup_command(run, folder)] if "steps" in run else []
+    run = {**run, "command": "\n".join([*trained, *([command] if command else [])])}
+    path = write_report(report, evaluation=judged, metrics_log=read_metrics(folder / METRICS_FILE), run=run)
+    for line in summary_lines(judged):
+        console.print(line, highlight=False, soft_wrap=True, markup=False)
+    print_path(console, "plots", report)
+    print_path(console, "report", path)
+    return judged
+
+
+def print_path(console: Console, name: str, path: Path) -> None:
+    """A name and where it is, on a line that stays whole."""
+    console.print(f"{name:<9}{path}", highlight=False, soft_wrap=True, markup=False)
+
+
+def ended_by_time(run: Mapping[str, Any], out: Path) -> str | None:
+    """What to say at the end of a run whose steps --minutes chose: how good it is, and how to go on; else None."""
+    rows = read_metrics(out / METRICS_FILE)
+    if run.get("ended_by") != "time" or not rows or rows[-1]["kl_over_uniform"] is None:
+        return None
+    steps = int(run["steps"])
+    tokens = int(run["sequences_per_step"]) * int(run["sequence_length"])
+    more = max(2 * steps, math.ceil(LONGER_TOKENS / tokens))
+    command = shlex.join(["flash-indexer", "warmup", "--out", str(out), "--resume", "--steps", str(more)])
+    return (
+        f"time ended it: --minutes {run['minutes']:g} allowed {steps} steps of {tokens:,} tokens, and KL/uniform is "
+        f"{rows[-1]['kl_over_uniform']:.3f} now. A longer run gets lower: the recorded one on SmolLM2-135M reached "
+        f"{LONGER_RATIO} after {LONGER_STEPS} steps, {LONGER_TOKENS:,} tokens. To go on: {command}"
+    )

@@ -1,0 +1,139 @@
+"""Ctrl-C and SIGTERM: the step is finished and saved, nothing is lost, and the exit code says what happened."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from flash_indexer.recipe import loop, warmup
+from flash_indexer.recipe.stopping import Interrupted, StopSignals
+
+SIGNALS = [signal.SIGINT, signal.SIGTERM]
+COMMAND = """
+import os, sys
+os.environ.update(environment)
+sys.argv, sys.stderr = arguments, open(f"{out}.{environment['RANK']}", "a")
+from flash_indexer.cli import main
+"""
+SEND = """
+import os, signal
+from flash_indexer.recipe import loop
+forward, calls = loop.forward, []
+def sending(handle, batch):
+    calls.append(1)
+    if len(calls) == 7:
+        for _ in range({times}):
+            os.kill(os.getpid(), signal.{name})
+    forward(handle, batch)
+loop.forward = sending
+"""
+
+
+def send(monkeypatch: pytest.MonkeyPatch, number: int, step: int) -> None:
+    """The signal comes in the middle of a step of one micro-batch."""
+    original, calls = loop.forward, iter(range(1, 99))
+
+    def forward(handle: Any, batch: Any) -> None:
+        original(handle, batch)
+        if next(calls) == step:
+            os.kill(os.getpid(), number)
+
+    monkeypatch.setattr(loop, "forward", forward)
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+@pytest.mark.parametrize("step", [1, 6, 12])
+def test_the_step_is_finished_and_saved_and_the_run_goes_on_bit_for_bit(
+    tmp_path: Path, recipe: Any, metrics: Any, same_bits: Any, monkeypatch: pytest.MonkeyPatch, number: int, step: int
+) -> None:
+    before = [signal.getsignal(handled) for handled in SIGNALS]
+    recipe(tmp_path / "whole")
+    out = tmp_path / "cut"
+    send(monkeypatch, number, step)
+    with pytest.raises(Interrupted, match=rf"after step {step} of 12, which is saved in {out}/checkpoint; to go on: "):
+        recipe(out)
+    monkeypatch.undo()
+    assert [signal.getsignal(handled) for handled in SIGNALS] == before
+    assert [row["step"] for row in metrics(out)] == list(range(1, step + 1))
+    recipe(out, resume=True)
+    same_bits(tmp_path / "whole", out)
+
+
+def test_a_signal_while_the_last_step_is_saved(tmp_path: Path, recipe: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    original = loop.save_checkpoint
+
+    def save(*args: Any, **options: Any) -> None:
+        original(*args, **options)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(loop, "save_checkpoint", save)
+    with pytest.raises(Interrupted, match="ended by Ctrl-C after step 3 of 3"):
+        recipe(tmp_path / "run", steps=3)
+
+
+def test_before_the_first_step_nothing_is_there(tmp_path: Path, recipe: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def load_model(*args: Any, **options: Any) -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(warmup, "load_model", load_model)
+    with pytest.raises(KeyboardInterrupt, match=f"interrupted before a step was computed: {tmp_path}/run is as it was"):
+        recipe(tmp_path / "run")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
+def test_a_second_signal_ends_at_once(
+    tmp_path: Path, runs: Any, recipe: Any, tiny_settings: Any, metrics: Any, same_bits: Any, name: str
+) -> None:
+    recipe(tmp_path / "whole")
+    out = tmp_path / "cut"
+    runs.finish([runs.start(SEND.format(times=2, name=name), tiny_settings(), out)], -getattr(signal, name))
+    assert [row["step"] for row in metrics(out)] == list(range(1, 7))
+    recipe(out, resume=True)
+    same_bits(tmp_path / "whole", out)
+
+
+@pytest.mark.parametrize(("rank", "name", "code"), [(0, "SIGTERM", 143), (1, "SIGINT", 130)])
+def test_a_signal_to_one_process_ends_all_after_the_same_step(
+    tmp_path: Path, runs: Any, checkpoint: Path, texts: Path, metrics: Any, rank: int, name: str, code: int
+) -> None:
+    words = f"flash-indexer warmup --model {checkpoint} --data {texts} --resume --timeout 20 --sequence-length 32"
+    sizes = "--steps 12 --num-heads 2 --head-dim 32 --save-every 4 --evaluate-sequences 0 --cp 2"
+    arguments = [*words.split(), *sizes.split(), "--out"]
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    runs.finish(runs.ranks(2, None, whole, codes=[COMMAND + "main()"] * 2, arguments=[*arguments, str(whole)]))
+    codes = [COMMAND + (SEND.format(times=1, name=name) if n == rank else "") + "main()" for n in (0, 1)]
+    processes = runs.ranks(2, None, cut, codes=codes, arguments=[*arguments, str(cut)])
+    for process in processes:
+        process.join(60)
+    ends = [process.exitcode for process in processes]
+    assert ends[rank] == code and ends[1 - rank] == 130, ends
+    assert [row["step"] for row in metrics(cut)] == list(range(1, 8))
+    said = [Path(f"{cut}.{n}").read_text() for n in (0, 1)]
+    assert f"after step 7 of 12, which is saved in {cut}/checkpoint; to go on: flash-indexer warmup --out" in said[0]
+    assert "Traceback" not in said[0] + said[1] and said[1] == "", said
+    runs.finish(runs.ranks(2, None, cut, codes=[COMMAND + "main()"] * 2, arguments=[*arguments, str(cut)]))
+    assert metrics(cut) == metrics(whole)
+
+
+def test_a_thread_that_is_not_the_first_trains_without_signals(tmp_path: Path, recipe: Any, metrics: Any) -> None:
+    thread = threading.Thread(target=recipe, args=(tmp_path / "run",), kwargs=dict(steps=2))
+    thread.start()
+    thread.join()
+    assert len(metrics(tmp_path / "run")) == 2
+
+
+def test_a_signal_that_is_ignored_stays_ignored() -> None:
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with StopSignals(quiet=True) as stop:
+            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), signal.SIGINT)
+        assert stop.number == 0 and signal.getsignal(signal.SIGINT) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, before)
