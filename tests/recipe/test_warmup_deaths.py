@@ -86,12 +86,10 @@ def test_when_one_process_dies_the_others_say_so_and_the_run_goes_on(
     arguments = command(checkpoint, texts, cut, *options)
     codes = [COMMAND + "main()"] * count
     codes[dying] = COMMAND + SIGNAL_SELF.format(**where, signal="SIGKILL") + "main()"
-    began = time.monotonic()
     started = runs.ranks(count, None, cut, codes=codes, arguments=arguments)
     for process in started:
         process.join(60)
     assert [process.exitcode for process in started] == [KILLED if n == dying else 1 for n in range(count)]
-    assert time.monotonic() - began < TIMEOUT + 20
     for rank in {0, 1} - {dying}:
         said = Path(f"{cut}.{rank}").read_text()
         assert f"process {rank} of {count} lost contact with another process" in said, said
