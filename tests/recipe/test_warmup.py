@@ -438,7 +438,7 @@ def test_the_text_is_described_before_training_and_recorded(tmp_path: Path, sett
 
 def test_sequences_above_the_models_context_are_told_once_and_recorded(tmp_path: Path, settings: Any) -> None:
     screen = io.StringIO()
-    warm_up(settings(steps=1, sequence_length=300), tmp_path, console=Console(file=screen, width=500))
+    warm_up(settings(steps=1, warmup_steps=1, sequence_length=300), tmp_path, console=Console(file=screen, width=500))
     (warning,) = json.loads((tmp_path / "run.json").read_text())["warnings"]
     assert "sequence_length = 300 is above the model's max_position_embeddings = 256" in warning
     assert screen.getvalue().count(warning) == 1
@@ -450,7 +450,7 @@ def test_what_was_left_out_of_the_text_is_told_and_recorded(tmp_path: Path, sett
         (tmp_path / "data" / f"{name}.jsonl").write_text(json.dumps({"text": word * 99}) + "\n")
     screen = io.StringIO()
     data = str(tmp_path / "data")
-    warm_up(settings(steps=1, data=data), tmp_path / "run", console=Console(file=screen, width=500))
+    warm_up(settings(steps=1, warmup_steps=1, data=data), tmp_path / "run", console=Console(file=screen, width=500))
     record = json.loads((tmp_path / "run" / "run.json").read_text())
     assert len(record["warnings"]) == 1 and "'train' is read, the others are not" in record["warnings"][0]
     assert f"warning: {record['warnings'][0]}" in screen.getvalue()
