@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from itertools import product
+from pathlib import Path
 
 import pytest
 
@@ -83,7 +84,7 @@ def test_a_note_of_a_deleted_entry_or_of_another_source_is_no_kernel(cache, monk
     kernels._note(*SMALLEST).write_text("torn", encoding="utf-8")
     assert not kernels._entry(*SMALLEST)
     pretend_compiled(SMALLEST, cache)
-    monkeypatch.setattr(kernels, "_version", lambda module: "another")
+    monkeypatch.setattr(kernels, "version", lambda: "another")
     assert not kernels._entry(*SMALLEST)
 
 
@@ -210,21 +211,41 @@ def test_the_classes_of_the_tests_are_compiled_beforehand():
             assert (name, tuple(sorted(static.items()))) in listed, (name, static)
 
 
+def shared_header(folder):
+    (folder / "device").mkdir(exist_ok=True)
+    (folder / "device" / "shared.cuh").write_text("// included by another header alone", encoding="utf-8")
+
+
+def imported_module(folder):
+    """As `from flash_indexer.kernels import macros` would read it: its name stands in no import of a dotted module."""
+    (folder / "macros.py").write_text("X = 1", encoding="utf-8")
+
+
 @pytest.mark.parametrize(
-    "module, source, depends",
+    "change",
     [
-        ("attention", "wgmma.cuh", True),
-        ("attention_mla", "wgmma.cuh", False),
-        ("head_gradients_once", "head_gradients.py", True),
-        ("head_gradients_once", "attention.py", False),
-        ("attention", "head_gradients.py", False),
+        shared_header,
+        imported_module,
+        lambda folder: (folder / "wgmma.cuh").write_text("// another", encoding="utf-8"),
+        lambda folder: (folder / "score.py").write_text("# another", encoding="utf-8"),
+        lambda folder: (folder / "score.py").rename(folder / "scores.py"),
+        lambda folder: (folder / "score.py").unlink(),
     ],
+    ids=["a new header", "a new module", "a header", "a module", "a name", "a module less"],
 )
-def test_a_kernels_version_is_of_what_it_is_made_from(module, source, depends, monkeypatch):
-    before = kernels._version(module)
-    read = type(kernels.Path()).read_bytes
-    monkeypatch.setattr(type(kernels.Path()), "read_bytes", lambda path: read(path) + b" " * (path.name == source))
-    kernels._version.cache_clear()
-    assert (kernels._version(module) != before) == depends
-    monkeypatch.undo()
-    kernels._version.cache_clear()
+def test_any_change_of_the_folder_is_another_version(change, tmp_path):
+    folder = tmp_path / "kernels"
+    folder.mkdir()
+    (folder / "score.py").write_text("# one", encoding="utf-8")
+    (folder / "wgmma.cuh").write_text("// one", encoding="utf-8")
+    before = kernels.version_of(folder)
+    assert kernels.version_of(folder) == before
+    (folder / "__pycache__").mkdir()
+    (folder / "__pycache__" / "score.pyc").write_bytes(b"compiled")
+    assert kernels.version_of(folder) == before, "what Python leaves there is no source"
+    change(folder)
+    assert kernels.version_of(folder) != before
+
+
+def test_the_version_is_of_the_package():
+    assert kernels.version() == kernels.version_of(Path(kernels.__file__).parent)

@@ -4,9 +4,10 @@
     python -m flash_indexer.kernels.cache score:D=128,mode=0 gradients_reduce:E=64
 
 A kernel's cache entry is TileLang's. Beside it lies a small note that says which entry belongs to which kernel of which
-version of its source, so that a process knows what is missing before it asks for anything, and loads what is there with
-TileLang's runtime library alone: importing TileLang and reading the kernels' programs takes seconds. Several processes
-(the ranks of a node) take turns: the first compiles, the others wait and load.
+version of this folder (any change in it makes a new version: no header and no import is overlooked). So a process knows
+what is missing before it asks for anything, and loads what is there with TileLang's runtime library alone: importing
+TileLang and reading the kernels' programs takes seconds. Several processes (the ranks of a node) take turns: the first
+compiles, the others wait and load.
 """
 
 import contextlib
@@ -284,7 +285,7 @@ def _entry(name, static):
 
 
 def _note(name, static):
-    folder = _cache_folder() / "flash-indexer" / _version(BUILDERS[name][0])
+    folder = _cache_folder() / "flash-indexer" / version()
     return folder / f"{name}-{'-'.join(f'{size}{value}' for size, value in static)}.json"
 
 
@@ -293,17 +294,17 @@ def _cache_folder():
 
 
 @functools.cache
-def _version(module):
-    """Of the module's source with the headers that it names and the modules that it imports, of target and TileLang."""
+def version():
+    """What a compiled kernel must have been made from to be loaded: `version_of` this folder, once a process."""
+    return version_of(Path(__file__).parent)
+
+
+def version_of(folder):
+    """Of every .py and .cuh file below a folder (path and content), of the target and of TileLang's version."""
     digest = hashlib.sha256(f"{metadata.version('tilelang')} {TARGET}".encode())
-    source = Path(__file__).with_name(f"{module}.py").read_bytes()
-    digest.update(source)
-    for header in sorted(Path(__file__).parent.glob("*.cuh")):
-        if header.name == f"{module}.cuh" or header.name.encode() in source:
-            digest.update(header.read_bytes())
-    for other in sorted(Path(__file__).parent.glob("*.py")):
-        if f"kernels.{other.stem} import".encode() in source:
-            digest.update(other.read_bytes())
+    for file in sorted(path for path in folder.rglob("*") if path.suffix in (".py", ".cuh")):
+        content = file.read_bytes()
+        digest.update(f"\n{file.relative_to(folder).as_posix()} {len(content)}\n".encode() + content)
     return digest.hexdigest()[:16]
 
 

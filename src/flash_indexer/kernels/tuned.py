@@ -19,8 +19,8 @@ def location():
 
 
 def source(kernel):
-    """The version of a kernel's source."""
-    return kernels._version(kernels.BUILDERS[kernel][0])
+    """The version of a kernel's source: that of all kernels, of which any may share code with it."""
+    return kernels.version()
 
 
 def sizes(kernel, gpu, shape):
