@@ -26,11 +26,11 @@ where a sum has passed 1e18: see `redo`, which forms the tile's logits once more
 beside the next tile's first product. A row that has seen nothing yet has both at UNSET: every term is then zero.
 """
 
-from pathlib import Path
-
 import tilelang
 import tilelang.language as T
 from tilelang.layout import make_swizzled_layout
+
+from flash_indexer.kernels.sources import source
 
 PASS_CONFIGS = {
     tilelang.PassConfigKey.TL_ENABLE_FAST_MATH: True,
@@ -39,9 +39,7 @@ PASS_CONFIGS = {
     tilelang.PassConfigKey.TL_DISABLE_THREAD_STORAGE_SYNC: True,
 }
 REGISTERS = (240, 24)  # consumers, producer
-SOURCE = "\n".join(
-    Path(__file__).with_name(name).read_text(encoding="utf-8") for name in ("wgmma.cuh", "items.cuh", "attention.cuh")
-)
+SOURCE = source(__file__)
 
 
 def build(D, V, E, HG, BN, QS, TMA_STORE):

@@ -25,10 +25,10 @@ Step t, of warpgroup w = t % 2:
 The reference m of the exponentials goes from tile to tile, and moves when some row exceeds it by 2^8.
 """
 
-from pathlib import Path
-
 import tilelang
 import tilelang.language as T
+
+from flash_indexer.kernels.sources import source
 
 PASS_CONFIGS = {
     tilelang.PassConfigKey.TL_ENABLE_FAST_MATH: True,
@@ -40,7 +40,7 @@ D, V = 576, 512
 ROWS, KEYS = 64, 64  # of an item, of a key tile
 EARLY = 6  # of 9 panels of S come before the product with the other warpgroup's P; 2, 4 and 9 are slower
 REGISTERS = (240, 24)  # consumers, producer
-SOURCE = Path(__file__).with_suffix(".cuh").read_text(encoding="utf-8")
+SOURCE = source(__file__)
 
 
 def build():

@@ -25,11 +25,11 @@ Both kernels are one template. X = (X1, X2), 128 rows, stays in shared memory; t
 Rows of queries are (token, head) in one of two orders, see `attention`. Tiles that cross a query's interval are masked.
 """
 
-from pathlib import Path
-
 import tilelang
 import tilelang.language as T
 from tilelang.layout import Fragment
+
+from flash_indexer.kernels.sources import source
 
 PASS_CONFIGS = {
     tilelang.PassConfigKey.TL_ENABLE_FAST_MATH: True,
@@ -39,9 +39,7 @@ PASS_CONFIGS = {
 }
 REGISTERS = (240, 24)  # consumers, producers
 KEY_REGISTERS = (232, 40)  # a gathering producer needs more
-SOURCE = "\n".join(
-    Path(__file__).with_name(name).read_text(encoding="utf-8") for name in ("items.cuh", "head_gradients.cuh")
-)
+SOURCE = source(__file__)
 
 # scalars of the rows of a 128-row tile, as its accumulator's threads own them: two a thread, alike in the four of a row
 ROW_LAYOUT = Fragment(

@@ -17,19 +17,15 @@ memory by `red`, in whatever order the CTAs come.
 Rows of queries are (token, head) in one of two orders, see `attention`. Tiles that cross a query's interval are masked.
 """
 
-from pathlib import Path
-
 import tilelang.language as T
 from tilelang.layout import make_swizzled_layout
 
 from flash_indexer.kernels.head_gradients import PASS_CONFIGS as PASS_CONFIGS
 from flash_indexer.kernels.head_gradients import rows_of
+from flash_indexer.kernels.sources import source
 
 REGISTERS = (240, 24)  # consumers, producers
-SOURCE = "\n".join(
-    Path(__file__).with_name(name).read_text(encoding="utf-8")
-    for name in ("wgmma.cuh", "items.cuh", "head_gradients.cuh", "head_gradients_once.cuh")
-)
+SOURCE = source(__file__)
 
 
 def build(D, E, HG):
