@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from flash_indexer.kernels import cache as kernels
-from flash_indexer.kernels import tiles
+from flash_indexer.kernels.sm_90 import sizes as tiles
 from flash_indexer.ops.attention import gpu_body as heads
 from flash_indexer.ops.kl import gpu_body as cuda
 from flash_indexer.testing import HEAD_CLASSES, KERNEL_CLASSES

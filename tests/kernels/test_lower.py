@@ -7,7 +7,8 @@ import re
 import pytest
 
 from flash_indexer.kernels import cache as kernels
-from flash_indexer.kernels import gradients, lse, score, tiles
+from flash_indexer.kernels.sm_90 import gradients, lse, score
+from flash_indexer.kernels.sm_90 import sizes as tiles
 
 STREAMED = [
     ("score", dict(D=32, mode=1)),

@@ -6,7 +6,8 @@ import json
 
 import pytest
 
-from flash_indexer.kernels import tiles, tuned
+from flash_indexer.kernels import tuned
+from flash_indexer.kernels.sm_90 import sizes as tiles
 
 GPU, SHAPE = "NVIDIA H100 80GB HBM3", dict(D=128, E=64, HG=64)
 DEFAULT, WINNER = (tiles.candidates("head_gradients_query", SHAPE)[n] for n in (0, 3))

@@ -27,7 +27,7 @@ from importlib import metadata, util
 from itertools import product
 from pathlib import Path
 
-from flash_indexer.kernels import tiles
+from flash_indexer.kernels.sm_90 import sizes as tiles
 
 TARGET = {"kind": "cuda", "arch": "sm_90a"}
 BUILDERS = {
@@ -128,7 +128,7 @@ def program(name, static):
     """The kernel's TileLang program and its pass configuration."""
     _tilelang()
     module, builder = BUILDERS[name]
-    module = importlib.import_module(f"flash_indexer.kernels.{module}")
+    module = importlib.import_module(f"flash_indexer.kernels.sm_90.{module}")
     return getattr(module, builder)(**dict(static)), module.PASS_CONFIGS
 
 

@@ -8,7 +8,7 @@ import functools
 import json
 
 from flash_indexer.kernels import cache as kernels
-from flash_indexer.kernels import tiles
+from flash_indexer.kernels.sm_90 import sizes as tiles
 
 FORMAT, VERSION = "flash-indexer/tuned", 1
 

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from flash_indexer.kernels import cache as kernels
-from flash_indexer.kernels import tiles, tuned
+from flash_indexer.kernels import tuned
+from flash_indexer.kernels.sm_90 import sizes as tiles
 from flash_indexer.ops.attention import gpu_body as heads
 
 SHAPE = dict(D=128, E=64, HG=64)

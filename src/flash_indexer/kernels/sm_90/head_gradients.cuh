@@ -1,5 +1,5 @@
 #pragma once
-#include "items.cuh"
+#include "../device/items.cuh"
 // Accumulator of one thread: s[4g+2h+c] = row 16·warp + lane/4 + 8h, column 8g + 2·(lane%4) + c. Addresses of shared
 // memory are integers. Numbers of a tile's queries, [6, N]: lse, lsx (base 2; so large that the exponential is zero where
 // there is no query), w · log2(e), w · coef, first visible key, end.

@@ -1,6 +1,6 @@
 #pragma once
-#include "wgmma.cuh"
-#include "items.cuh"
+#include "../device/wgmma.cuh"
+#include "../device/items.cuh"
 // Accumulator of one thread: s[4g+2h+c] = row 16·warp + lane/4 + 8h, column 8g + 2·(lane%4) + c. Arrays of two are one
 // number for each of the thread's two rows h. An item in shared memory: t0, g, first key, tiles, right, left, seen (see build).
 #define AT_UNSEEN -1e30f

@@ -14,7 +14,7 @@ Bound by memory: 8 bytes read and 2 written a visible pair. The sums are trees o
 import tilelang
 import tilelang.language as T
 
-from flash_indexer.kernels.sources import source
+from flash_indexer.kernels.device.sources import source
 
 PASS_CONFIGS = {
     tilelang.PassConfigKey.TL_ENABLE_FAST_MATH: True,

@@ -20,9 +20,9 @@ Rows of queries are (token, head) in one of two orders, see `attention`. Tiles t
 import tilelang.language as T
 from tilelang.layout import make_swizzled_layout
 
-from flash_indexer.kernels.head_gradients import PASS_CONFIGS as PASS_CONFIGS
-from flash_indexer.kernels.head_gradients import rows_of
-from flash_indexer.kernels.sources import source
+from flash_indexer.kernels.device.sources import source
+from flash_indexer.kernels.sm_90.head_gradients import PASS_CONFIGS as PASS_CONFIGS
+from flash_indexer.kernels.sm_90.head_gradients import rows_of
 
 REGISTERS = (240, 24)  # consumers, producers
 SOURCE = source(__file__)

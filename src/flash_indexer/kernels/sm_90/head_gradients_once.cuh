@@ -1,6 +1,6 @@
 #pragma once
-#include "wgmma.cuh"
-#include "items.cuh"
+#include "../device/wgmma.cuh"
+#include "../device/items.cuh"
 #include "head_gradients.cuh"
 // Accumulators as in head_gradients.cuh, tiles in shared memory as in wgmma.cuh; all have 128 rows or keys. P [128 rows, 128 keys],
 // bfloat16, is read as it lies for O += P index_k, and its panel w transposed for the 64 keys of warpgroup w.

@@ -30,7 +30,7 @@ import tilelang
 import tilelang.language as T
 from tilelang.layout import make_swizzled_layout
 
-from flash_indexer.kernels.sources import source
+from flash_indexer.kernels.device.sources import source
 
 PASS_CONFIGS = {
     tilelang.PassConfigKey.TL_ENABLE_FAST_MATH: True,

@@ -13,7 +13,7 @@ threads of a row are combined once an item.
 import tilelang
 import tilelang.language as T
 
-from flash_indexer.kernels.sources import source
+from flash_indexer.kernels.device.sources import source
 
 PASS_CONFIGS = {
     tilelang.PassConfigKey.TL_ENABLE_FAST_MATH: True,

@@ -28,7 +28,7 @@ The reference m of the exponentials goes from tile to tile, and moves when some 
 import tilelang
 import tilelang.language as T
 
-from flash_indexer.kernels.sources import source
+from flash_indexer.kernels.device.sources import source
 
 PASS_CONFIGS = {
     tilelang.PassConfigKey.TL_ENABLE_FAST_MATH: True,

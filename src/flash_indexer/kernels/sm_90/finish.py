@@ -10,7 +10,7 @@ summed in float64 by one CTA, in a fixed order.
 import tilelang
 import tilelang.language as T
 
-from flash_indexer.kernels.sources import source
+from flash_indexer.kernels.device.sources import source
 
 PASS_CONFIGS = {
     tilelang.PassConfigKey.TL_ENABLE_FAST_MATH: True,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from flash_indexer.kernels import tiles
+from flash_indexer.kernels.sm_90 import sizes as tiles
 from flash_indexer.ops.attention import gpu_body as heads
 from flash_indexer.testing import HEAD_CLASSES
 

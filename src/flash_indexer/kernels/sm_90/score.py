@@ -20,7 +20,7 @@ done, and a slice of f runs under each chunk.
 import tilelang
 import tilelang.language as T
 
-from flash_indexer.kernels.sources import source
+from flash_indexer.kernels.device.sources import source
 
 PASS_CONFIGS = {
     tilelang.PassConfigKey.TL_ENABLE_FAST_MATH: True,
