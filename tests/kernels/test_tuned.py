@@ -115,7 +115,7 @@ def test_a_folder_in_its_place_is_ignored(file):
 
 
 def test_the_file_lies_beside_the_kernel_cache(monkeypatch, tmp_path):
-    monkeypatch.setattr(tuned.kernels, "_cache_folder", lambda: tmp_path)
+    monkeypatch.setenv("TILELANG_CACHE_DIR", str(tmp_path))
     assert tuned.location() == tmp_path / "flash-indexer" / "tuned.json"
 
 

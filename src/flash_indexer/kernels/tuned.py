@@ -1,7 +1,7 @@
-"""The tiles that kernels are launched with: winners of `flash-indexer tune` on this GPU, otherwise those of `tiles`.
+"""The tiles that kernels are launched with: winners of `flash-indexer tune` on this GPU, otherwise those of `sizes`.
 
 Winners are in a file beside the kernel cache (docs/format.md), read once a process. An entry counts for exactly its
-kernel, its version of the kernel's source, its GPU and its shape, and only where `tiles.candidates` admits its sizes.
+kernel, its version of the kernel's source, its GPU and its shape, and only where `sizes.candidates` admits its sizes.
 """
 
 import functools
@@ -15,7 +15,7 @@ FORMAT, VERSION = "flash-indexer/tuned", 1
 
 def location():
     """The file that is read."""
-    return kernels._cache_folder() / "flash-indexer" / "tuned.json"
+    return kernels.folder() / "flash-indexer" / "tuned.json"
 
 
 def source(kernel):
@@ -24,7 +24,7 @@ def source(kernel):
 
 
 def sizes(kernel, gpu, shape):
-    """Static sizes for one of `tiles.KERNELS` and its shape (see `tiles.default`) on the GPU of that name."""
+    """Static sizes for one of `sizes.KERNELS` and its shape (see `sizes.default`) on the GPU of that name."""
     return dict(_sizes(kernel, gpu, tuple(sorted(shape.items()))))
 
 

@@ -26,19 +26,42 @@ where a sum has passed 1e18: see `redo`, which forms the tile's logits once more
 beside the next tile's first product. A row that has seen nothing yet has both at UNSET: every term is then zero.
 """
 
-import tilelang
 import tilelang.language as T
 from tilelang.layout import make_swizzled_layout
 
+from flash_indexer.kernels.device.items import ITEM_BYTES, RowItem
 from flash_indexer.kernels.device.sources import source
+from flash_indexer.kernels.sm_90.attention_steps import (
+    KEY_TILES,
+    OVER,
+    QUERIES,
+    ROW_TILES,
+    STATE,
+    UNSET,
+    Barriers,
+    Item,
+    Registers,
+    Sums,
+    Tensors,
+    Widths,
+    steps,
+)  # fmt: skip
+from flash_indexer.kernels.sm_90.macros import (
+    PASS_CONFIGS,
+    REGISTERS,
+    RowTile,
+    advance,
+    begin_turns,
+    commit,
+    count_items,
+    pass_turn,
+    release,
+    shared_address,
+    wait_for_turn,
+)  # fmt: skip
+from flash_indexer.kernels.sm_90.sizes import BACKUP_BYTES, BACKUP_BYTES_ENTROPY, SLOT_BYTES
 
-PASS_CONFIGS = {
-    tilelang.PassConfigKey.TL_ENABLE_FAST_MATH: True,
-    tilelang.PassConfigKey.TL_DISABLE_BUFFER_INIT_CHECK: True,
-    tilelang.PassConfigKey.TL_DISABLE_SAFE_MEMORY_ACCESS: True,
-    tilelang.PassConfigKey.TL_DISABLE_THREAD_STORAGE_SYNC: True,
-}
-REGISTERS = (240, 24)  # consumers, producer
+__all__ = ["PASS_CONFIGS", "build"]
 SOURCE = source(__file__)
 
 
@@ -54,8 +77,8 @@ def build(D, V, E, HG, BN, QS, TMA_STORE):
         K     [S, G·D], VAL [S, G·V] bfloat16
         IQ    as Q with E, IK [S, E] bfloat16, W [T·H] float32   index_q, index_k, weights; not read where E is 0
         KS    [T], KE [T] int32             visible keys of each token
-        ITEMS [8·nitems] int32              (t0, g, first, tiles, right, left, seen, 0): TOKENS tokens from t0, heads of
-                                            g; key tile j holds the keys first - j·BN + 0 .. BN-1, j = 0 .. tiles - 1;
+        ITEMS [8·nitems] int32              `items.RowItem` (t0, g, first, tiles, right, left, seen): TOKENS tokens from
+                                            t0, heads of g; key tile j < tiles holds the keys first - j·BN + 0 .. BN-1;
                                             those with j < right or j >= left are masked, 1 <= right <= left <= tiles.
                                             Where some row sees its last key in tile j, j < right. No row
                                             sees more of tile 0 than its first `seen` keys
@@ -64,220 +87,115 @@ def build(D, V, E, HG, BN, QS, TMA_STORE):
         H, tokens, nitems, grid int32, scale float32        CTA c of `grid` takes the items c, c + grid, ...; scale
                                                             times log2(e)
     """
-    TOKENS = 128 // HG
-    BOX, BOXES = (HG, TOKENS) if HG > TOKENS else (TOKENS, HG)
-    PIECE = min(BOX, 64)  # rows of one store
+    row_tile = RowTile(HG, 128)
+    TOKENS, TOKEN_MAJOR = row_tile.TOKENS, row_tile.TOKEN_MAJOR
+    PIECE = min(row_tile.BOX, 64)  # rows of one store
     NARROW = BN // 32 * 16
     ENTROPY = int(V == 0)
     assert V or (E and not TMA_STORE)
-    assert not TMA_STORE or (V <= D and QS == 2 and 64 % PIECE == 0 and BOX % PIECE == 0 and BOX * BOXES == 128)
+    assert not TMA_STORE or (V <= D and QS == 2 and 64 % PIECE == 0 and row_tile.BOX % PIECE == 0)
+    assert not TMA_STORE or not row_tile.PADDED
     nq, nk, nt, nx, ni = T.dynamic("nq"), T.dynamic("nk"), T.dynamic("nt"), T.dynamic("nx"), T.dynamic("ni")
     kd, kv = T.dynamic("kd"), T.dynamic("kv")
-    TOKEN_MAJOR = HG > TOKENS
     qd, qv = (D, V) if TOKEN_MAJOR else (T.dynamic("qd"), T.dynamic("qv"))
     index_q = (nq, E if TOKEN_MAJOR else T.dynamic("qe")) if E else (T.dynamic("n0"), T.dynamic("n1"))
     index_k = (nk, E) if E else (T.dynamic("n2"), T.dynamic("n3"))
     output, output_type = ((nx,), "float32") if ENTROPY else ((nq, qv), "bfloat16")
-
-    @T.macro
-    def release(empty, stage, tx):
-        T.sync_warp()
-        if tx % 32 == 0:
-            T.mbarrier_arrive(empty[stage])
-
-    # box b of the row tile: rows b·BOX .. of shared memory; global row, column (in heads)
-    def box_row(t0, g, b, H):
-        return (t0 + b) * H + g * HG if TOKEN_MAJOR else t0
-
-    def box_head(g, b):
-        return 0 if TOKEN_MAJOR else g * HG + b
-
-    @T.macro
-    def load_rows(source, target, slot, full, width, t0, g, H):
-        panel = min(width, 64)
-        for b in list(range(BOXES)):
-            for c in list(range(width // panel)):
-                T.tma_copy(
-                    source[
-                        box_row(t0, g, b, H) : box_row(t0, g, b, H) + BOX,
-                        box_head(g, b) * width + c * panel : box_head(g, b) * width + c * panel + panel,
-                    ],
-                    target[slot, b * BOX : b * BOX + BOX, c * panel : c * panel + panel],
-                    barrier=full[slot],
-                )
+    load_rows = row_tile.copies()
+    begin, first, step, redo, values, values_ready, values_done, rescale, finish = steps(Widths(D, V, E, HG, BN, QS))
 
     # the row tile of the item whose fields the lanes hold
     @T.macro
-    def feed_rows(Q, IQ, Qs, IQs, qfull, qempty, qs, qp, slots, field, H):
-        T.barrier_wait(qempty[qs], qp)
-        T.call_extern("handle", "it_put", slots + qs * 2080, field)
-        t0 = T.call_extern("int32", "it_pick", field, 0)
-        g = T.call_extern("int32", "it_pick", field, 1)
-        load_rows(Q, Qs, qs, qfull, D, t0, g, H)
+    def feed_rows(tensors, tiles, bars, qs, qp, slots, field, H):
+        Q, IQ = tensors
+        Qs, IQs = tiles
+        T.barrier_wait(bars.qempty[qs], qp)
+        T.call_extern("handle", "put_item", slots + qs * SLOT_BYTES, field)
+        t0 = T.call_extern("int32", "pick_field", field, RowItem.TOKEN)
+        g = T.call_extern("int32", "pick_field", field, RowItem.KEY_HEAD)
+        load_rows(Q, Qs, qs, bars.qfull, D, t0, g, H)
         if E:
-            load_rows(IQ, IQs, qs, qfull, E, t0, g, H)
-        if T.shuffle_elect(32):
-            T.barrier_arrive(qfull[qs])
+            load_rows(IQ, IQs, qs, bars.qfull, E, t0, g, H)
+        commit((bars.qfull, qs))
 
-    # S = q k^T and X = index_q index_k^T of row tile v[1] and key tile v[0]
+    # warp 8: row tiles, and what they see of keys and values
     @T.macro
-    def logits(S, X, at, v):
-        T.call_extern(
-            "handle", f"at_logits<{D}, {E}, {BN}, {QS}>", S.access_ptr("rw"), X.access_ptr("rw"), at[0], at[1], at[3],
-            at[4], v[1], v[0],
-        )  # fmt: skip
+    def feed(tensors, tiles, bars, Is, ITEMS, nitems, bx, grid, H):
+        Q, K, VAL, IQ, IK = tensors
+        Qs, Ks, Vs, IQs, IKs = tiles
+        st = T.alloc_var("int32", 0)
+        ph = T.alloc_var("int32", 1)
+        qs = T.alloc_var("int32", 0)
+        qp = T.alloc_var("int32", 1)
+        key = T.alloc_var("int32")
+        g = T.alloc_var("int32")
+        tiles_left = T.alloc_var("int32")
+        field = T.alloc_var("int32")  # of the item under way, one a lane
+        coming = T.alloc_var("int32")  # of the next one
+        count = T.alloc_var("int32")
+        slots = T.alloc_var("int32")
+        slots = shared_address(Is)
+        count = count_items(nitems, bx, grid)
+        coming = T.call_extern("int32", "lane_field", T.address_of(ITEMS[0]), bx)
+        feed_rows((Q, IQ), (Qs, IQs), bars, qs, qp, slots, coming, H)
+        for it in T.serial(count):
+            field = coming
+            g = T.call_extern("int32", "pick_field", field, RowItem.KEY_HEAD)
+            tiles_left = T.call_extern("int32", "pick_field", field, RowItem.TILES)
+            if it + 1 < count:
+                coming = T.call_extern("int32", "lane_field", T.address_of(ITEMS[0]), bx + (it + 1) * grid)
+            for i in T.serial(tiles_left):
+                key = T.call_extern("int32", f"pick_first_key<{BN}>", field, i)
+                T.barrier_wait(bars.kempty[st], ph)
+                T.tma_copy(K[key : key + BN, g * D : g * D + D], Ks[st, :, :], barrier=bars.kfull[st])
+                if E:
+                    T.tma_copy(IK[key : key + BN, 0:E], IKs[st, :, :], barrier=bars.kfull[st])
+                commit((bars.kfull, st))
+                if V:
+                    T.barrier_wait(bars.vempty[st], ph)
+                    T.tma_copy(VAL[key : key + BN, g * V : g * V + V], Vs[st, :, :], barrier=bars.vfull[st])
+                    commit((bars.vfull, st))
+                advance(st, ph, 2)
+                if i == (T.min(tiles_left - 1, 2) if QS == 2 else tiles_left - 1):
+                    advance(qs, qp, QS)
+                    if it + 1 < count:
+                        feed_rows((Q, IQ), (Qs, IQs), bars, qs, qp, slots, coming, H)
 
-    # O += P v of key tile v[0] - 1
+    # warps 10 and 11: the numbers of a row tile's rows
     @T.macro
-    def values(O, P, at, v):
-        if V:
-            T.call_extern("handle", f"at_values<{BN}, {V}>", O.access_ptr("rw"), P.access_ptr("rw"), at[2], v[0] + 1)
-
-    @T.macro
-    def pack(N, S, P):
-        if V:
-            T.call_extern("handle", f"at_pack<{N}>", P.access_ptr("w"), S.access_ptr("r"))
-
-    @T.macro
-    def rescale(O, by):
-        if V:
-            T.call_extern("handle", f"at_scale<{V}>", O.access_ptr("rw"), by.access_ptr("r"))
-
-    @T.macro
-    def values_ready(bars, v):
-        if V:
-            T.barrier_wait(bars[2][(v[0] + 1) % 2], (v[0] - 1) // 2 % 2)
-
-    @T.macro
-    def values_done(O, bars, v, tx):
-        if V:
-            T.warpgroup_fence_operand(O, num_regs=V // 2)
-            release(bars[3], (v[0] + 1) % 2, tx)
-
-    @T.macro
-    def softmax(N, S, X, sums, backup, scale, ready):
-        m, n, w, l, _y, y_tile, c, d, _alpha = sums
-        T.call_extern(
-            "handle", f"at_softmax<{N}, {E}, {ENTROPY}, {ready}>", S.access_ptr("rw"), X.access_ptr("rw"),
-            m.access_ptr("r"), n.access_ptr("r"), w.access_ptr("r"), l.access_ptr("rw"), y_tile.access_ptr("w"),
-            c.access_ptr("rw"), d.access_ptr("rw"), backup, scale,
-        )  # fmt: skip
-
-    # P of tile 0, of which no row sees more than the first N keys
-    @T.macro
-    def first(N, S, X, P, sums, backup, item, limits, scale):
-        m, n, w, _l, y, y_tile, _c, _d, _alpha = sums
-        T.call_extern(
-            "handle", f"at_mask<{N}>", S.access_ptr("rw"), m.access_ptr("rw"), limits.access_ptr("r"), item, 0, scale
-        )
-        if E:
+    def gather(tensors, bars, Is, ITEMS, nitems, bx, grid, tokens, H):
+        KS, KE, W = tensors
+        qs = T.alloc_var("int32", 0)
+        qp = T.alloc_var("int32", 1)
+        count = T.alloc_var("int32")
+        slots = T.alloc_var("int32")
+        slots = shared_address(Is)
+        count = count_items(nitems, bx, grid)
+        for it in T.serial(count):
+            T.barrier_wait(bars.qempty[qs], qp)
             T.call_extern(
-                "handle", f"at_mask_index<{N}>", X.access_ptr("rw"), n.access_ptr("rw"), w.access_ptr("r"),
-                limits.access_ptr("r"), item, 0,
+                "handle", f"at_gather<{HG}, {E}>", slots + qs * SLOT_BYTES + ITEM_BYTES, T.address_of(ITEMS[0]),
+                bx + it * grid, T.address_of(KS[0]), T.address_of(KE[0]), T.address_of(W[0]), tokens, H,
             )  # fmt: skip
-        softmax(N, S, X, sums, backup, scale, "true")
-        if E:
-            T.call_extern("handle", "at_total", y.access_ptr("rw"), y_tile.access_ptr("r"))
-        pack(N, S, P)
-        if V:
-            for j in list(range(N // 4, BN // 4)):
-                P[j] = T.cast(0, "uint32")
+            T.mbarrier_arrive(bars.qfull[qs])
+            advance(qs, qp, QS)
 
+    # the sums of a new item are zero, and its shifts are unset
     @T.macro
-    def raise_index(X, sums):
-        _m, n, _w, l, y, y_tile, c, _d, _alpha = sums
-        T.call_extern(
-            "handle", f"at_raise_index<{BN}>", X.access_ptr("rw"), n.access_ptr("rw"), l.access_ptr("r"),
-            y.access_ptr("rw"), c.access_ptr("rw"), y_tile.access_ptr("rw"),
-        )  # fmt: skip
-
-    # P of the i-th tile that is not masked, with shifts that suit it
-    @T.macro
-    def redo(S, X, P, O, sums, backup, item, Q, K, tokens, H, scale, i):
-        m, _n, _w, l, _y, _y_tile, c, d, alpha = sums
-        T.call_extern(
-            "handle", f"at_redo<{BN}, {D}, {V}, {HG}, {E}, {ENTROPY}>", S.access_ptr("rw"), X.access_ptr("r"),
-            O.access_ptr("rw"), m.access_ptr("rw"), l.access_ptr("rw"), c.access_ptr("rw"), d.access_ptr("rw"),
-            alpha.access_ptr("w"), backup, scale, item, i, T.address_of(Q[0, 0]), T.address_of(K[0, 0]), tokens, H,
-        )  # fmt: skip
-        pack(BN, S, P)
-
-    # O += P v of the tile before; then P of tile i of the masked ones, or of the others
-    @T.macro
-    def step(S, X, P, O, at, bars, v, sums, backup, item, limits, Q, K, tokens, H, scale, tx, i, masked):
-        kfull, kempty, _vfull, _vempty = bars
-        m, n, w, l, y, y_tile, c, d, alpha = sums
-        T.barrier_wait(kfull[v[0] % 2], v[0] // 2 % 2)
-        T.sync_threads(8 + tx // 128, 256)
-        logits(S, X, at, v)
-        if not E and not masked:
-            v[2] = T.call_extern("int32", f"at_over<{E}>", l.access_ptr("r"), y_tile.access_ptr("r"))
-            if v[2] != 0:  # for this warp alone: it can't issue the warpgroup's products again
-                T.wait_wgmma(0)
-                T.warpgroup_fence_operand(S, num_regs=BN // 2)
-                redo(S, X, P, O, sums, backup, item, Q, K, tokens, H, scale, i - 1)
-                T.call_extern(
-                    "handle", f"at_again<{BN}, {D}, {HG}>", S.access_ptr("w"), item, i, T.address_of(Q[0, 0]),
-                    T.address_of(K[0, 0]), tokens, H,
-                )  # fmt: skip
-        values_ready(bars, v)
-        values(O, P, at, v)
-        T.named_barrier_arrive(9 - tx // 128, 256)
-        T.wait_wgmma((1 if E else 0) + (1 if V else 0))
-        T.warpgroup_fence_operand(S, num_regs=BN // 2)
-        if masked:
-            T.call_extern("handle", "at_limits", limits.access_ptr("w"), item + 32)
-            T.call_extern(
-                "handle", f"at_mask<{BN}>", S.access_ptr("rw"), m.access_ptr("rw"), limits.access_ptr("r"), item, i,
-                scale,
-            )  # fmt: skip
-            T.call_extern(
-                "handle", f"at_raise<{BN}, {E}, {ENTROPY}>", S.access_ptr("r"), m.access_ptr("rw"), l.access_ptr("rw"),
-                c.access_ptr("rw"), d.access_ptr("rw"), alpha.access_ptr("w"), scale,
-            )  # fmt: skip
-        if E:
-            T.wait_wgmma(1 if V else 0)
-            T.warpgroup_fence_operand(X, num_regs=BN // 2)
-        release(kempty, v[0] % 2, tx)
-        if masked and E:
-            T.call_extern(
-                "handle", f"at_mask_index<{BN}>", X.access_ptr("rw"), n.access_ptr("rw"), w.access_ptr("r"),
-                limits.access_ptr("r"), item, i,
-            )  # fmt: skip
-        softmax(BN, S, X, sums, backup, scale, "true" if masked else "false")
-        if V:
-            T.wait_wgmma(0)
-        values_done(O, bars, v, tx)
-        v[0] = v[0] + 1
-        if masked:
-            rescale(O, alpha)
-        pack(BN, S, P)
-        if E:
-            v[2] = T.call_extern("int32", f"at_over<{E}>", l.access_ptr("r"), y_tile.access_ptr("r"))
-            if v[2] != 0:
-                if not masked:
-                    if v[2] % 2 == 1:
-                        redo(S, X, P, O, sums, backup, item, Q, K, tokens, H, scale, i)
-                if v[2] >= 2:
-                    raise_index(X, sums)
-            T.call_extern("handle", "at_total", y.access_ptr("rw"), y_tile.access_ptr("r"))
-
-    # S and X of tile 0 of the next item, or of what lies there after the last one
-    @T.macro
-    def begin(S, X, at, v, qfull, kfull, more):
-        if more:
-            T.barrier_wait(qfull[v[1] % QS], v[1] // QS % 2)
-            T.barrier_wait(kfull[v[0] % 2], v[0] // 2 % 2)
-        logits(S, X, at, v)
-
-    @T.macro
-    def finish(sums, item, LSE, LSX, KL, ENT, tokens, H):
-        m, n, _w, l, y, _y_tile, c, d, alpha = sums
-        T.call_extern(
-            "handle", f"at_finish<{HG}, {E}, {ENTROPY}>", alpha.access_ptr("w"), item, m.access_ptr("r"),
-            n.access_ptr("r"), l.access_ptr("r"), y.access_ptr("r"), c.access_ptr("r"), d.access_ptr("r"),
-            T.address_of(LSE[0]), T.address_of(LSX[0]), T.address_of(KL[0]), T.address_of(ENT[0]), tokens, H,
-        )  # fmt: skip
+    def clear(registers, sums):
+        for h in [0, 1]:
+            sums.m[h] = UNSET
+            if E:
+                sums.n[h] = UNSET
+        for i in [0, 1, 2, 3]:
+            sums.l[i] = 0.0
+            if E:
+                sums.y[i] = 0.0
+                sums.c[i] = 0.0
+            if ENTROPY:
+                sums.d[i] = 0.0
+        for i in list(range(V // 2)):
+            registers.O[i] = 0.0
 
     @T.macro
     def store_piece(Qs, OUT, slot, row, t0, g, panel, H, tokens):
@@ -303,6 +221,48 @@ def build(D, V, E, HG, BN, QS, TMA_STORE):
                     leader_scope_threads=128,
                 )
 
+    # O of the item before, which has been scaled, to OUT: through the place of its queries, or from registers
+    @T.macro
+    def store(registers, item, Qs, OUT, at, bars, v, tokens, H, tx):
+        if TMA_STORE:
+            t0 = T.call_extern("int32", "item_field", item.address, RowItem.TOKEN)
+            g = T.call_extern("int32", "item_field", item.address, RowItem.KEY_HEAD)
+            T.call_extern(
+                "handle",
+                f"at_stage<{V}>",
+                registers.O.access_ptr("r"),
+                at[QUERIES] + (v[ROW_TILES] + 1) % 2 * (256 * D),
+            )
+            T.fence_proxy_async()
+            T.sync_threads(10 + tx // 128, 128)
+            for z in list(range(64 // PIECE)):
+                for p in list(range(V // 64)):
+                    store_piece(Qs, OUT, (v[ROW_TILES] + 1) % 2, tx // 128 * 64 + z * PIECE, t0, g, p, H, tokens)
+        else:
+            if V:
+                T.call_extern(
+                    "handle", f"at_store<{HG}, {V}>", registers.O.access_ptr("r"), item.address,
+                    T.address_of(OUT[0, 0]), tokens, H,
+                )  # fmt: skip
+            release(bars.qempty, (v[ROW_TILES] + QS - 1) % QS, tx)
+
+    # tile 0 of the next item
+    @T.macro
+    def go_on(registers, at, bars, v, more, tx):
+        v[ROW_TILES] = v[ROW_TILES] + 1
+        wait_for_turn(tx)
+        if QS == 2:
+            values(registers, at, v)
+        begin(registers, at, bars, v, more)
+        pass_turn(tx)
+
+    @T.macro
+    def fence_logits(registers):
+        T.wait_wgmma(0)
+        T.warpgroup_fence_operand(registers.S, num_regs=BN // 2)
+        if E:
+            T.warpgroup_fence_operand(registers.X, num_regs=BN // 2)
+
     @T.prim_func
     def flash_indexer_attention(
         Q: T.Tensor((nq, qd), "bfloat16"), K: T.Tensor((nk, kd), "bfloat16"), VAL: T.Tensor((nk, kv), "bfloat16"),
@@ -316,8 +276,8 @@ def build(D, V, E, HG, BN, QS, TMA_STORE):
             Qs = T.alloc_shared((QS, 128, D), "bfloat16")
             Ks = T.alloc_shared((2, BN, D), "bfloat16")
             Vs = T.alloc_shared((2, BN, V), "bfloat16") if V else Ks
-            Is = T.alloc_shared((QS, 8 + 512), "int32")  # an item, and the numbers of its rows
-            Bs = T.alloc_shared((1536 if ENTROPY else 1024,), "float32")
+            Is = T.alloc_shared((QS, SLOT_BYTES // 4), "int32")  # an item, and the numbers of its rows
+            Bs = T.alloc_shared(((BACKUP_BYTES_ENTROPY if ENTROPY else BACKUP_BYTES) // 4,), "float32")
             S = T.alloc_local((BN // 2,), "float32")
             P = T.alloc_local((BN // 4,), "uint32") if V else S
             O = T.alloc_local((V // 2,), "float32") if V else S
@@ -335,8 +295,10 @@ def build(D, V, E, HG, BN, QS, TMA_STORE):
             kempty = T.alloc_barrier([8] * 2)
             vfull = T.alloc_barrier([1] * 2)
             vempty = T.alloc_barrier([8] * 2)
+            bars = Barriers(qfull, qempty, kfull, kempty, vfull, vempty)
+            tensors = Tensors(Q, K, tokens, H, scale)
             tx = T.get_thread_binding()
-            if TOKENS * HG < 128:  # rows that no copy reaches: what lies there could make sums overflow
+            if row_tile.PADDED:  # rows that no copy reaches: what lies there could make sums overflow
                 for z, r, d in T.Parallel(QS, 128, D):
                     Qs[z, r, d] = T.cast(0.0, "bfloat16")
                 if E:
@@ -346,7 +308,7 @@ def build(D, V, E, HG, BN, QS, TMA_STORE):
                 T.sync_threads()
             if tx < 256:
                 T.set_max_nreg(REGISTERS[0], 1)
-                v = T.alloc_local((3,), "int32")  # key tiles and items so far; which sums of a tile are too large
+                v = T.alloc_local((STATE,), "int32")
                 limits = T.alloc_local((4,), "int32")
                 m = T.alloc_local((2,), "float32")
                 l = T.alloc_local((4,), "float32")
@@ -360,183 +322,76 @@ def build(D, V, E, HG, BN, QS, TMA_STORE):
                 else:
                     n, w, y, c, y_tile = m, m, l, l, l
                 d = T.alloc_local((4,), "float32") if ENTROPY else l
-                bars = (kfull, kempty, vfull, vempty)
-                sums = (m, n, w, l, y, y_tile, c, d, alpha)
-                at = T.alloc_local((5,), "int32")  # addresses of q, k, v, index_q, index_k
+                sums, registers = Sums(m, n, w, l, y, y_tile, c, d, alpha), Registers(S, X, P, O)
+                at = T.alloc_local((5,), "int32")
                 for j, x in enumerate((Qs, Ks, Vs, IQs, IKs)):
-                    at[j] = T.call_extern("int32", "at_address", T.address_of(x[0, 0, 0]))
+                    at[j] = shared_address(x)
                 backup = T.alloc_var("int32")
-                backup = T.call_extern("int32", "at_address", T.address_of(Bs[0]))
+                backup = shared_address(Bs)
                 items = T.alloc_var("int32")
-                item = T.alloc_var("int32")
-                steps = T.alloc_var("int32")
-                v[0] = 0
-                v[1] = 0
-                if tx >= 128:
-                    T.named_barrier_arrive(8, 256)
-                items = T.call_extern("int32", "at_count", nitems, bx, grid)
-                T.sync_threads(8 + tx // 128, 256)
-                begin(S, X, at, v, qfull, kfull, True)
-                T.named_barrier_arrive(9 - tx // 128, 256)
-                T.wait_wgmma(0)
-                T.warpgroup_fence_operand(S, num_regs=BN // 2)
-                if E:
-                    T.warpgroup_fence_operand(X, num_regs=BN // 2)
+                address = T.alloc_var("int32")
+                count = T.alloc_var("int32")
+                item = Item(address, limits, backup)
+                v[KEY_TILES] = 0
+                v[ROW_TILES] = 0
+                begin_turns(tx)
+                items = count_items(nitems, bx, grid)
+                wait_for_turn(tx)
+                begin(registers, at, bars, v, True)
+                pass_turn(tx)
+                fence_logits(registers)
                 for it in T.serial(items):
                     # tile 0: S and X are there; P
-                    item = T.call_extern("int32", "at_address", T.address_of(Is[0, 0])) + v[1] % QS * 2080
-                    release(kempty, v[0] % 2, tx)
-                    v[0] = v[0] + 1
-                    T.call_extern("handle", "at_limits", limits.access_ptr("w"), item + 32)
+                    address = shared_address(Is) + v[ROW_TILES] % QS * SLOT_BYTES
+                    release(kempty, v[KEY_TILES] % 2, tx)
+                    v[KEY_TILES] = v[KEY_TILES] + 1
+                    T.call_extern("handle", "at_limits", limits.access_ptr("w"), address + ITEM_BYTES)
                     if E:
-                        T.call_extern("handle", "at_weights", w.access_ptr("w"), item + 32)
-                    for h in [0, 1]:
-                        m[h] = 1.0e30
-                        if E:
-                            n[h] = 1.0e30
-                    for i in [0, 1, 2, 3]:
-                        l[i] = 0.0
-                        if E:
-                            y[i] = 0.0
-                            c[i] = 0.0
-                        if ENTROPY:
-                            d[i] = 0.0
-                    for i in list(range(V // 2)):
-                        O[i] = 0.0
-                    steps = T.call_extern("int32", "at_field", item, 6)
-                    if steps <= NARROW:
-                        first(NARROW, S, X, P, sums, backup, item, limits, scale)
+                        T.call_extern("handle", "at_weights", w.access_ptr("w"), address + ITEM_BYTES)
+                    clear(registers, sums)
+                    count = T.call_extern("int32", "item_field", address, RowItem.SEEN)
+                    if count <= NARROW:
+                        first(NARROW, registers, sums, item, scale)
                     else:
-                        first(BN, S, X, P, sums, backup, item, limits, scale)
+                        first(BN, registers, sums, item, scale)
                     if TMA_STORE:
-                        if v[1] > 0:  # the last item's outputs have left
+                        if v[ROW_TILES] > 0:  # the last item's outputs have left
                             if T.shuffle_elect(128):
                                 T.tma_store_wait(0)
-                                T.mbarrier_arrive(qempty[(v[1] + 1) % 2])
-                    steps = T.call_extern("int32", "at_masked", item)
-                    for i in T.serial(steps):
-                        step(
-                            S, X, P, O, at, bars, v, sums, backup, item, limits, Q, K, tokens, H, scale, tx, i + 1, True
-                        )
-                    steps = T.call_extern("int32", "at_whole", item)
-                    for i in T.serial(steps):
-                        step(S, X, P, O, at, bars, v, sums, backup, item, limits, Q, K, tokens, H, scale, tx, i, False)
+                                T.mbarrier_arrive(qempty[(v[ROW_TILES] + 1) % 2])
+                    count = T.call_extern("int32", "masked_tiles", address) - 1
+                    for i in T.serial(count):
+                        step(registers, at, bars, v, sums, item, tensors, i + 1, True, tx)
+                    count = T.call_extern("int32", "whole_tiles", address)
+                    for i in T.serial(count):
+                        step(registers, at, bars, v, sums, item, tensors, i, False, tx)
                     if not E:
-                        v[2] = T.call_extern("int32", f"at_over<{E}>", l.access_ptr("r"), y_tile.access_ptr("r"))
-                        if v[2] != 0:
-                            redo(S, X, P, O, sums, backup, item, Q, K, tokens, H, scale, steps - 1)
+                        v[OVER] = T.call_extern("int32", f"at_over<{E}>", l.access_ptr("r"), y_tile.access_ptr("r"))
+                        if v[OVER] != 0:
+                            redo(registers, sums, item, tensors, count - 1)
                     # O += P v of the last tile, and tile 0 of the next item beside it
                     values_ready(bars, v)
                     if QS == 2:
-                        v[1] = v[1] + 1
-                        T.sync_threads(8 + tx // 128, 256)
-                        values(O, P, at, v)
-                        begin(S, X, at, v, qfull, kfull, it + 1 < items)
-                        T.named_barrier_arrive(9 - tx // 128, 256)
-                        finish(sums, item, LSE, LSX, KL, OUT if ENTROPY else LSE, tokens, H)
-                        if V:
-                            T.wait_wgmma(2 if E else 1)
+                        go_on(registers, at, bars, v, it + 1 < items, tx)
                     else:
-                        values(O, P, at, v)
-                        finish(sums, item, LSE, LSX, KL, OUT if ENTROPY else LSE, tokens, H)
-                        if V:
-                            T.wait_wgmma(0)
-                    values_done(O, bars, v, tx)
-                    rescale(O, alpha)
-                    if TMA_STORE:
-                        t0 = T.call_extern("int32", "at_field", item, 0)
-                        g = T.call_extern("int32", "at_field", item, 1)
-                        T.call_extern("handle", f"at_stage<{V}>", O.access_ptr("r"), at[0] + (v[1] + 1) % 2 * (256 * D))
-                        T.fence_proxy_async()
-                        T.sync_threads(10 + tx // 128, 128)
-                        for z in list(range(64 // PIECE)):
-                            for p in list(range(V // 64)):
-                                store_piece(Qs, OUT, (v[1] + 1) % 2, tx // 128 * 64 + z * PIECE, t0, g, p, H, tokens)
-                    else:
-                        if V:
-                            T.call_extern(
-                                "handle", f"at_store<{HG}, {V}>", O.access_ptr("r"), item, T.address_of(OUT[0, 0]),
-                                tokens, H,
-                            )  # fmt: skip
-                        release(qempty, (v[1] + QS - 1) % QS, tx)
+                        values(registers, at, v)
+                    finish(sums, item, tensors, LSE, LSX, KL, OUT if ENTROPY else LSE)
+                    if V:
+                        T.wait_wgmma(0 if QS == 1 else 2 if E else 1)
+                    values_done(registers, bars, v, tx)
+                    rescale(registers, alpha)
+                    store(registers, item, Qs, OUT, at, bars, v, tokens, H, tx)
                     if QS == 1:
-                        v[1] = v[1] + 1
-                        T.sync_threads(8 + tx // 128, 256)
-                        begin(S, X, at, v, qfull, kfull, it + 1 < items)
-                        T.named_barrier_arrive(9 - tx // 128, 256)
-                    T.wait_wgmma(0)
-                    T.warpgroup_fence_operand(S, num_regs=BN // 2)
-                    if E:
-                        T.warpgroup_fence_operand(X, num_regs=BN // 2)
+                        go_on(registers, at, bars, v, it + 1 < items, tx)
+                    fence_logits(registers)
                 if TMA_STORE:
                     if T.shuffle_elect(128):
                         T.tma_store_wait(0)
             else:
                 T.set_max_nreg(REGISTERS[1], 0)
                 if tx < 288:
-                    st = T.alloc_var("int32", 0)
-                    ph = T.alloc_var("int32", 1)
-                    qs = T.alloc_var("int32", 0)
-                    qp = T.alloc_var("int32", 1)
-                    key = T.alloc_var("int32")
-                    g = T.alloc_var("int32")
-                    tiles = T.alloc_var("int32")
-                    field = T.alloc_var("int32")  # of the item under way, one a lane
-                    coming = T.alloc_var("int32")  # of the next one
-                    count = T.alloc_var("int32")
-                    slots = T.alloc_var("int32")
-                    slots = T.call_extern("int32", "at_address", T.address_of(Is[0, 0]))
-                    count = T.call_extern("int32", "at_count", nitems, bx, grid)
-                    coming = T.call_extern("int32", "it_lane", T.address_of(ITEMS[0]), bx)
-                    feed_rows(Q, IQ, Qs, IQs, qfull, qempty, qs, qp, slots, coming, H)
-                    for it in T.serial(count):
-                        field = coming
-                        g = T.call_extern("int32", "it_pick", field, 1)
-                        tiles = T.call_extern("int32", "it_pick", field, 3)
-                        if it + 1 < count:
-                            coming = T.call_extern("int32", "it_lane", T.address_of(ITEMS[0]), bx + (it + 1) * grid)
-                        for i in T.serial(tiles):
-                            key = T.call_extern("int32", f"it_key<{BN}>", field, i)
-                            T.barrier_wait(kempty[st], ph)
-                            T.tma_copy(K[key : key + BN, g * D : g * D + D], Ks[st, :, :], barrier=kfull[st])
-                            if E:
-                                T.tma_copy(IK[key : key + BN, 0:E], IKs[st, :, :], barrier=kfull[st])
-                            if T.shuffle_elect(32):
-                                T.barrier_arrive(kfull[st])
-                            if V:
-                                T.barrier_wait(vempty[st], ph)
-                                T.tma_copy(VAL[key : key + BN, g * V : g * V + V], Vs[st, :, :], barrier=vfull[st])
-                                if T.shuffle_elect(32):
-                                    T.barrier_arrive(vfull[st])
-                            st = st + 1
-                            if st == 2:
-                                st = 0
-                                ph = ph ^ 1
-                            if i == (T.min(tiles - 1, 2) if QS == 2 else tiles - 1):
-                                qs = qs + 1
-                                if qs == QS:
-                                    qs = 0
-                                    qp = qp ^ 1
-                                if it + 1 < count:
-                                    feed_rows(Q, IQ, Qs, IQs, qfull, qempty, qs, qp, slots, coming, H)
-
+                    feed((Q, K, VAL, IQ, IK), (Qs, Ks, Vs, IQs, IKs), bars, Is, ITEMS, nitems, bx, grid, H)
                 elif tx >= 320:
-                    qs = T.alloc_var("int32", 0)
-                    qp = T.alloc_var("int32", 1)
-                    count = T.alloc_var("int32")
-                    slots = T.alloc_var("int32")
-                    slots = T.call_extern("int32", "at_address", T.address_of(Is[0, 0]))
-                    count = T.call_extern("int32", "at_count", nitems, bx, grid)
-                    for it in T.serial(count):
-                        T.barrier_wait(qempty[qs], qp)
-                        T.call_extern(
-                            "handle", f"at_gather<{HG}, {E}>", slots + qs * 2080 + 32, T.address_of(ITEMS[0]),
-                            bx + it * grid, T.address_of(KS[0]), T.address_of(KE[0]), T.address_of(W[0]), tokens, H,
-                        )  # fmt: skip
-                        T.mbarrier_arrive(qfull[qs])
-                        qs = qs + 1
-                        if qs == QS:
-                            qs = 0
-                            qp = qp ^ 1
+                    gather((KS, KE, W), bars, Is, ITEMS, nitems, bx, grid, tokens, H)
 
     return flash_indexer_attention

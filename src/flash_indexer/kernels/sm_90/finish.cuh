@@ -1,9 +1,7 @@
 #pragma once
+#include "../device/numbers.cuh"
 static __device__ __forceinline__ unsigned scale_pair(unsigned v, float f) {
-  const float lo = __uint_as_float(v << 16) * f, hi = __uint_as_float(v & 0xffff0000u) * f;
-  unsigned r;
-  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(hi), "f"(lo));
-  return r;
+  return pack(low_half(v) * f, high_half(v) * f);
 }
 // words of 4 bytes, each two bfloat16 or one float32
 template <int BF16>
@@ -29,12 +27,7 @@ static __device__ __forceinline__ void finish_cast(const float* x, void* y, long
   const long long vectors = rows * columns >> 3, step = (long long)gridDim.x * blockDim.x;
   for (long long i = (long long)blockIdx.x * blockDim.x + threadIdx.x; i < vectors; i += step) {
     const float4 a = ((const float4*)x)[2 * i], b = ((const float4*)x)[2 * i + 1];
-    unsigned r[4];
-    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(r[0]) : "f"(a.y), "f"(a.x));
-    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(r[1]) : "f"(a.w), "f"(a.z));
-    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(r[2]) : "f"(b.y), "f"(b.x));
-    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(r[3]) : "f"(b.w), "f"(b.z));
-    ((uint4*)y)[i] = make_uint4(r[0], r[1], r[2], r[3]);
+    ((uint4*)y)[i] = make_uint4(pack(a.x, a.y), pack(a.z, a.w), pack(b.x, b.y), pack(b.z, b.w));
   }
 }
 static __device__ __forceinline__ void finish_loss(const float* weight, const float* kl, float* loss, int tokens) {

@@ -4,7 +4,7 @@
     d_index_q[t,j] = w[t,j] · sum_s di[t,s]·m[t,j,s]·index_k[s]                             `build_query`
     d_weights[t,j] = sum_s di[t,s]·max(logit[t,j,s], 0)
                    = index_q[t,j] · (sum_s di[t,s]·m[t,j,s]·index_k[s])                     `build_query`
-    d_index_k[s]   = sum_t sum_j di[t,s]·w[t,j]·m[t,j,s]·index_q[t,j]                       `build_key`, `build_reduce`
+    d_index_k[s]   = sum_t sum_j di[t,s]·w[t,j]·m[t,j,s]·index_q[t,j]            `build_key`, `gradients_reduce`
 
 Both kernels are one template. X, 128 rows, stays in shared memory; tiles Y of 128 rows stream past it:
 
@@ -28,127 +28,119 @@ di may hold junk (NaN bits) in rows t >= T: there index_q is zero (TMA fills zer
 by a bitwise AND, which turns NaN into zero too. Heads are padded to IP with zeros and vanish the same way.
 """
 
-import tilelang
 import tilelang.language as T
-from tilelang.layout import Fragment
 
+from flash_indexer.kernels.device.items import SHORT_ITEM, Block, KeyBlocksItem, QueryTilesItem
 from flash_indexer.kernels.device.sources import source
+from flash_indexer.kernels.sm_90.macros import (
+    FULL_ROW,
+    PASS_CONFIGS,
+    REGISTERS,
+    ROW_LAYOUT,
+    Ring,
+    advance,
+    arrive,
+    commit,
+    count_items,
+    number,
+    shared_address,
+)  # fmt: skip
+from flash_indexer.kernels.sm_90.sizes import X_STAGES, Y_STAGES
 
-PASS_CONFIGS = {
-    tilelang.PassConfigKey.TL_ENABLE_FAST_MATH: True,
-    tilelang.PassConfigKey.TL_DISABLE_BUFFER_INIT_CHECK: True,
-    tilelang.PassConfigKey.TL_DISABLE_SAFE_MEMORY_ACCESS: True,
-    tilelang.PassConfigKey.TL_DISABLE_THREAD_STORAGE_SYNC: True,
-}
-Y_STAGES = {32: 10, 64: 8, 128: 4}  # by E: about as many bytes in flight, within 227 KiB of shared memory
-X_STAGES = 2
-REGISTERS = (240, 24)  # consumers, producer
+__all__ = ["PASS_CONFIGS", "build_key", "build_query"]
 SOURCE = source(__file__)
 
-# scalars of the rows of a 128-row tile, as its accumulator's threads own them: two a thread, alike in the four of a row
-ROW_LAYOUT = Fragment(
-    [128],
-    forward_thread_fn=lambda i, rep: (i // 16) * 32 + (i % 8) * 4 + rep,
-    replicate=4,
-    forward_index_fn=lambda i: (i % 16) // 8,
-)
+# of a thread that computes: newest stage of Y and its parity; stage of Y that is released next; stage of Y whose S is
+# next for f; stage of X and its parity
+Y_STAGE, Y_PARITY, Y_RELEASE, Y_APPLY, X_STAGE, X_PARITY = range(6)
+STATE = 6
+# of the item of `build_query` and of its next one, of `build_key`: what is read ahead of the item before
+TOKEN, STEPS, NEXT_TOKEN, NEXT_STEPS = range(4)
+KEY_TILE, SLOT, NEXT_BLOCK, NEXT_BLOCK_END = range(4)
 
 
 def _template(E, IP, function):
-    """The consumers' side of both kernels: the macros (mainloop, release_x) and the ring depth of Y.
-
-    State v of the rings: 0, 1 newest stage of Y and its parity; 2 stage of Y to release next; 3 stage of Y whose S is
-    next for f; 4, 5 stage of X and its parity.
-    """
+    """The consumers' side of both kernels: the macros (mainloop, release_x)."""
     STAGES = Y_STAGES[E]
-    rows = T.GemmWarpPolicy.FullRow
     di_bytes = 128 // IP * 256
     w_bytes = 512
 
     @T.macro
-    def release(empty, stage, tx):
-        if tx % 32 == 0:  # one arrival a warp: di and w are read by plain loads
-            T.mbarrier_arrive(empty[stage])
+    def first_product(x, y, S, v):
+        T.barrier_wait(y.full[v[Y_STAGE]], v[Y_PARITY])
+        T.wgmma_gemm(
+            x.stages[v[X_STAGE], :, :], y.stages[v[Y_STAGE], :, :], S, transpose_B=True, clear_accum=True,
+            policy=FULL_ROW,
+        )  # fmt: skip
 
     @T.macro
-    def advance(v):
-        v[0] = v[0] + 1
-        if v[0] == STAGES:
-            v[0] = 0
-            v[1] = v[1] ^ 1
-
-    @T.macro
-    def first_product(Xs, Ys, S, full, v):
-        T.barrier_wait(full[v[0]], v[1])
-        T.wgmma_gemm(Xs[v[4], :, :], Ys[v[0], :, :], S, transpose_B=True, clear_accum=True, policy=rows)
-
-    @T.macro
-    def apply(S, x, address, stage):
+    def apply(S, words, address, stage):
         T.warpgroup_fence_operand(S, num_regs=64)
         if function == "query":
             T.call_extern(
-                "handle", f"gd_query<{IP}>", S.access_ptr("r"), x.access_ptr("w"), address[0] + stage * di_bytes
+                "handle", f"gd_query<{IP}>", S.access_ptr("r"), words.access_ptr("w"), address[0] + stage * di_bytes
             )
         else:
             T.call_extern(
-                "handle", f"gd_key<{IP}>", S.access_ptr("r"), x.access_ptr("w"), address[0] + stage * di_bytes,
+                "handle", f"gd_key<{IP}>", S.access_ptr("r"), words.access_ptr("w"), address[0] + stage * di_bytes,
                 address[1] + stage * w_bytes,
             )  # fmt: skip
 
     @T.macro
-    def define(P, x, ones):
-        T.call_extern("handle", "gd_define", P.access_ptr("w"), x.access_ptr("r"), ones[0])
+    def define(P, words, ones):
+        T.call_extern("handle", "define_operand<32>", P.access_ptr("w"), words.access_ptr("r"), ones[0])
 
     # P of tile i is defined at entry; of tile i + tiles at exit, and nothing is in flight
     @T.macro
-    def group(Xs, Ys, S, P, O, x, address, ones, full, empty, v, tx, tiles):
-        v[2] = v[0]
-        advance(v)
-        first_product(Xs, Ys, S, full, v)
+    def group(x, y, products, words, v, tx, tiles):
+        S, P, O = products
+        bits, address, ones = words
+        v[Y_RELEASE] = v[Y_STAGE]
+        advance(v[Y_STAGE], v[Y_PARITY], STAGES)
+        first_product(x, y, S, v)
         for u in list(range(tiles)):
-            v[3] = v[0]
-            T.wgmma_gemm(P, Ys[v[2], :, :], O, policy=rows)
+            v[Y_APPLY] = v[Y_STAGE]
+            T.wgmma_gemm(P, y.stages[v[Y_RELEASE], :, :], O, policy=FULL_ROW)
             T.wait_wgmma(1)
-            apply(S, x, address, v[3])
+            apply(S, bits, address, v[Y_APPLY])
             if u < tiles - 1:
-                advance(v)
-                first_product(Xs, Ys, S, full, v)
+                advance(v[Y_STAGE], v[Y_PARITY], STAGES)
+                first_product(x, y, S, v)
                 T.wait_wgmma(1)
             else:
                 T.wait_wgmma(0)
             T.warpgroup_fence_operand(O, num_regs=E // 2)
-            release(empty, v[2], tx)
-            define(P, x, ones)
-            v[2] = v[3]
+            arrive(y.empty, v[Y_RELEASE], tx)  # di and w are read by plain loads: every warp arrives
+            define(P, bits, ones)
+            v[Y_RELEASE] = v[Y_APPLY]
 
     # for Y in tiles: O += f(X @ Y.T) @ Y
     @T.macro
-    def mainloop(Xs, Ys, S, P, O, x, address, ones, fullx, full, empty, v, n, tx):
-        T.barrier_wait(fullx[v[4]], v[5])
-        first_product(Xs, Ys, S, full, v)
+    def mainloop(x, y, products, words, v, n, tx):
+        S, P, O = products
+        bits, address, ones = words
+        T.barrier_wait(x.full[v[X_STAGE]], v[X_PARITY])
+        first_product(x, y, S, v)
         T.wait_wgmma(0)
-        apply(S, x, address, v[0])
-        define(P, x, ones)
+        apply(S, bits, address, v[Y_STAGE])
+        define(P, bits, ones)
         T.clear(O)
         for _ in T.serial((n - 1) // 2):
-            group(Xs, Ys, S, P, O, x, address, ones, full, empty, v, tx, 2)
+            group(x, y, products, words, v, tx, 2)
         for _ in T.serial((n - 1) % 2):
-            group(Xs, Ys, S, P, O, x, address, ones, full, empty, v, tx, 1)
-        T.wgmma_gemm(P, Ys[v[0], :, :], O, policy=rows)
+            group(x, y, products, words, v, tx, 1)
+        T.wgmma_gemm(P, y.stages[v[Y_STAGE], :, :], O, policy=FULL_ROW)
         T.wait_wgmma(0)
         T.warpgroup_fence_operand(O, num_regs=E // 2)
-        release(empty, v[0], tx)
-        advance(v)
+        arrive(y.empty, v[Y_STAGE], tx)
+        advance(v[Y_STAGE], v[Y_PARITY], STAGES)
 
     @T.macro
-    def release_x(emptyx, v, tx):
-        release(emptyx, v[4], tx)
-        v[4] = v[4] + 1
-        if v[4] == X_STAGES:
-            v[4] = 0
-            v[5] = v[5] ^ 1
+    def release_x(x, v, tx):
+        arrive(x.empty, v[X_STAGE], tx)
+        advance(v[X_STAGE], v[X_PARITY], X_STAGES)
 
-    return mainloop, release_x, STAGES
+    return mainloop, release_x
 
 
 def build_query(E, IP):
@@ -168,8 +160,8 @@ def build_query(E, IP):
                                       tiles kt_begin .. kt_begin + n_kt - 1 (n_kt >= 1); di in tile tile_base + kt
         I, q_base, ntok, nitems, grid int32   CTA c of `grid` <= nitems takes the items c, c + grid, ...
     """
-    mainloop, release_x, STAGES = _template(E, IP, "query")
-    TOKENS = 128 // IP
+    mainloop, release_x = _template(E, IP, "query")
+    STAGES, TOKENS = Y_STAGES[E], 128 // IP
     nq, nk, nt = T.dynamic("nq"), T.dynamic("nk"), T.dynamic("nt")
     no, ni = T.dynamic("no"), T.dynamic("ni")
 
@@ -197,40 +189,42 @@ def build_query(E, IP):
             tx = T.get_thread_binding()
             if tx < 256:
                 T.set_max_nreg(REGISTERS[0], 1)
-                v = T.alloc_local((6,), "int32")
-                x = T.alloc_local((32,), "uint32")
+                v = T.alloc_local((STATE,), "int32")
+                bits = T.alloc_local((32,), "uint32")
                 w = T.alloc_local((2,), "float32")
                 address = T.alloc_local((1,), "int32")
                 ones = T.alloc_local((1,), "int32")
-                item = T.alloc_local((4,), "int32")  # t0 and n_kt, then those of the next item, loaded ahead
+                item = T.alloc_local((4,), "int32")
                 at = T.alloc_var("int32")
                 count = T.alloc_var("int32")
-                for i in list(range(6)):
+                for i in list(range(STATE)):
                     v[i] = 0
-                address[0] = T.call_extern("int32", "gd_address", T.address_of(Ds[0, 0, 0]))
+                address[0] = shared_address(Ds)
                 ones[0] = T.if_then_else(grid > 0, -1, 0)
+                x, y = Ring(Xs, fullx, emptyx), Ring(Ys, full, empty)
+                products, words = (S, P, O), (bits, address, ones)
                 at = bx
-                item[2] = T.call_extern("int32", "gd_int", T.address_of(ITEMS[0]), at * 4)
-                item[3] = T.call_extern("int32", "gd_int", T.address_of(ITEMS[0]), at * 4 + 2)
-                count = T.call_extern("int32", "gd_count", nitems, bx, grid)
+                item[NEXT_TOKEN] = number(ITEMS, at * SHORT_ITEM + QueryTilesItem.TOKEN)
+                item[NEXT_STEPS] = number(ITEMS, at * SHORT_ITEM + QueryTilesItem.KEY_TILES)
+                count = count_items(nitems, bx, grid)
                 # for t0, keys in items: O = ((index_q @ keys.T > 0) * di) @ keys; DQ = w * O; DW = sum(index_q * O)
                 for _ in T.serial(count):
-                    item[0] = item[2]
-                    item[1] = item[3]
+                    item[TOKEN] = item[NEXT_TOKEN]
+                    item[STEPS] = item[NEXT_STEPS]
                     at = T.min(at + grid, nitems - 1)
-                    item[2] = T.call_extern("int32", "gd_int", T.address_of(ITEMS[0]), at * 4)
-                    item[3] = T.call_extern("int32", "gd_int", T.address_of(ITEMS[0]), at * 4 + 2)
+                    item[NEXT_TOKEN] = number(ITEMS, at * SHORT_ITEM + QueryTilesItem.TOKEN)
+                    item[NEXT_STEPS] = number(ITEMS, at * SHORT_ITEM + QueryTilesItem.KEY_TILES)
                     T.call_extern(
-                        "handle", "gd_weights", w.access_ptr("w"), T.address_of(W[0]), (item[0] - q_base) * IP, nq
+                        "handle", "gd_weights", w.access_ptr("w"), T.address_of(W[0]), (item[TOKEN] - q_base) * IP, nq
                     )
-                    mainloop(Xs, Ys, S, P, O, x, address, ones, fullx, full, empty, v, item[1], tx)
+                    mainloop(x, y, products, words, v, item[STEPS], tx)
                     for r, e in T.Parallel(128, E):
-                        XO[r, e] = O[r, e] * T.cast(Xs[v[4], r, e], "float32")
+                        XO[r, e] = O[r, e] * T.cast(Xs[v[X_STAGE], r, e], "float32")
                     T.reduce_sum(XO, dw, dim=1)
-                    release_x(emptyx, v, tx)
+                    release_x(x, v, tx)
                     T.call_extern(
                         "handle", f"gd_store_query<{E}, {IP}>", O.access_ptr("r"), w.access_ptr("r"),
-                        dw.access_ptr("r"), T.address_of(DQ[0, 0]), T.address_of(DW[0]), item[0], I, ntok,
+                        dw.access_ptr("r"), T.address_of(DQ[0, 0]), T.address_of(DW[0]), item[TOKEN], I, ntok,
                     )  # fmt: skip
             else:
                 T.set_max_nreg(REGISTERS[1], 0)
@@ -244,35 +238,27 @@ def build_query(E, IP):
                     steps = T.alloc_var("int32")
                     row = T.alloc_var("int32")
                     items = T.alloc_var("int32")
-                    items = T.call_extern("int32", "gd_count", nitems, bx, grid)
+                    items = count_items(nitems, bx, grid)
                     for it in T.serial(items):
-                        first = T.call_extern("int32", "gd_int", T.address_of(ITEMS[0]), (bx + it * grid) * 4)
-                        key = T.call_extern("int32", "gd_int", T.address_of(ITEMS[0]), (bx + it * grid) * 4 + 1)
-                        steps = T.call_extern("int32", "gd_int", T.address_of(ITEMS[0]), (bx + it * grid) * 4 + 2)
-                        row = T.call_extern("int32", "gd_int", T.address_of(ITEMS[0]), (bx + it * grid) * 4 + 3)
+                        first = number(ITEMS, (bx + it * grid) * SHORT_ITEM + QueryTilesItem.TOKEN)
+                        key = number(ITEMS, (bx + it * grid) * SHORT_ITEM + QueryTilesItem.KEY_TILE)
+                        steps = number(ITEMS, (bx + it * grid) * SHORT_ITEM + QueryTilesItem.KEY_TILES)
+                        row = number(ITEMS, (bx + it * grid) * SHORT_ITEM + QueryTilesItem.TILE_BASE)
                         row = (row + key) * 128 + (first & 127)
                         key = key * 128
                         first = (first - q_base) * IP
                         T.barrier_wait(emptyx[xs], xp)
                         T.tma_copy(IQ[first : first + 128, 0:E], Xs[xs, :, :], barrier=fullx[xs])
-                        if T.shuffle_elect(32):
-                            T.barrier_arrive(fullx[xs])
-                        xs = xs + 1
-                        if xs == X_STAGES:
-                            xs = 0
-                            xp = xp ^ 1
+                        commit((fullx, xs))
+                        advance(xs, xp, X_STAGES)
                         for _ in T.serial(steps):
                             T.barrier_wait(empty[ys], yp)
                             T.tma_copy(IK[key : key + 128, 0:E], Ys[ys, :, :], barrier=full[ys])
                             T.tma_copy(DI[row : row + TOKENS, 0:128], Ds[ys, :, :], barrier=full[ys])
-                            if T.shuffle_elect(32):
-                                T.barrier_arrive(full[ys])
+                            commit((full, ys))
                             key = key + 128
                             row = row + 128
-                            ys = ys + 1
-                            if ys == STAGES:
-                                ys = 0
-                                yp = yp ^ 1
+                            advance(ys, yp, STAGES)
 
     return flash_indexer_gradient_query
 
@@ -289,10 +275,10 @@ def build_key(E, IP):
         BLOCKS  [4·blocks] int32          (tile_base, kt_begin, kt_end, 0) of token block t // 128, by absolute number
         ITEMS   [4·nitems] int32          (kt, b_begin, b_end, slot): key tile kt, tokens of blocks b_begin .. b_end - 1
                                           (each sees kt; none: an empty item). slot < 0: DK[kt·128 + r] += sum;
-                                          otherwise PART[slot·128 + r] = sum, for `build_reduce` to add in order
+                                          otherwise PART[slot·128 + r] = sum, for `gradients_reduce` to add in order
     """
-    mainloop, release_x, STAGES = _template(E, IP, "key")
-    TOKENS = 128 // IP
+    mainloop, release_x = _template(E, IP, "key")
+    STAGES, TOKENS = Y_STAGES[E], 128 // IP
     nq, nk, nt = T.dynamic("nq"), T.dynamic("nk"), T.dynamic("nt")
     np, nb, ni = T.dynamic("np"), T.dynamic("nb"), T.dynamic("ni")
 
@@ -319,39 +305,42 @@ def build_key(E, IP):
             tx = T.get_thread_binding()
             if tx < 256:
                 T.set_max_nreg(REGISTERS[0], 1)
-                v = T.alloc_local((6,), "int32")
-                x = T.alloc_local((32,), "uint32")
+                v = T.alloc_local((STATE,), "int32")
+                bits = T.alloc_local((32,), "uint32")
                 address = T.alloc_local((2,), "int32")
                 ones = T.alloc_local((1,), "int32")
-                item = T.alloc_local((4,), "int32")  # kt and slot; b_begin and b_end of the next item, loaded ahead
+                item = T.alloc_local((4,), "int32")
                 at = T.alloc_var("int32")
                 n = T.alloc_var("int32")
                 count = T.alloc_var("int32")
-                for i in list(range(6)):
+                for i in list(range(STATE)):
                     v[i] = 0
-                address[0] = T.call_extern("int32", "gd_address", T.address_of(Ds[0, 0, 0]))
-                address[1] = T.call_extern("int32", "gd_address", T.address_of(Ws[0, 0]))
+                address[0] = shared_address(Ds)
+                address[1] = shared_address(Ws)
                 ones[0] = T.if_then_else(grid > 0, -1, 0)
+                x, y = Ring(Xs, fullx, emptyx), Ring(Ys, full, empty)
+                products, words = (S, P, O), (bits, address, ones)
                 at = bx
-                item[2] = T.call_extern("int32", "gd_int", T.address_of(ITEMS[0]), at * 4 + 1)
-                item[3] = T.call_extern("int32", "gd_int", T.address_of(ITEMS[0]), at * 4 + 2)
-                count = T.call_extern("int32", "gd_count", nitems, bx, grid)
+                item[NEXT_BLOCK] = number(ITEMS, at * SHORT_ITEM + KeyBlocksItem.BLOCK)
+                item[NEXT_BLOCK_END] = number(ITEMS, at * SHORT_ITEM + KeyBlocksItem.BLOCK_END)
+                count = count_items(nitems, bx, grid)
                 # for kt, tokens in items: O = ((index_k @ index_q.T > 0) * (di * w).bfloat16()) @ index_q; DK += O
                 for _ in T.serial(count):
                     n = T.call_extern(
-                        "int32", "gd_steps", (item[2] * 128 - q_base) * IP, (item[3] * 128 - q_base) * IP, nq
-                    )
-                    item[0] = T.call_extern("int32", "gd_int", T.address_of(ITEMS[0]), at * 4)
-                    item[1] = T.call_extern("int32", "gd_int", T.address_of(ITEMS[0]), at * 4 + 3)
+                        "int32", "gd_steps", (item[NEXT_BLOCK] * 128 - q_base) * IP,
+                        (item[NEXT_BLOCK_END] * 128 - q_base) * IP, nq,
+                    )  # fmt: skip
+                    item[KEY_TILE] = number(ITEMS, at * SHORT_ITEM + KeyBlocksItem.KEY_TILE)
+                    item[SLOT] = number(ITEMS, at * SHORT_ITEM + KeyBlocksItem.SLOT)
                     at = T.min(at + grid, nitems - 1)
-                    item[2] = T.call_extern("int32", "gd_int", T.address_of(ITEMS[0]), at * 4 + 1)
-                    item[3] = T.call_extern("int32", "gd_int", T.address_of(ITEMS[0]), at * 4 + 2)
+                    item[NEXT_BLOCK] = number(ITEMS, at * SHORT_ITEM + KeyBlocksItem.BLOCK)
+                    item[NEXT_BLOCK_END] = number(ITEMS, at * SHORT_ITEM + KeyBlocksItem.BLOCK_END)
                     if n > 0:
-                        mainloop(Xs, Ys, S, P, O, x, address, ones, fullx, full, empty, v, n, tx)
-                        release_x(emptyx, v, tx)
+                        mainloop(x, y, products, words, v, n, tx)
+                        release_x(x, v, tx)
                         T.call_extern(
-                            "handle", f"gd_store_key<{E}>", O.access_ptr("r"), T.address_of(DK[0, 0]),
-                            T.address_of(PART[0, 0]), item[0], item[1], nk,
+                            "handle", f"add_or_store<{E}>", O.access_ptr("r"), T.address_of(DK[0, 0]),
+                            T.address_of(PART[0, 0]), item[KEY_TILE], item[SLOT], nk,
                         )  # fmt: skip
             else:
                 T.set_max_nreg(REGISTERS[1], 0)
@@ -367,82 +356,33 @@ def build_key(E, IP):
                     first = T.alloc_var("int32")
                     row = T.alloc_var("int32")
                     items = T.alloc_var("int32")
-                    items = T.call_extern("int32", "gd_count", nitems, bx, grid)
+                    items = count_items(nitems, bx, grid)
                     for it in T.serial(items):
-                        key = T.call_extern("int32", "gd_int", T.address_of(ITEMS[0]), (bx + it * grid) * 4)
-                        block = T.call_extern("int32", "gd_int", T.address_of(ITEMS[0]), (bx + it * grid) * 4 + 1)
-                        steps = T.call_extern("int32", "gd_int", T.address_of(ITEMS[0]), (bx + it * grid) * 4 + 2)
+                        key = number(ITEMS, (bx + it * grid) * SHORT_ITEM + KeyBlocksItem.KEY_TILE)
+                        block = number(ITEMS, (bx + it * grid) * SHORT_ITEM + KeyBlocksItem.BLOCK)
+                        steps = number(ITEMS, (bx + it * grid) * SHORT_ITEM + KeyBlocksItem.BLOCK_END)
                         first = (block * 128 - q_base) * IP
                         steps = T.call_extern("int32", "gd_steps", first, (steps * 128 - q_base) * IP, nq)
                         left = 0
                         if steps > 0:
                             T.barrier_wait(emptyx[xs], xp)
                             T.tma_copy(IK[key * 128 : key * 128 + 128, 0:E], Xs[xs, :, :], barrier=fullx[xs])
-                            if T.shuffle_elect(32):
-                                T.barrier_arrive(fullx[xs])
-                            xs = xs + 1
-                            if xs == X_STAGES:
-                                xs = 0
-                                xp = xp ^ 1
+                            commit((fullx, xs))
+                            advance(xs, xp, X_STAGES)
                         for _ in T.serial(steps):
                             if left == 0:
                                 left = IP
-                                row = T.call_extern("int32", "gd_int", T.address_of(BLOCKS[0]), block * 4)
+                                row = number(BLOCKS, block * SHORT_ITEM + Block.TILE_BASE)
                                 row = (row + key) * 128
                                 block = block + 1
                             T.barrier_wait(empty[ys], yp)
                             T.tma_copy(IQ[first : first + 128, 0:E], Ys[ys, :, :], barrier=full[ys])
                             T.tma_copy(DI[row : row + TOKENS, 0:128], Ds[ys, :, :], barrier=full[ys])
                             T.tma_copy(W[first : first + 128], Ws[ys, :], barrier=full[ys])
-                            if T.shuffle_elect(32):
-                                T.barrier_arrive(full[ys])
+                            commit((full, ys))
                             first = first + 128
                             row = row + TOKENS
                             left = left - 1
-                            ys = ys + 1
-                            if ys == STAGES:
-                                ys = 0
-                                yp = yp ^ 1
+                            advance(ys, yp, STAGES)
 
     return flash_indexer_gradient_key
-
-
-def build_reduce(E):
-    """Adds the partial sums of `build_key` to the gradient of index_k, in a fixed order.
-
-        DK[kt·128 + r] += PART[slot_begin·128 + r] + ... + PART[(slot_end - 1)·128 + r]      (rows below S)
-
-    E: index head width. Run-time arguments: DK [S, E] float32, PART [slots·128, E] float32, ITEMS [4·nitems] int32
-    (kt, slot_begin, slot_end, 0) with every kt at most once, nitems int32.
-    """
-    ROWS = 1024 // E
-    CTAS = 128 // ROWS
-    nk, np, ni = T.dynamic("nk"), T.dynamic("np"), T.dynamic("ni")
-
-    @T.prim_func
-    def flash_indexer_gradient_reduce(
-        DK: T.Tensor((nk, E), "float32"), PART: T.Tensor((np, E), "float32"), ITEMS: T.Tensor((ni,), "int32"),
-        nitems: T.int32,
-    ):  # fmt: skip
-        with T.Kernel(CTAS, nitems, threads=256) as (bx, by):
-            total = T.alloc_fragment((ROWS, E), "float32")
-            row = T.alloc_var("int32")
-            part = T.alloc_var("int32")
-            slots = T.alloc_var("int32")
-            left = T.alloc_var("int32")
-            row = ITEMS[by * 4] * 128 + bx * ROWS
-            part = ITEMS[by * 4 + 1] * 128 + bx * ROWS
-            slots = ITEMS[by * 4 + 2] - ITEMS[by * 4 + 1]
-            left = nk - row
-            T.clear(total)
-            # total = PART[slots].sum(0)
-            for _ in T.serial(slots):
-                for r, e in T.Parallel(ROWS, E):
-                    total[r, e] = total[r, e] + PART[part + r, e]
-                part = part + 128
-            # DK[rows] += total
-            for r, e in T.Parallel(ROWS, E):
-                if r < left:
-                    DK[row + r, e] = DK[row + r, e] + total[r, e]
-
-    return flash_indexer_gradient_reduce

@@ -1,21 +1,11 @@
 #pragma once
-// wgmma accumulator of one thread: s[4g+2r+c] = row (16·warp + lane/4 + 8r), column 8g + 2·(lane%4) + c
-static __device__ __forceinline__ float lse_exp2(float x) {
-  float y;
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-  return y;
-}
-static __device__ __forceinline__ int lse_int(const int* p, int i) {
-  int v;
-  asm volatile("ld.global.nc.s32 %0, [%1];" : "=r"(v) : "l"(p + i));
-  return v;
-}
+#include "../device/accumulator.cuh"
 // first key tile and number of key tiles (at least one, so that the pipeline never runs empty) of a token block
 static __device__ __forceinline__ int lse_first(const int* KS, int t0, int keys) {
-  return min(max(lse_int(KS, t0), 0), keys - 1) >> 7;
+  return min(max(load_int(KS, t0), 0), keys - 1) >> 7;
 }
 static __device__ __forceinline__ int lse_count(const int* KE, int t0, int tokens, int keys, int first) {
-  const int end = min(max(lse_int(KE, min(t0 + 127, tokens - 1)), 0), keys);
+  const int end = min(max(load_int(KE, min(t0 + 127, tokens - 1)), 0), keys);
   return max(((end + 127) >> 7) - first, 1);
 }
 // m, l [2]: running maximum (of logits times c) and sum of 2^(logit·c - m) of the thread's keys of its two rows
@@ -31,35 +21,31 @@ static __device__ __forceinline__ void lse_add(
 #pragma unroll
       for (int e = 0; e < 2; ++e) {
         const int i = 4 * g + 2 * r + e, key = column + 8 * g + e;
-        if (!whole && (key < low[r] || key >= high[r])) s[i] = __int_as_float(0xff800000);
+        if (!whole && (key < low[r] || key >= high[r])) s[i] = -INFINITY;
         top = fmaxf(top, s[i] * c);
       }
-    const float safe = top == __int_as_float(0xff800000) ? 0.0f : top;
+    const float safe = top == -INFINITY ? 0.0f : top;
     float sum = 0.0f;
 #pragma unroll
     for (int g = 0; g < 16; ++g)
 #pragma unroll
-      for (int e = 0; e < 2; ++e) sum += lse_exp2(fmaf(s[4 * g + 2 * r + e], c, -safe));
-    l[r] = l[r] * lse_exp2(m[r] - safe) + sum;
+      for (int e = 0; e < 2; ++e) sum += exp2_approximate(fmaf(s[4 * g + 2 * r + e], c, -safe));
+    l[r] = l[r] * exp2_approximate(m[r] - safe) + sum;
     m[r] = top;
   }
 }
 // the four threads of a row combined and written, natural logarithm; the state is cleared for the next item
 static __device__ __forceinline__ void lse_store(float* m, float* l, float* out, int t0, int tokens, int H, int h) {
-  const float none = __int_as_float(0xff800000);
+  const float none = -INFINITY;
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
-    float top = fmaxf(m[r], __shfl_xor_sync(0xffffffffu, m[r], 1));
-    top = fmaxf(top, __shfl_xor_sync(0xffffffffu, top, 2));
-    const float safe = top == none ? 0.0f : top;
-    float sum = l[r] * lse_exp2(m[r] - safe);
-    sum += __shfl_xor_sync(0xffffffffu, sum, 1);
-    sum += __shfl_xor_sync(0xffffffffu, sum, 2);
-    const int t = t0 + (threadIdx.x >> 5) * 16 + ((threadIdx.x & 31) >> 2) + 8 * r;
+    const float top = quad_max(m[r]), safe = top == none ? 0.0f : top;
+    const float sum = quad_sum(l[r] * exp2_approximate(m[r] - safe));
+    const int t = t0 + thread_row(r);
     float log2sum;
     asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(log2sum) : "f"(sum));
     if (t < tokens && (threadIdx.x & 3) == 0)
-      out[(long long)t * H + h] = sum == 0.0f ? none : (safe + log2sum) * 0.6931471805599453f;
+      out[(long long)t * H + h] = sum == 0.0f ? none : (safe + log2sum) * LN2;
     m[r] = none;
     l[r] = 0.0f;
   }

@@ -10,20 +10,43 @@ threads of a row are combined once an item.
     warp 8           one thread feeds both rings by TMA
 """
 
-import tilelang
+from typing import Any, NamedTuple
+
 import tilelang.language as T
 
 from flash_indexer.kernels.device.sources import source
+from flash_indexer.kernels.sm_90.macros import (
+    FULL_ROW,
+    LOG2E,
+    PASS_CONFIGS,
+    REGISTERS,
+    Ring,
+    advance,
+    commit,
+    number,
+)  # fmt: skip
+from flash_indexer.kernels.sm_90.sizes import LSE_STAGES
 
-PASS_CONFIGS = {
-    tilelang.PassConfigKey.TL_ENABLE_FAST_MATH: True,
-    tilelang.PassConfigKey.TL_DISABLE_BUFFER_INIT_CHECK: True,
-    tilelang.PassConfigKey.TL_DISABLE_SAFE_MEMORY_ACCESS: True,
-    tilelang.PassConfigKey.TL_DISABLE_THREAD_STORAGE_SYNC: True,
-}
-LOG2E = 1.4426950408889634
-STAGES = {64: (2, 6), 96: (6, 9), 128: (4, 8), 192: (6, 7), 256: (4, 8), 576: (9, 4)}  # of the Q and K rings
+__all__ = ["PASS_CONFIGS", "build"]
 SOURCE = source(__file__)
+
+# of a thread that computes: stages and parities of the K and Q rings that are read next; stages that are released next
+# (the parity is not used); whether this is the last key tile of its item; stage and parity of Q with which it began
+K_STAGE, K_PARITY, Q_STAGE, Q_PARITY, K_RELEASE, K_UNUSED, Q_RELEASE, Q_UNUSED, _, LAST, Q_FIRST, Q_FIRST_PARITY = (
+    range(12)
+)  # fmt: skip
+STATE = 12
+# of the item whose logits are formed, fed or consumed: key tiles left after this one; first token, first key (tile)
+ITEM, LEFT, TOKEN, KEY, ROW = range(5)
+
+
+class Sizes(NamedTuple):
+    """Heads, blocks of 128 tokens, CTAs, items."""
+
+    H: Any
+    blocks: Any
+    grid: Any
+    items: Any
 
 
 def build(D):
@@ -35,101 +58,99 @@ def build(D):
     BK = 64 if D % 64 == 0 else 32
     NK = D // BK
     sliced = NK > 4
-    QST, KST = STAGES[D]
+    QST, KST = LSE_STAGES[D]
     chunks = list(range(NK))
-    rows = T.GemmWarpPolicy.FullRow
-    tq, hd, tk, gd, nl = T.dynamic("tq"), T.dynamic("hd"), T.dynamic("tk"), T.dynamic("gd"), T.dynamic("nl")
-
-    @T.macro
-    def advance(v, i, p, count):
-        v[i] = v[i] + 1
-        if v[i] == count:
-            v[i] = 0
-            v[p] = v[p] ^ 1
+    tokens, hd, keys, gd, nl = (T.dynamic(x) for x in ("tokens", "hd", "keys", "gd", "nl"))
 
     # one arrival a warpgroup; Q chunks go back with the last key tile of their item
     @T.macro
-    def release(emptyq, emptyk, v, tx):
+    def release_chunk(q, k, v, tx):
         if tx % 128 == 0:
-            T.mbarrier_arrive(emptyk[v[4]])
-            if v[9] > 0:
-                T.mbarrier_arrive(emptyq[v[6]])
-        advance(v, 4, 5, KST)
-        advance(v, 6, 7, QST)
+            T.mbarrier_arrive(k.empty[v[K_RELEASE]])
+            if v[LAST] > 0:
+                T.mbarrier_arrive(q.empty[v[Q_RELEASE]])
+        advance(v[K_RELEASE], v[K_UNUSED], KST)
+        advance(v[Q_RELEASE], v[Q_UNUSED], QST)
 
-    # u: what is being formed: 0 item, 1 key tiles left after this one
+    # the run of key tiles of item u[ITEM]
     @T.macro
-    def take(u, KS, KE, H, nblocks, tokens, keys):
-        u[2] = (nblocks - 1 - u[0] // H) * 128
-        u[3] = T.call_extern("int32", "lse_first", T.address_of(KS[0]), u[2], keys)
-        u[1] = T.call_extern("int32", "lse_count", T.address_of(KE[0]), u[2], tokens, keys, u[3])
+    def take(u, intervals, sizes):
+        KS, KE = intervals
+        u[TOKEN] = (sizes.blocks - 1 - u[ITEM] // sizes.H) * 128
+        u[KEY] = T.call_extern("int32", "lse_first", T.address_of(KS[0]), u[TOKEN], keys)
+        u[LEFT] = T.call_extern("int32", "lse_count", T.address_of(KE[0]), u[TOKEN], tokens, keys, u[KEY])
 
-    # v: 0,1 k stage, parity; 2,3 q stage, parity; 4 k stage to release; 6 q stage to release; 5,7 unused parities;
-    #    9 last key tile of its item; 10,11 q stage, parity at the item's start
+    # S = logits of the next key tile of item u
     @T.macro
-    def issue(Qs, Ks, S, fullq, emptyq, fullk, emptyk, v, u, tx):
-        v[2] = v[10]
-        v[3] = v[11]
-        v[6] = v[10]
-        u[1] = u[1] - 1
-        v[9] = 0
-        if u[1] == 0:
-            v[9] = 1
+    def issue(q, k, v, u, S, tx):
+        v[Q_STAGE] = v[Q_FIRST]
+        v[Q_PARITY] = v[Q_FIRST_PARITY]
+        v[Q_RELEASE] = v[Q_FIRST]
+        u[LEFT] = u[LEFT] - 1
+        v[LAST] = 0
+        if u[LEFT] == 0:
+            v[LAST] = 1
         # S = Q[t, h] @ K[s, h // HG].T
         for c in chunks:
-            T.barrier_wait(fullq[v[2]], v[3])
-            T.barrier_wait(fullk[v[0]], v[1])
-            T.wgmma_gemm(Qs[v[2], :, :], Ks[v[0], :, :], S, transpose_B=True, clear_accum=(c == 0), policy=rows)
-            advance(v, 0, 1, KST)
-            advance(v, 2, 3, QST)
+            T.barrier_wait(q.full[v[Q_STAGE]], v[Q_PARITY])
+            T.barrier_wait(k.full[v[K_STAGE]], v[K_PARITY])
+            T.wgmma_gemm(
+                q.stages[v[Q_STAGE], :, :], k.stages[v[K_STAGE], :, :], S, transpose_B=True, clear_accum=(c == 0),
+                policy=FULL_ROW,
+            )  # fmt: skip
+            advance(v[K_STAGE], v[K_PARITY], KST)
+            advance(v[Q_STAGE], v[Q_PARITY], QST)
             if sliced and c > 0:
                 T.wait_wgmma(1)
-                release(emptyq, emptyk, v, tx)
+                release_chunk(q, k, v, tx)
 
     @T.macro
-    def finish(S, emptyq, emptyk, v, u, KS, KE, H, nblocks, grid, nitems, tokens, keys, tx):
+    def finish(q, k, v, u, S, intervals, sizes, tx):
         T.wait_wgmma(0)
         T.warpgroup_fence_operand(S, num_regs=64)
         for _ in chunks if not sliced else [NK - 1]:
-            release(emptyq, emptyk, v, tx)
-        if v[9] > 0:
-            v[10] = v[2]
-            v[11] = v[3]
-            u[0] = u[0] + grid
-            if u[0] < nitems:
-                take(u, KS, KE, H, nblocks, tokens, keys)
+            release_chunk(q, k, v, tx)
+        if v[LAST] > 0:
+            v[Q_FIRST] = v[Q_STAGE]
+            v[Q_FIRST_PARITY] = v[Q_PARITY]
+            u[ITEM] = u[ITEM] + sizes.grid
+            if u[ITEM] < sizes.items:
+                take(u, intervals, sizes)
 
-    # w: what is being consumed: 0 item, 1 key tiles left, 2 token, 3 key
+    # item w, to be consumed: its first key, and the intervals of the thread's rows
     @T.macro
-    def begin(w, low, high, KS, KE, H, nblocks, tokens, keys, tx):
-        take(w, KS, KE, H, nblocks, tokens, keys)
-        w[3] = w[3] * 128
+    def begin(w, low, high, intervals, sizes, tx):
+        KS, KE = intervals
+        take(w, intervals, sizes)
+        w[KEY] = w[KEY] * 128
         for r in [0, 1]:
-            w[4] = T.min(w[2] + (tx // 32) * 16 + (tx % 32) // 4 + 8 * r, tokens - 1)
-            low[r] = T.max(T.call_extern("int32", "lse_int", T.address_of(KS[0]), w[4]), 0)
-            high[r] = T.min(T.call_extern("int32", "lse_int", T.address_of(KE[0]), w[4]), keys)
+            w[ROW] = T.min(w[TOKEN] + (tx // 32) * 16 + (tx % 32) // 4 + 8 * r, tokens - 1)
+            low[r] = T.max(number(KS, w[ROW]), 0)
+            high[r] = T.min(number(KE, w[ROW]), keys)
 
+    # m, l = online softmax of S; the item is stored with its last key tile
     @T.macro
-    def consume(S, m, l, low, high, w, factor, LSE, KS, KE, H, nblocks, grid, nitems, tokens, keys, tx):
+    def consume(S, w, sums, LSE, intervals, sizes, tx):
+        m, l, low, high, factor = sums
         T.call_extern(
             "handle", "lse_add", S.access_ptr("rw"), m.access_ptr("rw"), l.access_ptr("rw"), low.access_ptr("r"),
-            high.access_ptr("r"), w[3], factor,
+            high.access_ptr("r"), w[KEY], factor,
         )  # fmt: skip
-        w[3] = w[3] + 128
-        w[1] = w[1] - 1
-        if w[1] == 0:
+        w[KEY] = w[KEY] + 128
+        w[LEFT] = w[LEFT] - 1
+        if w[LEFT] == 0:
             T.call_extern(
-                "handle", "lse_store", m.access_ptr("rw"), l.access_ptr("rw"), T.address_of(LSE[0]), w[2], tokens, H,
-                w[0] % H,
+                "handle", "lse_store", m.access_ptr("rw"), l.access_ptr("rw"), T.address_of(LSE[0]), w[TOKEN], tokens,
+                sizes.H, w[ITEM] % sizes.H,
             )  # fmt: skip
-            w[0] = w[0] + grid
-            if w[0] < nitems:
-                begin(w, low, high, KS, KE, H, nblocks, tokens, keys, tx)
+            w[ITEM] = w[ITEM] + sizes.grid
+            if w[ITEM] < sizes.items:
+                begin(w, low, high, intervals, sizes, tx)
 
     @T.prim_func
     def flash_indexer_lse(
-        Q: T.Tensor((tq, hd), "bfloat16"), K: T.Tensor((tk, gd), "bfloat16"), KS: T.Tensor((tq,), "int32"),
-        KE: T.Tensor((tq,), "int32"), LSE: T.Tensor((nl,), "float32"),
+        Q: T.Tensor((tokens, hd), "bfloat16"), K: T.Tensor((keys, gd), "bfloat16"), KS: T.Tensor((tokens,), "int32"),
+        KE: T.Tensor((tokens,), "int32"), LSE: T.Tensor((nl,), "float32"),
         H: T.int32, HG: T.int32, scale: T.float32, grid: T.int32,
     ):  # fmt: skip
         with T.Kernel(grid, threads=384) as bx:
@@ -145,11 +166,13 @@ def build(D):
             tx = T.get_thread_binding()
             nblocks = T.alloc_var("int32")
             nitems = T.alloc_var("int32")
-            nblocks = (tq + 127) // 128
+            nblocks = (tokens + 127) // 128
             nitems = nblocks * H
+            q, k = Ring(Qs, fullq, emptyq), Ring(Ks, fullk, emptyk)
+            intervals, sizes = (KS, KE), Sizes(H, nblocks, grid, nitems)
             if tx < 256:
-                T.set_max_nreg(240, 1)
-                v = T.alloc_local((12,), "int32")
+                T.set_max_nreg(REGISTERS[0], 1)
+                v = T.alloc_local((STATE,), "int32")
                 u = T.alloc_local((4,), "int32")
                 w = T.alloc_local((5,), "int32")
                 m = T.alloc_local((2,), "float32")
@@ -157,34 +180,31 @@ def build(D):
                 low = T.alloc_local((2,), "int32")
                 high = T.alloc_local((2,), "int32")
                 factor = T.alloc_var("float32")
-                for i in list(range(12)):
+                for i in list(range(STATE)):
                     v[i] = 0
                 for r in [0, 1]:
                     m[r] = -T.infinity("float32")
                     l[r] = 0.0
                 factor = scale * LOG2E
-                u[0] = bx
-                w[0] = bx
-                take(u, KS, KE, H, nblocks, tq, tk)
-                begin(w, low, high, KS, KE, H, nblocks, tq, tk, tx)
-                issue(Qs, Ks, S0, fullq, emptyq, fullk, emptyk, v, u, tx)
-                finish(S0, emptyq, emptyk, v, u, KS, KE, H, nblocks, grid, nitems, tq, tk, tx)
-                # for item, key tile: m, l = online softmax of S; w[0] leaves the list when the last item is stored
-                while w[0] < nitems:
+                sums = (m, l, low, high, factor)
+                u[ITEM] = bx
+                w[ITEM] = bx
+                take(u, intervals, sizes)
+                begin(w, low, high, intervals, sizes, tx)
+                issue(q, k, v, u, S0, tx)
+                finish(q, k, v, u, S0, intervals, sizes, tx)
+                # for item, key tile: m, l = online softmax of S; w leaves the list when the last item is stored
+                while w[ITEM] < nitems:
                     for S, SP in [(S1, S0), (S0, S1)]:
-                        if w[0] < nitems:
-                            if u[0] < nitems:
-                                issue(Qs, Ks, S, fullq, emptyq, fullk, emptyk, v, u, tx)
-                                consume(
-                                    SP, m, l, low, high, w, factor, LSE, KS, KE, H, nblocks, grid, nitems, tq, tk, tx
-                                )
-                                finish(S, emptyq, emptyk, v, u, KS, KE, H, nblocks, grid, nitems, tq, tk, tx)
+                        if w[ITEM] < nitems:
+                            if u[ITEM] < nitems:
+                                issue(q, k, v, u, S, tx)
+                                consume(SP, w, sums, LSE, intervals, sizes, tx)
+                                finish(q, k, v, u, S, intervals, sizes, tx)
                             else:
-                                consume(
-                                    SP, m, l, low, high, w, factor, LSE, KS, KE, H, nblocks, grid, nitems, tq, tk, tx
-                                )
+                                consume(SP, w, sums, LSE, intervals, sizes, tx)
             else:
-                T.set_max_nreg(24, 0)
+                T.set_max_nreg(REGISTERS[1], 0)
                 if tx < 288:
                     qs = T.alloc_var("int32", 0)
                     qp = T.alloc_var("int32", 1)
@@ -198,13 +218,13 @@ def build(D):
                     t0 = T.alloc_var("int32")
                     item = bx
                     while item < nitems:
-                        p[0] = item
-                        take(p, KS, KE, H, nblocks, tq, tk)
-                        t0 = p[2]
-                        s0 = p[3] * 128
+                        p[ITEM] = item
+                        take(p, intervals, sizes)
+                        t0 = p[TOKEN]
+                        s0 = p[KEY] * 128
                         qc = (item % H) * D
                         kc = (item % H) // HG * D
-                        for i in T.serial(p[1]):
+                        for i in T.serial(p[LEFT]):
                             for c in chunks:
                                 if i == 0:
                                     T.barrier_wait(emptyq[qs], qp)
@@ -213,22 +233,14 @@ def build(D):
                                         Qs[qs, :, :],
                                         barrier=fullq[qs],
                                     )
-                                    if T.shuffle_elect(32):
-                                        T.barrier_arrive(fullq[qs])
-                                    qs = qs + 1
-                                    if qs == QST:
-                                        qs = 0
-                                        qp = qp ^ 1
+                                    commit((fullq, qs))
+                                    advance(qs, qp, QST)
                                 T.barrier_wait(emptyk[ks], kp)
                                 T.tma_copy(
                                     K[s0 : s0 + 128, kc + c * BK : kc + (c + 1) * BK], Ks[ks, :, :], barrier=fullk[ks]
                                 )
-                                if T.shuffle_elect(32):
-                                    T.barrier_arrive(fullk[ks])
-                                ks = ks + 1
-                                if ks == KST:
-                                    ks = 0
-                                    kp = kp ^ 1
+                                commit((fullk, ks))
+                                advance(ks, kp, KST)
                             s0 = s0 + 128
                         item = item + grid
 

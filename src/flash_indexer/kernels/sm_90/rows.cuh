@@ -1,18 +1,11 @@
 #pragma once
+#include "../device/numbers.cuh"
 #define ROWS_THREADS 256
 #define ROWS_WARPS (ROWS_THREADS / 32)
 #define ROWS_KEYS (ROWS_THREADS * 16)
-#define ROWS_LOG2E 1.4426950408889634f
-#define ROWS_LN2 0.6931471805599453f
-// max(x, y), NaN where one is: fmaxf would hide it
-static __device__ __forceinline__ float rows_max(float x, float y) {
-  float z;
-  asm("max.NaN.f32 %0, %1, %2;" : "=f"(z) : "f"(x), "f"(y));
-  return z;
-}
 // e^x for x <= 0, to an ulp: x = n·ln(2) + r, |r| <= ln(2)/2; adding 1.5·2^23 leaves n in the low bits. NaN for NaN
 static __device__ __forceinline__ float rows_exp(float x) {
-  const float t = fmaf(x, ROWS_LOG2E, 12582912.0f), n = t - 12582912.0f;
+  const float t = fmaf(x, LOG2E, 12582912.0f), n = t - 12582912.0f;
   const float r = fmaf(n, -1.42860677e-6f, fmaf(n, -0.693145752f, x));
   float y = fmaf(r, 1.37805939e-3f, 8.37312452e-3f);
   y = fmaf(y, r, 4.16695364e-2f);
@@ -36,7 +29,7 @@ static __device__ __forceinline__ float rows_log(float x) {
   y = fmaf(y, f, -0.249996200f);
   y = fmaf(y, f, 0.333331972f);
   y = fmaf(y, f, -0.5f);
-  return fmaf((float)n, ROWS_LN2, fmaf(y, z, f));
+  return fmaf((float)n, LN2, fmaf(y, z, f));
 }
 // (a, b) of all threads combined, in every thread; MAX or sum
 template <bool MAX>
@@ -45,7 +38,7 @@ static __device__ __forceinline__ float2 rows_reduce(float2 v) {
 #pragma unroll
   for (int d = 16; d; d >>= 1) {
     const float a = __shfl_xor_sync(0xffffffffu, v.x, d), b = __shfl_xor_sync(0xffffffffu, v.y, d);
-    v = MAX ? make_float2(rows_max(v.x, a), rows_max(v.y, b)) : make_float2(v.x + a, v.y + b);
+    v = MAX ? make_float2(max_or_nan(v.x, a), max_or_nan(v.y, b)) : make_float2(v.x + a, v.y + b);
   }
   if ((threadIdx.x & 31) == 0) part[MAX][threadIdx.x >> 5] = v;
   __syncthreads();
@@ -53,13 +46,8 @@ static __device__ __forceinline__ float2 rows_reduce(float2 v) {
 #pragma unroll
   for (int w = 1; w < ROWS_WARPS; ++w) {
     const float2 u = part[MAX][w];
-    v = MAX ? make_float2(rows_max(v.x, u.x), rows_max(v.y, u.y)) : make_float2(v.x + u.x, v.y + u.y);
+    v = MAX ? make_float2(max_or_nan(v.x, u.x), max_or_nan(v.y, u.y)) : make_float2(v.x + u.x, v.y + u.y);
   }
-  return v;
-}
-static __device__ __forceinline__ unsigned rows_bf16x2(float low, float high) {
-  unsigned v;
-  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(v) : "f"(high), "f"(low));
   return v;
 }
 template <bool LOGITS>
@@ -67,7 +55,7 @@ static __device__ __forceinline__ void rows_row(
     const float* __restrict__ P, const float* __restrict__ X, const int* blocks,
     const int* key_start, const int* key_end, const float* weight,
     void* DI, float* KL, float* ENT, int t) {
-  const float inf = __int_as_float(0x7f800000);
+  const float inf = INFINITY;
   const int4 block = *(const int4*)(blocks + 4 * (t >> 7));
   const int first = block.y << 7, width = (block.z - block.y) << 7;
   const int low = max(key_start[t], first) - first, high = min(key_end[t], first + width) - first;
@@ -99,8 +87,8 @@ static __device__ __forceinline__ void rows_row(
     float top = m, topp = mp, sum = 0.0f, sump = 0.0f;
 #pragma unroll
     for (int i = 0; i < 16; ++i) {
-      top = rows_max(top, x[i]);
-      if (LOGITS) topp = rows_max(topp, p[i]);
+      top = max_or_nan(top, x[i]);
+      if (LOGITS) topp = max_or_nan(topp, p[i]);
     }
     if (top != -inf) {
 #pragma unroll
@@ -148,7 +136,7 @@ static __device__ __forceinline__ void rows_row(
         d[e] = here ? (rows_exp(score) * inverse - q) * w : 0.0f;
       }
       if (c < width) {
-        *(uint2*)(di + place(c)) = make_uint2(rows_bf16x2(d[0], d[1]), rows_bf16x2(d[2], d[3]));
+        *(uint2*)(di + place(c)) = make_uint2(pack(d[0], d[1]), pack(d[2], d[3]));
       }
     }
   }

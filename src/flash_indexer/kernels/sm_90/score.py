@@ -17,29 +17,35 @@ way. For wide heads (D = 576) the step is split into chunks: a chunk's stage is 
 done, and a slice of f runs under each chunk.
 """
 
-import tilelang
 import tilelang.language as T
 
+from flash_indexer.kernels.device.items import SHORT_ITEM, ScoreItem
 from flash_indexer.kernels.device.sources import source
+from flash_indexer.kernels.sm_90.macros import (
+    FULL_ROW,
+    LOG2E,
+    PASS_CONFIGS,
+    REGISTERS,
+    Ring,
+    advance,
+    commit,
+    count_items,
+    number,
+)  # fmt: skip
+from flash_indexer.kernels.sm_90.sizes import EXP, SCORE_STAGES, SUM
 
-PASS_CONFIGS = {
-    tilelang.PassConfigKey.TL_ENABLE_FAST_MATH: True,
-    tilelang.PassConfigKey.TL_DISABLE_BUFFER_INIT_CHECK: True,
-    tilelang.PassConfigKey.TL_DISABLE_SAFE_MEMORY_ACCESS: True,
-    tilelang.PassConfigKey.TL_DISABLE_THREAD_STORAGE_SYNC: True,
-}
-EXP, RELU, SUM = 0, 1, 2
-LOG2E = 1.4426950408889634
-STAGES = {
-    32: (8, 4),
-    64: (8, 4),
-    96: (7, 6),
-    128: (8, 4),
-    192: (7, 6),
-    256: (8, 5),
-    576: (5, 9),
-}  # of the Q and K rings
+__all__ = ["PASS_CONFIGS", "build"]
 SOURCE = source(__file__)
+
+# of a thread that computes: stages and parities of the Q and K rings that are read next; stages that are released next
+# (the parity is not used); heads of the group done; whether this is the group's last head; stage and parity of K with
+# which the group began
+Q_STAGE, Q_PARITY, K_STAGE, K_PARITY, Q_RELEASE, Q_UNUSED, K_RELEASE, K_UNUSED, DONE, LAST, K_FIRST, K_FIRST_PARITY = (
+    range(12)
+)  # fmt: skip
+STATE = 12
+# of the accumulator: its item, head, first token; rows of L of the thread's two rows
+ITEM, HEAD, TOKEN, ROW_0, ROW_1 = range(5)
 
 
 def build(D, mode):
@@ -50,16 +56,15 @@ def build(D, mode):
           SUM   f = scale·x                    summed logits; L is not read
 
     Run-time arguments: Q [T, H·D] and K [S, G·D] bfloat16, L [T·H] float32, OUT [tiles·128, 128] float32, ITEMS int32
-    (token, key, tile, 0) each: CTA c of `grid` takes items c, c + grid, ...; whole tiles are written, unmasked.
+    (`items.ScoreItem`): CTA c of `grid` takes items c, c + grid, ...; whole tiles are written, unmasked.
     Row 0 of Q and L is token qbase.
     """
     BK = 64 if D % 64 == 0 else 32
     NK = D // BK
     sliced = NK > 4
-    QST, KST = STAGES[D]
+    QST, KST = SCORE_STAGES[D]
     chunks = list(range(NK))
     slices = [(c * 16 // NK, (c + 1) * 16 // NK) for c in chunks]
-    rows = T.GemmWarpPolicy.FullRow
     tq, hd, tk, gd = T.dynamic("tq"), T.dynamic("hd"), T.dynamic("tk"), T.dynamic("gd")
     nl, nr, ni = T.dynamic("nl"), T.dynamic("nr"), T.dynamic("ni")
 
@@ -70,81 +75,84 @@ def build(D, mode):
             S.access_ptr("r"), A.access_ptr("rw"), low.access_ptr("r"), scale,
         )  # fmt: skip
 
-    @T.macro
-    def advance(v, i, p, count):
-        v[i] = v[i] + 1
-        if v[i] == count:
-            v[i] = 0
-            v[p] = v[p] ^ 1
-
     # one arrival a warpgroup; K chunks go back with the last head of their group
     @T.macro
-    def release(emptyq, emptyk, v, tx):
+    def release_chunk(q, k, v, tx):
         if tx % 128 == 0:
-            T.mbarrier_arrive(emptyq[v[4]])
-            if v[9] > 0:
-                T.mbarrier_arrive(emptyk[v[6]])
-        advance(v, 4, 5, QST)
-        advance(v, 6, 7, KST)
+            T.mbarrier_arrive(q.empty[v[Q_RELEASE]])
+            if v[LAST] > 0:
+                T.mbarrier_arrive(k.empty[v[K_RELEASE]])
+        advance(v[Q_RELEASE], v[Q_UNUSED], QST)
+        advance(v[K_RELEASE], v[K_UNUSED], KST)
 
-    # v: 0,1 q stage, parity; 2,3 k stage, parity; 4 q stage to release; 6 k stage to release; 5,7 unused parities;
-    #    8 heads of the group done; 9 last head of its group; 10,11 k stage, parity at the group's start
+    # S = the next head's logits; beside it A += f(SP), of the head before, unless this is the first one
     @T.macro
-    def issue(Qs, Ks, S, SP, A, low, scale, fullq, emptyq, fullk, emptyk, v, HG, tx, prefix):
-        v[2] = v[10]
-        v[3] = v[11]
-        v[6] = v[10]
-        v[8] = v[8] + 1
-        v[9] = 0
-        if v[8] == HG:
-            v[8] = 0
-            v[9] = 1
+    def issue(q, k, v, S, SP, sums, HG, tx, prefix):
+        A, low, scale = sums
+        v[K_STAGE] = v[K_FIRST]
+        v[K_PARITY] = v[K_FIRST_PARITY]
+        v[K_RELEASE] = v[K_FIRST]
+        v[DONE] = v[DONE] + 1
+        v[LAST] = 0
+        if v[DONE] == HG:
+            v[DONE] = 0
+            v[LAST] = 1
         # S = Q[t, h] @ K[s, h // HG].T
         for c in chunks:
-            T.barrier_wait(fullk[v[2]], v[3])
-            T.barrier_wait(fullq[v[0]], v[1])
-            T.wgmma_gemm(Qs[v[0], :, :], Ks[v[2], :, :], S, transpose_B=True, clear_accum=(c == 0), policy=rows)
-            advance(v, 0, 1, QST)
-            advance(v, 2, 3, KST)
+            T.barrier_wait(k.full[v[K_STAGE]], v[K_PARITY])
+            T.barrier_wait(q.full[v[Q_STAGE]], v[Q_PARITY])
+            T.wgmma_gemm(
+                q.stages[v[Q_STAGE], :, :], k.stages[v[K_STAGE], :, :], S, transpose_B=True, clear_accum=(c == 0),
+                policy=FULL_ROW,
+            )  # fmt: skip
+            advance(v[Q_STAGE], v[Q_PARITY], QST)
+            advance(v[K_STAGE], v[K_PARITY], KST)
             if sliced:
                 if c > 0:
                     T.wait_wgmma(1)
-                    release(emptyq, emptyk, v, tx)
+                    release_chunk(q, k, v, tx)
                 if not prefix:
                     add(SP, A, low, scale, slices[c][0], slices[c][1])
         if not sliced and not prefix:
             add(SP, A, low, scale, 0, 16)
 
     @T.macro
-    def finish(S, emptyq, emptyk, v, tx):
+    def finish(q, k, v, S, tx):
         T.wait_wgmma(0)
         T.warpgroup_fence_operand(S, num_regs=64)
         for _ in chunks if not sliced else [NK - 1]:
-            release(emptyq, emptyk, v, tx)
-        if v[9] > 0:
-            v[10] = v[2]
-            v[11] = v[3]
+            release_chunk(q, k, v, tx)
+        if v[LAST] > 0:
+            v[K_FIRST] = v[K_STAGE]
+            v[K_FIRST_PARITY] = v[K_PARITY]
 
-    # w: 0 item of the accumulator, 1 its head, 2 first token; low: row scalars of that head
+    # row scalars of the head that is summed
     @T.macro
     def load_low(low, L, w, H, last, tx):
         if mode != SUM:
-            w[3] = T.min(w[2] + (tx // 32) * 16 + (tx % 32) // 4, last) * H + w[1]
-            w[4] = T.min(w[2] + (tx // 32) * 16 + (tx % 32) // 4 + 8, last) * H + w[1]
-            low[0] = T.call_extern("float32", "sc_float", T.address_of(L[0]), w[3])
-            low[1] = T.call_extern("float32", "sc_float", T.address_of(L[0]), w[4])
+            w[ROW_0] = T.min(w[TOKEN] + (tx // 32) * 16 + (tx % 32) // 4, last) * H + w[HEAD]
+            w[ROW_1] = T.min(w[TOKEN] + (tx // 32) * 16 + (tx % 32) // 4 + 8, last) * H + w[HEAD]
+            low[0] = T.call_extern("float32", "load_float", T.address_of(L[0]), w[ROW_0])
+            low[1] = T.call_extern("float32", "load_float", T.address_of(L[0]), w[ROW_1])
 
     @T.macro
-    def next_head(A, low, L, OUT, ITEMS, w, H, qbase, nitems, grid, tq, tx):
-        w[1] = w[1] + 1
-        if w[1] == H:
-            T.call_extern(
-                "handle", "sc_store", A.access_ptr("rw"), T.address_of(OUT[0, 0]),
-                T.call_extern("int32", "sc_int", T.address_of(ITEMS[0]), w[0] * 4 + 2) * 128,
-            )  # fmt: skip
-            w[1] = 0
-            w[0] = T.min(w[0] + grid, nitems - 1)
-            w[2] = T.call_extern("int32", "sc_int", T.address_of(ITEMS[0]), w[0] * 4) - qbase
+    def store(A, OUT, ITEMS, w):
+        T.call_extern(
+            "handle", "sc_store", A.access_ptr("rw"), T.address_of(OUT[0, 0]),
+            number(ITEMS, w[ITEM] * SHORT_ITEM + ScoreItem.TILE) * 128,
+        )  # fmt: skip
+
+    @T.macro
+    def next_head(sums, w, tensors, sizes, tx):
+        A, low, _scale = sums
+        L, OUT, ITEMS = tensors
+        H, qbase, nitems, grid = sizes
+        w[HEAD] = w[HEAD] + 1
+        if w[HEAD] == H:
+            store(A, OUT, ITEMS, w)
+            w[HEAD] = 0
+            w[ITEM] = T.min(w[ITEM] + grid, nitems - 1)
+            w[TOKEN] = number(ITEMS, w[ITEM] * SHORT_ITEM + ScoreItem.TOKEN) - qbase
         load_low(low, L, w, H, tq - 1, tx)
 
     @T.prim_func
@@ -165,44 +173,43 @@ def build(D, mode):
             emptyq = T.alloc_barrier([2] * QST)
             fullk = T.alloc_barrier([1] * KST)
             emptyk = T.alloc_barrier([2] * KST)
+            q, k = Ring(Qs, fullq, emptyq), Ring(Ks, fullk, emptyk)
             tx = T.get_thread_binding()
             if tx < 256:
-                T.set_max_nreg(240, 1)
-                v = T.alloc_local((12,), "int32")
+                T.set_max_nreg(REGISTERS[0], 1)
+                v = T.alloc_local((STATE,), "int32")
                 w = T.alloc_local((5,), "int32")
                 steps = T.alloc_var("int32")
                 factor = T.alloc_var("float32")
-                for i in list(range(12)):
+                for i in list(range(STATE)):
                     v[i] = 0
                 for i in T.unroll(64):
                     A[i] = 0.0
                 factor = scale * (LOG2E if mode == EXP else 1.0)
-                w[0] = bx
-                w[1] = 0
-                w[2] = T.call_extern("int32", "sc_int", T.address_of(ITEMS[0]), bx * 4) - qbase
-                steps = T.call_extern("int32", "sc_count", nitems, bx, grid) * H
+                sums, tensors, sizes = (A, low, factor), (L, OUT, ITEMS), (H, qbase, nitems, grid)
+                w[ITEM] = bx
+                w[HEAD] = 0
+                w[TOKEN] = number(ITEMS, bx * SHORT_ITEM + ScoreItem.TOKEN) - qbase
+                steps = count_items(nitems, bx, grid) * H
                 load_low(low, L, w, H, tq - 1, tx)
-                issue(Qs, Ks, S0, S1, A, low, factor, fullq, emptyq, fullk, emptyk, v, HG, tx, True)
-                finish(S0, emptyq, emptyk, v, tx)
+                issue(q, k, v, S0, S1, sums, HG, tx, True)
+                finish(q, k, v, S0, tx)
                 # for tile, head: A += f(S)
                 for _ in T.serial((steps - 1) // 2):
                     for S, SP in [(S1, S0), (S0, S1)]:
-                        issue(Qs, Ks, S, SP, A, low, factor, fullq, emptyq, fullk, emptyk, v, HG, tx, False)
-                        next_head(A, low, L, OUT, ITEMS, w, H, qbase, nitems, grid, tq, tx)
-                        finish(S, emptyq, emptyk, v, tx)
+                        issue(q, k, v, S, SP, sums, HG, tx, False)
+                        next_head(sums, w, tensors, sizes, tx)
+                        finish(q, k, v, S, tx)
                 if steps % 2 == 0:
-                    issue(Qs, Ks, S1, S0, A, low, factor, fullq, emptyq, fullk, emptyk, v, HG, tx, False)
-                    next_head(A, low, L, OUT, ITEMS, w, H, qbase, nitems, grid, tq, tx)
-                    finish(S1, emptyq, emptyk, v, tx)
+                    issue(q, k, v, S1, S0, sums, HG, tx, False)
+                    next_head(sums, w, tensors, sizes, tx)
+                    finish(q, k, v, S1, tx)
                     add(S1, A, low, factor, 0, 16)
                 else:
                     add(S0, A, low, factor, 0, 16)
-                T.call_extern(
-                    "handle", "sc_store", A.access_ptr("rw"), T.address_of(OUT[0, 0]),
-                    T.call_extern("int32", "sc_int", T.address_of(ITEMS[0]), w[0] * 4 + 2) * 128,
-                )  # fmt: skip
+                store(A, OUT, ITEMS, w)
             else:
-                T.set_max_nreg(24, 0)
+                T.set_max_nreg(REGISTERS[1], 0)
                 if tx < 288:
                     qs = T.alloc_var("int32", 0)
                     qp = T.alloc_var("int32", 1)
@@ -214,10 +221,10 @@ def build(D, mode):
                     kc = T.alloc_var("int32")
                     qc = T.alloc_var("int32")
                     count = T.alloc_var("int32")
-                    count = T.call_extern("int32", "sc_count", nitems, bx, grid)
+                    count = count_items(nitems, bx, grid)
                     for i in T.serial(count):
-                        t0 = T.call_extern("int32", "sc_int", T.address_of(ITEMS[0]), (bx + i * grid) * 4) - qbase
-                        s0 = T.call_extern("int32", "sc_int", T.address_of(ITEMS[0]), (bx + i * grid) * 4 + 1)
+                        t0 = number(ITEMS, (bx + i * grid) * SHORT_ITEM + ScoreItem.TOKEN) - qbase
+                        s0 = number(ITEMS, (bx + i * grid) * SHORT_ITEM + ScoreItem.KEY)
                         left = 0
                         kc = -D
                         for h in T.serial(H):
@@ -232,22 +239,14 @@ def build(D, mode):
                                         Ks[ks, :, :],
                                         barrier=fullk[ks],
                                     )
-                                    if T.shuffle_elect(32):
-                                        T.barrier_arrive(fullk[ks])
-                                    ks = ks + 1
-                                    if ks == KST:
-                                        ks = 0
-                                        kp = kp ^ 1
+                                    commit((fullk, ks))
+                                    advance(ks, kp, KST)
                                 T.barrier_wait(emptyq[qs], qp)
                                 T.tma_copy(
                                     Q[t0 : t0 + 128, qc + c * BK : qc + (c + 1) * BK], Qs[qs, :, :], barrier=fullq[qs]
                                 )
-                                if T.shuffle_elect(32):
-                                    T.barrier_arrive(fullq[qs])
-                                qs = qs + 1
-                                if qs == QST:
-                                    qs = 0
-                                    qp = qp ^ 1
+                                commit((fullq, qs))
+                                advance(qs, qp, QST)
                             if left == 0:
                                 left = HG
                             left = left - 1

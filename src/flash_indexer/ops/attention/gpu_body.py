@@ -9,12 +9,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from flash_indexer.kernels.sm_90.sizes import MLA_WIDTHS, ONCE_WIDTHS
 from flash_indexer.ops.attention.plan import Tiles, attention_items, default_weight, gradient_items, latent_items
 from flash_indexer.ops.kl.gpu_body import aligned, load_kernel
 from flash_indexer.ops.kl.plan import TILE
 
 LOG2E = 1.4426950408889634
-MLA_WIDTHS = (576, 512)
 _SLOT_BYTES = 64 * 2**20  # at most this much holds partial sums of d_index_k
 
 Sizes = Mapping[str, Mapping[str, int]]  # static sizes of each kernel named, in place of those chosen for the GPU
@@ -210,7 +210,7 @@ def per_head_gradients(
 def _formed_once(D: int, E: int, needs: Sequence[bool], deterministic: bool) -> bool:
     """Whether one kernel makes all gradients, with atomic additions; others make one of them faster."""
     exact = deterministic or torch.are_deterministic_algorithms_enabled()
-    return not exact and D <= 128 and E <= 64 and needs[1] and (needs[0] or needs[2])
+    return not exact and ONCE_WIDTHS[0] >= D and ONCE_WIDTHS[1] >= E and needs[1] and (needs[0] or needs[2])
 
 
 def _once(

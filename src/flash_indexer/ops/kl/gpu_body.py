@@ -12,13 +12,18 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from flash_indexer.kernels.sm_90.sizes import (
+    EXP,
+    HEAD_WIDTHS,
+    INDEX_WIDTHS,
+    MAX_HEADS,
+    MAX_INDEX_HEADS,
+    PADDED_HEADS,
+    RELU,
+    SUM,
+)
 from flash_indexer.ops.kl.plan import TILE, Chunk, Plan, Sizes, plan
 
-HEAD_WIDTHS = (64, 96, 128, 192, 256, 576)
-INDEX_WIDTHS = (32, 64, 128)
-MAX_HEADS, MAX_INDEX_HEADS = 128, 64
-_PADDED_HEADS = (8, 16, 32, 64)
-_EXP, _RELU, _SUM = 0, 1, 2
 _SUMMED = 2**24  # elements of the float32 sums from which the terms are made: no second copy of a long chunk's queries
 _TERMS = 3  # bfloat16 terms that hold a float32 sum of queries exactly enough: 8 bits each
 
@@ -167,7 +172,7 @@ def teacher_scores(
     """
     if lse is None:
         raise ValueError("teacher_scores: lse must be [T, H], got None; take it from teacher_lse")
-    _score(_EXP, q, k, lse, chunk, out, softmax_scale, 0, processors)
+    _score(EXP, q, k, lse, chunk, out, softmax_scale, 0, processors)
 
 
 def summed_logits(q: Tensor, k: Tensor, chunk: Chunk, out: Tensor, softmax_scale: float, processors: int) -> None:
@@ -182,14 +187,14 @@ def summed_logits(q: Tensor, k: Tensor, chunk: Chunk, out: Tensor, softmax_scale
             found[:, :, n] = rest
             rest -= found[:, :, n]
     unread = q.new_empty(1, dtype=torch.float32)
-    _score(_SUM, terms.flatten(1, 2), k, unread, chunk, out, softmax_scale, chunk.begin, processors)
+    _score(SUM, terms.flatten(1, 2), k, unread, chunk, out, softmax_scale, chunk.begin, processors)
 
 
 def index_scores(
     index_q: Tensor, index_k: Tensor, index_weights: Tensor, chunk: Chunk, out: Tensor, processors: int
 ) -> None:
     """out[t,s] = sum_j w[t,j] * ReLU(index_q[t,j]·index_k[s]) in the chunk's tiles, unmasked."""
-    _score(_RELU, index_q, index_k[:, None], index_weights, chunk, out, 1.0, 0, processors)
+    _score(RELU, index_q, index_k[:, None], index_weights, chunk, out, 1.0, 0, processors)
 
 
 def kl_rows(
@@ -307,8 +312,8 @@ def prepare_kernels(q: Tensor, index_q: Tensor, mean: bool, without_lse: bool, n
 
     D, (I, E) = q.shape[2], index_q.shape[1:]
     wanted: list[tuple[str, tuple[tuple[str, int], ...]]] = [
-        ("score", (("D", D), ("mode", _EXP if mean else _SUM))),
-        ("score", (("D", E), ("mode", _RELU))),
+        ("score", (("D", D), ("mode", EXP if mean else SUM))),
+        ("score", (("D", E), ("mode", RELU))),
         ("rows", (("logits", int(not mean)),)),
     ]
     if mean and without_lse:
@@ -332,7 +337,7 @@ def load_kernel(name: str, **static: int) -> Any:
 
 
 def _padded_heads(heads: int) -> int:
-    return next(padded for padded in _PADDED_HEADS if padded >= heads)
+    return next(padded for padded in PADDED_HEADS if padded >= heads)
 
 
 def aligned(x: Tensor) -> Tensor:
