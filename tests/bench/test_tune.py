@@ -17,7 +17,8 @@ from flash_indexer.bench import tune
 from flash_indexer.bench.tune import FINAL_ROUNDS, ROUNDS, Found, Stage, search
 from flash_indexer.bench.tune_worker import Lost, Worker
 from flash_indexer.cli import app
-from flash_indexer.kernels import tiles, tuned
+from flash_indexer.kernels import tuned
+from flash_indexer.kernels.sm_90 import sizes as tiles
 
 GPU = "NVIDIA H100 80GB HBM3"
 SIZE = tune.parse_size(64, 1, 128, 128, 64, None)

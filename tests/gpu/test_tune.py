@@ -13,7 +13,8 @@ from rich.console import Console
 from flash_indexer.bench import per_head as bench_heads
 from flash_indexer.bench import tune, tune_worker
 from flash_indexer.bench.tune_worker import Lost, Worker
-from flash_indexer.kernels import tiles, tuned
+from flash_indexer.kernels import tuned
+from flash_indexer.kernels.sm_90 import sizes as tiles
 from flash_indexer.ops import launch
 from flash_indexer.ops.attention import layout
 

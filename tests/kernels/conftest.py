@@ -18,7 +18,7 @@ from typing import Any
 
 import pytest
 
-from flash_indexer.kernels import cache as kernels
+from flash_indexer.kernels import catalog
 
 collect_ignore_glob = ["*"] if importlib.util.find_spec("tilelang") is None else []  # it is for Linux alone
 OPCODE = re.compile(r"^\s+/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_]*(?:\.[A-Z0-9_]+)*)", re.MULTILINE)
@@ -43,8 +43,8 @@ def lower(name: str, static: tuple[tuple[str, int], ...]) -> str:
     import tilelang
     from tilelang import tvm
 
-    function, configs = kernels.program(name, static)
-    target = tvm.target.Target(kernels.TARGET)
+    function, configs = catalog.program((name, static))
+    target = tvm.target.Target(catalog.TARGET)
     with target, tvm.transform.PassContext(opt_level=3, config={str(key.value): v for key, v in configs.items()}):
         return tilelang.lower(function, target=target, enable_device_compile=False).kernel_source
 

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import pytest
 
-from flash_indexer.kernels import cache as kernels
+from flash_indexer.kernels import catalog
+from flash_indexer.kernels.sm_90 import sizes
 
 pytestmark = pytest.mark.slow
-KERNELS = list(kernels.every_kernel())
+KERNELS = list(catalog.every_kernel())
 LAUNCH_REGISTERS = 168  # 65,536 / 384 threads: what setmaxnreg starts from
 EXPONENTIALS = 64  # of one thread for a 128 x 128 tile
 MOST_REGISTERS = {"rows": 64, "gradients_reduce": 128, "finish": 64, "scale": 64}
@@ -63,7 +64,7 @@ def test_machine_code(kernel, machine):
         return
     assert code.count("BAR.SYNC") == 1, "after the barriers' initialisation"
     exponentials = code.count("MUFU.EX2")
-    if name == "lse" or (name == "score" and static["mode"] == kernels.EXP):
+    if name == "lse" or (name == "score" and static["mode"] == sizes.EXP):
         assert 4 * EXPONENTIALS <= exponentials <= 6 * EXPONENTIALS
     else:
         assert exponentials == 0

@@ -6,7 +6,8 @@ import json
 
 import pytest
 
-from flash_indexer.kernels import tiles, tuned
+from flash_indexer.kernels import tuned
+from flash_indexer.kernels.sm_90 import sizes as tiles
 
 GPU, SHAPE = "NVIDIA H100 80GB HBM3", dict(D=128, E=64, HG=64)
 DEFAULT, WINNER = (tiles.candidates("head_gradients_query", SHAPE)[n] for n in (0, 3))
@@ -114,7 +115,7 @@ def test_a_folder_in_its_place_is_ignored(file):
 
 
 def test_the_file_lies_beside_the_kernel_cache(monkeypatch, tmp_path):
-    monkeypatch.setattr(tuned.kernels, "_cache_folder", lambda: tmp_path)
+    monkeypatch.setenv("TILELANG_CACHE_DIR", str(tmp_path))
     assert tuned.location() == tmp_path / "flash-indexer" / "tuned.json"
 
 

@@ -1,6 +1,6 @@
 """`flash-indexer tune`: the tiles that are fastest for given shapes on this GPU, written to the file that kernels read.
 
-For each kernel: every candidate of `kernels.tiles` is compiled, side by side; each is compared with the default's
+For each kernel: every candidate of `kernels.sm_90.sizes` is compiled, side by side; each is compared with the default's
 results and timed beside the default in a process that may die (`tune_worker`); the best are measured again, longer. A
 winner is faster than the default both times by more than noise. Where none is, the default stays.
 """
@@ -24,7 +24,8 @@ from flash_indexer.bench.timing import Size, needs_gpu
 from flash_indexer.bench.tune_worker import Lost, Worker
 from flash_indexer.files.checkpoint import write_json
 from flash_indexer.kernels import cache as kernels
-from flash_indexer.kernels import tiles, tuned
+from flash_indexer.kernels import tuned
+from flash_indexer.kernels.sm_90 import sizes as tiles
 from flash_indexer.ops.attention import layout
 
 NOISE = 0.01  # a winner's time is below 1 - NOISE of the default's

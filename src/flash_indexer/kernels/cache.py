@@ -4,9 +4,10 @@
     python -m flash_indexer.kernels.cache score:D=128,mode=0 gradients_reduce:E=64
 
 A kernel's cache entry is TileLang's. Beside it lies a small note that says which entry belongs to which kernel of which
-version of its source, so that a process knows what is missing before it asks for anything, and loads what is there with
-TileLang's runtime library alone: importing TileLang and reading the kernels' programs takes seconds. Several processes
-(the ranks of a node) take turns: the first compiles, the others wait and load.
+version of this folder (any change in it makes a new version: no header and no import is overlooked). So a process knows
+what is missing before it asks for anything, and loads what is there with TileLang's runtime library alone: importing
+TileLang and reading the kernels' programs takes seconds. Several processes (the ranks of a node) take turns: the first
+compiles, the others wait and load.
 """
 
 import contextlib
@@ -14,7 +15,6 @@ import ctypes
 import fcntl
 import functools
 import hashlib
-import importlib
 import json
 import os
 import subprocess
@@ -23,33 +23,10 @@ import tempfile
 import time
 import traceback
 from importlib import metadata, util
-from itertools import product
 from pathlib import Path
 
-from flash_indexer.kernels import tiles
+from flash_indexer.kernels import catalog
 
-TARGET = {"kind": "cuda", "arch": "sm_90a"}
-BUILDERS = {
-    "score": ("score", "build"),
-    "lse": ("lse", "build"),
-    "rows": ("rows", "build"),
-    "gradients_query": ("gradients", "build_query"),
-    "gradients_key": ("gradients", "build_key"),
-    "gradients_reduce": ("gradients", "build_reduce"),
-    "finish": ("finish", "build_finish"),
-    "scale": ("finish", "build_scale"),
-    "attention": ("attention", "build"),
-    "attention_mla": ("attention_mla", "build"),
-    "head_gradients_query": ("head_gradients", "build_query"),
-    "head_gradients_key": ("head_gradients", "build_key"),
-    "head_gradients_once": ("head_gradients_once", "build"),
-}
-HEAD_WIDTHS, INDEX_WIDTHS, PADDED_HEADS = (64, 96, 128, 192, 256, 576), (32, 64, 128), (8, 16, 32, 64)
-EXP, RELU, SUM = 0, 1, 2
-ATTENTION = (  # D, V, E, heads of a key head: common sizes, and those of the tests
-    (64, 64, 64, 3), (128, 128, 64, 64), (128, 128, 64, 4), (128, 128, 128, 1), (128, 128, 64, 128), (192, 128, 64, 2),
-    (256, 256, 64, 8), (128, 64, 64, 5), (128, 64, 128, 12), (64, 64, 32, 4),
-)  # fmt: skip
 CHILD = "import sys; sys.path[:] = {path!r}; from flash_indexer.kernels.cache import main; main([{title!r}])"
 EXECUTABLE = "executable.so"  # of a cache entry
 NAMED = 8  # kernels that a progress line names
@@ -61,16 +38,16 @@ def load(name, **static):
     Raises:
         ImportError: without tilelang. RuntimeError: without a CUDA compiler, where the kernel is not cached.
     """
-    return _load(name, tuple(sorted(static.items())))
+    return _load(catalog.kernel(name, **static))
 
 
 @functools.cache
 def prepare(*kernels):
     """Compiles those of `kernels`, each (name, ((size, value), ...)), that the disk cache lacks; says so on stderr."""
-    kernels = [(name, tuple(sorted(static))) for name, static in kernels]
-    _compile_missing(kernels)
-    for kernel in kernels:
-        _load(*kernel)
+    wanted = [catalog.kernel(name, **dict(static)) for name, static in kernels]
+    compile_missing(wanted)
+    for kernel in wanted:
+        _load(kernel)
 
 
 def attempt(kernels):
@@ -84,97 +61,61 @@ def attempt(kernels):
     if not _settings().is_cache_enabled():
         raise RuntimeError("flash_indexer: TileLang's kernel cache must be on, got it disabled; enable it")
     kernels = list(dict.fromkeys(kernels))
-    if all(_entry(*kernel) for kernel in kernels):
+    if all(entry(kernel) for kernel in kernels):
         yield from ((kernel, None) for kernel in kernels)
         return
-    _need_compiler()
+    need_compiler()
     with _turn():
-        missing = [kernel for kernel in kernels if _entry(*kernel) is None]
+        missing = [kernel for kernel in kernels if entry(kernel) is None]
         yield from ((kernel, None) for kernel in kernels if kernel not in missing)
         yield from _one_after_another(missing)
 
 
-def every_kernel():
-    """(name, static sizes) of every kernel that the package can ask for; of attention, common sizes as shipped."""
-    yield from (("rows", (("logits", logits),)) for logits in (0, 1))
-    yield "scale", ()
-    for D in HEAD_WIDTHS:
-        yield "lse", (("D", D),)
-        yield "score", (("D", D), ("mode", EXP))
-        yield "score", (("D", D), ("mode", SUM))
-    for E in INDEX_WIDTHS:
-        yield "score", (("D", E), ("mode", RELU))
-        yield "gradients_reduce", (("E", E),)
-        yield "finish", (("E", E),)
-    yield "attention_mla", ()
-    for D, V, E, HG in ATTENTION:
-        for value_width, index_width in ((V, 0), (V, E), (0, E)):
-            sizes = tiles.attention(D, value_width, index_width, HG)
-            yield "attention", _sorted(D=D, V=value_width, E=index_width, HG=HG, **sizes)
-        yield "head_gradients_query", _sorted(D=D, E=E, HG=HG, **tiles.head_gradients_query(D, E))
-        yield "head_gradients_key", _sorted(D=D, E=E, HG=HG, **tiles.head_gradients_key(D, E))
-        if D <= 128 and E <= 64:
-            yield "head_gradients_once", _sorted(D=D, E=E, HG=HG)
-    for name, E, IP in product(("gradients_query", "gradients_key"), INDEX_WIDTHS, PADDED_HEADS):
-        yield name, (("E", E), ("IP", IP))
-
-
-def _sorted(**static):
-    return tuple(sorted(static.items()))
-
-
-def program(name, static):
-    """The kernel's TileLang program and its pass configuration."""
-    _tilelang()
-    module, builder = BUILDERS[name]
-    module = importlib.import_module(f"flash_indexer.kernels.{module}")
-    return getattr(module, builder)(**dict(static)), module.PASS_CONFIGS
-
-
 @functools.cache
-def _load(name, static):
-    _compile_missing([(name, static)])
-    entry = _entry(name, static)
-    if entry is None:  # the cache is switched off
-        return _compiled(name, static)
-    return _runtime().load_module(str(entry / EXECUTABLE))["main"]
+def _load(kernel):
+    compile_missing([kernel])
+    found = entry(kernel)
+    if found is None:  # the cache is switched off
+        return _compiled(kernel)
+    return _runtime().load_module(str(found / EXECUTABLE))["main"]
 
 
-def _compiled(name, static):
+def _compiled(kernel):
     """Loads the kernel from TileLang's cache, or compiles it in this process and notes where its entry is."""
-    function, pass_configs = program(name, static)
-    kernel = _tilelang().compile(function, target=TARGET, pass_configs=pass_configs)
-    entry = getattr(kernel, "_tilelang_cache_path", None)
-    if entry is not None and _entry(name, static) is None:
-        note = _note(name, static)
-        note.parent.mkdir(parents=True, exist_ok=True)
-        fresh = note.with_suffix(f".{os.getpid()}")
-        fresh.write_text(json.dumps({"entry": os.path.relpath(entry, _cache_folder())}), encoding="utf-8")
-        os.replace(fresh, note)
-    return kernel
+    tilelang = _tilelang()
+    function, pass_configs = catalog.program(kernel)
+    compiled = tilelang.compile(function, target=catalog.TARGET, pass_configs=pass_configs)
+    folder_of_it = getattr(compiled, "_tilelang_cache_path", None)
+    if folder_of_it is not None and entry(kernel) is None:
+        record(kernel, folder_of_it)
+    return compiled
 
 
-def _compile_missing(kernels):
-    """Compiles what the disk cache lacks, under a lock; whoever waited for it looks again."""
-    if not _settings().is_cache_enabled() or all(_entry(*kernel) for kernel in kernels):
+def compile_missing(kernels):
+    """Compiles those of `kernels` that the disk cache lacks, under a lock; whoever waited for it looks again.
+
+    Raises:
+        RuntimeError: without a CUDA compiler, or where one does not compile (with the end of what the compiler said).
+    """
+    if not _settings().is_cache_enabled() or all(entry(kernel) for kernel in kernels):
         return
-    _need_compiler()
+    need_compiler()
     with _turn():
-        missing = [kernel for kernel in dict.fromkeys(kernels) if _entry(*kernel) is None]
+        missing = [kernel for kernel in dict.fromkeys(kernels) if entry(kernel) is None]
         if missing:
             _compile_side_by_side(missing)
 
 
 def _compile_side_by_side(missing):
     started = time.monotonic()
-    names = ", ".join(_title(*kernel) for kernel in missing[:NAMED]) + (", ..." if len(missing) > NAMED else "")
+    names = ", ".join(catalog.title(kernel) for kernel in missing[:NAMED]) + (", ..." if len(missing) > NAMED else "")
     count = f"{len(missing)} GPU kernel{'s' * (len(missing) > 1)}"
-    _say(f"compiling {count}, once; cached in {_cache_folder()}: {names}")
+    _say(f"compiling {count}, once; cached in {folder()}: {names}")
     with contextlib.closing(_one_after_another(missing)) as compiled:
         for done, (kernel, complaint) in enumerate(compiled, 1):
             if complaint is not None:
-                raise RuntimeError(f"flash_indexer: {_title(*kernel)} did not compile:\n{complaint}")
-            _say(f"{done} of {count} compiled ({_title(*kernel)}), {time.monotonic() - started:.0f} s")
+                raise RuntimeError(f"flash_indexer: {catalog.title(kernel)} did not compile:\n{complaint}")
+            _say(f"{done} of {count} compiled ({catalog.title(kernel)}), {time.monotonic() - started:.0f} s")
 
 
 def _one_after_another(missing):
@@ -186,14 +127,14 @@ def _one_after_another(missing):
                 while waiting and len(running) < workers:
                     kernel = waiting.pop(0)
                     output = outputs.enter_context(tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace"))
-                    command = [sys.executable, "-c", CHILD.format(path=sys.path, title=_title(*kernel))]
+                    command = [sys.executable, "-c", CHILD.format(path=sys.path, title=catalog.title(kernel))]
                     running[kernel] = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT), output
                 time.sleep(0.05)
                 for kernel, (process, output) in list(running.items()):
                     if process.poll() is None:
                         continue
                     del running[kernel]
-                    failed = process.returncode or _entry(*kernel) is None
+                    failed = process.returncode or entry(kernel) is None
                     output.seek(0)
                     yield kernel, "".join(output.readlines()[-20:]) if failed else None
         finally:
@@ -205,9 +146,9 @@ def _one_after_another(missing):
 @contextlib.contextmanager
 def _turn():
     """One process at a time; without effect on file systems that can't lock."""
-    folder = _cache_folder() / "flash-indexer"
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / "lock", "w", encoding="utf-8") as file:
+    ours = folder() / "flash-indexer"
+    ours.mkdir(parents=True, exist_ok=True)
+    with open(ours / "lock", "w", encoding="utf-8") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -263,64 +204,60 @@ def _settings_alone():
     return module.env
 
 
-def _need_compiler():
+def need_compiler():
+    """Raises RuntimeError with the remedies where nvcc is not found."""
     home = _settings().CUDA_HOME
     if home and (Path(home) / "bin" / "nvcc").exists():
         return
     raise RuntimeError(
         "flash_indexer: compiling the GPU kernels needs nvcc (CUDA 12.8 or later), found none on PATH or under "
         "CUDA_HOME; install the CUDA toolkit (or pip install 'flash-indexer[compiler]'), or set CUDA_HOME to where it "
-        f"is, or copy a filled kernel cache ({_cache_folder()}) from a machine that has it"
+        f"is, or copy a filled kernel cache ({folder()}) from a machine that has it"
     )
 
 
-def _entry(name, static):
-    """The folder in TileLang's cache that holds the kernel, or None."""
+def entry(kernel):
+    """The folder in TileLang's cache that holds the kernel, made from this version of its source; None: none does."""
     try:
-        entry = _cache_folder() / json.loads(_note(name, static).read_text(encoding="utf-8"))["entry"]
+        place = folder() / json.loads(_note(kernel).read_text(encoding="utf-8"))["entry"]
     except (OSError, ValueError, KeyError, TypeError):
         return None
-    return entry if (entry / EXECUTABLE).is_file() else None
+    return place if (place / EXECUTABLE).is_file() else None
 
 
-def _note(name, static):
-    folder = _cache_folder() / "flash-indexer" / _version(BUILDERS[name][0])
-    return folder / f"{name}-{'-'.join(f'{size}{value}' for size, value in static)}.json"
+def record(kernel, place):
+    """Notes that the folder `place` in TileLang's cache holds the kernel."""
+    note = _note(kernel)
+    note.parent.mkdir(parents=True, exist_ok=True)
+    fresh = note.with_suffix(f".{os.getpid()}")
+    fresh.write_text(json.dumps({"entry": os.path.relpath(place, folder())}), encoding="utf-8")
+    os.replace(fresh, note)
 
 
-def _cache_folder():
+def _note(kernel):
+    name, static = kernel
+    sizes = "-".join(f"{size}{value}" for size, value in static)
+    return folder() / "flash-indexer" / version() / f"{name}-{sizes}.json"
+
+
+def folder():
+    """TileLang's disk cache."""
     return Path(_settings().TILELANG_CACHE_DIR)
 
 
 @functools.cache
-def _version(module):
-    """Of the module's source with the headers that it names and the modules that it imports, of target and TileLang."""
-    digest = hashlib.sha256(f"{metadata.version('tilelang')} {TARGET}".encode())
-    source = Path(__file__).with_name(f"{module}.py").read_bytes()
-    digest.update(source)
-    for header in sorted(Path(__file__).parent.glob("*.cuh")):
-        if header.name == f"{module}.cuh" or header.name.encode() in source:
-            digest.update(header.read_bytes())
-    for other in sorted(Path(__file__).parent.glob("*.py")):
-        if f"kernels.{other.stem} import".encode() in source:
-            digest.update(other.read_bytes())
+def version():
+    """What a compiled kernel must have been made from to be loaded: `version_of` this folder, once a process."""
+    return version_of(Path(__file__).parent)
+
+
+def version_of(root):
+    """Of every .py and .cuh file below a folder (path and content), of the target and of TileLang's version."""
+    digest = hashlib.sha256(f"{metadata.version('tilelang')} {catalog.TARGET}".encode())
+    for file in sorted(path for path in root.rglob("*") if path.suffix in (".py", ".cuh")):
+        content = file.read_bytes()
+        digest.update(f"\n{file.relative_to(root).as_posix()} {len(content)}\n".encode() + content)
     return digest.hexdigest()[:16]
-
-
-def _title(name, static):
-    sizes = ",".join(f"{size}={value}" for size, value in static)
-    return f"{name}:{sizes}" if sizes else name
-
-
-def _parse(title):
-    name, _, sizes = title.partition(":")
-    pairs = [pair.partition("=") for pair in sizes.split(",") if pair]
-    if name not in BUILDERS or not all(value.isdecimal() for _, _, value in pairs):
-        raise SystemExit(
-            f"flash_indexer.kernels.cache: kernels are written name:SIZE=VALUE,... with a name of "
-            f"{', '.join(BUILDERS)}, got {title!r}"
-        )
-    return name, tuple(sorted((size, int(value)) for size, _, value in pairs))
 
 
 def _say(text):
@@ -329,14 +266,17 @@ def _say(text):
 
 def main(titles):
     """Compiles the kernels named, or every one. Ends the process: TileLang's threads may hang at a normal exit."""
+    try:
+        kernels = [catalog.parse(title) for title in titles] or list(catalog.every_kernel())
+    except ValueError as error:
+        raise SystemExit(str(error)) from error
     status = 0
     try:
         if len(titles) == 1:
-            _compiled(*_parse(titles[0]))
+            _compiled(*kernels)
         else:
-            kernels = [_parse(title) for title in titles] or list(every_kernel())
-            _compile_missing(kernels)
-            _say(f"{len(kernels)} GPU kernels are cached in {_cache_folder()}")
+            compile_missing(kernels)
+            _say(f"{len(kernels)} GPU kernels are cached in {folder()}")
     except Exception:
         traceback.print_exc()
         status = 1

@@ -1,30 +1,30 @@
-"""The tiles that kernels are launched with: winners of `flash-indexer tune` on this GPU, otherwise those of `tiles`.
+"""The tiles that kernels are launched with: winners of `flash-indexer tune` on this GPU, otherwise those of `sizes`.
 
 Winners are in a file beside the kernel cache (docs/format.md), read once a process. An entry counts for exactly its
-kernel, its version of the kernel's source, its GPU and its shape, and only where `tiles.candidates` admits its sizes.
+kernel, its version of the kernel's source, its GPU and its shape, and only where `sizes.candidates` admits its sizes.
 """
 
 import functools
 import json
 
 from flash_indexer.kernels import cache as kernels
-from flash_indexer.kernels import tiles
+from flash_indexer.kernels.sm_90 import sizes as tiles
 
 FORMAT, VERSION = "flash-indexer/tuned", 1
 
 
 def location():
     """The file that is read."""
-    return kernels._cache_folder() / "flash-indexer" / "tuned.json"
+    return kernels.folder() / "flash-indexer" / "tuned.json"
 
 
 def source(kernel):
-    """The version of a kernel's source."""
-    return kernels._version(kernels.BUILDERS[kernel][0])
+    """The version of a kernel's source: that of all kernels, of which any may share code with it."""
+    return kernels.version()
 
 
 def sizes(kernel, gpu, shape):
-    """Static sizes for one of `tiles.KERNELS` and its shape (see `tiles.default`) on the GPU of that name."""
+    """Static sizes for one of `sizes.KERNELS` and its shape (see `sizes.default`) on the GPU of that name."""
     return dict(_sizes(kernel, gpu, tuple(sorted(shape.items()))))
 
 

@@ -13,8 +13,10 @@ from importlib.util import find_spec
 
 import torch
 
+from flash_indexer.kernels import catalog
+
 TORCH = "torch"
-GENERATIONS = {(9, 0): "sm_90"}
+GENERATIONS = {sizes.CAPABILITY: name for name, sizes in catalog.GENERATIONS.items()}
 """Compute capability -> the folder of kernels that is built for it."""
 
 _TILELANG_IS_HERE = find_spec("tilelang") is not None

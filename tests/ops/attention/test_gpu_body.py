@@ -7,7 +7,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from flash_indexer.kernels import tiles, tuned
+from flash_indexer.kernels import tuned
+from flash_indexer.kernels.sm_90 import sizes as tiles
 from flash_indexer.ops.attention import per_head_op
 from flash_indexer.ops.attention.gpu_gradients import kernels as kernels_of
 from flash_indexer.ops.attention.layout import tile_sizes

@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from flash_indexer.kernels.sm_90.sizes import INDEX_WIDTHS, MLA_WIDTHS
 from flash_indexer.ops import launch
 from flash_indexer.ops.attention.layout import (
     LOG2E,
@@ -19,9 +20,6 @@ from flash_indexer.ops.attention.layout import (
 )
 from flash_indexer.ops.attention.plan import Tiles, attention_items, latent_items
 from flash_indexer.ops.worklists import TILE
-
-MLA_WIDTHS = (576, 512)
-INDEX_WIDTHS = (32, 64, 128)
 
 Index = tuple[Tensor, Tensor, Tensor]
 """index_q, index_k, index_weights."""

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from flash_indexer.kernels.sm_90.sizes import ONCE_WIDTHS
 from flash_indexer.ops import launch
 from flash_indexer.ops.attention.layout import (
     LOG2E,
@@ -75,7 +76,7 @@ def per_head_gradients(
 def formed_once(D: int, E: int, needs: Sequence[bool], deterministic: bool) -> bool:
     """Whether one kernel makes all gradients, with atomic additions; others make one of them faster."""
     exact = deterministic or torch.are_deterministic_algorithms_enabled()
-    return not exact and D <= 128 and E <= 64 and needs[1] and (needs[0] or needs[2])
+    return not exact and ONCE_WIDTHS[0] >= D and ONCE_WIDTHS[1] >= E and needs[1] and (needs[0] or needs[2])
 
 
 def kernels(

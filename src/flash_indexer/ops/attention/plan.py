@@ -1,7 +1,7 @@
 """What the attention kernels work on: row tiles of a few tokens with their runs of key tiles, and the other way round.
 
 A row tile holds R rows: the H/G heads of one key head, of R // (H/G) tokens. Lists are int32, eight numbers an item, as
-`kernels.attention` and `kernels.head_gradients` describe them; item n belongs to the CTA n % grid.
+`kernels.device.items` describes them; item n belongs to the CTA n % grid.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class Tiles(NamedTuple):
 
 
 def attention_items(key_start: Tensor, key_end: Tensor, num_keys: int, tiles: Tiles) -> Tensor:
-    """Items of every row tile: (t0, key head, first key, key tiles, right, left, seen, 0), cached."""
+    """Items of every row tile, `RowItem`; cached with the intervals."""
 
     def make(start: Tensor, end: Tensor) -> Tensor:
         return to_device(row_items(start, end, tiles).reshape(-1), key_start.device)
@@ -48,7 +48,7 @@ def attention_items(key_start: Tensor, key_end: Tensor, num_keys: int, tiles: Ti
 
 
 def latent_items(key_start: Tensor, key_end: Tensor, num_keys: int, heads: int, processors: int) -> Tensor:
-    """Items of `kernels.attention_mla`; cached with the intervals."""
+    """Items of attention in MLA's form, `LatentItem`; cached with the intervals."""
 
     def make(start: Tensor, end: Tensor) -> Tensor:
         return to_device(latent_rows(start, end, heads, processors).reshape(-1), key_start.device)

@@ -12,16 +12,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from flash_indexer.kernels.sm_90.sizes import (
+    EXP,
+    HEAD_WIDTHS,
+    INDEX_WIDTHS,
+    MAX_HEADS,
+    MAX_INDEX_HEADS,
+    PADDED_HEADS,
+    RELU,
+    SUM,
+)
 from flash_indexer.ops import launch
 from flash_indexer.ops.kl.plan import Plan, PlanSizes, TileChunk
 from flash_indexer.ops.problem import Problem
 from flash_indexer.ops.worklists import TILE
 
-HEAD_WIDTHS = (64, 96, 128, 192, 256, 576)
-INDEX_WIDTHS = (32, 64, 128)
-MAX_HEADS, MAX_INDEX_HEADS = 128, 64
-_PADDED_HEADS = (8, 16, 32, 64)
-_EXP, _RELU, _SUM = 0, 1, 2
 _SUMMED = 2**24  # elements of the float32 sums from which the terms are made: no second copy of a long chunk's queries
 _TERMS = 3  # bfloat16 terms that hold a float32 sum of queries exactly enough: 8 bits each
 
@@ -69,8 +74,8 @@ def prepare(problem: Problem) -> None:
     D, (I, E), needs = problem.q.shape[2], problem.index_q.shape[1:], problem.needs
     mean, index = problem.target == "mean", dict(E=E, IP=padded_heads(I))
     wanted: list[launch.Wanted] = [
-        ("score", dict(D=D, mode=_EXP if mean else _SUM)),
-        ("score", dict(D=E, mode=_RELU)),
+        ("score", dict(D=D, mode=EXP if mean else SUM)),
+        ("score", dict(D=E, mode=RELU)),
         ("rows", dict(logits=int(not mean))),
     ]
     if mean and problem.lse is None:
@@ -106,7 +111,7 @@ def teacher_scores(
     """
     if lse is None:
         raise ValueError("teacher_scores: lse must be [T, H], got None; take it from teacher_lse")
-    _score(_EXP, q, k, lse, chunk, out, softmax_scale)
+    _score(EXP, q, k, lse, chunk, out, softmax_scale)
 
 
 def summed_logits(q: Tensor, k: Tensor, chunk: TileChunk, out: Tensor, softmax_scale: float) -> None:
@@ -121,12 +126,12 @@ def summed_logits(q: Tensor, k: Tensor, chunk: TileChunk, out: Tensor, softmax_s
             their_terms[:, :, n] = rest
             rest -= their_terms[:, :, n]
     unread = q.new_empty(1, dtype=torch.float32)
-    _score(_SUM, terms.flatten(1, 2), k, unread, chunk, out, softmax_scale, first_row=chunk.begin)
+    _score(SUM, terms.flatten(1, 2), k, unread, chunk, out, softmax_scale, first_row=chunk.begin)
 
 
 def index_scores(index_q: Tensor, index_k: Tensor, index_weights: Tensor, chunk: TileChunk, out: Tensor) -> None:
     """out[t,s] = sum_j w[t,j] * ReLU(index_q[t,j]·index_k[s]) in the chunk's tiles, unmasked."""
-    _score(_RELU, index_q, index_k[:, None], index_weights, chunk, out, 1.0)
+    _score(RELU, index_q, index_k[:, None], index_weights, chunk, out, 1.0)
 
 
 def kl_rows(
@@ -216,4 +221,4 @@ def _score(
 
 def padded_heads(heads: int) -> int:
     """The number of index heads that the gradient kernels are built for, at least `heads`."""
-    return next(padded for padded in _PADDED_HEADS if padded >= heads)
+    return next(padded for padded in PADDED_HEADS if padded >= heads)

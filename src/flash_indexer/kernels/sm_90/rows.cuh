@@ -1,43 +1,11 @@
-"""KL divergence, entropy and di = (softmax(x) - p)·w of every query row, from the two tile buffers of scores.
-
-    KL[t] = sum_s p̂ (log p̂ - log_softmax(x)[s])     ENT[t] = -sum_s p̂ log p̂     DI[t,s] = (softmax(x)[s] - p̂)·WT[t]
-
-with p̂ = p / sum p, or softmax(p) where the teacher's scores are logits. One CTA takes one row: its 256 threads hold
-4,096 keys of both scores in registers (16 each), so that a row is read once; longer ones again, from the L2 cache.
-
-    pass 1   each thread: running maximum and sum of exponentials of its keys; then two tree reductions over the CTA
-    pass 2   KL, entropy and di of the same keys; di is written for whole tiles, zero where the row sees nothing
-
-Bound by memory: 8 bytes read and 2 written a visible pair. The sums are trees of a fixed shape: always the same bits.
-"""
-
-import tilelang
-import tilelang.language as T
-
-PASS_CONFIGS = {
-    tilelang.PassConfigKey.TL_ENABLE_FAST_MATH: True,
-    tilelang.PassConfigKey.TL_DISABLE_SAFE_MEMORY_ACCESS: True,
-    tilelang.PassConfigKey.TL_DISABLE_THREAD_STORAGE_SYNC: True,
-}
-THREADS = 256
-
-SOURCE = r"""
-#ifndef FLASH_INDEXER_ROWS
-#define FLASH_INDEXER_ROWS
+#pragma once
+#include "../device/numbers.cuh"
 #define ROWS_THREADS 256
 #define ROWS_WARPS (ROWS_THREADS / 32)
 #define ROWS_KEYS (ROWS_THREADS * 16)
-#define ROWS_LOG2E 1.4426950408889634f
-#define ROWS_LN2 0.6931471805599453f
-// max(x, y), NaN where one is: fmaxf would hide it
-static __device__ __forceinline__ float rows_max(float x, float y) {
-  float z;
-  asm("max.NaN.f32 %0, %1, %2;" : "=f"(z) : "f"(x), "f"(y));
-  return z;
-}
 // e^x for x <= 0, to an ulp: x = n·ln(2) + r, |r| <= ln(2)/2; adding 1.5·2^23 leaves n in the low bits. NaN for NaN
 static __device__ __forceinline__ float rows_exp(float x) {
-  const float t = fmaf(x, ROWS_LOG2E, 12582912.0f), n = t - 12582912.0f;
+  const float t = fmaf(x, LOG2E, 12582912.0f), n = t - 12582912.0f;
   const float r = fmaf(n, -1.42860677e-6f, fmaf(n, -0.693145752f, x));
   float y = fmaf(r, 1.37805939e-3f, 8.37312452e-3f);
   y = fmaf(y, r, 4.16695364e-2f);
@@ -61,7 +29,7 @@ static __device__ __forceinline__ float rows_log(float x) {
   y = fmaf(y, f, -0.249996200f);
   y = fmaf(y, f, 0.333331972f);
   y = fmaf(y, f, -0.5f);
-  return fmaf((float)n, ROWS_LN2, fmaf(y, z, f));
+  return fmaf((float)n, LN2, fmaf(y, z, f));
 }
 // (a, b) of all threads combined, in every thread; MAX or sum
 template <bool MAX>
@@ -70,7 +38,7 @@ static __device__ __forceinline__ float2 rows_reduce(float2 v) {
 #pragma unroll
   for (int d = 16; d; d >>= 1) {
     const float a = __shfl_xor_sync(0xffffffffu, v.x, d), b = __shfl_xor_sync(0xffffffffu, v.y, d);
-    v = MAX ? make_float2(rows_max(v.x, a), rows_max(v.y, b)) : make_float2(v.x + a, v.y + b);
+    v = MAX ? make_float2(max_or_nan(v.x, a), max_or_nan(v.y, b)) : make_float2(v.x + a, v.y + b);
   }
   if ((threadIdx.x & 31) == 0) part[MAX][threadIdx.x >> 5] = v;
   __syncthreads();
@@ -78,13 +46,8 @@ static __device__ __forceinline__ float2 rows_reduce(float2 v) {
 #pragma unroll
   for (int w = 1; w < ROWS_WARPS; ++w) {
     const float2 u = part[MAX][w];
-    v = MAX ? make_float2(rows_max(v.x, u.x), rows_max(v.y, u.y)) : make_float2(v.x + u.x, v.y + u.y);
+    v = MAX ? make_float2(max_or_nan(v.x, u.x), max_or_nan(v.y, u.y)) : make_float2(v.x + u.x, v.y + u.y);
   }
-  return v;
-}
-static __device__ __forceinline__ unsigned rows_bf16x2(float low, float high) {
-  unsigned v;
-  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(v) : "f"(high), "f"(low));
   return v;
 }
 template <bool LOGITS>
@@ -92,7 +55,7 @@ static __device__ __forceinline__ void rows_row(
     const float* __restrict__ P, const float* __restrict__ X, const int* blocks,
     const int* key_start, const int* key_end, const float* weight,
     void* DI, float* KL, float* ENT, int t) {
-  const float inf = __int_as_float(0x7f800000);
+  const float inf = INFINITY;
   const int4 block = *(const int4*)(blocks + 4 * (t >> 7));
   const int first = block.y << 7, width = (block.z - block.y) << 7;
   const int low = max(key_start[t], first) - first, high = min(key_end[t], first + width) - first;
@@ -124,8 +87,8 @@ static __device__ __forceinline__ void rows_row(
     float top = m, topp = mp, sum = 0.0f, sump = 0.0f;
 #pragma unroll
     for (int i = 0; i < 16; ++i) {
-      top = rows_max(top, x[i]);
-      if (LOGITS) topp = rows_max(topp, p[i]);
+      top = max_or_nan(top, x[i]);
+      if (LOGITS) topp = max_or_nan(topp, p[i]);
     }
     if (top != -inf) {
 #pragma unroll
@@ -173,7 +136,7 @@ static __device__ __forceinline__ void rows_row(
         d[e] = here ? (rows_exp(score) * inverse - q) * w : 0.0f;
       }
       if (c < width) {
-        *(uint2*)(di + place(c)) = make_uint2(rows_bf16x2(d[0], d[1]), rows_bf16x2(d[2], d[3]));
+        *(uint2*)(di + place(c)) = make_uint2(pack(d[0], d[1]), pack(d[2], d[3]));
       }
     }
   }
@@ -184,34 +147,3 @@ static __device__ __forceinline__ void rows_row(
     ENT[t] = seen ? result.y : 0.0f;
   }
 }
-#endif
-"""
-
-
-def build(logits):
-    """The kernel; logits: 1 where P holds logits, p = exp(P - max P), else 0.
-
-    Run-time arguments: P, X [tiles·128, 128] float32 (the teacher's and the indexer's scores; only visible elements are
-    read), BLOCKS [blocks·4] int32, KS, KE [T] int32, WT [T] float32, DI [tiles·128, 128] bfloat16, KL, ENT [T] float32;
-    row0 (first token), nrows.
-    """
-    nr, nb, nt = T.dynamic("nr"), T.dynamic("nb"), T.dynamic("nt")
-
-    @T.prim_func
-    def flash_indexer_rows(
-        P: T.Tensor((nr, 128), "float32"), X: T.Tensor((nr, 128), "float32"), BLOCKS: T.Tensor((nb,), "int32"),
-        KS: T.Tensor((nt,), "int32"), KE: T.Tensor((nt,), "int32"), WT: T.Tensor((nt,), "float32"),
-        DI: T.Tensor((nr, 128), "bfloat16"), KL: T.Tensor((nt,), "float32"), ENT: T.Tensor((nt,), "float32"),
-        row0: T.int32, nrows: T.int32,
-    ):  # fmt: skip
-        with T.Kernel(nrows, threads=THREADS) as bx:
-            T.import_source(SOURCE)
-            T.annotate_min_blocks_per_sm(4)
-            # for t in rows: KL[t], ENT[t], DI[t] = ...
-            T.call_extern(
-                "handle", f"rows_row<{logits}>", T.address_of(P[0, 0]), T.address_of(X[0, 0]), T.address_of(BLOCKS[0]),
-                T.address_of(KS[0]), T.address_of(KE[0]), T.address_of(WT[0]), T.address_of(DI[0, 0]),
-                T.address_of(KL[0]), T.address_of(ENT[0]), row0 + bx,
-            )  # fmt: skip
-
-    return flash_indexer_rows

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import pytest
 
-from flash_indexer.kernels import tiles
-from flash_indexer.ops.attention import layout as heads
+from flash_indexer.kernels.sm_90 import sizes as tiles
+from flash_indexer.ops.attention import layout
 from flash_indexer.testing import HEAD_CLASSES
 
 PROCESSOR_BYTES = 227 * 1024  # what a CTA may have on compute capability 9.0
 PROBLEMS = [
     (kernel, shape | widths)
     for sizes in HEAD_CLASSES
-    for kernel, shape in heads.shapes(*sizes).items()
+    for kernel, shape in layout.shapes(*sizes).items()
     for widths in ([{}, {"E": 0}, {"V": 0}] if kernel == "attention" else [{}])
 ]
 TUNED, RAGGED = ([problem for problem in PROBLEMS if problem[1]["HG"] == count] for count in (64, 12))
@@ -56,7 +56,7 @@ def test_candidates_fit(kernel, shape):
 
 def test_there_is_a_choice():
     """For the sizes of the suite mqa64: else there would be nothing to tune."""
-    counts = {kernel: len(tiles.candidates(kernel, shape)) for kernel, shape in heads.shapes(128, 128, 64, 64).items()}
+    counts = {kernel: len(tiles.candidates(kernel, shape)) for kernel, shape in layout.shapes(128, 128, 64, 64).items()}
     assert counts.keys() == set(tiles.KERNELS) and min(counts.values()) >= 8
 
 

@@ -17,19 +17,65 @@ memory by `red`, in whatever order the CTAs come.
 Rows of queries are (token, head) in one of two orders, see `attention`. Tiles that cross a query's interval are masked.
 """
 
-from pathlib import Path
+from typing import Any, NamedTuple
 
 import tilelang.language as T
 from tilelang.layout import make_swizzled_layout
 
-from flash_indexer.kernels.head_gradients import PASS_CONFIGS as PASS_CONFIGS
-from flash_indexer.kernels.head_gradients import rows_of
+from flash_indexer.kernels.device.items import ITEM, ITEM_BYTES, RowItem
+from flash_indexer.kernels.device.sources import source
+from flash_indexer.kernels.sm_90.macros import (
+    PASS_CONFIGS,
+    REGISTERS,
+    RowTile,
+    advance,
+    begin_turns,
+    commit,
+    count_items,
+    pass_turn,
+    release,
+    shared_address,
+    wait_for_turn,
+)  # fmt: skip
 
-REGISTERS = (240, 24)  # consumers, producers
-SOURCE = "\n".join(
-    Path(__file__).with_name(name).read_text(encoding="utf-8")
-    for name in ("wgmma.cuh", "items.cuh", "head_gradients.cuh", "head_gradients_once.cuh")
-)
+__all__ = ["PASS_CONFIGS", "build"]
+SOURCE = source(__file__)
+
+ROW_TILES, KEY_TILES = range(2)  # of a thread that computes: row tiles and key tiles so far
+QUERIES, INDEX_QUERIES, KEYS, INDEX_KEYS, P_TILES = range(5)  # addresses in shared memory
+
+
+class Barriers(NamedTuple):
+    """Of the tiles of k, of index_k, of P, and when the queries may be replaced."""
+
+    full1: Any
+    empty1: Any
+    full2: Any
+    empty2: Any
+    fullp: Any
+    emptyp: Any
+    emptyx: Any
+
+
+class Item(NamedTuple):
+    """The item under way: its address in shared memory, its key tiles; x, sign, limits of the thread's rows."""
+
+    address: Any
+    tiles: Any
+    x: Any
+    sign: Any
+    limits: Any
+
+
+class Tensors(NamedTuple):
+    """Of global memory."""
+
+    KS: Any
+    KE: Any
+    SUM: Any
+    tokens: Any
+    nk: Any
+    scale: Any
 
 
 def build(D, E, HG):
@@ -37,30 +83,25 @@ def build(D, E, HG):
 
     D: head width of the attention (64, 128), E: of the indexer (32, 64), HG: heads of a key head. Run-time arguments:
 
-        Q, K, IQ, IK, W, LSE, LSX, COEF, KS, KE as in `head_gradients.build_query`; ITEMS too, with tiles of 128 keys
+        Q, K, IQ, IK, W, LSE, LSX, COEF, KS, KE as in `head_gradients_query`; ITEMS too, with tiles of 128 keys
         DQ    [T·H, E] bfloat16, DW [T·H] float32     written
         SUM   [S, E] float32        d_index_k, added to: column 16j + 8a + 2q + c (a, c < 2; q < 4) at 16j + 4q + 2a + c
         H, tokens, nitems, grid int32; scale float32, times log2(e)     CTA c of `grid` takes the items c, c + grid, ...
     """
-    load, TOKENS, TOKEN_MAJOR = rows_of(HG, 128)
+    row_tile = RowTile(HG, 128)
+    load = row_tile.copies()
     nq, nk, nt, nx, ni, kd = (T.dynamic(x) for x in ("nq", "nk", "nt", "nx", "ni", "kd"))
-    qd, qe = (D, E) if TOKEN_MAJOR else (T.dynamic("qd"), T.dynamic("qe"))
+    qd, qe = (D, E) if row_tile.TOKEN_MAJOR else (T.dynamic("qd"), T.dynamic("qe"))
 
-    @T.macro
-    def release(empty, stage, tx):
-        T.sync_warp()
-        if tx % 32 == 0:
-            T.mbarrier_arrive(empty[stage])
-
-    # S and Z of row tile v[0] and key tile v[1]
+    # S and Z of the present row tile and key tile
     @T.macro
     def logits(S, Z, at, bars, v, tx):
-        T.barrier_wait(bars[0][v[1] % 2], v[1] // 2 % 2)
-        T.barrier_wait(bars[2][v[1] % 2], v[1] // 2 % 2)
-        T.sync_threads(8 + tx // 128, 256)
+        T.barrier_wait(bars.full1[v[KEY_TILES] % 2], v[KEY_TILES] // 2 % 2)
+        T.barrier_wait(bars.full2[v[KEY_TILES] % 2], v[KEY_TILES] // 2 % 2)
+        wait_for_turn(tx)
         T.call_extern(
-            "handle", f"ho_logits<{D}, {E}>", S.access_ptr("rw"), Z.access_ptr("rw"), at[0], at[1], at[2], at[3], v[0],
-            v[1],
+            "handle", f"ho_logits<{D}, {E}>", S.access_ptr("rw"), Z.access_ptr("rw"), at[QUERIES], at[INDEX_QUERIES],
+            at[KEYS], at[INDEX_KEYS], v[ROW_TILES], v[KEY_TILES],
         )  # fmt: skip
 
     # S and Z have been read: of the item's i-th tile
@@ -68,74 +109,82 @@ def build(D, E, HG):
     def taken(bars, v, i, tiles, tx):
         T.sync_warp()
         if tx % 32 == 0:
-            T.mbarrier_arrive(bars[1][v[1] % 2])
+            T.mbarrier_arrive(bars.empty1[v[KEY_TILES] % 2])
             if i + 1 == tiles:
-                T.mbarrier_arrive(bars[6][0])
+                T.mbarrier_arrive(bars.emptyx[0])
 
     # P of the item's i-th tile, in registers
     @T.macro
-    def apply(S, Z, P, numbers, item, i, masked, KS, KE, tokens, scale):
-        x, sign, limits = numbers
+    def apply(S, Z, P, item, tensors, i, masked):
         if masked:
             T.call_extern(
-                "handle", f"hq_limits<{HG}>", limits.access_ptr("w"), item, T.address_of(KS[0]), T.address_of(KE[0]),
-                tokens,
+                "handle", f"hg_limits<{HG}>", item.limits.access_ptr("w"), item.address, T.address_of(tensors.KS[0]),
+                T.address_of(tensors.KE[0]), tensors.tokens,
             )  # fmt: skip
-            T.call_extern("handle", "ho_mask", Z.access_ptr("rw"), limits.access_ptr("r"), item, i)
+            T.call_extern("handle", "ho_mask", Z.access_ptr("rw"), item.limits.access_ptr("r"), item.address, i)
         T.call_extern(
-            "handle", "ho_apply", P.access_ptr("w"), S.access_ptr("r"), Z.access_ptr("r"), x.access_ptr("r"),
-            sign.access_ptr("r"), scale,
+            "handle", "ho_apply", P.access_ptr("w"), S.access_ptr("r"), Z.access_ptr("r"), item.x.access_ptr("r"),
+            item.sign.access_ptr("r"), tensors.scale,
         )  # fmt: skip
 
-    # P to shared memory, where both products of key tile v[1] - 2 have been done with
+    # P to shared memory, where both products of the key tile before the last one have been done with
     @T.macro
     def put(P, at, bars, v, tx):
-        T.barrier_wait(bars[5][v[1] % 2], (v[1] // 2 + 1) % 2)
-        T.call_extern("handle", "ho_put", P.access_ptr("r"), at[4], v[1])
-        release(bars[4], v[1] % 2, tx)
-        v[1] = v[1] + 1
+        T.barrier_wait(bars.emptyp[v[KEY_TILES] % 2], (v[KEY_TILES] // 2 + 1) % 2)
+        T.call_extern("handle", "ho_put", P.access_ptr("r"), at[P_TILES], v[KEY_TILES])
+        release(bars.fullp, v[KEY_TILES] % 2, tx)
+        v[KEY_TILES] = v[KEY_TILES] + 1
 
-    # O += P index_k and Y = P^T index_q of key tile v[1] - 1
+    # O += P index_k and Y = P^T index_q of the key tile before
     @T.macro
     def products(O, Y, at, bars, v, fresh):
-        T.call_extern("handle", f"ho_rows<{E}>", O.access_ptr("rw"), at[4], at[3], v[1] + 1, fresh)
-        T.barrier_wait(bars[4][(v[1] + 1) % 2], (v[1] - 1) // 2 % 2)
-        T.call_extern("handle", f"ho_keys<{E}>", Y.access_ptr("rw"), at[4], at[1], v[0], v[1] + 1)
+        T.call_extern(
+            "handle", f"ho_rows<{E}>", O.access_ptr("rw"), at[P_TILES], at[INDEX_KEYS], v[KEY_TILES] + 1, fresh
+        )
+        T.barrier_wait(bars.fullp[(v[KEY_TILES] + 1) % 2], (v[KEY_TILES] - 1) // 2 % 2)
+        T.call_extern(
+            "handle", f"ho_keys<{E}>", Y.access_ptr("rw"), at[P_TILES], at[INDEX_QUERIES], v[ROW_TILES],
+            v[KEY_TILES] + 1,
+        )  # fmt: skip
 
     # both are done; Y, of the item's i-th tile, leaves
     @T.macro
-    def leave(O, Y, bars, v, item, i, SUM, nk, tx):
+    def leave(O, Y, bars, v, item, tensors, i, tx):
         T.wait_wgmma(0)
         T.warpgroup_fence_operand(O, num_regs=E // 2)
         T.warpgroup_fence_operand(Y, num_regs=E // 2)
         T.sync_warp()
         if tx % 32 == 0:
-            T.mbarrier_arrive(bars[3][(v[1] + 1) % 2])
-            T.mbarrier_arrive(bars[5][(v[1] + 1) % 2])
-        T.call_extern("handle", f"ho_add<{E}>", Y.access_ptr("r"), item, i, T.address_of(SUM[0, 0]), nk)
+            T.mbarrier_arrive(bars.empty2[(v[KEY_TILES] + 1) % 2])
+            T.mbarrier_arrive(bars.emptyp[(v[KEY_TILES] + 1) % 2])
+        T.call_extern(
+            "handle", f"ho_add<{E}>", Y.access_ptr("r"), item.address, i, T.address_of(tensors.SUM[0, 0]), tensors.nk
+        )
 
     @T.macro
-    def first(S, Z, P, numbers, at, bars, v, item, tiles, KS, KE, tokens, scale, tx):
+    def first(registers, at, bars, v, item, tensors, tx):
+        S, Z, P, _O, _Y = registers
         logits(S, Z, at, bars, v, tx)
-        T.named_barrier_arrive(9 - tx // 128, 256)
+        pass_turn(tx)
         T.wait_wgmma(0)
         T.warpgroup_fence_operand(S, num_regs=64)
         T.warpgroup_fence_operand(Z, num_regs=64)
-        taken(bars, v, 0, tiles, tx)
-        apply(S, Z, P, numbers, item, 0, True, KS, KE, tokens, scale)
+        taken(bars, v, 0, item.tiles, tx)
+        apply(S, Z, P, item, tensors, 0, True)
         put(P, at, bars, v, tx)
 
     @T.macro
-    def step(S, Z, P, O, Y, numbers, at, bars, v, item, tiles, i, masked, KS, KE, SUM, tokens, nk, scale, tx):
+    def step(registers, at, bars, v, item, tensors, i, masked, tx):
+        S, Z, P, O, Y = registers
         logits(S, Z, at, bars, v, tx)
         products(O, Y, at, bars, v, i == 1)
-        T.named_barrier_arrive(9 - tx // 128, 256)
+        pass_turn(tx)
         T.wait_wgmma(2)
         T.warpgroup_fence_operand(S, num_regs=64)
         T.warpgroup_fence_operand(Z, num_regs=64)
-        taken(bars, v, i, tiles, tx)
-        apply(S, Z, P, numbers, item, i, masked, KS, KE, tokens, scale)
-        leave(O, Y, bars, v, item, i - 1, SUM, nk, tx)
+        taken(bars, v, i, item.tiles, tx)
+        apply(S, Z, P, item, tensors, i, masked)
+        leave(O, Y, bars, v, item, tensors, i - 1, tx)
         put(P, at, bars, v, tx)
 
     @T.prim_func
@@ -154,7 +203,7 @@ def build(D, E, HG):
             Y1s = T.alloc_shared((2, 128, D), "bfloat16")
             Y2s = T.alloc_shared((2, 128, E), "bfloat16")
             Ps = T.alloc_shared((2, 128, 128), "bfloat16")
-            Is = T.alloc_shared((2, 8), "int32")
+            Is = T.alloc_shared((2, ITEM), "int32")
             T.annotate_layout({x: make_swizzled_layout(x) for x in (X1s, X2s, Y1s, Y2s, Ps)})
             S = T.alloc_local((64,), "float32")
             Z = T.alloc_local((64,), "float32")
@@ -172,7 +221,7 @@ def build(D, E, HG):
             fullp = T.alloc_barrier([8] * 2)
             emptyp = T.alloc_barrier([8] * 2)
             tx = T.get_thread_binding()
-            if TOKENS * HG < 128:  # padding rows of index_q: no copy reaches them, a product would read them
+            if row_tile.PADDED:  # padding rows of index_q: no copy reaches them, a product would read them
                 for z, r, e in T.Parallel(2, 128, E):
                     X2s[z, r, e] = T.cast(0.0, "bfloat16")
                 T.fence_proxy_async()
@@ -188,46 +237,39 @@ def build(D, E, HG):
                 items = T.alloc_var("int32")
                 tiles = T.alloc_var("int32")
                 masked = T.alloc_var("int32")
-                bars = (full1, empty1, full2, empty2, fullp, emptyp, emptyx)
-                numbers = (x, sign, limits)
-
+                bars = Barriers(full1, empty1, full2, empty2, fullp, emptyp, emptyx)
+                here, tensors = Item(item, tiles, x, sign, limits), Tensors(KS, KE, SUM, tokens, nk, scale)
+                registers = (S, Z, P, O, Y)
                 for j, z in enumerate((X1s, X2s, Y1s, Y2s, Ps)):
-                    at[j] = T.call_extern("int32", "hg_address", T.address_of(z[0, 0, 0]))
-                v[0] = 0
-                v[1] = 0
-                if tx >= 128:
-                    T.named_barrier_arrive(8, 256)
-                items = T.call_extern("int32", "hg_count", nitems, bx, grid)
+                    at[j] = shared_address(z)
+                v[ROW_TILES] = 0
+                v[KEY_TILES] = 0
+                begin_turns(tx)
+                items = count_items(nitems, bx, grid)
                 for _ in T.serial(items):
-                    item = T.call_extern("int32", "hg_address", T.address_of(Is[0, 0])) + v[0] % 2 * 32
-                    T.barrier_wait(fulli[v[0] % 2], v[0] // 2 % 2)
+                    item = shared_address(Is) + v[ROW_TILES] % 2 * ITEM_BYTES
+                    T.barrier_wait(fulli[v[ROW_TILES] % 2], v[ROW_TILES] // 2 % 2)
                     T.call_extern(
                         "handle", f"ho_numbers<{HG}>", x.access_ptr("w"), sign.access_ptr("w"), item,
                         T.address_of(LSE[0]), T.address_of(LSX[0]), T.address_of(W[0]), T.address_of(COEF[0]),
                         T.address_of(KS[0]), T.address_of(KE[0]), tokens, H,
                     )  # fmt: skip
-                    tiles = T.call_extern("int32", "hg_field", item, 3)
-                    masked = T.call_extern("int32", "hq_masked", item)
-                    T.barrier_wait(fullx[0], v[0] % 2)
-                    first(S, Z, P, numbers, at, bars, v, item, tiles, KS, KE, tokens, scale, tx)
+                    tiles = T.call_extern("int32", "item_field", item, RowItem.TILES)
+                    masked = T.call_extern("int32", "masked_tiles", item)
+                    T.barrier_wait(fullx[0], v[ROW_TILES] % 2)
+                    first(registers, at, bars, v, here, tensors, tx)
                     for i in T.serial(masked - 1):
-                        step(
-                            S, Z, P, O, Y, numbers, at, bars, v, item, tiles, i + 1, True, KS, KE, SUM, tokens, nk,
-                            scale, tx,
-                        )  # fmt: skip
+                        step(registers, at, bars, v, here, tensors, i + 1, True, tx)
                     for i in T.serial(tiles - masked):
-                        step(
-                            S, Z, P, O, Y, numbers, at, bars, v, item, tiles, masked + i, False, KS, KE, SUM, tokens,
-                            nk, scale, tx,
-                        )  # fmt: skip
+                        step(registers, at, bars, v, here, tensors, masked + i, False, tx)
                     products(O, Y, at, bars, v, tiles == 1)
-                    leave(O, Y, bars, v, item, tiles - 1, SUM, nk, tx)
+                    leave(O, Y, bars, v, here, tensors, tiles - 1, tx)
                     T.call_extern(
                         "handle", f"ho_store<{HG}, {E}>", O.access_ptr("r"), item, T.address_of(W[0]),
                         T.address_of(IQ[0, 0]), T.address_of(DQ[0, 0]), T.address_of(DW[0]), tokens, H,
                     )  # fmt: skip
-                    release(emptyi, v[0] % 2, tx)
-                    v[0] = v[0] + 1
+                    release(emptyi, v[ROW_TILES] % 2, tx)
+                    v[ROW_TILES] = v[ROW_TILES] + 1
             else:
                 T.set_max_nreg(REGISTERS[1], 0)
                 if tx < 288:
@@ -240,36 +282,29 @@ def build(D, E, HG):
                     slot = T.alloc_var("int32")
                     rows = T.alloc_var("int32")
                     count = T.alloc_var("int32")
-                    count = T.call_extern("int32", "hg_count", nitems, bx, grid)
+                    count = count_items(nitems, bx, grid)
                     for it in T.serial(count):
-                        field = T.call_extern("int32", "it_lane", T.address_of(ITEMS[0]), bx + it * grid)
-                        t0 = T.call_extern("int32", "it_pick", field, 0)
-                        g = T.call_extern("int32", "it_pick", field, 1)
-                        rows = T.call_extern("int32", "it_pick", field, 3)
+                        field = T.call_extern("int32", "lane_field", T.address_of(ITEMS[0]), bx + it * grid)
+                        t0 = T.call_extern("int32", "pick_field", field, RowItem.TOKEN)
+                        g = T.call_extern("int32", "pick_field", field, RowItem.KEY_HEAD)
+                        rows = T.call_extern("int32", "pick_field", field, RowItem.TILES)
                         T.barrier_wait(emptyi[it % 2], (it // 2 + 1) % 2)
-                        slot = T.call_extern("int32", "hg_address", T.address_of(Is[0, 0])) + it % 2 * 32
-                        T.call_extern("handle", "it_put", slot, field)
+                        slot = shared_address(Is) + it % 2 * ITEM_BYTES
+                        T.call_extern("handle", "put_item", slot, field)
                         load(IQ, X2s, it % 2, fulli, E, t0, g, H)
-                        if T.shuffle_elect(32):
-                            T.barrier_arrive(fulli[it % 2])
+                        commit((fulli, it % 2))
                         for i in T.serial(rows):
-                            key = T.call_extern("int32", "it_key<128>", field, i)
+                            key = T.call_extern("int32", "pick_first_key<128>", field, i)
                             T.barrier_wait(empty1[st], ph)
                             T.tma_copy(K[key : key + 128, g * D : g * D + D], Y1s[st, :, :], barrier=full1[st])
-                            if T.shuffle_elect(32):
-                                T.barrier_arrive(full1[st])
+                            commit((full1, st))
                             if i == 0:
                                 T.barrier_wait(emptyx[0], (it + 1) % 2)
                                 load(Q, X1s, 0, fullx, D, t0, g, H)
-                                if T.shuffle_elect(32):
-                                    T.barrier_arrive(fullx[0])
+                                commit((fullx, 0))
                             T.barrier_wait(empty2[st], ph)
                             T.tma_copy(IK[key : key + 128, 0:E], Y2s[st, :, :], barrier=full2[st])
-                            if T.shuffle_elect(32):
-                                T.barrier_arrive(full2[st])
-                            st = st + 1
-                            if st == 2:
-                                st = 0
-                                ph = ph ^ 1
+                            commit((full2, st))
+                            advance(st, ph, 2)
 
     return flash_indexer_head_gradients_once

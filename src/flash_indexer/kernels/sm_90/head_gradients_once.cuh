@@ -1,6 +1,8 @@
 #pragma once
-// Accumulators as in head_gradients.cuh, tiles in shared memory as in wgmma.cuh; all have 128 rows or keys. P [128 rows, 128 keys],
-// bfloat16, is read as it lies for O += P index_k, and its panel w transposed for the 64 keys of warpgroup w.
+#include "../device/wgmma.cuh"
+#include "head_gradients.cuh"
+// Tiles in shared memory as in wgmma.cuh; all have 128 rows or keys. P [128 rows, 128 keys], bfloat16, is read as it lies
+// for O += P index_k, and its panel w transposed for the 64 keys of warpgroup w.
 // S = q k^T and Z = index_q index_k^T of a warpgroup's 64 rows
 template <int D, int E>
 static __device__ __forceinline__ void ho_logits(
@@ -18,7 +20,8 @@ static __device__ __forceinline__ void ho_rows(float* o, int p, int index_k, int
   using B = Tile<E, 128>;
   using A = Tile<128, 128>;
   const int half = wg_uniform(threadIdx.x >> 7), keys = wg_uniform(key_tile & 1);
-  const int a = (p >> 4) + keys * A::SIZE + half * A::HALF, b = (index_k >> 4) + keys * B::SIZE + (128 * B::ROW >> 4 << 16);
+  const int a = (p >> 4) + keys * A::SIZE + half * A::HALF;
+  const int b = (index_k >> 4) + keys * B::SIZE + (128 * B::ROW >> 4 << 16);
   warpgroup_fence_operand(o, E / 2);
   warpgroup_arrive();
 #pragma unroll
@@ -45,41 +48,32 @@ static __device__ __forceinline__ void ho_keys(float* y, int p, int index_q, int
   warpgroup_commit_batch();
   warpgroup_fence_operand(y, E / 2);
 }
-// numbers of the thread's two rows: lse and lsx less log2 |w · coef|, w (all base 2), and the sign of w · coef in both halves. For
+// numbers of the thread's two rows: lse and lsx less log2 |w · coef|, w (all base 2), and the sign of w · coef in both
+// halves. For
 // d_index_weights a |w| below LEAST counts as that; padding, tokens t >= n and tokens of one key have p = 0
 #define HO_LEAST 8.6736174e-19f
 template <int HG>
 static __device__ __forceinline__ void ho_numbers(
-    float* x, unsigned* sign, int item, const float* LSE, const float* LSX, const float* W, const float* COEF, const int* KS,
-    const int* KE, int n, int H) {
-  const int t0 = hg_field(item, 0), g = hg_field(item, 1);
+    float* x, unsigned* sign, int item, const float* LSE, const float* LSX, const float* W, const float* COEF,
+    const int* KS, const int* KE, int n, int H) {
+  const int t0 = item_field(item, row_item::TOKEN), g = item_field(item, row_item::KEY_HEAD);
 #pragma unroll
   for (int h = 0; h < 2; ++h) {
-    const int r = hg_row(h), t = t0 + Rows<HG, 128>::token(r);
+    const int r = thread_row(h), t = t0 + Rows<HG, 128>::token(r);
     const bool none = Rows<HG, 128>::padding(r) || t >= n;
     const long long at = (long long)t * H + g * HG + Rows<HG, 128>::head(r);
-    const float w = none ? 0.f : hg_float(W, at), coef = none ? 0.f : hg_float(COEF, t);
+    const float w = none ? 0.f : load_float(W, at), coef = none ? 0.f : load_float(COEF, t);
     const float factor = fmaxf(fabsf(w), HO_LEAST) * fabsf(coef);
-    const bool some = !none && !(factor <= 0.f) && hg_int(KE, t) > hg_int(KS, t) + 1;
-    x[h] = some ? hg_float(LSE, at) * HG_LOG2E - log2f(factor) : HG_NOTHING;
-    x[2 + h] = some ? hg_float(LSX, at) * HG_LOG2E - log2f(factor) : HG_NOTHING;
-    x[4 + h] = w * HG_LOG2E;
+    const bool some = !none && !(factor <= 0.f) && load_int(KE, t) > load_int(KS, t) + 1;
+    x[h] = some ? load_float(LSE, at) * LOG2E - log2f(factor) : HG_NOTHING;
+    x[2 + h] = some ? load_float(LSX, at) * LOG2E - log2f(factor) : HG_NOTHING;
+    x[4 + h] = w * LOG2E;
     sign[h] = (w < 0.f) != (coef < 0.f) ? 0x80008000u : 0u;
   }
 }
 // z = -1 where a key of the item's i-th tile is not seen, so that no gradient passes
 static __device__ __forceinline__ void ho_mask(float* z, const int* limits, int item, int i) {
-  const int key = hq_key<128>(item, i) + (threadIdx.x & 3) * 2;
-#pragma unroll
-  for (int h = 0; h < 2; ++h) {
-    const int low = limits[2 * h] - key;
-    const unsigned size = limits[2 * h + 1] - limits[2 * h];
-#pragma unroll
-    for (int g = 0; g < 16; ++g)
-#pragma unroll
-      for (int c = 0; c < 2; ++c)
-        z[4 * g + 2 * h + c] = (unsigned)(8 * g + c - low) < size ? z[4 * g + 2 * h + c] : -1.f;
-  }
+  mask_keys<128>(z, limits, first_key<128>(item, i), -1.f);
 }
 // p = g · w · coef in bfloat16: |w · coef| comes with the exponents, its sign and [z > 0] with bits
 static __device__ __forceinline__ void ho_apply(
@@ -91,34 +85,28 @@ static __device__ __forceinline__ void ho_apply(
 #pragma unroll
     for (int c = 0; c < 2; ++c)
       e[c] = exp2f(fmaf(z[i + c], x[4 + h], -x[2 + h])) - exp2f(fmaf(s[i + c], scale, -x[h]));
-    unsigned v, positive;
-    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(v) : "f"(e[1]), "f"(e[0]));
+    unsigned positive;
     asm("{ .reg .b32 y; cvt.rn.bf16x2.f32 y, %1, %2; set.gt.u32.bf16x2 %0, y, %3; }"
         : "=r"(positive)
         : "f"(z[i + 1]), "f"(z[i]), "r"(0u));
-    p[i / 2] = (v & positive) ^ sign[h];
+    p[i / 2] = (pack(e[0], e[1]) & positive) ^ sign[h];
   }
 }
 // p to this warp's rows of P
 static __device__ __forceinline__ void ho_put(const unsigned* v, int p, int key_tile) {
-  const int lane = threadIdx.x & 31, r = (threadIdx.x >> 5) * 16 + (lane & 15);
-  const int row = p + (key_tile & 1) * 32768 + r * 128;
+  const int row = p + (key_tile & 1) * 32768 + ((threadIdx.x >> 5) * 16 + (threadIdx.x & 15)) * 128;
 #pragma unroll
-  for (int g = 0; g < 16; g += 2) {
-    const int address = row + g / 8 * 16384 + (((g % 8 + (lane >> 4)) ^ (r & 7)) << 4);
-    asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(v[2 * g]),
-                 "r"(v[2 * g + 1]), "r"(v[2 * g + 2]), "r"(v[2 * g + 3])
-                 : "memory");
-  }
-  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+  for (int g = 0; g < 16; g += 2) store_shared_matrices(matrix_address(row, g), v + 2 * g);
+  fence_shared();
 }
-// SUM[key + r, 16j + 4q + 2a + c] += y of row r and column 16j + 8a + 2q + c, for keys 0 .. S - 1 of the item's i-th tile
+// SUM[key + r, 16j + 4q + 2a + c] += y of row r and column 16j + 8a + 2q + c, for keys 0 .. S - 1 of the item's i-th
+// tile
 template <int E>
 static __device__ __forceinline__ void ho_add(const float* y, int item, int i, float* SUM, int S) {
-  const int first = hq_key<128>(item, i) + (threadIdx.x >> 5) * 16 + ((threadIdx.x & 31) >> 2);
+  const int first = first_key<128>(item, i);
 #pragma unroll
   for (int h = 0; h < 2; ++h) {
-    const int key = first + 8 * h;
+    const int key = first + thread_row(h);
     float* p = SUM + (long long)key * E + (threadIdx.x & 3) * 4;
     if (key >= 0 && key < S)
 #pragma unroll
@@ -132,13 +120,13 @@ static __device__ __forceinline__ void ho_add(const float* y, int item, int i, f
 template <int HG, int E>
 static __device__ __forceinline__ void ho_store(
     const float* o, int item, const float* W, const void* IQ, void* DQ, float* DW, int n, int H) {
-  const int t0 = hg_field(item, 0), g = hg_field(item, 1);
+  const int t0 = item_field(item, row_item::TOKEN), g = item_field(item, row_item::KEY_HEAD);
 #pragma unroll
   for (int h = 0; h < 2; ++h) {
-    const int r = hg_row(h), t = t0 + Rows<HG, 128>::token(r);
+    const int r = thread_row(h), t = t0 + Rows<HG, 128>::token(r);
     const bool there = !Rows<HG, 128>::padding(r) && t < n;
     const long long at = (long long)t * H + g * HG + Rows<HG, 128>::head(r);
-    const float w = there ? hg_float(W, at) : 0.f;
+    const float w = there ? load_float(W, at) : 0.f;
     float sum = 0.f;
     if (there) {
       unsigned* to = (unsigned*)DQ + at * (E / 2) + (threadIdx.x & 3);
@@ -146,15 +134,13 @@ static __device__ __forceinline__ void ho_store(
 #pragma unroll
       for (int i = 0; i < E / 8; ++i) {
         const float a = o[4 * i + 2 * h], b = o[4 * i + 2 * h + 1];
-        unsigned v, pair = q[4 * i];
-        sum = fmaf(a, __uint_as_float(pair << 16), sum);
-        sum = fmaf(b, __uint_as_float(pair & 0xffff0000u), sum);
-        asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(v) : "f"(b), "f"(a));
-        to[4 * i] = w == 0.f ? 0u : v;
+        const unsigned pair = q[4 * i];
+        sum = fmaf(a, low_half(pair), sum);
+        sum = fmaf(b, high_half(pair), sum);
+        to[4 * i] = w == 0.f ? 0u : pack(a, b);
       }
     }
-    sum += __shfl_xor_sync(0xffffffffu, sum, 1);
-    sum += __shfl_xor_sync(0xffffffffu, sum, 2);
+    sum = quad_sum(sum);
     if (there && (threadIdx.x & 3) == 0) DW[at] = sum / copysignf(fmaxf(fabsf(w), HO_LEAST), w < 0.f ? -1.f : 1.f);
   }
 }

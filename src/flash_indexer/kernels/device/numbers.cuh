@@ -1,0 +1,23 @@
+#pragma once
+static constexpr float LOG2E = 1.4426950408889634f, LN2 = 0.6931471805599453f;
+// 2^x by the special function unit, denormal results are zero
+static __device__ __forceinline__ float exp2_approximate(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+// max(x, y), NaN where one is: fmaxf would hide it
+static __device__ __forceinline__ float max_or_nan(float x, float y) {
+  float z;
+  asm("max.NaN.f32 %0, %1, %2;" : "=f"(z) : "f"(x), "f"(y));
+  return z;
+}
+static __device__ __forceinline__ float relu(float x) { return max_or_nan(x, 0.f); }
+// two bfloat16 in a word, the first in the lower half
+static __device__ __forceinline__ unsigned pack(float low, float high) {
+  unsigned v;
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(v) : "f"(high), "f"(low));
+  return v;
+}
+static __device__ __forceinline__ float low_half(unsigned v) { return __uint_as_float(v << 16); }
+static __device__ __forceinline__ float high_half(unsigned v) { return __uint_as_float(v & 0xffff0000u); }

@@ -1,0 +1,60 @@
+#pragma once
+#include "../device/accumulator.cuh"
+#include "../device/partial_sums.cuh"
+// tiles of 128 rows of index_q from row first to last: none past the end n, at least one; no rows (an empty item): none
+static __device__ __forceinline__ int gd_steps(int first, int last, int n) {
+  return last <= first ? 0 : max((min(last, n) - first + 127) / 128, 1);
+}
+// 0xffff in each half where s > 0 (bfloat16 has the exponents of float32: the sign survives the rounding)
+static __device__ __forceinline__ unsigned gd_mask(float lo, float hi) {
+  unsigned m;
+  asm("set.gt.u32.bf16x2 %0, %1, %2;" : "=r"(m) : "r"(pack(lo, hi)), "r"(0u));
+  return m;
+}
+// x = di * [s > 0]: rows (token, head), columns keys; di [128 / IP, 128]. A thread's rows share a token unless IP = 8
+template <int IP>
+static __device__ __forceinline__ void gd_query(const float* s, unsigned* x, int di) {
+  const int d = di + thread_row() / IP * 256 + (threadIdx.x & 3) * 4;
+#pragma unroll
+  for (int g = 0; g < 16; ++g) {
+    const unsigned d0 = load_shared_word(d + g * 16), d1 = IP == 8 ? load_shared_word(d + 256 + g * 16) : d0;
+    x[2 * g] = d0 & gd_mask(s[4 * g], s[4 * g + 1]);
+    x[2 * g + 1] = d1 & gd_mask(s[4 * g + 2], s[4 * g + 3]);
+  }
+}
+// x = di * w * [s > 0]: rows keys, columns (token, head); di [128 / IP, 128], w [128]
+template <int IP>
+static __device__ __forceinline__ void gd_key(const float* s, unsigned* x, int di, int w_) {
+  const int d = di + thread_row() * 2, w = w_ + (threadIdx.x & 3) * 8;
+#pragma unroll
+  for (int t = 0; t < 128 / IP; ++t) {
+    const float d0 = load_shared_bfloat16(d + t * 256), d1 = load_shared_bfloat16(d + t * 256 + 16);
+#pragma unroll
+    for (int g = t * (IP / 8); g < (t + 1) * (IP / 8); ++g) {
+      const float2 two = load_shared_float2(w + g * 32);
+      x[2 * g] = pack(two.x * d0, two.y * d0) & gd_mask(s[4 * g], s[4 * g + 1]);
+      x[2 * g + 1] = pack(two.x * d1, two.y * d1) & gd_mask(s[4 * g + 2], s[4 * g + 3]);
+    }
+  }
+}
+// weights of the thread's two rows of the tile that begins at `row`
+static __device__ __forceinline__ void gd_weights(float* w, const float* W, int row, int n) {
+  w[0] = load_float(W, min(row + thread_row(), n - 1));
+  w[1] = load_float(W, min(row + thread_row(1), n - 1));
+}
+// DQ = w * O and DW, for heads j < I of tokens t < ntok
+template <int E, int IP>
+static __device__ __forceinline__ void gd_store_query(
+    const float* o, const float* w, const float* dw, void* DQ, float* DW, int t0, int I, int ntok) {
+#pragma unroll
+  for (int h = 0; h < 2; ++h) {
+    const int r = thread_row(h), t = t0 + r / IP, j = r % IP;
+    if (t < ntok && j < I) {
+      const long long row = (long long)t * I + j;
+      unsigned* q = (unsigned*)DQ + row * (E / 2) + (threadIdx.x & 3);
+      if ((threadIdx.x & 3) == 0) DW[row] = dw[h];
+#pragma unroll
+      for (int g = 0; g < E / 8; ++g) q[4 * g] = pack(o[4 * g + 2 * h] * w[h], o[4 * g + 2 * h + 1] * w[h]);
+    }
+  }
+}

@@ -1,0 +1,147 @@
+"""What the kernels' programs share: rings of shared memory, turns of two warpgroups, copies of row tiles.
+
+A ring is an array of stages with a `full` and an `empty` barrier each. The warp that feeds it waits for `empty`,
+copies, and commits; the warps that read it wait for `full`, and release the stage with one arrival a warp. A stage
+and the parity of its barriers go on together by `advance`.
+"""
+
+from typing import Any, NamedTuple
+
+import tilelang
+import tilelang.language as T
+from tilelang.layout import Fragment
+
+PASS_CONFIGS = {
+    tilelang.PassConfigKey.TL_ENABLE_FAST_MATH: True,
+    tilelang.PassConfigKey.TL_DISABLE_BUFFER_INIT_CHECK: True,
+    tilelang.PassConfigKey.TL_DISABLE_SAFE_MEMORY_ACCESS: True,
+    tilelang.PassConfigKey.TL_DISABLE_THREAD_STORAGE_SYNC: True,
+}
+LOG2E = 1.4426950408889634
+REGISTERS = (240, 24)  # of a thread of the warps that compute, of the others
+FULL_ROW = T.GemmWarpPolicy.FullRow
+
+# scalars of the rows of a 128-row tile, as its accumulator's threads own them: two a thread, alike in the four of a row
+ROW_LAYOUT = Fragment(
+    [128],
+    forward_thread_fn=lambda i, rep: (i // 16) * 32 + (i % 8) * 4 + rep,
+    replicate=4,
+    forward_index_fn=lambda i: (i % 16) // 8,
+)
+
+
+def number(ITEMS, i):
+    """The i-th int32 of a list in global memory."""
+    return T.call_extern("int32", "load_int", T.address_of(ITEMS[0]), i)
+
+
+def count_items(nitems, bx, grid):
+    """How many items are this CTA's: bx, bx + grid, ..."""
+    return T.call_extern("int32", "count_items", nitems, bx, grid)
+
+
+def shared_address(buffer):
+    """Of the beginning of a buffer in shared memory."""
+    return T.call_extern("int32", "shared_address", T.address_of(buffer[(0,) * len(buffer.shape)]))
+
+
+class Ring(NamedTuple):
+    """Stages in shared memory, and their barriers."""
+
+    stages: Any
+    full: Any
+    empty: Any
+
+
+@T.macro
+def arrive(barrier, i, tx):
+    """One arrival of the warp."""
+    if tx % 32 == 0:
+        T.mbarrier_arrive(barrier[i])
+
+
+@T.macro
+def release(barrier, i, tx):
+    """One arrival of the warp, when all its lanes are here."""
+    T.sync_warp()
+    if tx % 32 == 0:
+        T.mbarrier_arrive(barrier[i])
+
+
+@T.macro
+def commit(stage):
+    """The copies into a stage, (full, i), have been asked for: one arrival of the warp that feeds.
+
+    A tuple, for a number by itself becomes a variable of the macro; TileLang joins the arrival with the bytes that the
+    copies expect only where both name the barrier alike.
+    """
+    if T.shuffle_elect(32):
+        T.barrier_arrive(stage[0][stage[1]])
+
+
+@T.macro
+def advance(stage: T.Ref, parity: T.Ref, count):
+    """The next of `count` stages."""
+    stage = stage + 1
+    if stage == count:
+        stage = 0
+        parity = parity ^ 1
+
+
+@T.macro
+def wait_for_turn(tx):
+    """Two warpgroups issue products in turns; `pass_turn` by the first before its first turn starts it."""
+    T.sync_threads(8 + tx // 128, 256)
+
+
+@T.macro
+def pass_turn(tx):
+    """To the other warpgroup."""
+    T.named_barrier_arrive(9 - tx // 128, 256)
+
+
+@T.macro
+def begin_turns(tx):
+    """The first turn is the first warpgroup's."""
+    if tx >= 128:
+        T.named_barrier_arrive(8, 256)
+
+
+class RowTile:
+    """A tile of R rows of queries: HG heads of one key head, R // HG tokens, in the order that needs fewer copies.
+
+    HG > TOKENS: row = token · HG + head, one copy a token from [T·H, width]; otherwise row = head · TOKENS + token, one
+    copy a head from [T, H·width]. `device/rows.cuh` has the same.
+    """
+
+    def __init__(self, HG, R):
+        self.HG, self.TOKENS = HG, R // HG
+        self.TOKEN_MAJOR = HG > self.TOKENS
+        self.BOX, self.BOXES = (HG, self.TOKENS) if self.TOKEN_MAJOR else (self.TOKENS, HG)
+        self.PADDED = self.TOKENS * HG < R  # rows that no copy reaches
+
+    def place(self, t0, g, b, H):
+        """Row and head of global memory at which box b begins."""
+        return ((t0 + b) * H + g * self.HG, 0) if self.TOKEN_MAJOR else (t0, g * self.HG + b)
+
+    def copies(self):
+        """load(source, target, slot, full, width, t0, g, H): the tile of token t0 and key head g, into a slot."""
+        BOX, BOXES, place = self.BOX, self.BOXES, self.place
+
+        @T.macro
+        def load(source, target, slot, full, width, t0, g, H):
+            panel = min(width, 64)
+            for b in list(range(BOXES)):
+                for c in list(range(width // panel)):
+                    T.tma_copy(
+                        source[
+                            place(t0, g, b, H)[0] : place(t0, g, b, H)[0] + BOX,
+                            place(t0, g, b, H)[1] * width + c * panel : place(t0, g, b, H)[1] * width
+                            + c * panel
+                            + panel,
+                        ],
+                        target[slot, b * BOX : b * BOX + BOX, c * panel : c * panel + panel],
+                        barrier=full[slot],
+                    )
+
+        return load

@@ -1,0 +1,254 @@
+"""Scores summed over heads: of the teacher, sum_h exp(scale·q_h·k - lse_h), and of the indexer, sum_j w_j·ReLU(q_j·k).
+
+    OUT[t, s] = sum_h f(Q[t, h] · K[s, h // HG]; L[t, h])        f of the mode, see `build`
+
+One CTA computes one tile of 128 tokens by 128 keys after the other. The sum over heads is a register accumulator, so
+any number of heads, and of heads a key head, runs the same code, and a score leaves the registers once.
+
+    warps 0-3, 4-7   64 tokens each: A [64, 128] (the sum) and two logit accumulators S0, S1 [64, 128] in registers
+    warp 8           one thread feeds two rings of 64-wide chunks of D by TMA: Q a head, K once a group
+    warps 9-11       idle (registers are given to the consumers)
+
+    tensor cores     | S1 = Q[h+1] K^T | S0 = Q[h+2] K^T | S1 = Q[h+3] K^T | ...
+    everything else  | A += f(S0)      | A += f(S1)      | A += f(S0)      | ...
+
+The stream of (tile, head) steps runs on across tiles: a tile is stored while the next one's first product is under
+way. For wide heads (D = 576) the step is split into chunks: a chunk's stage is handed back as soon as its product is
+done, and a slice of f runs under each chunk.
+"""
+
+import tilelang.language as T
+
+from flash_indexer.kernels.device.items import SHORT_ITEM, ScoreItem
+from flash_indexer.kernels.device.sources import source
+from flash_indexer.kernels.sm_90.macros import (
+    FULL_ROW,
+    LOG2E,
+    PASS_CONFIGS,
+    REGISTERS,
+    Ring,
+    advance,
+    commit,
+    count_items,
+    number,
+)  # fmt: skip
+from flash_indexer.kernels.sm_90.sizes import EXP, SCORE_STAGES, SUM
+
+__all__ = ["PASS_CONFIGS", "build"]
+SOURCE = source(__file__)
+
+# of a thread that computes: stages and parities of the Q and K rings that are read next; stages that are released next
+# (the parity is not used); heads of the group done; whether this is the group's last head; stage and parity of K with
+# which the group began
+Q_STAGE, Q_PARITY, K_STAGE, K_PARITY, Q_RELEASE, Q_UNUSED, K_RELEASE, K_UNUSED, DONE, LAST, K_FIRST, K_FIRST_PARITY = (
+    range(12)
+)  # fmt: skip
+STATE = 12
+# of the accumulator: its item, head, first token; rows of L of the thread's two rows
+ITEM, HEAD, TOKEN, ROW_0, ROW_1 = range(5)
+
+
+def build(D, mode):
+    """The kernel for head width D (64, 96, 128, 192, 256, 576; the indexer's 32).
+
+    mode: EXP   f = exp(scale·x - L[t,h])      teacher, L = lse (natural log)
+          RELU  f = L[t,h]·max(x, 0)           indexer, L = weights
+          SUM   f = scale·x                    summed logits; L is not read
+
+    Run-time arguments: Q [T, H·D] and K [S, G·D] bfloat16, L [T·H] float32, OUT [tiles·128, 128] float32, ITEMS int32
+    (`items.ScoreItem`): CTA c of `grid` takes items c, c + grid, ...; whole tiles are written, unmasked.
+    Row 0 of Q and L is token qbase.
+    """
+    BK = 64 if D % 64 == 0 else 32
+    NK = D // BK
+    sliced = NK > 4
+    QST, KST = SCORE_STAGES[D]
+    chunks = list(range(NK))
+    slices = [(c * 16 // NK, (c + 1) * 16 // NK) for c in chunks]
+    tq, hd, tk, gd = T.dynamic("tq"), T.dynamic("hd"), T.dynamic("tk"), T.dynamic("gd")
+    nl, nr, ni = T.dynamic("nl"), T.dynamic("nr"), T.dynamic("ni")
+
+    @T.macro
+    def add(S, A, low, scale, first, last):
+        T.call_extern(
+            "handle", f"sc_add<{mode}, {first}, {last}>",
+            S.access_ptr("r"), A.access_ptr("rw"), low.access_ptr("r"), scale,
+        )  # fmt: skip
+
+    # one arrival a warpgroup; K chunks go back with the last head of their group
+    @T.macro
+    def release_chunk(q, k, v, tx):
+        if tx % 128 == 0:
+            T.mbarrier_arrive(q.empty[v[Q_RELEASE]])
+            if v[LAST] > 0:
+                T.mbarrier_arrive(k.empty[v[K_RELEASE]])
+        advance(v[Q_RELEASE], v[Q_UNUSED], QST)
+        advance(v[K_RELEASE], v[K_UNUSED], KST)
+
+    # S = the next head's logits; beside it A += f(SP), of the head before, unless this is the first one
+    @T.macro
+    def issue(q, k, v, S, SP, sums, HG, tx, prefix):
+        A, low, scale = sums
+        v[K_STAGE] = v[K_FIRST]
+        v[K_PARITY] = v[K_FIRST_PARITY]
+        v[K_RELEASE] = v[K_FIRST]
+        v[DONE] = v[DONE] + 1
+        v[LAST] = 0
+        if v[DONE] == HG:
+            v[DONE] = 0
+            v[LAST] = 1
+        # S = Q[t, h] @ K[s, h // HG].T
+        for c in chunks:
+            T.barrier_wait(k.full[v[K_STAGE]], v[K_PARITY])
+            T.barrier_wait(q.full[v[Q_STAGE]], v[Q_PARITY])
+            T.wgmma_gemm(
+                q.stages[v[Q_STAGE], :, :], k.stages[v[K_STAGE], :, :], S, transpose_B=True, clear_accum=(c == 0),
+                policy=FULL_ROW,
+            )  # fmt: skip
+            advance(v[Q_STAGE], v[Q_PARITY], QST)
+            advance(v[K_STAGE], v[K_PARITY], KST)
+            if sliced:
+                if c > 0:
+                    T.wait_wgmma(1)
+                    release_chunk(q, k, v, tx)
+                if not prefix:
+                    add(SP, A, low, scale, slices[c][0], slices[c][1])
+        if not sliced and not prefix:
+            add(SP, A, low, scale, 0, 16)
+
+    @T.macro
+    def finish(q, k, v, S, tx):
+        T.wait_wgmma(0)
+        T.warpgroup_fence_operand(S, num_regs=64)
+        for _ in chunks if not sliced else [NK - 1]:
+            release_chunk(q, k, v, tx)
+        if v[LAST] > 0:
+            v[K_FIRST] = v[K_STAGE]
+            v[K_FIRST_PARITY] = v[K_PARITY]
+
+    # row scalars of the head that is summed
+    @T.macro
+    def load_low(low, L, w, H, last, tx):
+        if mode != SUM:
+            w[ROW_0] = T.min(w[TOKEN] + (tx // 32) * 16 + (tx % 32) // 4, last) * H + w[HEAD]
+            w[ROW_1] = T.min(w[TOKEN] + (tx // 32) * 16 + (tx % 32) // 4 + 8, last) * H + w[HEAD]
+            low[0] = T.call_extern("float32", "load_float", T.address_of(L[0]), w[ROW_0])
+            low[1] = T.call_extern("float32", "load_float", T.address_of(L[0]), w[ROW_1])
+
+    @T.macro
+    def store(A, OUT, ITEMS, w):
+        T.call_extern(
+            "handle", "sc_store", A.access_ptr("rw"), T.address_of(OUT[0, 0]),
+            number(ITEMS, w[ITEM] * SHORT_ITEM + ScoreItem.TILE) * 128,
+        )  # fmt: skip
+
+    @T.macro
+    def next_head(sums, w, tensors, sizes, tx):
+        A, low, _scale = sums
+        L, OUT, ITEMS = tensors
+        H, qbase, nitems, grid = sizes
+        w[HEAD] = w[HEAD] + 1
+        if w[HEAD] == H:
+            store(A, OUT, ITEMS, w)
+            w[HEAD] = 0
+            w[ITEM] = T.min(w[ITEM] + grid, nitems - 1)
+            w[TOKEN] = number(ITEMS, w[ITEM] * SHORT_ITEM + ScoreItem.TOKEN) - qbase
+        load_low(low, L, w, H, tq - 1, tx)
+
+    @T.prim_func
+    def flash_indexer_score(
+        Q: T.Tensor((tq, hd), "bfloat16"), K: T.Tensor((tk, gd), "bfloat16"), L: T.Tensor((nl,), "float32"),
+        OUT: T.Tensor((nr, 128), "float32"), ITEMS: T.Tensor((ni,), "int32"),
+        H: T.int32, HG: T.int32, scale: T.float32, qbase: T.int32, nitems: T.int32, grid: T.int32,
+    ):  # fmt: skip
+        with T.Kernel(grid, threads=384) as bx:
+            T.import_source(SOURCE)
+            Qs = T.alloc_shared((QST, 128, BK), "bfloat16")
+            Ks = T.alloc_shared((KST, 128, BK), "bfloat16")
+            S0 = T.alloc_fragment((128, 128), "float32")
+            S1 = T.alloc_fragment((128, 128), "float32")
+            A = T.alloc_local((64,), "float32")
+            low = T.alloc_local((2,), "float32")
+            fullq = T.alloc_barrier([1] * QST)
+            emptyq = T.alloc_barrier([2] * QST)
+            fullk = T.alloc_barrier([1] * KST)
+            emptyk = T.alloc_barrier([2] * KST)
+            q, k = Ring(Qs, fullq, emptyq), Ring(Ks, fullk, emptyk)
+            tx = T.get_thread_binding()
+            if tx < 256:
+                T.set_max_nreg(REGISTERS[0], 1)
+                v = T.alloc_local((STATE,), "int32")
+                w = T.alloc_local((5,), "int32")
+                steps = T.alloc_var("int32")
+                factor = T.alloc_var("float32")
+                for i in list(range(STATE)):
+                    v[i] = 0
+                for i in T.unroll(64):
+                    A[i] = 0.0
+                factor = scale * (LOG2E if mode == EXP else 1.0)
+                sums, tensors, sizes = (A, low, factor), (L, OUT, ITEMS), (H, qbase, nitems, grid)
+                w[ITEM] = bx
+                w[HEAD] = 0
+                w[TOKEN] = number(ITEMS, bx * SHORT_ITEM + ScoreItem.TOKEN) - qbase
+                steps = count_items(nitems, bx, grid) * H
+                load_low(low, L, w, H, tq - 1, tx)
+                issue(q, k, v, S0, S1, sums, HG, tx, True)
+                finish(q, k, v, S0, tx)
+                # for tile, head: A += f(S)
+                for _ in T.serial((steps - 1) // 2):
+                    for S, SP in [(S1, S0), (S0, S1)]:
+                        issue(q, k, v, S, SP, sums, HG, tx, False)
+                        next_head(sums, w, tensors, sizes, tx)
+                        finish(q, k, v, S, tx)
+                if steps % 2 == 0:
+                    issue(q, k, v, S1, S0, sums, HG, tx, False)
+                    next_head(sums, w, tensors, sizes, tx)
+                    finish(q, k, v, S1, tx)
+                    add(S1, A, low, factor, 0, 16)
+                else:
+                    add(S0, A, low, factor, 0, 16)
+                store(A, OUT, ITEMS, w)
+            else:
+                T.set_max_nreg(REGISTERS[1], 0)
+                if tx < 288:
+                    qs = T.alloc_var("int32", 0)
+                    qp = T.alloc_var("int32", 1)
+                    ks = T.alloc_var("int32", 0)
+                    kp = T.alloc_var("int32", 1)
+                    t0 = T.alloc_var("int32")
+                    s0 = T.alloc_var("int32")
+                    left = T.alloc_var("int32")  # heads left that use the present K tile
+                    kc = T.alloc_var("int32")
+                    qc = T.alloc_var("int32")
+                    count = T.alloc_var("int32")
+                    count = count_items(nitems, bx, grid)
+                    for i in T.serial(count):
+                        t0 = number(ITEMS, (bx + i * grid) * SHORT_ITEM + ScoreItem.TOKEN) - qbase
+                        s0 = number(ITEMS, (bx + i * grid) * SHORT_ITEM + ScoreItem.KEY)
+                        left = 0
+                        kc = -D
+                        for h in T.serial(H):
+                            qc = h * D
+                            if left == 0:
+                                kc = kc + D
+                            for c in chunks:
+                                if left == 0:
+                                    T.barrier_wait(emptyk[ks], kp)
+                                    T.tma_copy(
+                                        K[s0 : s0 + 128, kc + c * BK : kc + (c + 1) * BK],
+                                        Ks[ks, :, :],
+                                        barrier=fullk[ks],
+                                    )
+                                    commit((fullk, ks))
+                                    advance(ks, kp, KST)
+                                T.barrier_wait(emptyq[qs], qp)
+                                T.tma_copy(
+                                    Q[t0 : t0 + 128, qc + c * BK : qc + (c + 1) * BK], Qs[qs, :, :], barrier=fullq[qs]
+                                )
+                                commit((fullq, qs))
+                                advance(qs, qp, QST)
+                            if left == 0:
+                                left = HG
+                            left = left - 1
+
+    return flash_indexer_score

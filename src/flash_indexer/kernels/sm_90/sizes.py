@@ -1,0 +1,190 @@
+"""What the kernels of this generation are compiled for: data alone, read by operators, catalog, `tune` and tests.
+
+Widths, modes and the depth of rings; how large the tiles of the attention kernels are (the largest that shared memory
+and registers hold: bytes and registers are counted here, and what was measured to be faster than the largest stands
+beside it), with `candidates`, what they hold besides, for `flash-indexer tune`; and `BUILDERS`, a row for each kernel.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from itertools import product
+from typing import NamedTuple
+
+from flash_indexer.kernels.device.items import ITEM_BYTES
+
+Sizes = dict[str, int]  # static sizes of a kernel, by the names that its builder gives them
+
+CAPABILITY, ARCH = (9, 0), "sm_90a"
+SHARED_MEMORY = 232448 - 1024  # bytes a CTA may have, less the barriers
+
+# `indexer_kl`: widths of heads and of index heads, most heads, numbers that index heads are padded to
+HEAD_WIDTHS, INDEX_WIDTHS = (64, 96, 128, 192, 256, 576), (32, 64, 128)
+MAX_HEADS, MAX_INDEX_HEADS = 128, 64
+PADDED_HEADS = (8, 16, 32, 64)
+EXP, RELU, SUM = 0, 1, 2  # modes of `score`
+SCORE_STAGES = {32: (8, 4), 64: (8, 4), 96: (7, 6), 128: (8, 4), 192: (7, 6), 256: (8, 5), 576: (5, 9)}  # Q, K rings
+LSE_STAGES = {64: (2, 6), 96: (6, 9), 128: (4, 8), 192: (6, 7), 256: (4, 8), 576: (9, 4)}  # of the Q and K rings
+X_STAGES, Y_STAGES = 2, {32: 10, 64: 8, 128: 4}  # of `gradients`; Y by E: about as many bytes in flight
+
+# Attention: widths of queries, keys and values (others are padded with zeros), keys of a tile at most
+WIDTHS = (64, 128, 192, 256)
+MLA_WIDTHS = (576, 512)
+MAX_KEYS = 176
+ROW_BYTES = 16  # numbers of a row: its interval, its weight
+SLOT_BYTES = ITEM_BYTES + 128 * ROW_BYTES  # an item in shared memory, with the numbers of its rows
+BACKUP_BYTES, BACKUP_BYTES_ENTROPY = 256 * 16, 256 * 24  # sums before a tile, of each thread that computes
+NUMBERS_BYTES = 24  # of a query of `head_gradients_key`
+ONCE_WIDTHS = (128, 64)  # the widest D and E of `head_gradients_once`
+KERNELS = ("attention", "head_gradients_query", "head_gradients_key")  # of which tiles can be chosen
+
+
+class Kernel(NamedTuple):
+    """module, function: below this folder, what builds the kernel from static sizes. compiled: those of the package.
+
+    streamed: whether the copy engine feeds tensor cores through rings of shared memory, as the tests then require.
+    """
+
+    module: str
+    function: str
+    compiled: tuple[Sizes, ...]
+    streamed: bool = True
+
+
+def attention(D: int, V: int, E: int, HG: int) -> Sizes:
+    """Static sizes of `attention` besides D, V, E and HG; E is 0 without an indexer, V without values."""
+    for QS in (2, 1):
+        BN = min(_most_keys(D, V, E, QS), 128)  # 144 and more are slower
+        if BN >= 64 or QS == 1:
+            break
+    return {"BN": BN, "QS": QS, "TMA_STORE": int(0 < V <= D and QS == 2 and whole_boxes(HG))}
+
+
+def _most_keys(D: int, V: int, E: int, QS: int) -> int:
+    registers = (190 - V // 2) * 4 // 5 if E else (200 - V // 2) * 4 // 3  # O, S and P, and X with an indexer
+    left = SHARED_MEMORY - (BACKUP_BYTES if V else BACKUP_BYTES_ENTROPY) - QS * (256 * (D + E) + SLOT_BYTES)
+    return min(left // (4 * (D + V + E)), registers, MAX_KEYS) // 16 * 16
+
+
+def whole_boxes(HG: int) -> bool:
+    """Whether copies of part of a tile's rows, 64 or fewer, make up the half of each warpgroup."""
+    TOKENS = 128 // HG
+    box = max(HG, TOKENS)
+    return HG * TOKENS == 128 and 64 % min(box, 64) == 0
+
+
+def head_gradients_query(D: int, E: int) -> Sizes:
+    """Static sizes of `head_gradients_query` besides D, E and HG."""
+    for XS, Y2S in ((2, 3), (1, 3), (1, 2)):
+        N = _most_streamed(D, E, XS, Y2S)
+        if N >= 64:
+            break
+    return {"N": N, "XS": XS, "Y2S": Y2S}
+
+
+def _most_streamed(D: int, E: int, XS: int, Y2S: int) -> int:
+    left = SHARED_MEMORY - XS * (256 * (D + E) + ITEM_BYTES)
+    return min(left // (4 * D + 2 * Y2S * E), 96 if E == 128 else 128) // 16 * 16
+
+
+def head_gradients_key(D: int, E: int) -> Sizes:
+    """Static sizes of `head_gradients_key` besides D, E and HG; HG is at most N."""
+    for N, (XS, Y2S) in product((128, 64), ((2, 3), (1, 3), (1, 2))):
+        if _key_fits(D, E, N, XS, Y2S):
+            return {"N": N, "XS": XS, "Y2S": Y2S}
+    raise ValueError(f"head_gradients_key: no tiles for D={D}, E={E}")
+
+
+def _key_fits(D: int, E: int, N: int, XS: int, Y2S: int) -> bool:
+    room = XS * (256 * (D + E) + ITEM_BYTES) + N * (4 * D + Y2S * (2 * E + NUMBERS_BYTES)) <= SHARED_MEMORY
+    return room and (N == 64 or E < 128)  # registers: S, P and two accumulators
+
+
+def default(kernel: str, shape: Mapping[str, int]) -> Sizes:
+    """The sizes above for one of KERNELS and its shape: D, E and HG, of attention V as well."""
+    if kernel == "attention":
+        return attention(**shape)
+    tiles = {"head_gradients_query": head_gradients_query, "head_gradients_key": head_gradients_key}[kernel]
+    return tiles(shape["D"], shape["E"])
+
+
+def candidates(kernel: str, shape: Mapping[str, int]) -> list[Sizes]:
+    """Every admissible choice of sizes, the default first; none where the kernel doesn't take the shape.
+
+    A size that is not varied here is in every candidate as it is in the default.
+    """
+    choices: dict[str, Callable[..., Iterator[Sizes]]] = {
+        "attention": _attention, "head_gradients_query": _query, "head_gradients_key": _key,
+    }  # fmt: skip
+    varied = choices[kernel]
+    shipped = default(kernel, shape)
+    admitted = [shipped | sizes for sizes in varied(shipped, **shape)]
+    return [shipped, *(sizes for sizes in admitted if sizes != shipped)] if shipped in admitted else []
+
+
+def _attention(shipped: Sizes, D: int, V: int, E: int, HG: int) -> Iterator[Sizes]:
+    for QS, TMA_STORE in ((2, 1), (2, 0), (1, 0)):
+        if not TMA_STORE or (0 < V <= D and whole_boxes(HG)):
+            for BN in range(min(64, shipped["BN"]), _most_keys(D, V, E, QS) + 1, 16):
+                yield {"BN": BN, "QS": QS, "TMA_STORE": TMA_STORE}
+
+
+def _query(shipped: Sizes, D: int, E: int, HG: int) -> Iterator[Sizes]:
+    for XS, Y2S in product((2, 1), (4, 3, 2)):
+        for N in range(min(64, shipped["N"]), _most_streamed(D, E, XS, Y2S) + 1, 16):
+            yield {"N": N, "XS": XS, "Y2S": Y2S}
+
+
+def _key(shipped: Sizes, D: int, E: int, HG: int) -> Iterator[Sizes]:
+    for N, XS, Y2S in product((128, 64), (2, 1), (4, 3, 2)):
+        if HG <= N and _key_fits(D, E, N, XS, Y2S):
+            yield {"N": N, "XS": XS, "Y2S": Y2S}
+
+
+ATTENTION = (  # D, V, E, heads of a key head: common sizes, and those of the tests
+    (64, 64, 64, 3), (128, 128, 64, 64), (128, 128, 64, 4), (128, 128, 128, 1), (128, 128, 64, 128), (192, 128, 64, 2),
+    (256, 256, 64, 8), (128, 64, 64, 5), (128, 64, 128, 12), (64, 64, 32, 4),
+)  # fmt: skip
+INDEX = tuple({"E": E} for E in INDEX_WIDTHS)
+INDEX_HEADS = tuple({"E": E, "IP": IP} for E, IP in product(INDEX_WIDTHS, PADDED_HEADS))
+GRADIENTS = tuple({"D": D, "E": E, "HG": HG} for D, _, E, HG in ATTENTION)
+
+
+def attention_sizes() -> Iterator[Sizes]:
+    """Attention alone, with an indexer, and the indexer's KL alone."""
+    for D, V, E, HG in ATTENTION:
+        for value_width, index_width in ((V, 0), (V, E), (0, E)):
+            shape = {"D": D, "V": value_width, "E": index_width, "HG": HG}
+            yield shape | attention(**shape)
+
+
+BUILDERS = {
+    "score": Kernel(
+        "score",
+        "build",
+        (
+            *({"D": D, "mode": mode} for D in HEAD_WIDTHS for mode in (EXP, SUM)),
+            *({"D": E, "mode": RELU} for E in INDEX_WIDTHS),
+        ),
+    ),
+    "lse": Kernel("lse", "build", tuple({"D": D} for D in HEAD_WIDTHS)),
+    "rows": Kernel("rows", "build", ({"logits": 0}, {"logits": 1}), streamed=False),
+    "gradients_query": Kernel("gradients", "build_query", INDEX_HEADS),
+    "gradients_key": Kernel("gradients", "build_key", INDEX_HEADS),
+    "gradients_reduce": Kernel("gradients_reduce", "build", INDEX, streamed=False),
+    "finish": Kernel("finish", "build_finish", INDEX, streamed=False),
+    "scale": Kernel("finish", "build_scale", ({},), streamed=False),
+    "attention": Kernel("attention", "build", tuple(attention_sizes())),
+    "attention_mla": Kernel("attention_mla", "build", ({},)),
+    "head_gradients_query": Kernel(
+        "head_gradients_query", "build", tuple(x | head_gradients_query(x["D"], x["E"]) for x in GRADIENTS)
+    ),
+    "head_gradients_key": Kernel(
+        "head_gradients_key", "build", tuple(x | head_gradients_key(x["D"], x["E"]) for x in GRADIENTS)
+    ),
+    "head_gradients_once": Kernel(
+        "head_gradients_once",
+        "build",
+        tuple(x for x in GRADIENTS if x["D"] <= ONCE_WIDTHS[0] and x["E"] <= ONCE_WIDTHS[1]),
+    ),
+}
