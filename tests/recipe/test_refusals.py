@@ -22,7 +22,7 @@ def failing(*args: Any, **options: Any) -> None:
 def test_what_a_forward_refuses_is_refused_before_text_is_packed(
     tmp_path: Path, recipe: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("flash_indexer.models.attach.layer_kl", failing)
+    monkeypatch.setattr(warmup, "forward", failing)
     monkeypatch.setattr(warmup, "pack", lambda *args, **options: pytest.fail("packed"))
     with pytest.raises(ValueError, match="refused in a forward"):
         recipe(tmp_path / "run")
