@@ -46,6 +46,7 @@ def test_an_odd_number_of_processes_is_refused_by_the_launcher(tmp_path: Path) -
     assert done.returncode == 2 and "PROCESSES must be even" in done.stderr and "got 3" in done.stderr
 
 
+@pytest.mark.slow
 def test_torchrun_and_accelerate_launch_the_command_line(tmp_path: Path, checkpoint: Path, texts: Path) -> None:
     folder = Path(sys.executable).parent
     environment = os.environ | dict(PATH=f"{folder}:{os.environ['PATH']}", OMP_NUM_THREADS="1")
