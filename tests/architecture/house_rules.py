@@ -44,6 +44,7 @@ CAPABILITY_FILE = "ops/bodies.py"
 MAX_LINES, MAX_LINES_KERNEL = 400, 600  # a kernel: its Python file and the header of the same name together
 MAX_POSITIONAL, MAX_PARAMETERS, MAX_PARAMETERS_OPERATOR = 10, 10, 14
 GENERATION = re.compile(r"kernels/(sm_\w+)/")
+PRIVATE = re.compile(r"\._(?!_|(?:asdict|fields|make|replace)\b)")  # those of a NamedTuple are public
 FAMILY = re.compile(r"ops/(\w+)/")
 SCHEMA_CALLS = frozenset({"infer_schema", "define", "impl", "register_fake", "register_kernel", "custom_op"})
 
@@ -131,13 +132,17 @@ def circles(sources: Sources) -> Iterator[Fault]:
 
 
 def families(sources: Sources) -> Iterator[Fault]:
-    """From outside a family of operators only its `op` is seen; `bodies` knows bodies, `ops` re-exports names."""
+    """From outside a family of operators only its operators are seen: op.py, NAME_op.py.
+
+    `bodies` knows the bodies, and `ops` itself re-exports what is public of them.
+    """
     for name, edges in sources.edges.items():
         own = room(name, FAMILY)
         for edge in edges:
             family, leaf = room(edge.target, FAMILY), edge.target.rpartition("/")[2]
+            is_operator = leaf == "op.py" or leaf.endswith("_op.py")
             knows_bodies = name == CAPABILITY_FILE and leaf.endswith("_body.py")
-            if family and family != own and leaf != "op.py" and not knows_bodies and name != "ops/__init__.py":
+            if family and family != own and not is_operator and not knows_bodies and name != "ops/__init__.py":
                 yield Fault(f"{name} must not use {edge.target}", f": of {family} only `op` is seen outside", edge.line)
 
 
@@ -177,11 +182,12 @@ def capabilities(sources: Sources) -> Iterator[Fault]:
 def private_names(sources: Sources) -> Iterator[Fault]:
     """A name with a leading underscore stays in its part; in a family or generation, there."""
     for name, use in python_uses(sources):
-        if not inside(use.name, frozenset({OURS})) or not re.search(r"\._(?!_)", use.name):
+        target = sources.file_of(use.name) or ""
+        if not PRIVATE.search(use.name) or not inside(use.name, frozenset({OURS})):
             continue
-        target = use.name.removeprefix(OURS + ".").replace(".", "/") + "/"
-        same_part = part_of(name) == part_of(target)
-        if not same_part or any(room(target, kind) not in (None, room(name, kind)) for kind in (FAMILY, GENERATION)):
+        if target_part(use.name) != part_of(name) or any(
+            room(target, kind) not in (None, room(name, kind)) for kind in (FAMILY, GENERATION)
+        ):
             yield Fault(f"{name} must not use {use.name}, which is private to its part", line=use.line)
 
 

@@ -28,10 +28,11 @@ GOOD = {
     "def f():\n    return torch.cuda.get_device_capability(), torch.cuda.get_device_properties(0).major\n",
     "ops/kl/op.py": '"""KL."""\nimport torch\nfrom flash_indexer.kernels import cache\nfrom .plan import _f\n'
     'from flash_indexer.kernels.sm_90 import sizes\ndef op():\n    """x"""\n    from ...kernels.sm_90 import score\n',
-    "ops/kl/plan.py": '"""Plan."""\ndef _f(): ...\n',
+    "ops/kl/plan.py": '"""Plan."""\nfrom ..checks import N\nfrom ..attention import wide_op\ndef _f(): N._fields\n',
     "ops/kl/torch_body.py": '"""Torch."""\nfrom flash_indexer.ops.attention.op import y\ndef st(): ...\n',
     "ops/attention/op.py": '"""Attention."""\nfrom ..checks import z\n',
     "ops/attention/gpu_body.py": '"""GPU."""\n',
+    "ops/attention/wide_op.py": '"""Wide attention."""\n',
     "ops/checks.py": '"""Checks."""\nfrom flash_indexer.intervals import i\n',
     "parallel/a.py": '"""Parallel."""\nimport torch.distributed\nfrom flash_indexer import op\n',
     "models/a.py": '"""Models."""\nimport transformers\n',
