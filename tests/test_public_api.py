@@ -10,8 +10,10 @@ from importlib import metadata, resources
 from typing import Any
 
 import pytest
+import torch
 
 import flash_indexer
+from flash_indexer.testing import Shape, make_inputs
 
 INDEX_OPERANDS = "index_q, index_k, index_weights"
 SIGNATURES = {
@@ -54,9 +56,20 @@ def test_signature(name: str) -> None:
     assert bare_signature(found) == SIGNATURES[name]
 
 
-def test_a_result_unpacks() -> None:
-    loss, kl, entropy = flash_indexer.IndexerKL(loss=1, kl=2, entropy=3)  # type: ignore[arg-type]
-    assert (loss, kl, entropy) == (1, 2, 3)
+def test_results_unpack_in_the_order_that_is_promised() -> None:
+    """Of three queries the first sees one key (KL and entropy 0), the last three: numbers that tell which is which."""
+    x = make_inputs(Shape(((3, 3),), H=2, G=1, D=4, I=2, E=4), seed=0, dtype=torch.float64)
+    options: dict[str, Any] = dict(softmax_scale=0.5, key_start=x.key_start, key_end=x.key_end)
+    index = (x.index_q, x.index_k, x.index_weights)
+    uniform = x.index_weights * 0  # the scores are 0, so KL = log(visible keys) - entropy
+    loss, kl, entropy = flash_indexer.indexer_kl(x.q, x.k, x.index_q, x.index_k, uniform, **options)
+    visible = torch.tensor([1.0, 2.0, 3.0], dtype=torch.float64)
+    torch.testing.assert_close(kl + entropy, visible.log())
+    assert (entropy[1:] > 0).all() and float(loss) == pytest.approx(float(kl.mean()))
+    out, lse, loss, kl = flash_indexer.warmup_attention(x.q, x.k, x.k, *index, **options)
+    torch.testing.assert_close(out[0], x.k[0].expand(2, 4))
+    torch.testing.assert_close(lse[0], 0.5 * x.q[0] @ x.k[0, 0])
+    assert kl.shape == (3,) and float(loss) == pytest.approx(float(kl.mean())) and float(kl[0]) == pytest.approx(0)
 
 
 @pytest.mark.parametrize("name", ["flash_indexer", *MODULES])

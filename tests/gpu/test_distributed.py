@@ -27,7 +27,7 @@ COMMON: dict[str, Any] = dict(seed=2, dtype=torch.bfloat16, d_loss=-1.3)
 
 @pytest.fixture(scope="module")
 def ranks(start_ranks: Any) -> Any:
-    return start_ranks("nccl", 2, seconds=240)
+    return start_ranks("nccl", 2)
 
 
 @pytest.fixture(params=CASES)

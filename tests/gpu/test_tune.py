@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import time
 
 import pytest
 import torch
@@ -73,10 +72,8 @@ def test_the_operator_uses_what_tuning_found(file, monkeypatch):
 def test_a_kernel_that_hangs_is_ended_and_the_gpu_goes_on():
     with Worker(HANGING, seconds=3.0) as worker:
         worker.ask({"cycles": 1})
-        began = time.monotonic()
         with pytest.raises(Lost, match="no answer within 3 s"):
             worker.ask({"cycles": 10**12})
-        assert time.monotonic() - began < 60
         assert worker.ask({"cycles": 1}) == {}
 
 

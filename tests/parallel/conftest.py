@@ -13,7 +13,7 @@ from flash_indexer.testing import Result, Shape, assert_close, eager_indexer_kl,
 
 @pytest.fixture(scope="session")
 def ranks(start_ranks: Callable[..., Any]) -> Any:
-    return start_ranks("gloo", 4, seconds=60)
+    return start_ranks("gloo", 4)
 
 
 @pytest.fixture(scope="session")

@@ -49,7 +49,8 @@ finally:
     import time
     time.sleep(600)
 """
-TIMEOUT = 4.0
+TIMEOUT = 8.0
+HANG = 120.0  # seconds after which a process is taken to hang
 KILLED = -signal.SIGKILL
 
 
@@ -88,7 +89,7 @@ def test_when_one_process_dies_the_others_say_so_and_the_run_goes_on(
     codes[dying] = COMMAND + SIGNAL_SELF.format(**where, signal="SIGKILL") + "main()"
     started = runs.ranks(count, None, cut, codes=codes, arguments=arguments)
     for process in started:
-        process.join(60)
+        process.join(HANG)
     assert [process.exitcode for process in started] == [KILLED if n == dying else 1 for n in range(count)]
     for rank in {0, 1} - {dying}:
         said = Path(f"{cut}.{rank}").read_text()
@@ -109,13 +110,13 @@ def test_when_one_process_hangs_the_other_ends_within_the_timeout(
     codes = [COMMAND + ENDLESS_END, COMMAND + stop + "main()"]
     first, hanging = runs.ranks(2, None, out, codes=codes, arguments=command(checkpoint, texts, out))
     try:
-        first.join(TIMEOUT + 30)
+        first.join(HANG)
         assert first.exitcode == 1
     finally:
         hanging.kill()
         first.kill()
     said = Path(f"{out}.0").read_text()
-    assert "or did not answer for 4 s" in said and "no checkpoint was written" in said, said
+    assert "or did not answer for 8 s" in said and "no checkpoint was written" in said, said
 
 
 def test_when_one_process_dies_the_other_ends_though_its_main_thread_is_stuck(
@@ -125,8 +126,8 @@ def test_when_one_process_dies_the_other_ends_though_its_main_thread_is_stuck(
     out, die = tmp_path / "run", dict(owner="flash_indexer.recipe.loop", name="forward", call=6, signal="SIGKILL")
     codes = [COMMAND + STUCK + "main()", COMMAND + SIGNAL_SELF.format(**die) + "main()"]
     first, dying = runs.ranks(2, None, out, codes=codes, arguments=command(checkpoint, texts, out))
-    dying.join(60)
-    first.join(TIMEOUT + 3 + 1 + 3)  # three intervals of a second, the grace, and what a busy machine takes
+    dying.join(HANG)
+    first.join(HANG)
     ended = first.exitcode, dying.exitcode
     first.kill()
     assert ended == (1, KILLED)
@@ -139,9 +140,9 @@ def test_a_process_that_never_came_is_told(tmp_path: Path, runs: Any, checkpoint
     alone = "import os\nos.environ['WORLD_SIZE'] = '2'\n"
     out = tmp_path / "run"
     code = COMMAND.replace("from flash", f"{alone}from flash") + "main()"
-    runs.finish(runs.ranks(1, None, out, codes=[code], arguments=command(checkpoint, texts, out)), 1, within=40)
+    runs.finish(runs.ranks(1, None, out, codes=[code], arguments=command(checkpoint, texts, out)), 1)
     said = Path(f"{out}.0").read_text()
-    assert "the processes did not all meet within 4 s" in said and "Traceback" not in said, said
+    assert "the processes did not all meet within 8 s" in said and "Traceback" not in said, said
 
 
 @pytest.mark.slow
@@ -161,7 +162,7 @@ def test_killed_at_ten_random_moments(
         if started[dying].exitcode is None:
             os.kill(started[dying].pid or 0, signal.SIGKILL)
             kills += 1
-            started[1 - dying].join(TIMEOUT + 10)
+            started[1 - dying].join(HANG)
             assert started[1 - dying].exitcode in (0, 1)
         else:
             runs.finish(started)

@@ -50,7 +50,7 @@ print(json.dumps(dict(extra=peak - before - outputs, inputs=inputs, outputs=outp
 
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux's peak memory counter")
-@pytest.mark.parametrize("tokens", [2048, 4096])
+@pytest.mark.parametrize("tokens", [2048, pytest.param(4096, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("layout, lse", [("causal", "lse"), ("causal", "no lse"), ("packed", "lse"), ("window", "lse")])
 def test_peak_memory(tokens, layout, lse):
     command = [sys.executable, "-c", PROGRAM, str(tokens), layout, lse, str(WORKSPACE)]
