@@ -19,7 +19,15 @@ TORCH = "torch"
 GENERATIONS = {sizes.CAPABILITY: name for name, sizes in catalog.GENERATIONS.items()}
 """Compute capability -> the folder of kernels that is built for it."""
 
-_TILELANG_IS_HERE = find_spec("tilelang") is not None
+
+def _is_installed(package: str) -> bool:
+    try:
+        return find_spec(package) is not None
+    except ImportError:  # from a finder that somebody put in the way
+        return False
+
+
+_TILELANG_IS_HERE = _is_installed("tilelang")
 _named: list[str] = []
 _said: set[str] = set()
 

@@ -204,7 +204,7 @@ def _prepare(
             )  # fmt: skip
             write_json(out / RUN_FILE, content)
         elif steps > int(record["steps"]):
-            write_json(out / RUN_FILE, extended(record, done, steps, data.fingerprint))
+            write_json(out / RUN_FILE, extended(record, done, steps, data.fingerprint) | dict(text=asdict(summary)))
 
     loop = TrainingLoop(settings, steps, per_step, out, handle, data, processes, before, console, write_record)
     return loop, weights
