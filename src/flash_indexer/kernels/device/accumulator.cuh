@@ -59,9 +59,9 @@ static __device__ __forceinline__ void scale_rows(float* o, float first, float s
 #pragma unroll
   for (int i = 0; i < N / 2; ++i) o[i] *= i / 2 % 2 ? second : first;
 }
-// Address that a lane gives to store_shared_matrices for columns 8g .. 8g + 15 of its warp's 16 rows; `row` is that of
-// row lane % 16. Panels of 64 columns and 128 rows, swizzled as the copy engine and wgmma read them.
-static __device__ __forceinline__ int matrix_address(int row, int g) {
-  const int lane = threadIdx.x & 31;
-  return row + g / 8 * 16384 + (((g % 8 + (lane >> 4)) ^ (lane & 7)) << 4);
+// Address that a lane gives to store_shared_matrices for columns 8g .. 8g + 15 of its warp's 16 rows: `row` is that of row
+// lane % 16, r its number (of which three bits count). Panels of 64 columns and 128 rows, swizzled as the copy engine and
+// wgmma read them.
+static __device__ __forceinline__ int matrix_address(int row, int r, int g) {
+  return row + g / 8 * 16384 + (((g % 8 + ((threadIdx.x & 31) >> 4)) ^ (r & 7)) << 4);
 }

@@ -82,13 +82,13 @@ static __device__ __forceinline__ void at_finish(
 // o in bfloat16 into the row tile at `rows` of shared memory, swizzled
 template <int V>
 static __device__ __forceinline__ void at_stage(const float* o, int rows) {
-  const int row = rows + ((threadIdx.x >> 5) * 16 + (threadIdx.x & 15)) * 128;
+  const int r = (threadIdx.x >> 5) * 16 + (threadIdx.x & 15), row = rows + r * 128;
 #pragma unroll
   for (int g = 0; g < V / 8; g += 2) {
     unsigned v[4];
 #pragma unroll
     for (int i = 0; i < 4; ++i) v[i] = pack(o[4 * g + 2 * i], o[4 * g + 2 * i + 1]);
-    store_shared_matrices(matrix_address(row, g), v);
+    store_shared_matrices(matrix_address(row, r, g), v);
   }
 }
 template <int HG, int V>

@@ -43,9 +43,10 @@ from flash_indexer.kernels.sm_90.attention_steps import (
     Registers,
     Sums,
     Tensors,
+    Tiles,
     Widths,
     steps,
-)  # fmt: skip
+)
 from flash_indexer.kernels.sm_90.macros import (
     PASS_CONFIGS,
     REGISTERS,
@@ -58,7 +59,7 @@ from flash_indexer.kernels.sm_90.macros import (
     release,
     shared_address,
     wait_for_turn,
-)  # fmt: skip
+)
 from flash_indexer.kernels.sm_90.sizes import BACKUP_BYTES, BACKUP_BYTES_ENTROPY, SLOT_BYTES
 
 __all__ = ["PASS_CONFIGS", "build"]
@@ -108,21 +109,19 @@ def build(D, V, E, HG, BN, QS, TMA_STORE):
     @T.macro
     def feed_rows(tensors, tiles, bars, qs, qp, slots, field, H):
         Q, IQ = tensors
-        Qs, IQs = tiles
         T.barrier_wait(bars.qempty[qs], qp)
         T.call_extern("handle", "put_item", slots + qs * SLOT_BYTES, field)
         t0 = T.call_extern("int32", "pick_field", field, RowItem.TOKEN)
         g = T.call_extern("int32", "pick_field", field, RowItem.KEY_HEAD)
-        load_rows(Q, Qs, qs, bars.qfull, D, t0, g, H)
+        load_rows(Q, tiles.Q, qs, bars.qfull, D, t0, g, H)
         if E:
-            load_rows(IQ, IQs, qs, bars.qfull, E, t0, g, H)
+            load_rows(IQ, tiles.IQ, qs, bars.qfull, E, t0, g, H)
         commit((bars.qfull, qs))
 
     # warp 8: row tiles, and what they see of keys and values
     @T.macro
     def feed(tensors, tiles, bars, Is, ITEMS, nitems, bx, grid, H):
         Q, K, VAL, IQ, IK = tensors
-        Qs, Ks, Vs, IQs, IKs = tiles
         st = T.alloc_var("int32", 0)
         ph = T.alloc_var("int32", 1)
         qs = T.alloc_var("int32", 0)
@@ -137,7 +136,7 @@ def build(D, V, E, HG, BN, QS, TMA_STORE):
         slots = shared_address(Is)
         count = count_items(nitems, bx, grid)
         coming = T.call_extern("int32", "lane_field", T.address_of(ITEMS[0]), bx)
-        feed_rows((Q, IQ), (Qs, IQs), bars, qs, qp, slots, coming, H)
+        feed_rows((Q, IQ), tiles, bars, qs, qp, slots, coming, H)
         for it in T.serial(count):
             field = coming
             g = T.call_extern("int32", "pick_field", field, RowItem.KEY_HEAD)
@@ -147,19 +146,19 @@ def build(D, V, E, HG, BN, QS, TMA_STORE):
             for i in T.serial(tiles_left):
                 key = T.call_extern("int32", f"pick_first_key<{BN}>", field, i)
                 T.barrier_wait(bars.kempty[st], ph)
-                T.tma_copy(K[key : key + BN, g * D : g * D + D], Ks[st, :, :], barrier=bars.kfull[st])
+                T.tma_copy(K[key : key + BN, g * D : g * D + D], tiles.K[st, :, :], barrier=bars.kfull[st])
                 if E:
-                    T.tma_copy(IK[key : key + BN, 0:E], IKs[st, :, :], barrier=bars.kfull[st])
+                    T.tma_copy(IK[key : key + BN, 0:E], tiles.IK[st, :, :], barrier=bars.kfull[st])
                 commit((bars.kfull, st))
                 if V:
                     T.barrier_wait(bars.vempty[st], ph)
-                    T.tma_copy(VAL[key : key + BN, g * V : g * V + V], Vs[st, :, :], barrier=bars.vfull[st])
+                    T.tma_copy(VAL[key : key + BN, g * V : g * V + V], tiles.V[st, :, :], barrier=bars.vfull[st])
                     commit((bars.vfull, st))
                 advance(st, ph, 2)
                 if i == (T.min(tiles_left - 1, 2) if QS == 2 else tiles_left - 1):
                     advance(qs, qp, QS)
                     if it + 1 < count:
-                        feed_rows((Q, IQ), (Qs, IQs), bars, qs, qp, slots, coming, H)
+                        feed_rows((Q, IQ), tiles, bars, qs, qp, slots, coming, H)
 
     # warps 10 and 11: the numbers of a row tile's rows
     @T.macro
@@ -359,7 +358,7 @@ def build(D, V, E, HG, BN, QS, TMA_STORE):
                             if T.shuffle_elect(128):
                                 T.tma_store_wait(0)
                                 T.mbarrier_arrive(qempty[(v[ROW_TILES] + 1) % 2])
-                    count = T.call_extern("int32", "masked_tiles", address) - 1
+                    count = T.call_extern("int32", "masked_tiles_left", address)
                     for i in T.serial(count):
                         step(registers, at, bars, v, sums, item, tensors, i + 1, True, tx)
                     count = T.call_extern("int32", "whole_tiles", address)
@@ -390,7 +389,7 @@ def build(D, V, E, HG, BN, QS, TMA_STORE):
             else:
                 T.set_max_nreg(REGISTERS[1], 0)
                 if tx < 288:
-                    feed((Q, K, VAL, IQ, IK), (Qs, Ks, Vs, IQs, IKs), bars, Is, ITEMS, nitems, bx, grid, H)
+                    feed((Q, K, VAL, IQ, IK), Tiles(Qs, Ks, Vs, IQs, IKs), bars, Is, ITEMS, nitems, bx, grid, H)
                 elif tx >= 320:
                     gather((KS, KE, W), bars, Is, ITEMS, nitems, bx, grid, tokens, H)
 

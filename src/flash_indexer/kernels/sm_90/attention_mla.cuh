@@ -73,7 +73,8 @@ static __device__ __forceinline__ int mla_softmax(const float* s, unsigned* x, f
     store_shared(m + warpgroup_row() * 4, f[0]);
     store_shared(m + warpgroup_row() * 4 + 32, f[1]);
   }
-  const int row = p + (((threadIdx.x >> 5) & 3) * 16 + (threadIdx.x & 15)) * 128;
+  const int lane = threadIdx.x & 31;
+  const int row = p + (((threadIdx.x >> 5) & 3) * 16 + ((lane >> 3) & 1) * 8 + (lane & 7)) * 128;
   float l0 = 0.f, l1 = 0.f;
 #pragma unroll
   for (int g = 0; g < 8; g += 2) {
@@ -86,7 +87,7 @@ static __device__ __forceinline__ int mla_softmax(const float* s, unsigned* x, f
       x[2 * i] = pack(e0, e1);
       x[2 * i + 1] = pack(e2, e3);
     }
-    store_shared_matrices(matrix_address(row, g), x + 2 * g);
+    store_shared_matrices(matrix_address(row, lane, g), x + 2 * g);
   }
   f[2] += l0;
   f[3] += l1;

@@ -40,7 +40,7 @@ from flash_indexer.kernels.sm_90.macros import (
     number,
     release,
     shared_address,
-)  # fmt: skip
+)
 from flash_indexer.kernels.sm_90.sizes import MLA_WIDTHS
 
 __all__ = ["PASS_CONFIGS", "build"]

@@ -104,7 +104,7 @@ static __device__ __forceinline__ void at_softmax(
 template <int BN, int D, int HG>
 static __device__ __forceinline__ void at_again(float* s, int item, int i, const void* Q, const void* K, int n, int H) {
   const int t0 = item_field(item, row_item::TOKEN), g = item_field(item, row_item::KEY_HEAD);
-  const int key = first_key<BN>(item, masked_tiles(item) + i);
+  const int key = first_key_late<BN>(item, masked_tiles_left(item) + 1 + i);
   const int lane = threadIdx.x & 31, stride = H / HG * D;
   const unsigned* q[2];
 #pragma unroll

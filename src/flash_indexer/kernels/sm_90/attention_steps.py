@@ -34,6 +34,16 @@ class Registers(NamedTuple):
     O: Any
 
 
+class Tiles(NamedTuple):
+    """In shared memory: stages of q, k, v, index_q, index_k."""
+
+    Q: Any
+    K: Any
+    V: Any
+    IQ: Any
+    IK: Any
+
+
 class Sums(NamedTuple):
     """Of the thread's rows: shifts m, n; weights w; sums l, y (y_tile: of a tile), c, d; factor alpha of O."""
 

@@ -44,7 +44,7 @@ from flash_indexer.kernels.sm_90.macros import (
     count_items,
     number,
     shared_address,
-)  # fmt: skip
+)
 from flash_indexer.kernels.sm_90.sizes import X_STAGES, Y_STAGES
 
 __all__ = ["PASS_CONFIGS", "build_key", "build_query"]

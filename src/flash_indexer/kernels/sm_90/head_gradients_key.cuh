@@ -74,5 +74,6 @@ static __device__ __forceinline__ void hk_mask(float* s, int numbers, const int*
 template <int E>
 static __device__ __forceinline__ void hk_store(
     const float* o, const int* items, int at, float* DK, float* PART, int S) {
-  add_or_store<E>(o, DK, PART, list_field(items, at, key_item::KEY_TILE), list_field(items, at, key_item::SLOT), S);
+  const int kt = list_field(items, at, key_item::KEY_TILE), slot = list_field(items, at, key_item::SLOT);
+  add_or_store<E>(o, DK, PART, kt, slot, S);
 }

@@ -16,7 +16,7 @@ from flash_indexer.kernels.sm_90.macros import (
     number,
     release,
     shared_address,
-)  # fmt: skip
+)
 from flash_indexer.kernels.sm_90.sizes import NUMBERS_BYTES
 
 __all__ = ["PASS_CONFIGS", "build"]

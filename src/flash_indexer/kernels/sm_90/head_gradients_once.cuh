@@ -85,28 +85,29 @@ static __device__ __forceinline__ void ho_apply(
 #pragma unroll
     for (int c = 0; c < 2; ++c)
       e[c] = exp2f(fmaf(z[i + c], x[4 + h], -x[2 + h])) - exp2f(fmaf(s[i + c], scale, -x[h]));
+    const unsigned v = pack(e[0], e[1]);
     unsigned positive;
     asm("{ .reg .b32 y; cvt.rn.bf16x2.f32 y, %1, %2; set.gt.u32.bf16x2 %0, y, %3; }"
         : "=r"(positive)
         : "f"(z[i + 1]), "f"(z[i]), "r"(0u));
-    p[i / 2] = (pack(e[0], e[1]) & positive) ^ sign[h];
+    p[i / 2] = (v & positive) ^ sign[h];
   }
 }
 // p to this warp's rows of P
 static __device__ __forceinline__ void ho_put(const unsigned* v, int p, int key_tile) {
-  const int row = p + (key_tile & 1) * 32768 + ((threadIdx.x >> 5) * 16 + (threadIdx.x & 15)) * 128;
+  const int r = (threadIdx.x >> 5) * 16 + (threadIdx.x & 15), row = p + (key_tile & 1) * 32768 + r * 128;
 #pragma unroll
-  for (int g = 0; g < 16; g += 2) store_shared_matrices(matrix_address(row, g), v + 2 * g);
+  for (int g = 0; g < 16; g += 2) store_shared_matrices(matrix_address(row, r, g), v + 2 * g);
   fence_shared();
 }
 // SUM[key + r, 16j + 4q + 2a + c] += y of row r and column 16j + 8a + 2q + c, for keys 0 .. S - 1 of the item's i-th
 // tile
 template <int E>
 static __device__ __forceinline__ void ho_add(const float* y, int item, int i, float* SUM, int S) {
-  const int first = first_key<128>(item, i);
+  const int first = first_key<128>(item, i) + thread_row();
 #pragma unroll
   for (int h = 0; h < 2; ++h) {
-    const int key = first + thread_row(h);
+    const int key = first + 8 * h;
     float* p = SUM + (long long)key * E + (threadIdx.x & 3) * 4;
     if (key >= 0 && key < S)
 #pragma unroll
@@ -134,10 +135,10 @@ static __device__ __forceinline__ void ho_store(
 #pragma unroll
       for (int i = 0; i < E / 8; ++i) {
         const float a = o[4 * i + 2 * h], b = o[4 * i + 2 * h + 1];
-        const unsigned pair = q[4 * i];
+        const unsigned pair = q[4 * i], both = pack(a, b);
         sum = fmaf(a, low_half(pair), sum);
         sum = fmaf(b, high_half(pair), sum);
-        to[4 * i] = w == 0.f ? 0u : pack(a, b);
+        to[4 * i] = w == 0.f ? 0u : both;
       }
     }
     sum = quad_sum(sum);

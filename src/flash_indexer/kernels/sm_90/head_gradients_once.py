@@ -36,7 +36,7 @@ from flash_indexer.kernels.sm_90.macros import (
     release,
     shared_address,
     wait_for_turn,
-)  # fmt: skip
+)
 
 __all__ = ["PASS_CONFIGS", "build"]
 SOURCE = source(__file__)

@@ -50,7 +50,8 @@ static __device__ __forceinline__ void hq_store(
       if ((threadIdx.x & 3) == 0) DW[at] = dw[h] * coef;
 #pragma unroll
       for (int i = 0; i < E / 8; ++i) {
-        q[4 * i] = pack(o[4 * i + 2 * h] * w, o[4 * i + 2 * h + 1] * w);
+        const float high = o[4 * i + 2 * h + 1] * w, low = o[4 * i + 2 * h] * w;
+        q[4 * i] = pack(low, high);
       }
     }
   }

@@ -17,7 +17,7 @@ from flash_indexer.kernels.sm_90.macros import (
     count_items,
     release,
     shared_address,
-)  # fmt: skip
+)
 
 __all__ = ["PASS_CONFIGS", "build"]
 SOURCE = source(__file__)

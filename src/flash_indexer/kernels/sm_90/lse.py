@@ -24,7 +24,7 @@ from flash_indexer.kernels.sm_90.macros import (
     advance,
     commit,
     number,
-)  # fmt: skip
+)
 from flash_indexer.kernels.sm_90.sizes import LSE_STAGES
 
 __all__ = ["PASS_CONFIGS", "build"]

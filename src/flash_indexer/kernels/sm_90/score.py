@@ -31,7 +31,7 @@ from flash_indexer.kernels.sm_90.macros import (
     commit,
     count_items,
     number,
-)  # fmt: skip
+)
 from flash_indexer.kernels.sm_90.sizes import EXP, SCORE_STAGES, SUM
 
 __all__ = ["PASS_CONFIGS", "build"]
