@@ -18,43 +18,6 @@ from house_sources import OURS, Sources, uses
 
 ROOT = Path(__file__).resolve().parents[1]
 # What still breaks a rule while the files move: a list that shrinks, and is empty when the house is built.
-UNTIL_MOVED: dict[str, set[str]] = {
-    "circles": {
-        "models/attach.py <-> models/teacher.py: a circle of imports",
-    },
-    "families": {
-        "bench/kl.py must not use ops/kl/gpu_body.py",
-        "bench/tune.py must not use ops/attention/gpu_body.py",
-        "bench/tune_worker.py must not use ops/attention/gpu_body.py",
-        "judge/metrics.py must not use ops/kl/torch_body.py",
-        "ops/attention/gpu_body.py must not use ops/kl/gpu_body.py",
-        "ops/attention/gpu_body.py must not use ops/kl/plan.py",
-        "ops/attention/op.py must not use ops/kl/torch_body.py",
-        "ops/attention/plan.py must not use ops/kl/plan.py",
-        "ops/kl/per_head.py must not use ops/attention/gpu_body.py",
-        "ops/warmup.py must not use ops/attention/gpu_body.py",
-        "ops/warmup.py must not use ops/kl/gpu_body.py",
-    },
-    "capabilities": {
-        "bench/kl.py asks for a GPU's capability",
-        "ops/attention/gpu_body.py asks for a GPU's capability",
-        "ops/kl/gpu_body.py asks for a GPU's capability",
-    },
-    "private_names": {
-        "ops/warmup.py must not use flash_indexer.ops.attention.op._attention, which is private to its part",
-    },
-    "file_sizes": {
-        "kernels/attention.py is too long",
-        "kernels/gradients.py is too long",
-        "kernels/head_gradients.py is too long",
-    },
-    "parameters": {
-        "ops/attention/gpu_body.py: per_head_gradients has too many parameters",
-        "ops/kl/gpu_body.py: indexer_kl has too many parameters",
-        "ops/kl/gpu_body.py: sums has too many parameters",
-        "ops/kl/op.py: torch_body has too many parameters",
-    },
-}
 BELOW_MODELS = sorted(part for part, level in LEVEL.items() if level < LEVEL["models"] and part != "__init__")
 HEAVY = sorted(set().union(*LIBRARIES.values(), WITH_MODELS) - {"torch", "numpy"})
 MISSPELLING = re.compile("(?<![A-Za-z])l{0}|L{0}|L{1}".format("ight" + "ing", "IGHT" + "ING"))
@@ -68,14 +31,7 @@ def house() -> Sources:
 @pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.__name__)
 def test_the_house_keeps_the_rule(house: Sources, rule: Callable[[Sources], Iterator[Fault]]) -> None:
     assert len(house.text) > 50, "the sources were not found"
-    faults, known = list(rule(house)), UNTIL_MOVED.get(rule.__name__, set())
-    assert [str(fault) for fault in faults if fault.key not in known] == []
-    mended = known - {fault.key for fault in faults}
-    assert not mended, f"no longer broken: take them out of UNTIL_MOVED: {sorted(mended)}"
-
-
-def test_what_is_still_broken_names_rules() -> None:
-    assert UNTIL_MOVED.keys() <= {rule.__name__ for rule in RULES}
+    assert [str(fault) for fault in rule(house)] == []
 
 
 def test_benchmarks_do_not_import_tests() -> None:

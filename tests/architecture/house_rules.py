@@ -134,14 +134,14 @@ def circles(sources: Sources) -> Iterator[Fault]:
 def families(sources: Sources) -> Iterator[Fault]:
     """From outside a family of operators only its operators are seen: op.py, NAME_op.py.
 
-    `bodies` knows the bodies, and `ops` itself re-exports what is public of them.
+    `bodies` knows the bodies, `ops` itself re-exports what is public of them, and `bench` measures and tunes them.
     """
     for name, edges in sources.edges.items():
         own = room(name, FAMILY)
         for edge in edges:
             family, leaf = room(edge.target, FAMILY), edge.target.rpartition("/")[2]
             is_operator = leaf == "op.py" or leaf.endswith("_op.py")
-            knows_bodies = name == CAPABILITY_FILE and leaf.endswith("_body.py")
+            knows_bodies = (name == CAPABILITY_FILE and leaf.endswith("_body.py")) or part_of(name) == "bench"
             if family and family != own and not is_operator and not knows_bodies and name != "ops/__init__.py":
                 yield Fault(f"{name} must not use {edge.target}", f": of {family} only `op` is seen outside", edge.line)
 

@@ -128,10 +128,10 @@ def test_the_rules_accept_a_good_tree(tmp_path: Path) -> None:
             "from flash_indexer.ops.kl import plan",
             "ops/bodies.py must not use ops/kl/plan",
         ),
-        ("families", "bench/a.py", "import flash_indexer.ops.kl.torch_body as b", "must not use ops/kl/torch_body.py"),
+        ("families", "judge/a.py", "import flash_indexer.ops.kl.torch_body as b", "must not use ops/kl/torch_body.py"),
         (
             "families",
-            "bench/a.py",
+            "parallel/a.py",
             "import flash_indexer\nflash_indexer.ops.kl.plan.f()",
             "must not use ops/kl/plan.py",
         ),

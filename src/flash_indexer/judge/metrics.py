@@ -26,7 +26,7 @@ from torch import Tensor
 from flash_indexer.judge.capture import WORKSPACE, chunk_scores, chunk_teacher, chunks
 from flash_indexer.judge.selections import SINK, check_ks
 from flash_indexer.models.capture import LayerCapture
-from flash_indexer.ops.sparse.torch_body import top_keys
+from flash_indexer.ops import top_keys
 
 VISIBLE_PER_K = 4
 

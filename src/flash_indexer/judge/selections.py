@@ -16,7 +16,7 @@ from torch import Tensor
 
 from flash_indexer.judge.capture import WORKSPACE, chunk_scores, chunk_teacher, chunks
 from flash_indexer.models.capture import LayerCapture
-from flash_indexer.ops.sparse.torch_body import Selection, sparse_attention, top_keys
+from flash_indexer.ops import Selection, sparse_attention, top_keys
 
 SELECTIONS = ("indexer", "oracle", "window")
 SINK = 4

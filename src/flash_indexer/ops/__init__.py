@@ -9,12 +9,14 @@ from flash_indexer.ops.kl.sums import body_of, indexer_kl_sums, make_stages
 from flash_indexer.ops.kl.torch_body import index_gradients, index_scores, kl_rows, teacher_lse, teacher_scores
 from flash_indexer.ops.known import known_loss
 from flash_indexer.ops.problem import Problem, Sums, WaitForKeys
+from flash_indexer.ops.sparse.torch_body import Selection, sparse_attention, top_keys
 from flash_indexer.ops.unseen import with_unseen
 from flash_indexer.ops.warmup import WarmupAttention, warmup_attention
 
 __all__ = [
     "IndexerKL",
     "Problem",
+    "Selection",
     "Stages",
     "Sums",
     "WaitForKeys",
@@ -32,8 +34,10 @@ __all__ = [
     "known_loss",
     "make_stages",
     "run_stages",
+    "sparse_attention",
     "teacher_lse",
     "teacher_scores",
+    "top_keys",
     "warmup_attention",
     "with_unseen",
 ]
