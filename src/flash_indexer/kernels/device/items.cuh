@@ -35,8 +35,8 @@ static __device__ __forceinline__ int first_key(int item, int i) {
   const int masked = masked_tiles(item);
   return item_field(item, row_item::FIRST_KEY) - N * VISITED(i, 0, right, left, masked);
 }
-// As `first_key`, with fields read only where they are needed: of a tile that is masked, and of any. What `first_key` makes
-// of it in the place of the second one costs `attention` registers in its main loop.
+// As `first_key`, with fields read only where they are needed: of a tile that is masked, and of any. With `first_key` in place
+// of the second one the compiler lays out the registers of `attention`'s main loop anew.
 static __device__ __forceinline__ int visited_masked(int item, int i) {
   const int right = item_field(item, row_item::RIGHT);
   return VISITED(i, 0, right, item_field(item, row_item::LEFT), i + 1);

@@ -12,7 +12,12 @@ static __device__ __forceinline__ float max_or_nan(float x, float y) {
   asm("max.NaN.f32 %0, %1, %2;" : "=f"(z) : "f"(x), "f"(y));
   return z;
 }
-static __device__ __forceinline__ float relu(float x) { return max_or_nan(x, 0.f); }
+// max_or_nan(x, 0), with the zero in the instruction rather than in a register
+static __device__ __forceinline__ float relu(float x) {
+  float y;
+  asm("max.NaN.f32 %0, %1, 0f00000000;" : "=f"(y) : "f"(x));
+  return y;
+}
 // two bfloat16 in a word, the first in the lower half
 static __device__ __forceinline__ unsigned pack(float low, float high) {
   unsigned v;
