@@ -14,7 +14,7 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from flash_indexer.bench import tune
-from flash_indexer.bench.tune import FINAL_ROUNDS, ROUNDS, Found, Stage, search
+from flash_indexer.bench.tune import FINAL_ROUNDS, ROUNDS, Result, Stage, search
 from flash_indexer.bench.tune_worker import Lost, Worker
 from flash_indexer.cli import app
 from flash_indexer.kernels import tuned
@@ -82,21 +82,21 @@ def measured(ratios, asked):
 
 def test_the_fastest_wins_and_is_measured_twice():
     asked, best = [], []
-    found = search(candidates(4), measured({1: 0.9, 2: 0.8, 3: 1.2}, asked), best.append)
-    assert found == Found({"N": 0}, {"N": 2}, 1.6, 2.0, [])
+    result = search(candidates(4), measured({1: 0.9, 2: 0.8, 3: 1.2}, asked), best.append)
+    assert result == Result({"N": 0}, {"N": 2}, 1.6, 2.0, [])
     assert asked == [(1, ROUNDS), (2, ROUNDS), (3, ROUNDS), (2, FINAL_ROUNDS), (1, FINAL_ROUNDS)]
     assert best == [0.9, 0.8, 0.8]
 
 
 @pytest.mark.parametrize("ratio", [1.0, 0.995, (0.9, 0.995), (0.9, "no answer within 60 s")])
 def test_what_is_not_faster_beyond_noise_does_not_win(ratio):
-    found = search(candidates(2), measured({1: ratio}, []))
-    assert found.best == found.default == {"N": 0} and found.ms == found.default_ms == 2.0
+    result = search(candidates(2), measured({1: ratio}, []))
+    assert result.best == result.default == {"N": 0} and result.ms == result.default_ms == 2.0
 
 
 def test_the_second_measurement_decides_among_the_best():
-    found = search(candidates(3), measured({1: (0.8, 0.95), 2: (0.85, 0.9)}, []))
-    assert found.best == {"N": 2} and found.ms == pytest.approx(1.8)
+    result = search(candidates(3), measured({1: (0.8, 0.95), 2: (0.85, 0.9)}, []))
+    assert result.best == {"N": 2} and result.ms == pytest.approx(1.8)
 
 
 def test_only_a_few_are_measured_again():
@@ -106,11 +106,11 @@ def test_only_a_few_are_measured_again():
 
 
 def test_losses_are_told_and_never_win():
-    found = search(candidates(4), measured({1: "out is off by 1.0", 2: 0.9, 3: "no answer within 60 s"}, []))
-    assert found.best == {"N": 2}
-    assert found.lost == [({"N": 1}, "out is off by 1.0"), ({"N": 3}, "no answer within 60 s")]
-    found = search(candidates(2), measured({1: "wrong"}, []))
-    assert found.best == {"N": 0} and found.ms is None and found.default_ms is None
+    result = search(candidates(4), measured({1: "out is off by 1.0", 2: 0.9, 3: "no answer within 60 s"}, []))
+    assert result.best == {"N": 2}
+    assert result.lost == [({"N": 1}, "out is off by 1.0"), ({"N": 3}, "no answer within 60 s")]
+    result = search(candidates(2), measured({1: "wrong"}, []))
+    assert result.best == {"N": 0} and result.ms is None and result.default_ms is None
 
 
 @pytest.fixture
@@ -123,8 +123,8 @@ def tuning(file, monkeypatch):
         text = io.StringIO()
         console = Console(file=text, width=200)
         with fake_worker(speeds) as worker:
-            found = tune.run(SIZE, out=out, dry_run=dry_run, console=console, worker=worker)
-        return found, text.getvalue()
+            results = tune.run(SIZE, out=out, dry_run=dry_run, console=console, worker=worker)
+        return results, text.getvalue()
 
     return go
 
@@ -134,11 +134,11 @@ def test_a_run_writes_what_kernels_then_use(tuning, file):
     others = tiles.candidates(QUERY.kernel, QUERY.shape)[4:7]
     speeds = [(WINNER, 0.9), *zip(others, ("hang", "crash", "out is off by 1.0"), strict=True)]
     assert tuned.sizes(QUERY.kernel, GPU, QUERY.shape) == DEFAULT
-    found, text = tuning(speeds)
-    assert [x.best != x.default for x in found] == [False, False, True, False]
+    results, text = tuning(speeds)
+    assert [x.best != x.default for x in results] == [False, False, True, False]
     assert tuned.sizes(QUERY.kernel, GPU, QUERY.shape) == WINNER, "at once, in the same process"
     assert tuned.sizes("head_gradients_key", GPU, QUERY.shape) == tiles.default("head_gradients_key", QUERY.shape)
-    assert [why for _, why in found[2].lost] == [
+    assert [why for _, why in results[2].lost] == [
         "no answer within 2 s", "its process ended: an illegal memory access", "out is off by 1.0"
     ]  # fmt: skip
     assert all(f"gradient of index_q: left out {tune.written(sizes)}" in text for sizes in others)
@@ -196,8 +196,8 @@ def attempts(monkeypatch, broken):
 
 def test_candidates_that_do_not_compile_are_left_out(tuning, monkeypatch):
     attempts(monkeypatch, [WINNER])
-    found, text = tuning([(WINNER, 0.5)])
-    assert found[2].best == DEFAULT and found[2].lost == [(WINNER, "does not compile: the reason")]
+    results, text = tuning([(WINNER, 0.5)])
+    assert results[2].best == DEFAULT and results[2].lost == [(WINNER, "does not compile: the reason")]
     assert "the reason" in text
 
 
@@ -239,8 +239,8 @@ def test_a_kill_while_writing_leaves_the_old_winners(tmp_path):
     program = (
         "from pathlib import Path\nfrom flash_indexer.bench import tune\n"
         "stage = tune.Stage('', 'head_gradients_query', dict(D=128, E=64, HG=64))\n"
-        "found = [(stage, tune.Found({'N': 0}, {'N': 1}, 1.0, 2.0, []))]\n"
-        f"while True:\n    tune.write(Path({str(file)!r}), 'gpu' * 20000, found, 8192)\n    print(flush=True)\n"
+        "results = [(stage, tune.Result({'N': 0}, {'N': 1}, 1.0, 2.0, []))]\n"
+        f"while True:\n    tune.write(Path({str(file)!r}), 'gpu' * 20000, results, 8192)\n    print(flush=True)\n"
     )
     with subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE) as process:
         assert process.stdout.readline() == b"\n"
@@ -250,9 +250,9 @@ def test_a_kill_while_writing_leaves_the_old_winners(tmp_path):
 
 
 def test_stages_follow_the_shapes():
-    found = tune.stages(tune.parse_size(10, 2, 80, 40, 32, "100"))
-    assert [stage.kernel for stage in found] == ["attention", "attention", *tiles.KERNELS[1:]]
-    assert found[0].shape == dict(D=128, V=64, E=64, HG=5) and found[1].shape == found[0].shape | {"E": 0}
+    results = tune.stages(tune.parse_size(10, 2, 80, 40, 32, "100"))
+    assert [stage.kernel for stage in results] == ["attention", "attention", *tiles.KERNELS[1:]]
+    assert results[0].shape == dict(D=128, V=64, E=64, HG=5) and results[1].shape == results[0].shape | {"E": 0}
     (alone,) = tune.stages(tune.parse_size(128, 1, 128, 128, 128, "100"))
     assert alone.shape == dict(D=128, V=128, E=0, HG=128), "the per-head pass does not take 128 heads with E = 128"
 
@@ -284,7 +284,6 @@ def test_other_options_are_refused(options, message):
 @pytest.mark.skipif(tune.torch.cuda.is_available(), reason="needs a machine without a GPU")
 def test_without_a_gpu_it_says_so(tmp_path):
     done = run(["tune", "--out", str(tmp_path / "x.json")])
-    assert (
-        done.exit_code == 1 and "tune: needs a CUDA GPU of compute capability 9.0 (H100, H200), got none" in done.output
-    )
+    assert done.exit_code == 1
+    assert "tune: needs a CUDA GPU of compute capability 9.0 (H100, H200) and tilelang, got none" in done.output
     assert not (tmp_path / "x.json").exists()

@@ -46,9 +46,9 @@ def test_the_operator_uses_what_tuning_found(file, monkeypatch):
     monkeypatch.setattr(tiles, "candidates", lambda kernel, shape: every(kernel, shape)[:3])
     monkeypatch.setattr(tune, "NOISE", -100.0)
     text = io.StringIO()
-    found = tune.run(SIZE, out=None, dry_run=False, console=Console(file=text, width=200))
+    searched = tune.run(SIZE, out=None, dry_run=False, console=Console(file=text, width=200))
     print(text.getvalue())
-    for stage, result in zip(tune.stages(SIZE), found, strict=True):
+    for stage, result in zip(tune.stages(SIZE), searched, strict=True):
         assert result.best in tiles.candidates(stage.kernel, stage.shape)[1:] and result.lost == [], stage.title
     assert len(json.loads(file.read_text())["entries"]) == 4
 
@@ -60,7 +60,7 @@ def test_the_operator_uses_what_tuning_found(file, monkeypatch):
 
     monkeypatch.setattr(launch, "load", recorded)
     bench_heads.check(SIZE)  # by the ruler
-    results = dict(zip(tiles.KERNELS, (found[0], *found[2:]), strict=True))  # the second is attention alone
+    results = dict(zip(tiles.KERNELS, (searched[0], *searched[2:]), strict=True))  # the second is attention alone
     for name, result in results.items():
         assert result.best.items() <= launched[name].items(), name
         assert not result.default.items() <= launched[name].items(), name

@@ -101,10 +101,10 @@ def cell(record: dict[str, Any], key: str) -> str:
         return f"{record['tokens']:,}"
     if key in record["ratios"]:
         return f"{record['ratios'][key]:.2f}x"
-    found = record.get(key)
-    if found is None:
+    measured = record.get(key)
+    if measured is None:
         return "-"
-    return f"{found['p50'] if isinstance(found, dict) else found:.3f}"
+    return f"{measured['p50'] if isinstance(measured, dict) else measured:.3f}"
 
 
 def details(record: dict[str, Any]) -> str:
@@ -185,16 +185,16 @@ def check(size: Size, device: str = "cuda", documents: tuple[int, ...] = (300, 1
     leaves = [leaf.clone().requires_grad_() for leaf in (x.index_q, x.index_k, x.index_weights)]
     common: dict[str, Any] = dict(softmax_scale=x.softmax_scale, key_start=x.key_start, key_end=x.key_end)
     result = warmup_attention(x.q, x.k, v, *leaves, **common, target="per_head")
-    found = [torch.autograd.grad(result.loss, leaves)]
+    each = [torch.autograd.grad(result.loss, leaves)]
     once = warmup_attention(x.q, x.k, v, *leaves, **common, target="per_head", deterministic=False)
-    found.append(torch.autograd.grad(once.loss, leaves))
+    each.append(torch.autograd.grad(once.loss, leaves))
     truth, eager = (f(x, target="per_head") for f in (reference_indexer_kl, eager_indexer_kl))
     exact, plain = (attention(x.q.to(t), x.k.to(t), v.to(t), common, low) for t in (torch.float64, torch.float32))
     assert_close("out", result.out, exact[0], plain[0].to(low))
     assert_close("lse", result.lse, exact[1], plain[1])
     assert_close("kl", result.kl, truth.kl, eager.kl)
     names = truth._fields[3:]
-    for gradients in found:
+    for gradients in each:
         for name, got, right, rough in zip(names, gradients, truth[3:], eager[3:], strict=True):
             assert_close(name, got, right, rough)
 

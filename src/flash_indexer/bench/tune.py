@@ -45,7 +45,7 @@ class Stage(NamedTuple):
     shape: Sizes
 
 
-class Found(NamedTuple):
+class Result(NamedTuple):
     """Of one stage: best is default where no candidate won. Times are None where nothing was measured. lost: why."""
 
     default: Sizes
@@ -79,13 +79,13 @@ def parse_size(
 
 
 def _lengths(text: str) -> tuple[int, ...]:
-    found: list[int] = []
+    lengths: list[int] = []
     for part in text.split(","):
         length, _, count = part.strip().partition("x")
         if not (length.isdecimal() and (count or "1").isdecimal() and int(length) * int(count or 1) > 0):
             raise ValueError(f"tune: --documents must be lengths like 2048x4,512, got {text!r}")
-        found += [int(length)] * int(count or 1)
-    return tuple(found)
+        lengths += [int(length)] * int(count or 1)
+    return tuple(lengths)
 
 
 def stages(size: Size) -> list[Stage]:
@@ -103,7 +103,7 @@ def stages(size: Size) -> list[Stage]:
 
 def search(
     candidates: Sequence[Sizes], measure: Measure, advance: Callable[[float | None], None] = lambda best: None
-) -> Found:
+) -> Result:
     """The candidate that beats the first one, the default, by more than NOISE in a short and in a long measurement.
 
     Args:
@@ -128,12 +128,12 @@ def search(
     final = measured(finalists, FINAL_ROUNDS, lambda best: None)
     if final and final[0][0] < 1 - NOISE:
         _, ms, default_ms, sizes = final[0]
-        return Found(default, sizes, ms, default_ms, lost)
+        return Result(default, sizes, ms, default_ms, lost)
     usual = statistics.median(result[2] for result in first) if first else None
-    return Found(default, default, usual, usual, lost)
+    return Result(default, default, usual, usual, lost)
 
 
-def run(size: Size, *, out: Path | None, dry_run: bool, console: Console, worker: Worker | None = None) -> list[Found]:
+def run(size: Size, *, out: Path | None, dry_run: bool, console: Console, worker: Worker | None = None) -> list[Result]:
     """Searches, prints what won, and writes the winners unless `dry_run`.
 
     Args:
@@ -152,22 +152,22 @@ def run(size: Size, *, out: Path | None, dry_run: bool, console: Console, worker
         if not console.is_terminal:
             console.print("compiling the candidates that the kernel cache lacks")
         usable, failed = compile_candidates(todo, bar)
-        found = []
+        results = []
         for stage, candidates, uncompiled in zip(todo, usable, failed, strict=True):
             result = _search_stage(stage, candidates, size, process, bar)
-            found.append(result._replace(lost=[*uncompiled, *result.lost]))
+            results.append(result._replace(lost=[*uncompiled, *result.lost]))
             if not console.is_terminal:
                 console.print(f"{stage.title}: {len(candidates)} candidates measured", highlight=False)
-    console.print(table(todo, found))
-    for stage, result in zip(todo, found, strict=True):
+    console.print(table(todo, results))
+    for stage, result in zip(todo, results, strict=True):
         for sizes, why in result.lost:
             console.print(f"{stage.title}: left out {written(sizes)}: {why}", highlight=False, markup=False)
-    if all(result.ms is None for result in found) and any(result.lost for result in found):
+    if all(result.ms is None for result in results) and any(result.lost for result in results):
         raise OSError("tune: nothing could be measured; the reasons are above, and nothing was written")
     if not dry_run:
-        write(path, torch.cuda.get_device_name(), list(zip(todo, found, strict=True)), sum(size.documents))
+        write(path, torch.cuda.get_device_name(), list(zip(todo, results, strict=True)), sum(size.documents))
     console.print(f"{'not written: --dry-run' if dry_run else path}", highlight=False, soft_wrap=True, markup=False)
-    return found
+    return results
 
 
 def compile_candidates(todo: list[Stage], bar: Progress) -> tuple[list[list[Sizes]], list[list[tuple[Sizes, str]]]]:
@@ -205,7 +205,7 @@ def compile_candidates(todo: list[Stage], bar: Progress) -> tuple[list[list[Size
     return usable, failed
 
 
-def _search_stage(stage: Stage, candidates: list[Sizes], size: Size, worker: Worker, bar: Progress) -> Found:
+def _search_stage(stage: Stage, candidates: list[Sizes], size: Size, worker: Worker, bar: Progress) -> Result:
     def measure(sizes: Sizes, rounds: int) -> tuple[float, float]:
         answer = worker.ask(
             {
@@ -230,10 +230,10 @@ def _progress(console: Console) -> Progress:
     )  # fmt: skip
 
 
-def table(todo: list[Stage], found: list[Found]) -> Table:
+def table(todo: list[Stage], results: list[Result]) -> Table:
     """A row for each stage."""
     made = Table("kernel", "default", "ms", "best", "ms", "ratio", "left out")
-    for stage, result in zip(todo, found, strict=True):
+    for stage, result in zip(todo, results, strict=True):
         if result.ms is None or result.default_ms is None:
             times = ["-", "not measured", "-", "-"]
         else:
@@ -248,9 +248,9 @@ def written(sizes: dict[str, Any]) -> str:
     return " ".join(f"{name}={value}" for name, value in sizes.items())
 
 
-def write(path: Path, gpu: str, found: list[tuple[Stage, Found]], tokens: int) -> None:
+def write(path: Path, gpu: str, results: list[tuple[Stage, Result]], tokens: int) -> None:
     """Replaces the entries of every stage that was measured: by its winner, or by none where the default stays."""
-    done = [(stage, result) for stage, result in found if result.ms is not None]
+    done = [(stage, result) for stage, result in results if result.ms is not None]
     replaced = [(stage.kernel, gpu, stage.shape) for stage, _ in done]
     entries = [
         entry

@@ -116,8 +116,8 @@ def deepseek_v32_config(handle: IndexerHandle, *, index_topk: int = 2048) -> Dee
     """
     base = handle.model.config
     _check_base(base, handle)
-    found = describe(handle, base_name="")
-    _check_indexers(found, base)
+    indexers = describe(handle, base_name="")
+    _check_indexers(indexers, base)
     if isinstance(index_topk, bool) or not isinstance(index_topk, int) or index_topk < 1:
         raise ValueError(f"export: index_topk must be a positive integer, got {index_topk!r}")
 
@@ -127,8 +127,8 @@ def deepseek_v32_config(handle: IndexerHandle, *, index_topk: int = 2048) -> Dee
     values: dict[str, Any] = {name: value for name, value in base.to_dict().items() if name in names}
     values |= {
         "index_topk": index_topk,
-        "index_n_heads": found.num_heads,
-        "index_head_dim": found.head_dim,
+        "index_n_heads": indexers.num_heads,
+        "index_head_dim": indexers.head_dim,
         "mlp_layer_types": kinds,
         "first_k_dense_replace": dense,
     }
@@ -182,17 +182,17 @@ def _check_base(base: Any, handle: IndexerHandle) -> None:
         )
 
 
-def _check_indexers(found: NativeConfig, base: Any) -> None:
+def _check_indexers(indexers: NativeConfig, base: Any) -> None:
     wanted = {
         "rope_interleaved": (False, "its indexer turns the dims half-split"),
         "rope_dim": (base.qk_rope_head_dim, "its indexer shares the main attention's cos and sin"),
         "q_lora_rank": (base.q_lora_rank, "its wq_b reads the low-rank query residual"),
     }
     for name, (value, why) in wanted.items():
-        if getattr(found, name) != value:
+        if getattr(indexers, name) != value:
             raise ValueError(
                 f"export: format 'deepseek_v32' needs indexers with {name} = {value!r} ({why}), "
-                f"got {getattr(found, name)!r}; use format='native'"
+                f"got {getattr(indexers, name)!r}; use format='native'"
             )
 
 

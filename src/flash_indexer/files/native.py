@@ -179,8 +179,8 @@ def load_native(
         FileNotFoundError, ValueError: read_native's.
         ValueError: the base model, the layers or a size differ; all differences are listed.
     """
-    given = isinstance(handle_or_model, PreTrainedModel)
-    if not given and not isinstance(handle_or_model, IndexerHandle):
+    is_model = isinstance(handle_or_model, PreTrainedModel)
+    if not is_model and not isinstance(handle_or_model, IndexerHandle):
         raise TypeError(
             "load_native: handle_or_model must be the handle that attach returned or a PreTrainedModel, "
             f"got {type(handle_or_model).__name__}; unwrap it: take merge_and_unload() of a PeftModel, .module of "
@@ -204,7 +204,7 @@ def load_native(
         _compare_indexers(config, describe(handle, base_name=config.base_name), path)
         handle.load_state_dict(state_dict)
     except BaseException:
-        if given:
+        if is_model:
             handle.remove()
         raise
     return handle
@@ -313,7 +313,7 @@ def check_tensors(state_dict: dict[str, Tensor], config: NativeConfig, *, where:
 
 
 def _compare_base(
-    config: NativeConfig, model: PreTrainedModel, given: str | None, path: str | os.PathLike[str]
+    config: NativeConfig, model: PreTrainedModel, fingerprint: str | None, path: str | os.PathLike[str]
 ) -> None:
     base = model.config.get_text_config()
     pairs = [
@@ -321,8 +321,8 @@ def _compare_base(
         ("hidden_size", config.base_hidden_size, base.hidden_size),
         ("num_hidden_layers", config.base_num_layers, base.num_hidden_layers),
     ]
-    if given is not None and config.base_fingerprint is not None:
-        pairs.append(("fingerprint", config.base_fingerprint, given))
+    if fingerprint is not None and config.base_fingerprint is not None:
+        pairs.append(("fingerprint", config.base_fingerprint, fingerprint))
     if wrong := [f"{name} {was!r}, the model has {now!r}" for name, was, now in pairs if was != now]:
         raise ValueError(
             f"load_native: {os.fspath(path)} was trained on another base model: {'; '.join(wrong)}; load "
@@ -330,9 +330,9 @@ def _compare_base(
         )
 
 
-def _compare_indexers(config: NativeConfig, found: NativeConfig, path: str | os.PathLike[str]) -> None:
+def _compare_indexers(config: NativeConfig, other: NativeConfig, path: str | os.PathLike[str]) -> None:
     names = ("layers", "num_heads", "head_dim", "rope_dim", "rope_interleaved", "q_lora_rank")
-    pairs = [(name, getattr(config, name), getattr(found, name)) for name in names]
+    pairs = [(name, getattr(config, name), getattr(other, name)) for name in names]
     if wrong := [f"{name} {was!r}, attached are {now!r}" for name, was, now in pairs if was != now]:
         raise ValueError(
             f"load_native: {os.fspath(path)} does not fit the attached indexers: {'; '.join(wrong)}; "

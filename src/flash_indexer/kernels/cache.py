@@ -74,10 +74,10 @@ def attempt(kernels):
 @functools.cache
 def _load(kernel):
     compile_missing([kernel])
-    found = entry(kernel)
-    if found is None:  # the cache is switched off
+    folder = entry(kernel)
+    if folder is None:  # the cache is switched off
         return _compiled(kernel)
-    return _runtime().load_module(str(found / EXECUTABLE))["main"]
+    return _runtime().load_module(str(folder / EXECUTABLE))["main"]
 
 
 def _compiled(kernel):
@@ -195,10 +195,10 @@ def _settings():
 
 @functools.cache
 def _settings_alone():
-    found = util.find_spec("tilelang") if "tilelang" not in sys.modules else None
-    if found is None:
+    package = util.find_spec("tilelang") if "tilelang" not in sys.modules else None
+    if package is None:
         raise _no_tilelang()
-    specification = util.spec_from_file_location("flash_indexer_tilelang_env", Path(found.origin).with_name("env.py"))
+    specification = util.spec_from_file_location("flash_indexer_tilelang_env", Path(package.origin).with_name("env.py"))
     module = sys.modules[specification.name] = util.module_from_spec(specification)
     specification.loader.exec_module(module)
     return module.env

@@ -56,8 +56,8 @@ def read(path):
         return None
     if not isinstance(content, dict) or (content.get("format"), content.get("version")) != (FORMAT, VERSION):
         return None
-    found = content.get("entries")
-    return [entry for entry in found if isinstance(entry, dict)] if isinstance(found, list) else None
+    entries = content.get("entries")
+    return [entry for entry in entries if isinstance(entry, dict)] if isinstance(entries, list) else None
 
 
 def refusal(entry, gpu):

@@ -48,8 +48,8 @@ def check_indexer_kl(
     op: str = "indexer_kl",
 ) -> Sizes:
     """Checks every argument of `indexer_kl`; tensors holds q, k, index_q, index_k, index_weights, lse, token_weight."""
-    given = cast("dict[str, Tensor]", {n: x for n, x in tensors.items() if x is not None or n not in _TOKEN_INPUTS})
-    q, k, index_q, index_k = (given[name] for name in ("q", "k", "index_q", "index_k"))
+    present = cast("dict[str, Tensor]", {n: x for n, x in tensors.items() if x is not None or n not in _TOKEN_INPUTS})
+    q, k, index_q, index_k = (present[name] for name in ("q", "k", "index_q", "index_k"))
     if target not in TARGETS:
         raise ValueError(f"{op}: target must be one of {', '.join(map(repr, TARGETS))}, got {target!r}")
     _rank(op, "q", q, "[T, H, D]", 3)
@@ -61,23 +61,23 @@ def check_indexer_kl(
         raise ValueError(f"{op}: q's head count must be a multiple of k's: H % G == 0, got H={H}, G={G}")
     _rank(op, "index_q", index_q, "[T, I, E]", 3)
     _shape(op, "index_q", index_q, "[T, I, E]", (T, *index_q.shape[1:]))
-    _, _, I, E = check_index_inputs(op, index_q, index_k, given["index_weights"])
+    _, _, I, E = check_index_inputs(op, index_q, index_k, present["index_weights"])
     _shape(op, "index_k", index_k, "[S, E]", (S, E))
     if target == "per_head" and I != H:
         raise ValueError(
             f'{op}: target="per_head" needs as many index heads as teacher heads: I == H, got I={I}, H={H}'
         )
-    if "lse" in given:
+    if "lse" in present:
         if target == "sum_logits":
             raise ValueError(f'{op}: lse is not used by target="sum_logits"; pass lse=None')
-        _shape(op, "lse", given["lse"], "[T, H]", (T, H))
-    if "token_weight" in given:
-        _shape(op, "token_weight", given["token_weight"], "[T]", (T,))
+        _shape(op, "lse", present["lse"], "[T, H]", (T, H))
+    if "token_weight" in present:
+        _shape(op, "token_weight", present["token_weight"], "[T]", (T,))
     check_interval_tensors(op, key_start, key_end, T, q.device)
-    check_dtypes(op, given)
-    _plain(op, given)
+    check_dtypes(op, present)
+    _plain(op, present)
     for name in ("q", "k", "lse", "token_weight"):
-        if name in given and given[name].requires_grad:
+        if name in present and present[name].requires_grad:
             raise ValueError(f"{op}: {name} is a constant but requires grad; detach: the main model is frozen")
     _scale(op, softmax_scale)
     return Sizes(T, S, H, G, D, I, E)
@@ -165,11 +165,11 @@ def _scale(op: str, scale: object) -> None:
         )
 
 
-def _plain(op: str, given: Mapping[str, Tensor]) -> None:
+def _plain(op: str, present: Mapping[str, Tensor]) -> None:
     """Gradients are formed beside the loss, where torch.func and forward mode would find none and say nothing."""
     if torch.compiler.is_compiling():
         return
-    for name, x in given.items():
+    for name, x in present.items():
         if torch._C._functorch.is_functorch_wrapped_tensor(x) or unpack_dual(x).tangent is not None:  # type: ignore[no-untyped-call]
             raise ValueError(
                 f"{op}: {name} must be a plain tensor, got one of torch.func (vmap, grad, jvp) or of forward-mode "

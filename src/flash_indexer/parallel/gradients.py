@@ -51,6 +51,6 @@ def sum_gradients(parameters: Iterable[Tensor], *, replicas: int = 1, timeout: f
 def unusable_gradient(modules: nn.ModuleDict) -> tuple[str, float] | None:
     """The first module whose max |gradient| is NaN or not below LARGEST_GRADIENT, and which; waits for the device."""
     gradients = {name: [p.grad for p in module.parameters() if p.grad is not None] for name, module in modules.items()}
-    found = {name: get_total_norm(each, norm_type=torch.inf) for name, each in gradients.items() if each}
-    values = torch.stack([*found.values()]).tolist() if found else []
-    return next(((name, x) for name, x in zip(found, values, strict=True) if not x < LARGEST_GRADIENT), None)
+    norms = {name: get_total_norm(each, norm_type=torch.inf) for name, each in gradients.items() if each}
+    values = torch.stack([*norms.values()]).tolist() if norms else []
+    return next(((name, x) for name, x in zip(norms, values, strict=True) if not x < LARGEST_GRADIENT), None)

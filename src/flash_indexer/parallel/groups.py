@@ -30,20 +30,20 @@ def process_groups(op: str, group: Group, most: int) -> tuple[ProcessGroup, ...]
         else ("a process group, or (context, tensor) as a mesh of two dimensions or a pair of groups")
     )
     if isinstance(group, DeviceMesh):
-        found = tuple(group.get_all_groups())
+        groups = tuple(group.get_all_groups())
     elif isinstance(group, tuple):
-        found = group
+        groups = group
     else:
-        found = (group,)
-    parts: tuple[object, ...] = found
+        groups = (group,)
+    parts: tuple[object, ...] = groups
     for part in parts:
         if part is dist.GroupMember.NON_GROUP_MEMBER:
             raise ValueError(f"{op}: group must hold this process, got one of others; pass the group that it is in")
         if not isinstance(part, ProcessGroup):
             raise TypeError(f"{op}: group must be {expected}, got {type(part).__name__}")
-    if not 1 <= len(found) <= most:
-        raise ValueError(f"{op}: group must be {expected}, got {len(found)} groups; slice the mesh by name")
-    return found
+    if not 1 <= len(groups) <= most:
+        raise ValueError(f"{op}: group must be {expected}, got {len(groups)} groups; slice the mesh by name")
+    return groups
 
 
 def all_gather(x: Tensor, group: ProcessGroup) -> Tensor:
