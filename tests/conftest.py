@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import random
+import signal
 import socket
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
@@ -20,6 +21,8 @@ from transformers import AutoModelForCausalLM, DeepseekV3Config, LlamaConfig, Mi
 
 from flash_indexer.recipe.run_record import WarmupSettings
 
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # a shell's background job, whose tests press Ctrl-C as well
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 torch.set_num_threads(1)  # as many test processes run side by side as there are cores
 HANG = 240  # seconds after which a process is taken to hang
 WORDS = 60

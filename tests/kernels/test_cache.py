@@ -177,6 +177,7 @@ except ImportError as error:
     assert "pip install 'flash-indexer[kernels]'" in run(program).stdout
 
 
+@pytest.mark.slow
 def test_a_kernel_is_compiled_once(tmp_path, nvcc):
     """In a process of its own; a second process loads it from disk without importing TileLang."""
     program = """

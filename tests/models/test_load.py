@@ -83,6 +83,7 @@ def loss(model: PreTrainedModel, input_ids: torch.Tensor) -> float:
     return torch.nn.functional.cross_entropy(model(input_ids).logits[0, :-1], input_ids[0, 1:]).item()
 
 
+@pytest.mark.slow
 def test_the_embedded_model_predicts_python(embedded: tuple[PreTrainedModel, PreTrainedTokenizerFast]) -> None:
     """2.55 nats a token on this text. Random weights give ln 49152 = 10.8, and q and k rows left in the GGUF file's
     interleaved rope order 4.8.
@@ -96,6 +97,7 @@ def test_the_embedded_model_predicts_python(embedded: tuple[PreTrainedModel, Pre
     assert tokenizer.eos_token_id is not None
 
 
+@pytest.mark.slow
 def test_the_embedded_model_is_frozen_and_has_the_promised_shape(embedded) -> None:
     model, _ = embedded
     config = model.config
@@ -107,6 +109,7 @@ def test_the_embedded_model_is_frozen_and_has_the_promised_shape(embedded) -> No
         assert parameter.untyped_storage().nbytes() == parameter.numel() * 4
 
 
+@pytest.mark.slow
 def test_the_embedded_model_survives_saving(embedded, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     model, tokenizer = embedded
     model.save_pretrained(tmp_path / "saved")
@@ -124,6 +127,7 @@ def test_the_embedded_model_survives_saving(embedded, tmp_path: Path, capfd: pyt
     assert again.to(torch.bfloat16).dtype == torch.bfloat16
 
 
+@pytest.mark.slow
 def test_the_embedded_package_is_not_imported(embedded) -> None:
     assert models.EMBEDDED_PACKAGE not in sys.modules
 

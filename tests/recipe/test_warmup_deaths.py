@@ -69,8 +69,14 @@ def command(checkpoint: Path, texts: Path, out: Path, *options: str) -> list[str
     ("where", "dying", "options", "count"),
     [
         (dict(owner="flash_indexer.recipe.loop", name="forward", call=6), 1, [], 2),
-        (dict(owner="flash_indexer.recipe.loop", name="sum_gradients", call=7), 1, ["--fsdp"], 2),
-        (dict(owner="flash_indexer.files.checkpoint", name="save_file", call=2), 0, ["--cp", "2"], 2),
+        pytest.param(
+            dict(owner="flash_indexer.recipe.loop", name="sum_gradients", call=7), 1, ["--fsdp"], 2,
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            dict(owner="flash_indexer.files.checkpoint", name="save_file", call=2), 0, ["--cp", "2"], 2,
+            marks=pytest.mark.slow,
+        ),
         pytest.param(
             dict(owner="flash_indexer.models.handle", name="layer_kl", call=20), 2,
             ["--cp", "2", "--tp", "2"], 4, marks=pytest.mark.slow,
