@@ -106,6 +106,7 @@ def test_who_is_stuck_with_pythons_lock_is_ended_by_its_guard(tmp_path: Path, ru
     assert "error warmup: process 0 of 2 lost contact" in said and "lets no thread of it run" in said, said
 
 
+@pytest.mark.slow
 def test_a_long_silence_of_all_main_threads_blames_nobody(tmp_path: Path, runs: Any) -> None:
     """All work for twice the timeout, with a stop of longer than it in between; then rank 1 ends first, or last."""
     timeout, everyone = 3.0, []

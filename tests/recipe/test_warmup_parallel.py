@@ -109,7 +109,11 @@ def assert_same_training(one: Path, other: Path) -> None:
 
 @pytest.mark.parametrize(
     ("before", "after"),
-    [(dict(count=2), dict(count=4)), (dict(count=4, cp=2, tp=2), dict(count=1)), (dict(count=1), dict(count=4, cp=2))],
+    [
+        pytest.param(dict(count=2), dict(count=4), marks=pytest.mark.slow),
+        (dict(count=4, cp=2, tp=2), dict(count=1)),
+        (dict(count=1), dict(count=4, cp=2)),
+    ],
     ids=["2-4", "4 as cp x tp-1", "1-4 as dp x cp"],
 )
 def test_a_run_goes_on_under_another_number_of_processes(
@@ -167,7 +171,7 @@ def test_a_step_that_cannot_be_shared_out_is_refused(build: Any) -> None:
     [
         ("llama", 2, dict(cp=2)),
         ("llama", 2, dict(cp=2, layout="contiguous")),
-        ("llama", 4, dict(cp=4)),
+        pytest.param("llama", 4, dict(cp=4), marks=pytest.mark.slow),
         pytest.param("llama", 4, dict(cp=2, layout="contiguous", fsdp=True), marks=pytest.mark.slow),
         ("llama", 2, dict(tp=2)),
         pytest.param("llama", 4, dict(tp=2, fsdp=True), marks=pytest.mark.slow),
