@@ -55,7 +55,14 @@ def quantize_rows(x: Tensor, *, rotation: bool = False, copy: bool = False, by_h
     if rows:
         name, static = wanted(width, rotation, copy)
         launch.load(name, **static)(
-            x.view(-1, width), values.view(-1, width), scale, out.view(-1, width), rows, heads, stride, blocks(rows, width)
+            x.view(-1, width),
+            values.view(-1, width),
+            scale,
+            out.view(-1, width),
+            rows,
+            heads,
+            stride,
+            blocks(rows, width),
         )
     return Rows(values, scale, out if copy else None)
 

@@ -307,9 +307,7 @@ def _build(D, mode, dtype, stages):
                                         barrier=fullk[ks],
                                     )
                                 if FP8 and c == 0:
-                                    T.tma_copy(
-                                        KS[at : at + 128], Ss[slot * 128 : slot * 128 + 128], barrier=fullk[ks]
-                                    )
+                                    T.tma_copy(KS[at : at + 128], Ss[slot * 128 : slot * 128 + 128], barrier=fullk[ks])
                                     slot = slot + 1
                                     if slot == SLOTS:
                                         slot = 0

@@ -30,6 +30,9 @@ SCORE_FP8 = {
     576: (64, 3, 5, 4),
 }  # fmt: skip
 LSE_STAGES = {64: (2, 6), 96: (6, 9), 128: (4, 8), 192: (6, 7), 256: (4, 8), 576: (9, 4)}  # of the Q and K rings
+LSE_FP8 = {  # of `lse` for e4m3 rows, as in SCORE_FP8
+    64: (64, 1, 2, 6), 96: (32, 3, 2, 6), 128: (128, 1, 2, 8), 192: (64, 3, 2, 6), 256: (128, 1, 4, 8), 576: (64, 3, 5, 4),
+}  # fmt: skip
 X_STAGES, Y_STAGES = 2, {32: 10, 64: 8, 128: 4}  # of `gradients`; Y by E: about as many bytes in flight
 
 # Attention: widths of queries, keys and values (others are padded with zeros), keys of a tile at most
@@ -187,6 +190,7 @@ BUILDERS = {
         ),
     ),
     "lse": Kernel("lse", "build", tuple({"D": D} for D in HEAD_WIDTHS)),
+    "lse_fp8": Kernel("lse", "build_fp8", tuple({"D": D} for D in HEAD_WIDTHS)),
     "rows": Kernel("rows", "build", ({"logits": 0}, {"logits": 1}), streamed=False),
     "quantize": Kernel(
         "quantize",
@@ -198,7 +202,10 @@ BUILDERS = {
         streamed=False,
     ),
     "rotate": Kernel(
-        "quantize", "build_rotate", tuple({"E": E, "wide": wide} for E in INDEX_WIDTHS for wide in (0, 1)), streamed=False
+        "quantize",
+        "build_rotate",
+        tuple({"E": E, "wide": wide} for E in INDEX_WIDTHS for wide in (0, 1)),
+        streamed=False,
     ),
     "gradients_query": Kernel("gradients", "build_query", INDEX_HEADS),
     "gradients_key": Kernel("gradients", "build_key", INDEX_HEADS),
