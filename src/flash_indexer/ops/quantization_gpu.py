@@ -14,7 +14,7 @@ from flash_indexer.ops.worklists import TILE
 
 
 class Rows(NamedTuple):
-    """e4m3 values [T, H, D] ([S, E]) and their scales, flat: of row r, or by head, [H, keys], keys a multiple of 128."""
+    """e4m3 values [T, H, D] ([S, E]); their scales, flat: of row r, or by head, [H, keys], keys a multiple of 128."""
 
     values: Tensor
     scale: Tensor
@@ -54,16 +54,8 @@ def quantize_rows(x: Tensor, *, rotation: bool = False, copy: bool = False, by_h
     out = torch.empty_like(x) if copy else x
     if rows:
         name, static = wanted(width, rotation, copy)
-        launch.load(name, **static)(
-            x.view(-1, width),
-            values.view(-1, width),
-            scale,
-            out.view(-1, width),
-            rows,
-            heads,
-            stride,
-            blocks(rows, width),
-        )
+        tables = (x.view(-1, width), values.view(-1, width), scale, out.view(-1, width))
+        launch.load(name, **static)(*tables, rows, heads, stride, blocks(rows, width))
     return Rows(values, scale, out if copy else None)
 
 

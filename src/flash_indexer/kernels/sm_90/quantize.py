@@ -26,8 +26,8 @@ def build(D, rotation, copy):
     """The kernel for rows of D numbers; rotation, copy: 0 or 1.
 
     Run-time arguments: X [rows, D] bfloat16, V [rows, D] float8_e4m3fn, SC [...] float32, OUT [rows, D] bfloat16 (not
-    touched without copy); rows, heads, stride: the scale of row r goes to SC[(r % heads)·stride + r // heads]; blocks of
-    256 threads, `sizes.quantized_rows(D)` rows each.
+    touched without copy); rows, heads, stride: the scale of row r goes to SC[(r % heads)·stride + r // heads]; blocks
+    of 256 threads, `sizes.quantized_rows(D)` rows each.
     """
     nx, nv, ns, no = T.dynamic("nx"), T.dynamic("nv"), T.dynamic("ns"), T.dynamic("no")
 

@@ -17,8 +17,9 @@ way. For wide heads (D = 576) the step is split into chunks: a chunk's stage is 
 done, and a slice of f runs under each chunk.
 
 Of e4m3 rows (`build_fp8`) the chunks hold twice as many columns, and each row of Q and K has a scale. The query's is
-read beside L. The key's comes with the first chunk of its K tile, into one of SLOTS arrays of 128 numbers: the sum over
-a head lags its product by a step, so an array is written again only when two groups more than the ring holds have begun.
+read beside L. The key's comes with the first chunk of its K tile, into one of SLOTS arrays of 128 numbers: the sum
+over a head lags its product by a step, so an array is written again only when two groups more than the ring holds have
+begun.
 """
 
 import tilelang.language as T
