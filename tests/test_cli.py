@@ -67,6 +67,12 @@ def test_warmup_evaluate_export(warmup: Any, checkpoint: Path, texts: Path, tmp_
     assert judged.exit_code == 0, judged.output
     assert "held-out KL over uniform" in plain(judged.output) and list((tmp_path / "again").glob("*.md"))
 
+    words = ["--run", out, "--data", texts, "--report", tmp_path / "served", "--perplexity-k", 8]
+    served = run("evaluate", *words, "--serve", "fp8")
+    assert served.exit_code == 0, served.output
+    assert "Judged with index scores in FP8 (e4m3, rotated): beside float32, " in plain(served.output)
+    assert json.loads((tmp_path / "served" / "report.json").read_text())["evaluation"]["arithmetic"] == "fp8"
+
     checked = run("check", "--out", out, "--data", texts)
     assert checked.exit_code == 0, checked.output
     errors = re.findall(r"layer (\d): max .* = (\S+)", checked.output)

@@ -134,6 +134,10 @@ def evaluate(
     ] = None,
     min_visible: Annotated[int, typer.Option(help="Masses at k count queries that see so many keys, 4k at least.")] = 0,
     perplexity_k: Annotated[list[int] | None, typer.Option(help="Keys per query for sparse perplexity.")] = None,
+    serve: Annotated[
+        Literal["bf16", "fp8", "fp8_unrotated"] | None,
+        typer.Option(help="Judge index scores in a server's arithmetic, beside the model's: what it costs."),
+    ] = None,
     model: Annotated[str | None, typer.Option(help="Model; default: the one it was trained on.")] = None,
 ) -> None:
     """Judge indexers: those of a run, or a native indexer folder, on held-out text."""
@@ -168,7 +172,7 @@ def evaluate(
         judging.judge_and_report(
             handle, batches, run_folder, report or run_folder / "report", run, console=console,
             command=shlex.join(["flash-indexer", *sys.argv[1:]]), min_visible=min_visible,
-            perplexity_ks=tuple(perplexity_k or (128,)),
+            perplexity_ks=tuple(perplexity_k or (128,)), serve=serve,
         )  # fmt: skip
 
 

@@ -60,6 +60,7 @@ def judge_and_report(
     command: str | None = None,
     min_visible: int = 0,
     perplexity_ks: tuple[int, ...] = (128,),
+    serve: str | None = None,
 ) -> Evaluation:
     """Evaluates a handle on held-out text, writes the report, and prints the numbers that say most.
 
@@ -73,7 +74,9 @@ def judge_and_report(
         def advance(done: int, total: int | None) -> None:
             bar.update(task, completed=done, total=total)
 
-        judged = evaluate(handle, batches, min_visible=min_visible, perplexity_ks=perplexity_ks, progress=advance)
+        judged = evaluate(
+            handle, batches, min_visible=min_visible, perplexity_ks=perplexity_ks, serve=serve, progress=advance
+        )
     trained = [warmup_command(run, folder)] if "steps" in run else []
     run = {**run, "command": "\n".join([*trained, *([command] if command else [])])}
     path = write_report(report, evaluation=judged, metrics_log=read_metrics(folder / METRICS_FILE), run=run)
