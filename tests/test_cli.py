@@ -97,6 +97,32 @@ def test_warmup_evaluate_export(warmup: Any, checkpoint: Path, texts: Path, tmp_
     assert "error" in plain(refused.output) and "Traceback" not in refused.output
 
 
+def test_check_says_what_fp8_changes(warmup: Any, texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The tiny model's logits are large: its rows are off by more than 1 with FP8 logits and its own logsumexp."""
+    out = tmp_path / "run"
+    assert warmup("--evaluate-sequences", 0, "--layers", "1-2").exit_code == 0
+    words = ["check", "--run", out, "--data", texts]
+    refused = run(*words, "--fp8", "--report", tmp_path / "elsewhere", "--sequence-length", 32)
+    assert refused.exit_code == 1 and "Traceback" not in refused.output
+    said = r"and the model's own logsumexp, 12 of 12 heads .* \(layer \d, head \d\): give indexer_kl lse=None"
+    assert "What FP8 changes" in refused.output and re.search(said, plain(refused.output)), refused.output
+    assert json.loads((tmp_path / "elsewhere" / "fp8.json").read_text())["run"]["tokens"] == 32
+
+    monkeypatch.setattr("flash_indexer.recipe.checking.LARGEST_ERROR", 10)
+    checked = run(*words, "--fp8")
+    assert checked.exit_code == 0 and str(out / "fp8" / "fp8.png") in plain(checked.output), checked.output
+    content = json.loads((out / "fp8" / "fp8.json").read_text())
+    assert [layer["layer"] for layer in content["layers"]] == [1, 2] and (out / "fp8" / "fp8.png").exists()
+    assert (content["run"]["data"], content["run"]["tokens"]) == (str(texts), 64)
+    for more, message in (
+        (["--report", tmp_path / "x"], "check: --report is the folder of what --fp8 measures; add --fp8"),
+        (["--sequence-length", 1], "check: --sequence-length must be at least 2, got 1"),
+        (["--fp8", "--report", texts / "00.txt" / "x"], "check: --report must be a folder, got"),
+    ):
+        refused = run(*words, *more)
+        assert refused.exit_code == 1 and message in plain(refused.output), refused.output
+
+
 def test_a_runs_steps_grow_by_the_command_line(warmup: Any, tmp_path: Path) -> None:
     assert warmup("--evaluate-sequences", 0).exit_code == 0
     less = warmup("--resume", "--steps", 3)

@@ -182,21 +182,35 @@ def check(
     model: Annotated[str | None, typer.Option(help="Model; default: the one it was trained on.")] = None,
     data: Annotated[str | None, typer.Option(help="Text; default: the embedded held-out split.")] = None,
     column: Annotated[str | None, typer.Option(help="Column that holds the text; default: as in training.")] = None,
+    sequence_length: Annotated[int | None, typer.Option(help="Tokens of the text; default: as in training.")] = None,
+    fp8: Annotated[
+        bool, typer.Option("--fp8", help="Also what FP8 changes: KL, gradients, selected keys; with a plot.")
+    ] = False,
+    report: Annotated[
+        Path | None, typer.Option(help="Folder of --fp8's plot and JSON; default: fp8/ in --run.")
+    ] = None,
 ) -> None:
     """Check the teacher: every head's probabilities must sum to 1 on real text (within 1e-2)."""
     with _plain_errors():
-        from flash_indexer.judge.teacher_check import teacher_errors
-        from flash_indexer.recipe import judging
+        from flash_indexer.recipe import checking, judging
         from flash_indexer.recipe.held_out import held_out_batches
+        from flash_indexer.recipe.run_folder import check_folder
 
+        if report is not None and not fp8:
+            raise ValueError("check: --report is the folder of what --fp8 measures; add --fp8")
+        if sequence_length is not None and sequence_length < 2:
+            raise ValueError(f"check: --sequence-length must be at least 2, got {sequence_length}")
+        folder = report or run_folder / "fp8"
+        if fp8:
+            check_folder("check: --report", folder)
         handle, _, run = judging.load_trained(run_folder, model, console)
-        run |= {} if column is None else {"column": column}
-        errors = teacher_errors(handle, held_out_batches(run, data, 1)[0])
-        for layer, error in errors.items():
-            console.print(f"layer {layer}: max |sum_s a[t,h,s] - 1| = {error:.2e}", highlight=False)
-        worst = max(errors, key=lambda layer: float("inf") if errors[layer] != errors[layer] else errors[layer])
-        if not errors[worst] <= 1e-2:
-            raise ValueError(f"check: layer {worst}'s rows sum to 1 only within {errors[worst]:.2e}, above 1e-2")
+        chosen = {"sequence_length": sequence_length, "column": column}
+        run |= {name: value for name, value in chosen.items() if value is not None}
+        batch = held_out_batches(run, data, 1)[0]
+        checking.check_teacher(handle, batch, console)
+        if fp8:
+            command = shlex.join(["flash-indexer", *sys.argv[1:]])
+            checking.check_fp8(handle, batch, folder, {**run, "data": data, "command": command}, console)
 
 
 @app.command()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -26,35 +25,12 @@ from flash_indexer.models.attach import IndexerHandle, LayerCapture, attach
 K = 8
 Batches = list[dict[str, Tensor]]
 MakeCapture = Callable[..., Any]
+Rounded = Callable[[Tensor, str], Tensor]
 
 
-def e4m3_numbers() -> list[float]:
-    """Not negative, ascending: 8 steps below 2^-6, then 8 in each power of two, up to 448."""
-    return [n * 2.0**-9 for n in range(8)] + [
-        (1 + n / 8) * 2.0**e for e in range(-6, 9) for n in range(8) if (1 + n / 8) * 2.0**e <= 448
-    ]
-
-
-def rounded(x: Tensor, arithmetic: str) -> Tensor:
-    """A row's e4m3 numbers times its scale, of the row or of Hadamard's matrix times it; in float64, one by one."""
-    if arithmetic == "bf16":
-        return x.bfloat16().double()
-    E = x.shape[-1]
-    if arithmetic == "fp8":
-        signs = torch.tensor([[(-1.0) ** (i & j).bit_count() for j in range(E)] for i in range(E)], dtype=x.dtype)
-        x = x @ signs / math.sqrt(E)
-    grid = torch.tensor(e4m3_numbers(), dtype=torch.float64)
-    scale = torch.exp2((x.abs().amax(-1, keepdim=True) / 448).log2().ceil())
-    distance = ((x / scale).abs()[..., None] - grid).abs()
-    nearest = distance.argmin(-1)
-    tie = (distance == distance.amin(-1, keepdim=True)).sum(-1) == 2
-    nearest = torch.where(tie & (nearest % 2 == 1), nearest + 1, nearest)
-    return x.sign() * grid[nearest] * scale
-
-
-def scores(c: LayerCapture, arithmetic: str | None = None) -> Tensor:
+def scores(c: LayerCapture, rounded: Rounded | None = None, arithmetic: str = "") -> Tensor:
     index_q, index_k = c.index_q.double(), c.index_k.double()
-    if arithmetic is not None:
+    if rounded is not None:
         index_q, index_k = rounded(index_q, arithmetic), rounded(index_k, arithmetic)
     return reference.indexer_scores(index_q, index_k, c.index_weights.double(), c.key_start, c.key_end)
 
@@ -66,12 +42,12 @@ def top(ranked: Tensor, visible: Tensor, k: int) -> Tensor:
 
 
 @pytest.mark.parametrize("arithmetic", ARITHMETICS)
-def test_scores_are_those_of_rounded_rows(arithmetic: str, make_capture: MakeCapture) -> None:
+def test_scores_are_those_of_rounded_rows(arithmetic: str, make_capture: MakeCapture, rounded: Rounded) -> None:
     capture = make_capture([33, 1, 20])
     capture = replace(capture, index_q=capture.index_q.float().double(), index_k=capture.index_k.float().double())
     every = slice(0, 54)
     got = chunk_scores(served(capture, arithmetic), every, every, capture.key_start, capture.key_end)
-    torch.testing.assert_close(got, scores(capture, arithmetic), rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(got, scores(capture, rounded, arithmetic), rtol=1e-6, atol=1e-6)
     plain, seen = scores(capture), torch.isfinite(got)
     off = float((got - plain)[seen].norm() / plain[seen].norm())
     assert 1e-4 < off < 0.1, "rounding must show"
@@ -124,13 +100,13 @@ def test_unusable_arithmetics_are_refused(make_capture: MakeCapture, make_model:
 
 @pytest.mark.parametrize("arithmetic", ["fp8", "fp8_unrotated"])
 def test_perplexity_is_that_of_the_keys_that_a_server_selects(
-    handle: IndexerHandle, batches: Batches, arithmetic: str
+    handle: IndexerHandle, batches: Batches, rounded: Rounded, arithmetic: str
 ) -> None:
     """Against whole [T, S] matrices: masks of the top k of rounded scores in every layer."""
 
     def attend(c: LayerCapture) -> Tensor:
         visible = reference.visible_keys(c.key_start, c.key_end, c.k.shape[0])
-        chosen = top(scores(c, arithmetic), visible, K)
+        chosen = top(scores(c, rounded, arithmetic), visible, K)
         logits = reference.teacher_logits(c.q, c.k, c.softmax_scale).masked_fill(~chosen[:, None], -torch.inf)
         return torch.einsum("ths,shv->thv", logits.softmax(-1), c.v.repeat_interleave(3, 1))
 
