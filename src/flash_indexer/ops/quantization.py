@@ -44,7 +44,7 @@ class Quantized(NamedTuple):
 
 
 def scales(largest: Tensor) -> Tensor:
-    """2^ceil(log2(largest / 448)), at least SMALLEST_SCALE; NaN where largest is NaN or infinite. float32 in and out."""
+    """2^ceil(log2(largest / 448)), at least SMALLEST_SCALE; NaN where largest is NaN or infinite. All float32."""
     mantissa, exponent = torch.frexp(largest)  # largest = mantissa * 2^exponent, 0.5 <= mantissa < 1
     exponent = (exponent - _EXPONENT + (mantissa > _MANTISSA).int()).clamp_min_(_SMALLEST_EXPONENT)
     scale = ((exponent + 127) << 23).view(torch.float32)  # by its bits: a device's pow may be inexact
@@ -99,7 +99,8 @@ def rotate(x: Tensor) -> Tensor:
         left, right = pairs[..., 0, :], pairs[..., 1, :]
         y = torch.stack((left + right, left - right), dim=-2)
         step *= 2
-    return y.reshape(x.shape) * D**-0.5
+    root: float = D**-0.5
+    return y.reshape(x.shape) * root
 
 
 def check_rotation(op: str, width: int, rotation: bool) -> None:
