@@ -1,15 +1,15 @@
 """What FP8 changes in the training and in the selection of a model's indexers, layer by layer.
 
-    variant             index_q, index_k                      q, k
-    index               e4m3 after the Hadamard rotation      as given
-    index_unrotated     e4m3                                  as given
-    teacher             as given                              e4m3
-    both                e4m3 after the Hadamard rotation      e4m3
+    variant             index_q, index_k                    q, k          logsumexp
+    index               e4m3 after the Hadamard rotation    as given      the model's
+    index_unrotated     e4m3                                as given      the model's
+    teacher             as given                            e4m3          of the e4m3 logits
+    teacher_model_lse   as given                            e4m3          the model's
+    both                e4m3 after the Hadamard rotation    e4m3          of the e4m3 logits
 
-Each variant is `flash_indexer.indexer_kl` of the rounded tensors, with the model's own logsumexp; its gradients pass
-the rounding as if it were not there (straight through), and the rotation is undone in them.
+Each variant is `flash_indexer.indexer_kl` with these index_dtype, teacher_dtype and lse, beside it without any.
 
-Source: DeepSeek-V3.2-Exp's inference (2025); straight-through gradients: Bengio et al. (2013).
+Source: DeepSeek-V3.2-Exp's inference (2025): rotated e4m3 rows in the indexer.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from flash_indexer.judge.serving import check_arithmetic, overlap_sums, served
 from flash_indexer.judge.teacher_check import head_errors
 from flash_indexer.models.capture import LayerCapture
 from flash_indexer.ops import indexer_kl
-from flash_indexer.ops.quantization import dequantize, quantize, rotate
+from flash_indexer.ops.quantization import dequantize, quantize
 
 if TYPE_CHECKING:
     from flash_indexer.models.attach import IndexerHandle, LayerCapture
@@ -38,12 +38,14 @@ LARGEST_ERROR = 1e-2
 """Of a row's sum of the teacher's probabilities: beyond it the check fails."""
 KS = (64, 128, 256, 512, 1024, 2048)
 GRADIENTS = ("index_q", "index_k", "index_weights")
-VARIANTS = {  # arithmetic of the indexer, whether the teacher is FP8
-    "index": ("fp8", False),
-    "index_unrotated": ("fp8_unrotated", False),
-    "teacher": (None, True),
-    "both": ("fp8", True),
+VARIANTS = {
+    "index": ("fp8", None, True),
+    "index_unrotated": ("fp8_unrotated", None, True),
+    "teacher": (None, "fp8", False),
+    "teacher_model_lse": (None, "fp8", True),
+    "both": ("fp8", "fp8", False),
 }
+"""index_dtype, teacher_dtype, and whether the model's own logsumexp is given."""
 
 
 class Gradient(NamedTuple):
@@ -152,34 +154,34 @@ def fp8_check(handle: IndexerHandle, batch: Mapping[str, Tensor], *, ks: Sequenc
 
 def layer_fp8(capture: LayerCapture, target: str, ks: Sequence[int]) -> LayerFP8:
     """The measurement of one layer; errors as `fp8_check`'s."""
-    kl, before = _kl_and_gradients(capture, target)
+    own = None if target == "sum_logits" else capture.lse
+    kl, before = _kl_and_gradients(capture, target, own)
     _check_finite(capture.layer, kl)
-    teacher = replace(capture, q=_rounded(capture.q), k=_rounded(capture.k))
     variants = {}
-    for name, (arithmetic, fp8_teacher) in VARIANTS.items():
-        rounded = teacher if fp8_teacher else capture
-        rounded = rounded if arithmetic is None else served(rounded, arithmetic)
-        kl_fp8, gradients = _kl_and_gradients(rounded, target)
+    for name, (index_dtype, teacher_dtype, model_lse) in VARIANTS.items():
+        kl_fp8, gradients = _kl_and_gradients(capture, target, own if model_lse else None, index_dtype, teacher_dtype)
         _check_finite(capture.layer, kl_fp8)
-        if arithmetic == "fp8":
-            gradients = [rotate(gradients[0]), rotate(gradients[1]), gradients[2]]
         pairs = zip(GRADIENTS, gradients, before, strict=True)
         variants[name] = Variant(kl_fp8, {n: _compared(gradient, base) for n, gradient, base in pairs})
-    return LayerFP8(capture.layer, kl, variants, _selections(capture, ks), tuple(head_errors(teacher)))
+    q, k = (dequantize(quantize(x), x.dtype) for x in (capture.q, capture.k))
+    errors = tuple(head_errors(replace(capture, q=q, k=k)))
+    return LayerFP8(capture.layer, kl, variants, _selections(capture, ks), errors)
 
 
-def _rounded(x: Tensor) -> Tensor:
-    return dequantize(quantize(x), x.dtype)
-
-
-def _kl_and_gradients(capture: LayerCapture, target: str) -> tuple[float, list[Tensor]]:
-    """Mean KL, and its gradients in float64 as the operator gives them."""
+def _kl_and_gradients(
+    capture: LayerCapture,
+    target: str,
+    lse: Tensor | None,
+    index_dtype: str | None = None,
+    teacher_dtype: str | None = None,
+) -> tuple[float, list[Tensor]]:
+    """Mean KL, and its gradients as the operator gives them, in float64."""
     leaves = [x.detach().clone() for x in (capture.index_q, capture.index_k, capture.index_weights)]
     with torch.enable_grad():
         loss = indexer_kl(
             capture.q, capture.k, *(x.requires_grad_() for x in leaves), softmax_scale=capture.softmax_scale,
-            key_start=capture.key_start, key_end=capture.key_end,
-            lse=None if target == "sum_logits" else capture.lse, target=target,
+            key_start=capture.key_start, key_end=capture.key_end, lse=lse, target=target,
+            index_dtype=index_dtype, teacher_dtype=teacher_dtype,
         ).loss  # fmt: skip
         loss.backward()  # type: ignore[no-untyped-call]
     return float(loss.detach()), [cast(Tensor, x.grad).double() for x in leaves]

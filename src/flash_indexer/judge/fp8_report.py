@@ -19,12 +19,16 @@ from flash_indexer.judge.plots import STYLE
 from flash_indexer.judge.verdict import HEADLINE_K
 
 JSON_FILE, PLOT_FILE = "fp8.json", "fp8.png"
-_COLOURS = {"index": "#0072B2", "index_unrotated": "#D55E00", "teacher": "#009E73", "both": "#222222"}
-_MARKERS = dict(zip(_COLOURS, "o^so", strict=True))
+_COLOURS = {
+    "index": "#0072B2", "index_unrotated": "#D55E00", "teacher": "#009E73", "teacher_model_lse": "#CC79A7",
+    "both": "#222222",
+}  # fmt: skip
+_MARKERS = dict(zip(_COLOURS, "o^svo", strict=True))
 _NAMES = {
     "index": "index, rotated",
     "index_unrotated": "index, not rotated",
     "teacher": "teacher",
+    "teacher_model_lse": "teacher, the model's own logsumexp",
     "both": "index (rotated) and teacher",
 }
 
@@ -123,7 +127,7 @@ def plot_fp8(layers: Sequence[LayerFP8]) -> Figure:
     _logarithmic(gradients)
     gradients.set(title="Gradients: the least cosine of the three", ylabel="1 - cosine (log scale)")
     _draw_selection(selection, layers)
-    sums.plot(x, [layer.row_error for layer in layers], color=_COLOURS["teacher"], marker="s", markersize=4.5)
+    sums.plot(x, [layer.row_error for layer in layers], color=_COLOURS["teacher_model_lse"], marker="v", markersize=4.5)
     sums.axhline(
         LARGEST_ERROR, color=_COLOURS["index_unrotated"], linestyle="--", label="above this line: use lse=None"
     )
@@ -134,7 +138,7 @@ def plot_fp8(layers: Sequence[LayerFP8]) -> Figure:
         ax.set_xlabel("layer")
         ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     handles, labels = kl.get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside upper center", ncols=4, title="what is in FP8 (e4m3)")
+    figure.legend(handles, labels, loc="outside upper center", ncols=5, title="what is in FP8 (e4m3)")
     return figure
 
 

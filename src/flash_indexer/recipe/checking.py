@@ -60,8 +60,8 @@ def _refuse_wrong_sums(layers: tuple[LayerFP8, ...]) -> None:
     raise ValueError(
         f"check: with the teacher in FP8 and the model's own logsumexp, {beyond} of {len(every)} heads have rows that "
         f"sum to 1 only within more than {LARGEST_ERROR:g}, the worst within {worst.row_error:.2e} (layer "
-        f"{worst.layer}, head {head}): give indexer_kl lse=None, which computes one of the FP8 logits, or leave the "
-        "teacher out of FP8"
+        f"{worst.layer}, head {head}): give indexer_kl(teacher_dtype='fp8') lse=None, which computes one of the FP8 "
+        "logits; `warmup --teacher-dtype fp8` does"
     )
 
 
