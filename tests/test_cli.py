@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import weakref
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -81,7 +82,7 @@ def test_warmup_evaluate_export(warmup: Any, checkpoint: Path, texts: Path, tmp_
     exported = run("export", "--run", out, tmp_path / "native", "--format", "native")
     assert exported.exit_code == 0, exported.output
     trained, copied = (read_native(path) for path in (out / "checkpoint", tmp_path / "native"))
-    assert copied.config == trained.config and copied.config.layers == (0, 1)
+    assert replace(copied.config, judged=None) == trained.config and copied.config.layers == (0, 1)
     assert all(torch.equal(value, copied.state_dict[name]) for name, value in trained.state_dict.items())
     handle = load_native(AutoModelForCausalLM.from_pretrained(checkpoint), tmp_path / "native")
     assert (handle.layers, handle.indexers["0"].num_heads) == ((0, 1), 4)
@@ -92,9 +93,40 @@ def test_warmup_evaluate_export(warmup: Any, checkpoint: Path, texts: Path, tmp_
     judged = run(*words)
     assert "evaluating sequences of 1024 tokens: a native indexer folder doesn't say how" in plain(judged.output)
 
+    judged = copied.config.judged
+    assert judged["arithmetic"] == "float32" and judged["tokens"] == 128 and set(judged["perplexity"]) == {"dense"}
+    assert "recorded: judged with index scores in float32" in plain(exported.output)
+
     refused = run("export", "--out", out, tmp_path / "v32")
     assert refused.exit_code == 1 and not (tmp_path / "v32").exists()
     assert "error" in plain(refused.output) and "Traceback" not in refused.output
+
+
+def test_an_export_says_how_its_indexers_were_judged(warmup: Any, texts: Path, tmp_path: Path) -> None:
+    out, native = tmp_path / "run", tmp_path / "native"
+    words = ["export", "--run", out, native, "--format", "native", "--overwrite"]
+    assert warmup("--evaluate-sequences", 0, "--layers", "1").exit_code == 0
+    exported = run(*words)
+    assert f"not recorded how the indexers were judged: no report in {out}; `flash-ind" in plain(exported.output)
+    judging = ["evaluate", "--run", out, "--data", texts, "--sequences", 1, "--serve", "fp8", "--perplexity-k", 8]
+    assert run(*judging).exit_code == 0
+    exported = run(*words)
+    assert "recorded: judged with index scores in FP8 (e4m3, rotated)" in plain(exported.output), exported.output
+    judged = read_native(native).config.judged
+    report = json.loads((out / "report" / "report.json").read_text())["evaluation"]
+    assert judged["arithmetic"] == "fp8" and judged["kl_over_uniform"] == report["mean"]["kl_over_uniform"]
+    dense, sparse = (p["perplexity"] for p in report["perplexities"][:2])
+    assert judged["perplexity"] == {"dense": dense, "8": sparse} and judged["tokens"] == 64
+    again = run("export", "--run", native, tmp_path / "copy", "--format", "native")
+    assert again.exit_code == 0 and read_native(tmp_path / "copy").config.judged == judged
+
+    assert warmup("--resume", "--steps", 5, "--evaluate-sequences", 0, "--layers", "1").exit_code == 0
+    exported = run(*words)
+    assert exported.exit_code == 0 and read_native(native).config.judged is None
+    assert "report.json judges other weights than the indexers have now; `flash-indexer eva" in plain(exported.output)
+    (out / "report" / "report.json").write_text("[]")
+    exported = run(*words)
+    assert exported.exit_code == 0 and "report.json is no report of ours (" in plain(exported.output)
 
 
 def test_check_says_what_fp8_changes(warmup: Any, texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -233,6 +233,7 @@ def export(
         from flash_indexer.files.native import check_replaceable
         from flash_indexer.models.load import model_fingerprint
         from flash_indexer.recipe import judging
+        from flash_indexer.recipe.judgement import note_judgement
 
         if topk is not None and format == "native":
             raise ValueError(f"export: --topk belongs to --format deepseek_v32, got {topk} with native; leave it out")
@@ -247,6 +248,7 @@ def export(
             handle, path, format=format, base_name=run["model"], base_fingerprint=fingerprint, overwrite=overwrite,
             **options,
         )  # fmt: skip
+        note_judgement(run_folder, handle, path, console)
         judging.print_path(console, "exported", path)
 
 

@@ -23,6 +23,7 @@ _COLOURS = {
     "index": "#0072B2", "index_unrotated": "#D55E00", "teacher": "#009E73", "teacher_model_lse": "#CC79A7",
     "both": "#222222",
 }  # fmt: skip
+_GREY = "#8C8C8C"
 _MARKERS = dict(zip(_COLOURS, "o^svo", strict=True))
 _NAMES = {
     "index": "index, rotated",
@@ -112,9 +113,9 @@ def fp8_summary(layers: Sequence[LayerFP8]) -> str:
 
 
 def plot_fp8(layers: Sequence[LayerFP8]) -> Figure:
-    """Four panels over the layers: KL, gradients, the selection, and the teacher's row sums."""
-    figure = Figure(figsize=(13, 8.6), layout="constrained")
-    kl, gradients, selection, sums = figure.subplots(2, 2).flat
+    """Six panels over the layers: KL, the gradients' direction and length, selection, ties, the teacher's row sums."""
+    figure = Figure(figsize=(18, 9), layout="constrained")
+    kl, gradients, lengths, selection, ties, sums = figure.subplots(2, 3).flat
     x = [layer.layer for layer in layers]
     for name, colour in _COLOURS.items():
         style: dict[str, Any] = dict(color=colour, marker=_MARKERS[name], markersize=4.5, linewidth=1.8)
@@ -122,11 +123,14 @@ def plot_fp8(layers: Sequence[LayerFP8]) -> Figure:
         label = _NAMES[name]
         kl.plot(x, [100 * layer.change(name) for layer in layers], label=label, **style)
         gradients.plot(x, [1 - layer.variants[name].least_cosine for layer in layers], label=label, **style)
-    kl.axhline(0, color="#8C8C8C", linewidth=1)
+        lengths.plot(x, [layer.variants[name].worst_length for layer in layers], label=label, **style)
+    kl.axhline(0, color=_GREY, linewidth=1)
+    lengths.axhline(1, color=_GREY, linewidth=1)
+    lengths.set(title="Gradients: the length farthest from 1", ylabel="length beside that without FP8")
     kl.set(title="KL beside that without FP8", ylabel="change (%)")
     _logarithmic(gradients)
     gradients.set(title="Gradients: the least cosine of the three", ylabel="1 - cosine (log scale)")
-    _draw_selection(selection, layers)
+    _draw_selection(selection, ties, layers)
     sums.plot(x, [layer.row_error for layer in layers], color=_COLOURS["teacher_model_lse"], marker="v", markersize=4.5)
     sums.axhline(
         LARGEST_ERROR, color=_COLOURS["index_unrotated"], linestyle="--", label="above this line: use lse=None"
@@ -134,7 +138,7 @@ def plot_fp8(layers: Sequence[LayerFP8]) -> Figure:
     _logarithmic(sums)
     sums.set(title="Teacher in FP8 with the model's own logsumexp", ylabel="max |Σ a - 1| of a head (log scale)")
     sums.legend(fontsize=11)
-    for ax in (kl, gradients, selection, sums):
+    for ax in figure.axes:
         ax.set_xlabel("layer")
         ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     handles, labels = kl.get_legend_handles_labels()
@@ -148,18 +152,26 @@ def _logarithmic(ax: Axes) -> None:
     ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
 
 
-def _draw_selection(ax: Axes, layers: Sequence[LayerFP8]) -> None:
+def _draw_selection(selection: Axes, ties: Axes, layers: Sequence[LayerFP8]) -> None:
     k = headline_k(layers)
-    ax.set(ylabel="keys that both select (%)")
+    selection.set(ylabel="keys that both select (%)")
+    ties.set(ylabel="queries with equal scores there (%)")
     if k is None:
-        ax.set_title("Selected keys: no query sees enough")
+        for ax, what in ((selection, "Selected keys"), (ties, "Ties")):
+            ax.set_title(f"{what}: no query sees enough")
         return
     found = [(layer.layer, at) for layer in layers if (at := _at(layer, k)) is not None]
     x = [layer for layer, _ in found]
     for name, share in (("index", "overlap"), ("index_unrotated", "overlap_unrotated")):
         y = [100 * getattr(at, share) for _, at in found]
-        ax.plot(x, y, color=_COLOURS[name], marker=_MARKERS[name], markersize=4.5, linewidth=1.8)
-    ax.set_title(f"Top {k} keys of FP8 scores that are the same without")
+        selection.plot(x, y, color=_COLOURS[name], marker=_MARKERS[name], markersize=4.5, linewidth=1.8)
+    selection.set_title(f"Top {k} keys of FP8 scores that are the same without")
+    for name, rows, label in (("index", "tied_rows", "FP8, rotated"), (None, "tied_rows_before", "without FP8")):
+        y = [100 * getattr(at, rows) / at.tie_queries for _, at in found]
+        ties.plot(x, y, color=_COLOURS[name] if name else _GREY, marker="o", markersize=4.5, linewidth=1.8, label=label)
+    ties.set_ylim(bottom=0)
+    ties.set_title(f"Ties at rank {k} and {k + 1}")
+    ties.legend(fontsize=11)
 
 
 def _at(layer: LayerFP8, k: int | None) -> SelectionAtK | None:
