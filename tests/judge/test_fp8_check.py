@@ -205,7 +205,7 @@ def test_table_plot_and_json_have_the_measurements(tmp_path: Path) -> None:
     assert gradients.lines[4].get_ydata() == pytest.approx([0.005] * 3)
     assert lengths.lines[4].get_ydata() == pytest.approx([1.02] * 3)
     assert "Top 128 keys" in selection.get_title(loc="left") or "Top 128 keys" in selection.get_title()
-    assert [line.get_ydata()[0] for line in ties.lines] == pytest.approx([100 * 3 / 900, 100 / 900])
+    assert [line.get_ydata()[0] for line in ties.lines] == pytest.approx([100 / 900, 100 * 3 / 900])
     assert selection.lines[1].get_ydata() == pytest.approx([97.2, 97.0, 96.9])
     assert sums.lines[0].get_ydata() == pytest.approx([0.002, 0.02, 0.002])
 

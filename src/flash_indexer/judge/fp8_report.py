@@ -166,9 +166,10 @@ def _draw_selection(selection: Axes, ties: Axes, layers: Sequence[LayerFP8]) -> 
         y = [100 * getattr(at, share) for _, at in found]
         selection.plot(x, y, color=_COLOURS[name], marker=_MARKERS[name], markersize=4.5, linewidth=1.8)
     selection.set_title(f"Top {k} keys of FP8 scores that are the same without")
-    for name, rows, label in (("index", "tied_rows", "FP8, rotated"), (None, "tied_rows_before", "without FP8")):
+    colours = {"without FP8": _GREY, "FP8, rotated": _COLOURS["index"]}
+    for label, rows in (("without FP8", "tied_rows_before"), ("FP8, rotated", "tied_rows")):
         y = [100 * getattr(at, rows) / at.tie_queries for _, at in found]
-        ties.plot(x, y, color=_COLOURS[name] if name else _GREY, marker="o", markersize=4.5, linewidth=1.8, label=label)
+        ties.plot(x, y, color=colours[label], marker="o", markersize=4.5, linewidth=1.8, label=label)
     ties.set_ylim(bottom=0)
     ties.set_title(f"Ties at rank {k} and {k + 1}")
     ties.legend(fontsize=11)
