@@ -23,11 +23,16 @@ from flash_indexer.kernels.sm_90.macros import (
     LOG2E,
     PASS_CONFIGS,
     REGISTERS,
+    Chunks,
     Ring,
     advance,
+    begin_turns,
     commit,
     number,
+    pass_turn,
     shared_address,
+    turn,
+    wait_for_turn,
 )
 from flash_indexer.kernels.sm_90.sizes import LSE_FP8, LSE_STAGES
 
@@ -36,12 +41,12 @@ SOURCE = source(__file__)
 
 # of a thread that computes: stages and parities of the K and Q rings that are read next; stages that are released next
 # (the parity is not used); whether this is the last key tile of its item; stage and parity of Q with which it began; of
-# e4m3 rows the tile's array of scales, and that of the tile before
+# e4m3 rows the tile's array of scales, that of the tile before, arrays of tails
 K_STAGE, K_PARITY, Q_STAGE, Q_PARITY, K_RELEASE, K_UNUSED, Q_RELEASE, Q_UNUSED, _, LAST, Q_FIRST, Q_FIRST_PARITY = (
     range(12)
 )  # fmt: skip
 STATE = 12
-SLOT, SLOT_BEFORE = range(12, 14)
+SLOT, SLOT_BEFORE, Q_TAIL, K_TAIL = range(12, 16)
 # of the item whose logits are formed, fed or consumed: key tiles left after this one; first token, first key (tile)
 ITEM, LEFT, TOKEN, KEY, ROW = range(5)
 
@@ -61,8 +66,7 @@ def build(D):
     Run-time arguments: Q [T, H·D] and K [S, G·D] bfloat16, KS, KE [T] int32 (non-decreasing; clamped to [0, S]),
     LSE [T·H] float32, H, HG = H / G, scale, grid (CTAs; each takes items n, n + grid, ...).
     """
-    panel = 64 if D % 64 == 0 else 32
-    return _build(D, "bfloat16", (panel, 1, *LSE_STAGES[D]))
+    return _build(Chunks(D, fp8=False), D, LSE_STAGES[D])
 
 
 def build_fp8(D):
@@ -71,26 +75,17 @@ def build_fp8(D):
     Run-time arguments: as above, with Q and K float8_e4m3fn, and before KS: QS [T·H] float32 and KSC [G·keys] float32,
     keys a multiple of 128, at least S, which follows grid.
     """
-    return _build(D, "float8_e4m3fn", LSE_FP8[D])
+    return _build(Chunks(D, fp8=True), D, LSE_FP8[D])
 
 
-def _build(D, dtype, stages):
-    """stages: columns of a panel, panels of a stage, stages of the Q and K rings."""
-    BK, PANELS, QST, KST = stages
-    FP8 = dtype != "bfloat16"
-    NK = D // (BK * PANELS)
-    SLOTS = -(-KST // NK) + 2
-    sliced = NK > 4 or D == 576
-    chunks, panels = list(range(NK)), list(range(PANELS))
+def _build(row, D, stages):
+    """row: its chunks. stages: of the Q and K rings."""
+    QST, KST = stages
+    BK, NK, TAIL, FP8, dtype, EARLY = row.width, row.count, row.tail, row.fp8, row.dtype, row.early
+    QTAILS, KTAILS, SLOTS = row.tails(QST), row.tails(KST), row.slots(KST)
+    chunks = list(range(NK))
     tokens, hd, keys, gd, nl = (T.dynamic(x) for x in ("tokens", "hd", "keys", "gd", "nl"))
     nq, nk = T.dynamic("nq"), T.dynamic("nk")
-
-    # where panel p of a stage lies; its first column
-    def place(stage, p):
-        return stage * PANELS + p if PANELS > 1 else stage
-
-    def column(c, p):
-        return (c * PANELS + p) * BK
 
     # one arrival a warpgroup; Q chunks go back with the last key tile of their item
     @T.macro
@@ -115,9 +110,7 @@ def _build(D, dtype, stages):
     def issue(q, k, v, u, S, tx):
         if FP8:
             v[SLOT_BEFORE] = v[SLOT]
-            v[SLOT] = v[SLOT] + 1
-            if v[SLOT] == SLOTS:
-                v[SLOT] = 0
+            turn(v[SLOT], SLOTS)
         v[Q_STAGE] = v[Q_FIRST]
         v[Q_PARITY] = v[Q_FIRST_PARITY]
         v[Q_RELEASE] = v[Q_FIRST]
@@ -126,29 +119,41 @@ def _build(D, dtype, stages):
         if u[LEFT] == 0:
             v[LAST] = 1
         # S = Q[t, h] @ K[s, h // HG].T
+        if row.turns:
+            wait_for_turn(tx)
         for c in chunks:
             T.barrier_wait(q.full[v[Q_STAGE]], v[Q_PARITY])
             T.barrier_wait(k.full[v[K_STAGE]], v[K_PARITY])
-            for p in panels:
+            T.wgmma_gemm(
+                q.stages[v[Q_STAGE], :, :], k.stages[v[K_STAGE], :, :], S, transpose_B=True, clear_accum=(c == 0),
+                policy=FULL_ROW,
+            )  # fmt: skip
+            if TAIL and c == NK - 1:
                 T.wgmma_gemm(
-                    q.stages[place(v[Q_STAGE], p), :, :], k.stages[place(v[K_STAGE], p), :, :], S, transpose_B=True,
-                    clear_accum=(c == 0 and p == 0), policy=FULL_ROW,
+                    q.tails[v[Q_TAIL], :, :], k.tails[v[K_TAIL], :, :], S, transpose_B=True, clear_accum=False,
+                    policy=FULL_ROW,
                 )  # fmt: skip
             advance(v[K_STAGE], v[K_PARITY], KST)
             advance(v[Q_STAGE], v[Q_PARITY], QST)
-            if sliced and c > 0:
-                T.wait_wgmma(PANELS)
+            if EARLY and c > 0:
+                T.wait_wgmma(row.begun(c))
                 release_chunk(q, k, v, tx)
+        if row.turns:
+            pass_turn(tx)
 
     @T.macro
     def finish(q, k, v, u, S, intervals, sizes, tx):
         T.wait_wgmma(0)
         T.warpgroup_fence_operand(S, num_regs=64)
-        for _ in chunks if not sliced else [NK - 1]:
+        for _ in chunks if not EARLY else [NK - 1]:
             release_chunk(q, k, v, tx)
+        if TAIL:
+            turn(v[K_TAIL], KTAILS)
         if v[LAST] > 0:
             v[Q_FIRST] = v[Q_STAGE]
             v[Q_FIRST_PARITY] = v[Q_PARITY]
+            if TAIL:
+                turn(v[Q_TAIL], QTAILS)
             u[ITEM] = u[ITEM] + sizes.grid
             if u[ITEM] < sizes.items:
                 take(u, intervals, sizes)
@@ -194,8 +199,13 @@ def _build(D, dtype, stages):
         Q, K = operands
         H, HG, scale, grid, stride = numbers
         T.import_source(SOURCE)
-        Qs = T.alloc_shared((QST * PANELS, 128, BK), dtype)
-        Ks = T.alloc_shared((KST * PANELS, 128, BK), dtype)
+        Qs = T.alloc_shared((QST, 128, BK), dtype)
+        Ks = T.alloc_shared((KST, 128, BK), dtype)
+        if TAIL:
+            Qt = T.alloc_shared((QTAILS, 128, TAIL), dtype)
+            Kt = T.alloc_shared((KTAILS, 128, TAIL), dtype)
+        else:
+            Qt, Kt = None, None
         if FP8:
             Ss = T.alloc_shared((SLOTS * 128,), "float32")
         S0 = T.alloc_fragment((128, 128), "float32")
@@ -209,11 +219,11 @@ def _build(D, dtype, stages):
         nitems = T.alloc_var("int32")
         nblocks = (tokens + 127) // 128
         nitems = nblocks * H
-        q, k = Ring(Qs, fullq, emptyq), Ring(Ks, fullk, emptyk)
+        q, k = Ring(Qs, fullq, emptyq, Qt), Ring(Ks, fullk, emptyk, Kt)
         sizes = Sizes(H, nblocks, grid, nitems)
         if tx < 256:
             T.set_max_nreg(REGISTERS[0], 1)
-            v = T.alloc_local((STATE + 2 if FP8 else STATE,), "int32")
+            v = T.alloc_local((STATE + 4 if FP8 else STATE,), "int32")
             u = T.alloc_local((4,), "int32")
             w = T.alloc_local((5,), "int32")
             m = T.alloc_local((2,), "float32")
@@ -232,6 +242,8 @@ def _build(D, dtype, stages):
                 columns = T.alloc_var("int32")  # where the thread's first column is in the first array of scales
                 columns = shared_address(Ss) + (tx % 4) * 8
                 v[SLOT] = SLOTS - 1
+                v[Q_TAIL] = 0
+                v[K_TAIL] = 0
                 scales = (own, row_scales, columns)
             else:
                 scales = None
@@ -240,6 +252,8 @@ def _build(D, dtype, stages):
             w[ITEM] = bx
             take(u, intervals, sizes)
             begin(w, low, high, scales, intervals, sizes, tx)
+            if row.turns:
+                begin_turns(tx)
             issue(q, k, v, u, S0, tx)
             finish(q, k, v, u, S0, intervals, sizes, tx)
             # for item, key tile: m, l = online softmax of S; w leaves the list when the last item is stored
@@ -267,6 +281,8 @@ def _build(D, dtype, stages):
                 t0 = T.alloc_var("int32")
                 if FP8:
                     slot = T.alloc_var("int32", 0)
+                    qt = T.alloc_var("int32", 0)
+                    kt = T.alloc_var("int32", 0)
                     at = T.alloc_var("int32")  # of the tile's scales
                 item = bx
                 while item < nitems:
@@ -282,28 +298,26 @@ def _build(D, dtype, stages):
                         for c in chunks:
                             if i == 0:
                                 T.barrier_wait(emptyq[qs], qp)
-                                for n in panels:
-                                    T.tma_copy(
-                                        Q[t0 : t0 + 128, qc + column(c, n) : qc + column(c, n) + BK],
-                                        Qs[place(qs, n), :, :],
-                                        barrier=fullq[qs],
-                                    )
+                                T.tma_copy(
+                                    Q[t0 : t0 + 128, qc + c * BK : qc + (c + 1) * BK], Qs[qs, :, :], barrier=fullq[qs]
+                                )
+                                if TAIL and c == NK - 1:
+                                    T.tma_copy(Q[t0 : t0 + 128, qc + NK * BK : qc + D], Qt[qt, :, :], barrier=fullq[qs])
+                                    turn(qt, QTAILS)
                                 commit((fullq, qs))
                                 advance(qs, qp, QST)
                             T.barrier_wait(emptyk[ks], kp)
-                            for n in panels:
-                                T.tma_copy(
-                                    K[s0 : s0 + 128, kc + column(c, n) : kc + column(c, n) + BK],
-                                    Ks[place(ks, n), :, :],
-                                    barrier=fullk[ks],
-                                )
+                            T.tma_copy(
+                                K[s0 : s0 + 128, kc + c * BK : kc + (c + 1) * BK], Ks[ks, :, :], barrier=fullk[ks]
+                            )
+                            if TAIL and c == NK - 1:
+                                T.tma_copy(K[s0 : s0 + 128, kc + NK * BK : kc + D], Kt[kt, :, :], barrier=fullk[ks])
+                                turn(kt, KTAILS)
                             if FP8 and c == 0:
                                 T.tma_copy(
                                     key_scales[at : at + 128], Ss[slot * 128 : slot * 128 + 128], barrier=fullk[ks]
                                 )
-                                slot = slot + 1
-                                if slot == SLOTS:
-                                    slot = 0
+                                turn(slot, SLOTS)
                                 at = at + 128
                             commit((fullk, ks))
                             advance(ks, kp, KST)

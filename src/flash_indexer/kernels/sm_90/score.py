@@ -31,12 +31,17 @@ from flash_indexer.kernels.sm_90.macros import (
     LOG2E,
     PASS_CONFIGS,
     REGISTERS,
+    Chunks,
     Ring,
     advance,
+    begin_turns,
     commit,
     count_items,
     number,
+    pass_turn,
     shared_address,
+    turn,
+    wait_for_turn,
 )
 from flash_indexer.kernels.sm_90.sizes import EXP, RELU, SCORE_FP8, SCORE_STAGES, SUM
 
@@ -45,12 +50,12 @@ SOURCE = source(__file__)
 
 # of a thread that computes: stages and parities of the Q and K rings that are read next; stages that are released next
 # (the parity is not used); heads of the group done; whether this is the group's last head; stage and parity of K with
-# which the group began; of e4m3 rows the group's array of scales, and that of the head before
+# which the group began; of e4m3 rows the group's array of scales, that of the head before, arrays of tails
 Q_STAGE, Q_PARITY, K_STAGE, K_PARITY, Q_RELEASE, Q_UNUSED, K_RELEASE, K_UNUSED, DONE, LAST, K_FIRST, K_FIRST_PARITY = (
     range(12)
 )  # fmt: skip
 STATE = 12
-SLOT, SLOT_BEFORE = range(12, 14)
+SLOT, SLOT_BEFORE, Q_TAIL, K_TAIL = range(12, 16)
 # of the accumulator: its item, head, first token; rows of L of the thread's two rows
 ITEM, HEAD, TOKEN, ROW_0, ROW_1 = range(5)
 
@@ -66,38 +71,29 @@ def build(D, mode):
     (`items.ScoreItem`): CTA c of `grid` takes items c, c + grid, ...; whole tiles are written, unmasked.
     Row 0 of Q and L is token qbase.
     """
-    panel = 64 if D % 64 == 0 else 32
-    return _build(D, mode, "bfloat16", (panel, 1, *SCORE_STAGES[D]))
+    return _build(Chunks(D, fp8=False), D, mode, SCORE_STAGES[D])
 
 
 def build_fp8(D, mode):
     """The kernel for rows of e4m3 with a scale each: x = QS[t,h]·KS[g,s]·(Q[t,h] · K[s,g]). mode: EXP or RELU.
 
     Run-time arguments: as above, with Q and K float8_e4m3fn, and before OUT: QS [T·H] float32 and KS [G·keys] float32,
-    keys a multiple of 128, at least S.
+    keys a multiple of 128, at least S. RELU doesn't read QS: L is the weights times these scales.
     """
-    return _build(D, mode, "float8_e4m3fn", SCORE_FP8[D])
+    return _build(Chunks(D, fp8=True), D, mode, SCORE_FP8[D])
 
 
-def _build(D, mode, dtype, stages):
-    """stages: columns of a panel, panels of a stage, stages of the Q and K rings."""
-    BK, PANELS, QST, KST = stages
-    FP8 = dtype != "bfloat16"
-    NK = D // (BK * PANELS)
-    SLOTS = -(-KST // NK) + 2
-    sliced = NK > 4 or D == 576
-    chunks, panels = list(range(NK)), list(range(PANELS))
+def _build(row, D, mode, stages):
+    """row: its chunks. stages: of the Q and K rings."""
+    QST, KST = stages
+    BK, NK, TAIL, FP8, dtype, EARLY = row.width, row.count, row.tail, row.fp8, row.dtype, row.early
+    QTAILS, KTAILS, SLOTS = row.tails(QST), row.tails(KST), row.slots(KST)
+    chunks = list(range(NK))
     slices = [(c * 16 // NK, (c + 1) * 16 // NK) for c in chunks]
     tq, hd, tk, gd = T.dynamic("tq"), T.dynamic("hd"), T.dynamic("tk"), T.dynamic("gd")
     nl, nr, ni, nq, nk = T.dynamic("nl"), T.dynamic("nr"), T.dynamic("ni"), T.dynamic("nq"), T.dynamic("nk")
 
-    # where panel p of a stage lies; its first column; the scales of the head that is summed
-    def place(stage, p):
-        return stage * PANELS + p if PANELS > 1 else stage
-
-    def column(c, p):
-        return (c * PANELS + p) * BK
-
+    # the scales of the head that is summed
     def before(v):
         return v[SLOT_BEFORE] if FP8 else 0
 
@@ -131,9 +127,7 @@ def _build(D, mode, dtype, stages):
         if FP8:
             v[SLOT_BEFORE] = v[SLOT]
             if v[DONE] == 0:
-                v[SLOT] = v[SLOT] + 1
-                if v[SLOT] == SLOTS:
-                    v[SLOT] = 0
+                turn(v[SLOT], SLOTS)
         v[K_STAGE] = v[K_FIRST]
         v[K_PARITY] = v[K_FIRST_PARITY]
         v[K_RELEASE] = v[K_FIRST]
@@ -143,34 +137,46 @@ def _build(D, mode, dtype, stages):
             v[DONE] = 0
             v[LAST] = 1
         # S = Q[t, h] @ K[s, h // HG].T
+        if row.turns:
+            wait_for_turn(tx)
         for c in chunks:
             T.barrier_wait(k.full[v[K_STAGE]], v[K_PARITY])
             T.barrier_wait(q.full[v[Q_STAGE]], v[Q_PARITY])
-            for p in panels:
+            T.wgmma_gemm(
+                q.stages[v[Q_STAGE], :, :], k.stages[v[K_STAGE], :, :], S, transpose_B=True, clear_accum=(c == 0),
+                policy=FULL_ROW,
+            )  # fmt: skip
+            if TAIL and c == NK - 1:
                 T.wgmma_gemm(
-                    q.stages[place(v[Q_STAGE], p), :, :], k.stages[place(v[K_STAGE], p), :, :], S, transpose_B=True,
-                    clear_accum=(c == 0 and p == 0), policy=FULL_ROW,
+                    q.tails[v[Q_TAIL], :, :], k.tails[v[K_TAIL], :, :], S, transpose_B=True, clear_accum=False,
+                    policy=FULL_ROW,
                 )  # fmt: skip
             advance(v[Q_STAGE], v[Q_PARITY], QST)
             advance(v[K_STAGE], v[K_PARITY], KST)
-            if sliced:
+            if EARLY:
                 if c > 0:
-                    T.wait_wgmma(PANELS)
+                    T.wait_wgmma(row.begun(c))
                     release_chunk(q, k, v, tx)
-                if not prefix:
+                if not row.turns and not prefix:
                     add(SP, sums, slices[c][0], slices[c][1], before(v))
-        if not sliced and not prefix:
-            add(SP, sums, 0, 16, before(v))
+        if row.turns:
+            pass_turn(tx)
+            if not prefix:
+                add(SP, sums, 0, 16, before(v))
 
     @T.macro
     def finish(q, k, v, S, tx):
         T.wait_wgmma(0)
         T.warpgroup_fence_operand(S, num_regs=64)
-        for _ in chunks if not sliced else [NK - 1]:
+        for _ in chunks if not EARLY else [NK - 1]:
             release_chunk(q, k, v, tx)
+        if TAIL:
+            turn(v[Q_TAIL], QTAILS)
         if v[LAST] > 0:
             v[K_FIRST] = v[K_STAGE]
             v[K_FIRST_PARITY] = v[K_PARITY]
+            if TAIL:
+                turn(v[K_TAIL], KTAILS)
 
     # row scalars of the head that is summed
     @T.macro
@@ -181,12 +187,9 @@ def _build(D, mode, dtype, stages):
             w[ROW_1] = T.min(w[TOKEN] + (tx // 32) * 16 + (tx % 32) // 4 + 8, last) * H + w[HEAD]
             low[0] = T.call_extern("float32", "load_float", T.address_of(L[0]), w[ROW_0])
             low[1] = T.call_extern("float32", "load_float", T.address_of(L[0]), w[ROW_1])
-        if FP8:
+        if FP8 and mode == EXP:
             low[2] = T.call_extern("float32", "load_float", T.address_of(QS[0]), w[ROW_0])
             low[3] = T.call_extern("float32", "load_float", T.address_of(QS[0]), w[ROW_1])
-            if mode == RELU:
-                low[0] = low[0] * low[2]
-                low[1] = low[1] * low[3]
 
     @T.macro
     def store(sums, OUT, ITEMS, w, slot):
@@ -216,8 +219,13 @@ def _build(D, mode, dtype, stages):
         Q, K = operands
         H, HG, scale, qbase, nitems, grid, keys = sizes
         T.import_source(SOURCE)
-        Qs = T.alloc_shared((QST * PANELS, 128, BK), dtype)
-        Ks = T.alloc_shared((KST * PANELS, 128, BK), dtype)
+        Qs = T.alloc_shared((QST, 128, BK), dtype)
+        Ks = T.alloc_shared((KST, 128, BK), dtype)
+        if TAIL:
+            Qt = T.alloc_shared((QTAILS, 128, TAIL), dtype)
+            Kt = T.alloc_shared((KTAILS, 128, TAIL), dtype)
+        else:
+            Qt, Kt = None, None
         if FP8:
             Ss = T.alloc_shared((SLOTS * 128,), "float32")
         S0 = T.alloc_fragment((128, 128), "float32")
@@ -228,11 +236,11 @@ def _build(D, mode, dtype, stages):
         emptyq = T.alloc_barrier([2] * QST)
         fullk = T.alloc_barrier([1] * KST)
         emptyk = T.alloc_barrier([2] * KST)
-        q, k = Ring(Qs, fullq, emptyq), Ring(Ks, fullk, emptyk)
+        q, k = Ring(Qs, fullq, emptyq, Qt), Ring(Ks, fullk, emptyk, Kt)
         tx = T.get_thread_binding()
         if tx < 256:
             T.set_max_nreg(REGISTERS[0], 1)
-            v = T.alloc_local((STATE + 2 if FP8 else STATE,), "int32")
+            v = T.alloc_local((STATE + 4 if FP8 else STATE,), "int32")
             w = T.alloc_local((5,), "int32")
             steps = T.alloc_var("int32")
             factor = T.alloc_var("float32")
@@ -245,6 +253,8 @@ def _build(D, mode, dtype, stages):
                 columns = T.alloc_var("int32")  # where the thread's first column is in the first array of scales
                 columns = shared_address(Ss) + (tx % 4) * 8
                 v[SLOT] = SLOTS - 1
+                v[Q_TAIL] = 0
+                v[K_TAIL] = 0
                 sums = (A, low, factor, columns)
             else:
                 sums = (A, low, factor, 0)
@@ -254,6 +264,8 @@ def _build(D, mode, dtype, stages):
             w[TOKEN] = number(ITEMS, bx * SHORT_ITEM + ScoreItem.TOKEN) - qbase
             steps = count_items(nitems, bx, grid) * H
             load_low(low, rows, w, H, tq - 1, tx)
+            if row.turns:
+                begin_turns(tx)
             issue(q, k, v, S0, S1, sums, HG, tx, True)
             finish(q, k, v, S0, tx)
             # for tile, head: A += f(S)
@@ -285,6 +297,8 @@ def _build(D, mode, dtype, stages):
                 count = T.alloc_var("int32")
                 if FP8:
                     slot = T.alloc_var("int32", 0)
+                    qt = T.alloc_var("int32", 0)
+                    kt = T.alloc_var("int32", 0)
                     at = T.alloc_var("int32")  # of the group's scales in KS
                 count = count_items(nitems, bx, grid)
                 for i in T.serial(count):
@@ -301,27 +315,25 @@ def _build(D, mode, dtype, stages):
                         for c in chunks:
                             if left == 0:
                                 T.barrier_wait(emptyk[ks], kp)
-                                for p in panels:
-                                    T.tma_copy(
-                                        K[s0 : s0 + 128, kc + column(c, p) : kc + column(c, p) + BK],
-                                        Ks[place(ks, p), :, :],
-                                        barrier=fullk[ks],
-                                    )
+                                T.tma_copy(
+                                    K[s0 : s0 + 128, kc + c * BK : kc + (c + 1) * BK], Ks[ks, :, :], barrier=fullk[ks]
+                                )
+                                if TAIL and c == NK - 1:
+                                    T.tma_copy(K[s0 : s0 + 128, kc + NK * BK : kc + D], Kt[kt, :, :], barrier=fullk[ks])
+                                    turn(kt, KTAILS)
                                 if FP8 and c == 0:
                                     T.tma_copy(KS[at : at + 128], Ss[slot * 128 : slot * 128 + 128], barrier=fullk[ks])
-                                    slot = slot + 1
-                                    if slot == SLOTS:
-                                        slot = 0
+                                    turn(slot, SLOTS)
                                     at = at + keys
                                 commit((fullk, ks))
                                 advance(ks, kp, KST)
                             T.barrier_wait(emptyq[qs], qp)
-                            for p in panels:
-                                T.tma_copy(
-                                    Q[t0 : t0 + 128, qc + column(c, p) : qc + column(c, p) + BK],
-                                    Qs[place(qs, p), :, :],
-                                    barrier=fullq[qs],
-                                )
+                            T.tma_copy(
+                                Q[t0 : t0 + 128, qc + c * BK : qc + (c + 1) * BK], Qs[qs, :, :], barrier=fullq[qs]
+                            )
+                            if TAIL and c == NK - 1:
+                                T.tma_copy(Q[t0 : t0 + 128, qc + NK * BK : qc + D], Qt[qt, :, :], barrier=fullq[qs])
+                                turn(qt, QTAILS)
                             commit((fullq, qs))
                             advance(qs, qp, QST)
                         if left == 0:

@@ -24,16 +24,10 @@ MAX_HEADS, MAX_INDEX_HEADS = 128, 64
 PADDED_HEADS = (8, 16, 32, 64)
 EXP, RELU, SUM = 0, 1, 2  # modes of `score`
 SCORE_STAGES = {32: (8, 4), 64: (8, 4), 96: (7, 6), 128: (8, 4), 192: (7, 6), 256: (8, 5), 576: (5, 9)}  # Q, K rings
-# of `score` for e4m3 rows: columns of a panel, panels of a stage, stages of the Q and K rings
-SCORE_FP8 = {
-    32: (32, 1, 8, 4), 64: (64, 1, 8, 4), 96: (32, 3, 8, 6), 128: (128, 1, 8, 4), 192: (64, 3, 5, 4),
-    256: (128, 1, 8, 5), 576: (64, 3, 5, 4),
-}  # fmt: skip
+# of e4m3 rows, twice as many columns a stage, and up to two more arrays for what is left of a row (`macros.Chunks`)
+SCORE_FP8 = {32: (8, 4), 64: (8, 4), 96: (8, 6), 128: (8, 4), 192: (5, 4), 256: (8, 5), 576: (6, 5)}
 LSE_STAGES = {64: (2, 6), 96: (6, 9), 128: (4, 8), 192: (6, 7), 256: (4, 8), 576: (9, 4)}  # of the Q and K rings
-LSE_FP8 = {  # of `lse` for e4m3 rows, as in SCORE_FP8
-    64: (64, 1, 2, 6), 96: (32, 3, 2, 6), 128: (128, 1, 2, 8), 192: (64, 3, 2, 6), 256: (128, 1, 4, 8),
-    576: (64, 3, 5, 4),
-}  # fmt: skip
+LSE_FP8 = {64: (2, 6), 96: (2, 6), 128: (2, 8), 192: (2, 6), 256: (4, 8), 576: (6, 5)}
 X_STAGES, Y_STAGES = 2, {32: 10, 64: 8, 128: 4}  # of `gradients`; Y by E: about as many bytes in flight
 
 # Attention: widths of queries, keys and values (others are padded with zeros), keys of a tile at most

@@ -87,6 +87,7 @@ class Fp8Index:
         self.rotation = index_dtype == FP8
         self.q = quantize_rows(index_q, rotation=self.rotation, copy=True)
         self.k = quantize_rows(index_k[:, None], rotation=self.rotation, copy=True, by_head=True)
+        self.scaled_weights = self.weights.view(-1) * self.q.scale
 
     @property
     def leaves(self) -> tuple[Tensor, Tensor, Tensor]:
@@ -95,7 +96,7 @@ class Fp8Index:
 
     def scores(self, chunk: TileChunk, out: Tensor) -> None:
         """out[t,s] = sum_j w[t,j] * ReLU(index_q̂[t,j]·index_k̂[s]) in the chunk's tiles."""
-        _score(RELU, self.q.values, self.q.scale, self.k[:2], self.weights, chunk, out, 1.0, 0)
+        _score(RELU, self.q.values, self.q.scale, self.k[:2], self.scaled_weights, chunk, out, 1.0, 0)
 
 
 def _copy(rows: Rows) -> Tensor:
