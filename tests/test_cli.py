@@ -102,6 +102,39 @@ def test_warmup_evaluate_export(warmup: Any, checkpoint: Path, texts: Path, tmp_
     assert "error" in plain(refused.output) and "Traceback" not in refused.output
 
 
+def test_a_run_in_fp8_is_recorded_judged_and_resumed_as_such(warmup: Any, texts: Path, tmp_path: Path) -> None:
+    out, words = tmp_path / "run", ["--index-dtype", "fp8", "--teacher-dtype", "fp8"]
+    done = warmup(*words, "--held-out", texts, "--layers", "1")
+    assert done.exit_code == 0 and "Judged with index scores in FP8 (e4m3, rotated)" in plain(done.output)
+    settings = json.loads((out / "run.json").read_text())["settings"]
+    assert (settings["index_dtype"], settings["teacher_dtype"]) == ("fp8", "fp8")
+    assert "--index-dtype fp8 --teacher-dtype fp8" in (out / "report" / "report.md").read_text()
+    plainly = warmup("--out", tmp_path / "plain", "--evaluate-sequences", 0, "--layers", "1")
+    assert plainly.exit_code == 0, plainly.output
+    losses = [read_metrics(tmp_path / name / "metrics.jsonl")[-1]["loss"] for name in ("run", "plain")]
+    assert losses[0] != losses[1] and losses[0] == pytest.approx(losses[1], rel=0.05)
+
+    for option, value, said in (("--index-dtype", "fp8_unrotated", "fp8"), ("--teacher-dtype", "fp8", "None")):
+        folder = out if said == "fp8" else tmp_path / "plain"
+        other = warmup("--out", folder, "--resume", "--layers", "1", option, value)
+        assert other.exit_code == 1
+        assert f"{option} must be {said} as when the run began, got {value}" in plain(other.output), other.output
+    (tmp_path / "plain" / "run.json").write_text(
+        (tmp_path / "plain" / "run.json").read_text().replace('"teacher_dtype": null', '"older": null')
+    )
+    other = warmup("--out", tmp_path / "plain", "--resume", "--layers", "1", "--teacher-dtype", "fp8")
+    assert other.exit_code == 1 and "--teacher-dtype must be None as when" in plain(other.output), other.output
+    assert warmup("--resume", "--steps", 5, "--layers", "1", "--evaluate-sequences", 0).exit_code == 0
+
+    judged = run("evaluate", "--run", out, "--data", texts, "--sequences", 1)
+    assert "Judged with index scores in FP8 (e4m3, rotated)" in plain(judged.output), judged.output
+    assert run("export", "--run", out, tmp_path / "native", "--format", "native").exit_code == 0
+    config = read_native(tmp_path / "native").config
+    assert (config.index_dtype, config.teacher_dtype, config.judged["arithmetic"]) == ("fp8", "fp8", "fp8")
+    handle = load_native(AutoModelForCausalLM.from_pretrained(settings["model"]), tmp_path / "native")
+    assert (handle.index_dtype, handle.teacher_dtype) == ("fp8", "fp8")
+
+
 def test_an_export_says_how_its_indexers_were_judged(warmup: Any, texts: Path, tmp_path: Path) -> None:
     out, native = tmp_path / "run", tmp_path / "native"
     words = ["export", "--run", out, native, "--format", "native", "--overwrite"]
@@ -318,6 +351,9 @@ def test_resume_with_the_recorded_layers_is_no_conflict(warmup: Any) -> None:
         (["--layers", "0,7"], r"error attach: layers must be indices below 3, got \[0, 7\]"),
         (["--layers", "zero"], "error warmup: --layers must be like 0,1,5-9, got 'zero'"),
         (["--target", "median"], "error .*target"),
+        (["--index-dtype", "int8"], r'error warmup: index_dtype must be none, "fp8" or "fp8_unrotated", got \'int8\''),
+        (["--teacher-dtype", "bf16"], r'error warmup: teacher_dtype must be none or "fp8", got \'bf16\''),
+        (["--index-dtype", "fp8", "--head-dim", "24", "--rope-dim", "8"], "error attach: index_dtype=.* power of two"),
         (["--decay", "linear"], "error warmup: decay must be"),
         (["--steps", "0"], "error warmup: steps must be at least 1"),
         (["--sequence-length", "100000"], "error pack: one sequence needs"),

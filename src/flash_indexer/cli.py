@@ -62,6 +62,8 @@ def warmup(
         str | None, typer.Option(help="Begin with the indexers of a run or native folder, and with their sizes.")
     ] = None,
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or auto (bfloat16 on CUDA).")] = "auto",
+    index_dtype: Annotated[str | None, typer.Option(help="fp8 or fp8_unrotated: train as it is served.")] = None,
+    teacher_dtype: Annotated[str | None, typer.Option(help="fp8: the teacher from e4m3 queries and keys.")] = None,
     save_every: Annotated[int, typer.Option(help="Steps between checkpoints.")] = 50,
     evaluate_sequences: Annotated[int, typer.Option(help="Held-out sequences to judge on at the end; 0: none.")] = 4,
     cp: Annotated[int, typer.Option("--cp", help="Processes that share each sequence (context parallel).")] = 1,
@@ -119,7 +121,8 @@ def warmup(
                     del handle
                     torch.cuda.empty_cache()
                     handle, _, _ = judging.load_trained(out, None, console)
-                judging.judge_and_report(handle, batches, out, out / "report", run, console=console)
+                serve = handle.index_dtype
+                judging.judge_and_report(handle, batches, out, out / "report", run, console=console, serve=serve)
 
 
 @app.command()
@@ -136,7 +139,7 @@ def evaluate(
     perplexity_k: Annotated[list[int] | None, typer.Option(help="Keys per query for sparse perplexity.")] = None,
     serve: Annotated[
         Literal["bf16", "fp8", "fp8_unrotated"] | None,
-        typer.Option(help="Judge index scores in a server's arithmetic, beside the model's: what it costs."),
+        typer.Option(help="Index scores as servers form them, beside the model's; default: as they were trained."),
     ] = None,
     model: Annotated[str | None, typer.Option(help="Model; default: the one it was trained on.")] = None,
 ) -> None:
@@ -172,7 +175,7 @@ def evaluate(
         judging.judge_and_report(
             handle, batches, run_folder, report or run_folder / "report", run, console=console,
             command=shlex.join(["flash-indexer", *sys.argv[1:]]), min_visible=min_visible,
-            perplexity_ks=tuple(perplexity_k or (128,)), serve=serve,
+            perplexity_ks=tuple(perplexity_k or (128,)), serve=serve or handle.index_dtype,
         )  # fmt: skip
 
 

@@ -48,6 +48,8 @@ class NativeConfig:
     target: str
     base_dtype: str = "float32"
     judged: dict[str, Any] | None = None
+    index_dtype: str | None = None
+    teacher_dtype: str | None = None
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """The shape of every tensor, by its key `model.layers.N.self_attn.indexer.*`."""
@@ -198,6 +200,8 @@ def load_native(
             rope_dim=config.rope_dim,
             target=config.target,
             layers=config.layers,
+            index_dtype=config.index_dtype,
+            teacher_dtype=config.teacher_dtype,
         )
     else:
         handle = handle_or_model
@@ -236,6 +240,8 @@ def describe(handle: IndexerHandle, *, base_name: str, base_fingerprint: str | N
         q_lora_rank=q_lora_rank,
         target=handle.target,
         base_dtype=str(handle.model.dtype).removeprefix("torch."),
+        index_dtype=handle.index_dtype,
+        teacher_dtype=handle.teacher_dtype,
     )
 
 
