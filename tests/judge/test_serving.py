@@ -170,5 +170,9 @@ def test_plots_name_the_arithmetic(judged: tuple[Evaluation, Evaluation]) -> Non
     for evaluation, words in zip(judged, ("", " in FP8 (e4m3, rotated)"), strict=True):
         (legend,) = plot_mass(evaluation).legends
         assert f"indexer's top k{words}" in [text.get_text() for text in legend.get_texts()]
-        bars = plot_perplexity(evaluation).axes[0].get_yticklabels()
-        assert f"indexer{words}, 8 keys" in [label.get_text() for label in bars]
+        bars = [label.get_text() for label in plot_perplexity(evaluation).axes[0].get_yticklabels()]
+        indexers = [
+            "indexer, 8 keys" + words.replace(" ", "\n", 1),
+            *(["indexer, 8 keys\nin float32"] if words else []),
+        ]
+        assert bars == ["all keys (dense)", *indexers, "oracle, 8 keys", "sink + window, 8 keys"]

@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.font_manager import FontProperties
 from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
 
-from flash_indexer.judge.scores import Evaluation, MassAtK, RowBlock
+from flash_indexer.judge.scores import Evaluation, MassAtK, Perplexity, RowBlock
 from flash_indexer.judge.verdict import arithmetic_name, change, percent, queries_of_layers, rests_on_few
 
 _INDEXER, _ORACLE, _WINDOW, _DENSE = "#0072B2", "#222222", "#D55E00", "#8C8C8C"
@@ -142,14 +142,25 @@ def plot_rows(block: RowBlock) -> Figure:
 
 
 def plot_perplexity(evaluation: Evaluation) -> Figure:
-    """Perplexity by choice of keys, as bars."""
-    shown = evaluation.perplexities
+    """Perplexity by choice of keys, as bars; where the indexers were judged as served, the unserved ones' beside."""
+    served, before = _served_words(evaluation), {}
+    if evaluation.unserved is not None:
+        before = {p.k: p for p in evaluation.unserved.perplexities}
+    shown: list[Perplexity] = []
+    words: list[str] = []
+    for p in evaluation.perplexities:
+        indexer = p.selection == "indexer"
+        shown.append(p)
+        words.append(served.replace(" ", "\n", 1) if indexer else "")
+        if evaluation.unserved is not None and indexer and p.k in before:
+            shown.append(before[p.k])
+            words.append(f"\nin {evaluation.unserved.arithmetic}")
     figure = _figure(9, 1.6 + 0.55 * len(shown))
     ax = figure.add_subplot()
     dense = shown[0].perplexity
     values = [p.perplexity for p in shown]
-    served = {"indexer": _served_words(evaluation)}
-    names = [NAMES[p.selection] + served.get(p.selection, "") + ("" if p.k is None else f", {p.k} keys") for p in shown]
+    keys = ["" if p.k is None else f", {p.k} keys" for p in shown]
+    names = [NAMES[p.selection] + k + text for p, k, text in zip(shown, keys, words, strict=True)]
     bars = ax.barh(names, values, color=[_COLOURS[p.selection] for p in shown], height=0.66)
     changes = ["" if p.k is None else f"  ({change(p.perplexity, dense)})" for p in shown]
     labels = [f"{value:.2f}{text}" for value, text in zip(values, changes, strict=True)]
