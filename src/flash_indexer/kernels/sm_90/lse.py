@@ -82,6 +82,7 @@ def _build(row, D, stages):
     """row: its chunks. stages: of the Q and K rings."""
     QST, KST = stages
     BK, NK, TAIL, FP8, dtype, EARLY = row.width, row.count, row.tail, row.fp8, row.dtype, row.early
+    TURNS = FP8  # the two warpgroups issue products one after the other
     QTAILS, KTAILS, SLOTS = row.tails(QST), row.tails(KST), row.slots(KST)
     chunks = list(range(NK))
     tokens, hd, keys, gd, nl = (T.dynamic(x) for x in ("tokens", "hd", "keys", "gd", "nl"))
@@ -119,7 +120,7 @@ def _build(row, D, stages):
         if u[LEFT] == 0:
             v[LAST] = 1
         # S = Q[t, h] @ K[s, h // HG].T
-        if row.turns:
+        if TURNS:
             wait_for_turn(tx)
         for c in chunks:
             T.barrier_wait(q.full[v[Q_STAGE]], v[Q_PARITY])
@@ -138,7 +139,7 @@ def _build(row, D, stages):
             if EARLY and c > 0:
                 T.wait_wgmma(row.begun(c))
                 release_chunk(q, k, v, tx)
-        if row.turns:
+        if TURNS:
             pass_turn(tx)
 
     @T.macro
@@ -252,7 +253,7 @@ def _build(row, D, stages):
             w[ITEM] = bx
             take(u, intervals, sizes)
             begin(w, low, high, scales, intervals, sizes, tx)
-            if row.turns:
+            if TURNS:
                 begin_turns(tx)
             issue(q, k, v, u, S0, tx)
             finish(q, k, v, u, S0, intervals, sizes, tx)

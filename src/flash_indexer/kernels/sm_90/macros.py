@@ -69,7 +69,6 @@ class Chunks:
         self.tail = D - self.count * self.width
         self.last = self.count - 1
         self.early = D == 576  # a chunk is handed back when its product is done, before those of the row are
-        self.turns = not self.early or fp8  # two warpgroups issue their products in turns
 
     def tails(self, stages):
         """Arrays for the tails of a ring."""

@@ -87,6 +87,7 @@ def _build(row, D, mode, stages):
     """row: its chunks. stages: of the Q and K rings."""
     QST, KST = stages
     BK, NK, TAIL, FP8, dtype, EARLY = row.width, row.count, row.tail, row.fp8, row.dtype, row.early
+    TURNS = FP8 and EARLY  # the two warpgroups issue products one after the other: faster here, slower where D is small
     QTAILS, KTAILS, SLOTS = row.tails(QST), row.tails(KST), row.slots(KST)
     chunks = list(range(NK))
     slices = [(c * 16 // NK, (c + 1) * 16 // NK) for c in chunks]
@@ -137,7 +138,7 @@ def _build(row, D, mode, stages):
             v[DONE] = 0
             v[LAST] = 1
         # S = Q[t, h] @ K[s, h // HG].T
-        if row.turns:
+        if TURNS:
             wait_for_turn(tx)
         for c in chunks:
             T.barrier_wait(k.full[v[K_STAGE]], v[K_PARITY])
@@ -157,12 +158,12 @@ def _build(row, D, mode, stages):
                 if c > 0:
                     T.wait_wgmma(row.begun(c))
                     release_chunk(q, k, v, tx)
-                if not row.turns and not prefix:
+                if not TURNS and not prefix:
                     add(SP, sums, slices[c][0], slices[c][1], before(v))
-        if row.turns:
+        if TURNS:
             pass_turn(tx)
-            if not prefix:
-                add(SP, sums, 0, 16, before(v))
+        if (TURNS or not EARLY) and not prefix:
+            add(SP, sums, 0, 16, before(v))
 
     @T.macro
     def finish(q, k, v, S, tx):
@@ -264,7 +265,7 @@ def _build(row, D, mode, stages):
             w[TOKEN] = number(ITEMS, bx * SHORT_ITEM + ScoreItem.TOKEN) - qbase
             steps = count_items(nitems, bx, grid) * H
             load_low(low, rows, w, H, tq - 1, tx)
-            if row.turns:
+            if TURNS:
                 begin_turns(tx)
             issue(q, k, v, S0, S1, sums, HG, tx, True)
             finish(q, k, v, S0, tx)
