@@ -218,9 +218,10 @@ def test_shards_are_read(make_checkpoints: Callable[..., tuple[Path, Path]]) -> 
             lambda w: w.update({"model.norm.weight_scale_inv": torch.ones(1)}),
             "1 unexpected, first .'model.norm.weight_s",
         ),
+        (lambda w: (w.pop(SCALE), w.update({UP: w[UP].float().char()})), rf"1 are stored in 8 bits .* {UP} in I8"),
         (lambda w: w.clear(), "weights in .* can't be read: no model.safetensors and no index of shards"),
     ],
-    ids=["no scales", "another grid", "integers", "another name", "no weight", "left over", "empty"],
+    ids=["no scales", "another grid", "integers", "another name", "no weight", "left over", "8-bit integers", "empty"],
 )
 def test_what_is_not_of_the_format_is_refused(
     make_checkpoints: Callable[..., tuple[Path, Path]], change: Callable[[Weights], object], message: str
