@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -49,10 +50,20 @@ def write_fp8_report(folder: str | Path, layers: Sequence[LayerFP8], *, run: Map
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     content = {"run": dict(run), "largest_row_error": LARGEST_ERROR, "layers": [layer.to_dict() for layer in layers]}
-    (folder / JSON_FILE).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    text = json.dumps(_finite(content), indent=1, allow_nan=False)
+    (folder / JSON_FILE).write_text(text + "\n", encoding="utf-8")
     with rc_context(STYLE):
         plot_fp8(layers).savefig(folder / PLOT_FILE)
     return folder / PLOT_FILE
+
+
+def _finite(plain: Any) -> Any:
+    """The same with null for NaN and infinity, which JSON has no words for."""
+    if isinstance(plain, Mapping):
+        return {name: _finite(value) for name, value in plain.items()}
+    if isinstance(plain, list):
+        return [_finite(value) for value in plain]
+    return None if isinstance(plain, float) and not math.isfinite(plain) else plain
 
 
 def headline_k(layers: Sequence[LayerFP8]) -> int | None:
