@@ -9,16 +9,26 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from flash_indexer.indexer import LightningIndexer
     from flash_indexer.intervals import causal_intervals, check_intervals
-    from flash_indexer.ops import IndexerKL, WarmupAttention, indexer_kl, indexer_scores, warmup_attention
+    from flash_indexer.ops import (
+        IndexerKL,
+        Quantized,
+        WarmupAttention,
+        indexer_kl,
+        indexer_scores,
+        quantize,
+        warmup_attention,
+    )
 
 __all__ = [
     "IndexerKL",
     "LightningIndexer",
+    "Quantized",
     "WarmupAttention",
     "causal_intervals",
     "check_intervals",
     "indexer_kl",
     "indexer_scores",
+    "quantize",
     "warmup_attention",
 ]
 __version__ = "0.1.0"

@@ -9,6 +9,7 @@ from flash_indexer.ops.kl.sums import body_of, indexer_kl_sums, make_stages
 from flash_indexer.ops.kl.torch_body import index_gradients, index_scores, kl_rows, teacher_lse, teacher_scores
 from flash_indexer.ops.known import known_loss
 from flash_indexer.ops.problem import Problem, Sums, WaitForKeys
+from flash_indexer.ops.quantization import Quantized, quantize
 from flash_indexer.ops.sparse.torch_body import Selection, sparse_attention, top_keys
 from flash_indexer.ops.unseen import with_unseen
 from flash_indexer.ops.warmup import WarmupAttention, warmup_attention
@@ -16,6 +17,7 @@ from flash_indexer.ops.warmup import WarmupAttention, warmup_attention
 __all__ = [
     "IndexerKL",
     "Problem",
+    "Quantized",
     "Selection",
     "Stages",
     "Sums",
@@ -33,6 +35,7 @@ __all__ = [
     "kl_rows",
     "known_loss",
     "make_stages",
+    "quantize",
     "run_stages",
     "sparse_attention",
     "teacher_lse",
