@@ -91,7 +91,6 @@ def test_the_loss_is_that_of_rounded_tensors_and_passes_straight_through(
             dict(index_dtype="fp8", head_dim=24),
             'attach: index_dtype="fp8": the rotation needs a power of two',
         ),
-        (dict(index_dtype="fp8", parallel=Parallel(cp=2)), "index_dtype must be None where processes .* cp=2 and tp=1"),
         (
             dict(teacher_dtype="fp8", parallel=Parallel(tp=2)),
             "teacher_dtype must be None where .* cp=1 and tp=2",

@@ -117,7 +117,7 @@ def attach(
         raise ValueError(
             f'attach: target="per_head" needs num_heads = {config.num_attention_heads}, the model\'s, got {num_heads}'
         )
-    _check_arithmetic(index_dtype, teacher_dtype, head_dim, parallel or Parallel())
+    _check_arithmetic(index_dtype, teacher_dtype, head_dim)
     indexers = nn.ModuleDict()
     for layer in chosen:
         indexers[str(layer)] = LightningIndexer(
@@ -132,7 +132,7 @@ def attach(
     return handle
 
 
-def _check_arithmetic(index_dtype: str | None, teacher_dtype: str | None, head_dim: int, parallel: Parallel) -> None:
+def _check_arithmetic(index_dtype: str | None, teacher_dtype: str | None, head_dim: int) -> None:
     for name, value, allowed in (
         ("index_dtype", index_dtype, ("fp8", "fp8_unrotated")),
         ("teacher_dtype", teacher_dtype, ("fp8",)),
@@ -141,11 +141,6 @@ def _check_arithmetic(index_dtype: str | None, teacher_dtype: str | None, head_d
             continue
         if value not in allowed:
             raise ValueError(f"attach: {name} must be None or one of {', '.join(map(repr, allowed))}, got {value!r}")
-        if parallel.cp * parallel.tp > 1:
-            raise ValueError(
-                f"attach: {name} must be None where processes share a sequence or heads, got {value!r} with "
-                f"cp={parallel.cp} and tp={parallel.tp}; share the data out instead, with FSDP for a large model"
-            )
     check_rotation('attach: index_dtype="fp8"', head_dim, index_dtype == "fp8")
 
 

@@ -31,7 +31,7 @@ def layer_kl(
     options: dict[str, Any] = dict(
         softmax_scale=capture.softmax_scale, key_start=capture.key_start, key_end=capture.key_end,
         lse=None if target == "sum_logits" or teacher_dtype is not None else capture.lse, target=target,
-        token_weight=token_weight,
+        token_weight=token_weight, index_dtype=index_dtype, teacher_dtype=teacher_dtype,
     )  # fmt: skip
     cp, tp = parallel.group("cp"), parallel.group("tp")
     if cp is not None:
@@ -39,4 +39,4 @@ def layer_kl(
         return context_parallel_indexer_kl(*tensors, group=group, layout=parallel.layout, **options)
     if tp is not None:
         return tensor_parallel_indexer_kl(*tensors, group=tp, **options)
-    return indexer_kl(*tensors, index_dtype=index_dtype, teacher_dtype=teacher_dtype, **options)
+    return indexer_kl(*tensors, **options)

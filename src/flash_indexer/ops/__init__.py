@@ -2,6 +2,7 @@
 
 from flash_indexer.ops.attention.op import attention_forward
 from flash_indexer.ops.checks import check_indexer_kl, check_workspace
+from flash_indexer.ops.kl.arithmetic import check_arithmetic
 from flash_indexer.ops.kl.op import IndexerKL, indexer_kl
 from flash_indexer.ops.kl.scores import indexer_scores
 from flash_indexer.ops.kl.stages import Stages, run_stages
@@ -25,6 +26,7 @@ __all__ = [
     "WarmupAttention",
     "attention_forward",
     "body_of",
+    "check_arithmetic",
     "check_indexer_kl",
     "check_workspace",
     "index_gradients",
