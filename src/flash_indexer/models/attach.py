@@ -8,7 +8,6 @@ loss, whose backward runs at once, inside the forward, so that one layer's score
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
 from typing import Any
 
 import torch
@@ -28,8 +27,11 @@ from flash_indexer.models.families import (
     resized_rotary,
 )
 from flash_indexer.models.handle import IndexerHandle
-from flash_indexer.models.hooks import ATTENTION, TAP, LayerTap, uncompiled
-from flash_indexer.ops.quantization import check_rotation
+from flash_indexer.models.hooks import ATTENTION, TAP, LayerTap
+from flash_indexer.models.install import install
+from flash_indexer.models.options import check_arithmetic, check_target
+from flash_indexer.models.own_attach import OwnOptions, attach_own
+from flash_indexer.models.own_indexers import has_own_indexers
 from flash_indexer.parallel.mesh import Parallel
 
 __all__ = ["IndexerHandle", "LayerCapture", "attach"]
@@ -46,8 +48,15 @@ def attach(
     parallel: Parallel | None = None,
     index_dtype: str | None = None,
     teacher_dtype: str | None = None,
+    indexers: str = "fresh",
+    teachers: str = "shared",
 ) -> IndexerHandle:
     """Gives every layer of a dense model a fresh lightning indexer that learns from the layer's own attention.
+
+    With indexers="own" those that the model itself has (DeepSeek-V3.2, GLM-MoE-DSA, A.X-K2, Hy4, Mistral Large 4, Dots
+    3 Note) are trained in place: `handle.indexers` holds the model's parameters, in float32 at least while attached;
+    attention runs dense, as the teacher. What `save_pretrained` writes is a model of the same family; `remove()` rounds
+    the parameters to the model's dtype, so save before it, or with `export`, where that is bfloat16.
 
     MLA models with q-LoRA: wq_b reads the normed query residual, rope is the model's own (half-split, on
     qk_rope_head_dim dims, as in DeepSeek-V3.2). Elsewhere wq_b reads the hidden state and rope comes from the model's
@@ -67,6 +76,9 @@ def attach(
         index_dtype: "fp8" or "fp8_unrotated" trains the indexers in the arithmetic that they are served in, see
             `flash_indexer.indexer_kl`. teacher_dtype: "fp8" takes the teacher's probabilities from e4m3 queries and
             keys, with the logsumexp of these. Not with cp or tp.
+        indexers: "fresh" or "own"; own ones have the sizes and the rope of the model's family.
+        teachers: where one layer's own indexer serves the next ones too, "shared": it learns from all of them, the loss
+            being the mean of their KLs; "own": from its own layer alone.
 
     Raises:
         TypeError: the model is a wrapper around a Transformers model.
@@ -83,16 +95,27 @@ def attach(
             "torch.no_grad()"
         )
     check_sizes("attach", num_heads=num_heads, head_dim=head_dim)
+    if indexers not in ("fresh", "own"):
+        raise ValueError(f'attach: indexers must be "fresh" or "own", got {indexers!r}')
     decoder = find_decoder(model)
     blocks = getattr(decoder, "layers", None)
     attentions: list[Any] = [getattr(block, "self_attn", None) for block in blocks] if blocks is not None else []
     if not attentions or not all(is_attachable(module) for module in attentions) or not hasattr(decoder, "rotary_emb"):
         raise ValueError(f"attach: model must be one of the {FAMILIES}; got {type(model).__name__}")
-    if any(hasattr(module, "indexer") for module in attentions):
-        raise ValueError(f"attach: {type(model).__name__} has indexers of its own; attach to the dense model")
+    if indexers == "fresh" and has_own_indexers(attentions):
+        raise ValueError(
+            f'attach: {type(model).__name__} has indexers of its own; train these with indexers="own", or attach to '
+            "the dense model"
+        )
     if any(TAP in module.__dict__ for module in attentions):
         raise ValueError("attach: the model has indexers attached already; call remove() on their handle first")
     chosen = chosen_layers(layers, len(attentions))
+    if indexers == "own":
+        named = None if layers is None else chosen
+        options = OwnOptions(num_heads, head_dim, rope_dim, named, target, teachers, index_dtype, teacher_dtype)
+        return attach_own(model, attentions, options, parallel or Parallel())
+    if teachers != "shared":
+        raise ValueError(f'attach: teachers must be left out with indexers="fresh", got {teachers!r}')
 
     config = model.config.get_text_config()
     if getattr(config, "attn_logit_softcapping", None) is not None:
@@ -109,66 +132,17 @@ def attach(
         rope_dim = config.qk_rope_head_dim
     rope_dim = default_rope_dim(config, head_dim) if rope_dim is None else rope_dim
     check_sizes("attach", rope_dim=rope_dim)
-    if target not in ("mean", "per_head", "sum_logits"):
-        raise ValueError(f'attach: target must be "mean", "per_head" or "sum_logits", got {target!r}')
-    if target == "per_head" and parallel is not None and parallel.tp > 1:
-        raise ValueError(f'attach: target="per_head" has no sum over heads to share out, got tp={parallel.tp}; use cp')
-    if target == "per_head" and num_heads != config.num_attention_heads:
-        raise ValueError(
-            f'attach: target="per_head" needs num_heads = {config.num_attention_heads}, the model\'s, got {num_heads}'
-        )
-    _check_arithmetic(index_dtype, teacher_dtype, head_dim)
-    indexers = nn.ModuleDict()
+    check_target(target, num_heads, config, parallel)
+    check_arithmetic(index_dtype, teacher_dtype, head_dim)
+    modules = nn.ModuleDict()
     for layer in chosen:
-        indexers[str(layer)] = LightningIndexer(
+        modules[str(layer)] = LightningIndexer(
             config.hidden_size, num_heads=num_heads, head_dim=head_dim, q_lora_rank=rank,
             rope_dim=rope_dim, rope_interleaved=False,
         ).to(layer_device(attentions[layer]))  # fmt: skip
     handle = IndexerHandle(
-        model, indexers, target, parallel or Parallel(), index_dtype=index_dtype, teacher_dtype=teacher_dtype
+        model, modules, target, parallel or Parallel(), index_dtype=index_dtype, teacher_dtype=teacher_dtype
     )
     rotary = None if mla else resized_rotary(decoder, config, rope_dim).to(layer_device(attentions[0]))
-    _install(handle, decoder, attentions, rotary)
+    install(handle, attentions, [LayerTap(handle.attend, layer, rotary) for layer in range(len(attentions))], ATTENTION)
     return handle
-
-
-def _check_arithmetic(index_dtype: str | None, teacher_dtype: str | None, head_dim: int) -> None:
-    for name, value, allowed in (
-        ("index_dtype", index_dtype, ("fp8", "fp8_unrotated")),
-        ("teacher_dtype", teacher_dtype, ("fp8",)),
-    ):
-        if value is None:
-            continue
-        if value not in allowed:
-            raise ValueError(f"attach: {name} must be None or one of {', '.join(map(repr, allowed))}, got {value!r}")
-    check_rotation('attach: index_dtype="fp8"', head_dim, index_dtype == "fp8")
-
-
-def _install(handle: IndexerHandle, decoder: Any, attentions: list[Any], rotary: nn.Module | None) -> None:
-    """Freezes the model, adds the hooks, switches the attention function; records how to undo each."""
-    model = handle.model
-    for module in model.modules():
-        for name, parameter in module.named_parameters(recurse=False):
-            if parameter.requires_grad:
-                parameter.requires_grad_(False)
-                handle.undo_with(partial(_thaw, module, name))
-    before = model.config._attn_implementation
-    model.set_attn_implementation(ATTENTION)
-    handle.undo_with(lambda: model.set_attn_implementation(before))
-    handle.undo_with(decoder.register_forward_pre_hook(uncompiled(handle.begin), with_kwargs=True).remove)
-    handle.undo_with(decoder.register_forward_hook(uncompiled(handle.end)).remove)
-    handle.undo_with(decoder.register_forward_hook(uncompiled(handle.release), always_call=True).remove)
-    for layer, module in enumerate(attentions):
-        tap = LayerTap(handle.attend, layer, rotary)
-        module.__dict__[TAP] = tap
-        handle.undo_with(partial(module.__dict__.pop, TAP, None))
-        if layer not in handle.layers:
-            continue
-        handle.undo_with(module.register_forward_pre_hook(uncompiled(tap.read_inputs), with_kwargs=True).remove)
-        if getattr(module, "q_a_layernorm", None) is not None:
-            handle.undo_with(module.q_a_layernorm.register_forward_hook(uncompiled(tap.read_residual)).remove)
-
-
-def _thaw(module: nn.Module, name: str) -> None:
-    """By name: offloading puts other parameter objects in the place of those that were frozen."""
-    module.get_parameter(name).requires_grad_(True)

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, NamedTuple, NoReturn, SupportsIndex
+from typing import Any, NoReturn, SupportsIndex
 
 import torch
 from torch import Tensor, nn
@@ -16,17 +16,11 @@ from flash_indexer.models.documents import document_positions
 from flash_indexer.models.families import FAMILIES, call_arguments, check_call, find_decoder
 from flash_indexer.models.hooks import LayerTap
 from flash_indexer.models.packing import Packing, at_least_float32, causal_attention, packing
+from flash_indexer.models.shared_indexers import LayerLoss, Operands, SharedOperands
 from flash_indexer.models.teacher import layer_kl
 from flash_indexer.parallel.mesh import Parallel
 
 Consumer = Callable[[LayerCapture], Tensor | None]
-
-
-class LayerLoss(NamedTuple):
-    """Means over the tokens of the last forward, nats."""
-
-    kl: Tensor
-    uniform_kl: Tensor
 
 
 class IndexerHandle:
@@ -36,7 +30,9 @@ class IndexerHandle:
         model: the model; its parameters do not require gradients while the indexers are attached.
         indexers: one LightningIndexer per attached layer, keyed by str(layer). In train() mode (the default) a
             forward of the model adds each layer's gradients; in eval() mode it only computes the losses.
-        layers: attached layers, ascending. target: see `flash_indexer.indexer_kl`.
+        layers: layers that have an indexer, ascending. target: see `flash_indexer.indexer_kl`.
+        sources: of each layer that an indexer serves, the layer that has it: itself, but for shared indexers.
+        teachers: "shared": an indexer learns from all layers that it serves; "own": from the one that has it.
         token_weight: weight of every token's KL in the loss; None means 1/T of each forward. Training sets it to
             1 / (tokens of the whole optimizer step over all ranks).
         parallel: how sequence and heads are shared out over processes.
@@ -53,6 +49,8 @@ class IndexerHandle:
         *,
         index_dtype: str | None = None,
         teacher_dtype: str | None = None,
+        sources: Mapping[int, int] | None = None,
+        teachers: str = "shared",
     ) -> None:
         self.model = model
         self.decoder: Any = find_decoder(model)
@@ -64,6 +62,9 @@ class IndexerHandle:
         self.teacher_dtype = teacher_dtype
         self.token_weight: float | None = None
         self.observer: Callable[[LayerCapture], None] | None = None
+        self.sources = {layer: layer for layer in self.layers} if sources is None else dict(sources)
+        self.teachers = teachers
+        self._shared: dict[int, SharedOperands] = {}
         self._losses: dict[int, LayerLoss] = {}
         self._consumer: Consumer | None = None
         self._packing: Packing | None = None
@@ -80,7 +81,7 @@ class IndexerHandle:
         )
 
     def losses(self) -> dict[int, LayerLoss]:
-        """Each attached layer's mean KL, and the uniform prediction's, in the last forward."""
+        """The mean KL of each indexer, and the uniform prediction's, in the last forward, by the layer that has it."""
         return dict(self._losses)
 
     @contextmanager
@@ -164,7 +165,7 @@ class IndexerHandle:
         check_call(module, inputs)
         positions = document_positions(inputs, tokens, self.parallel)
         self._packing = packing(positions, self.parallel)
-        self._losses, self._seen = {}, set()
+        self._losses, self._seen, self._shared = {}, set(), {}
         if inputs.get("position_ids") is None and len(self._packing.boundaries) - 1 > tokens.shape[0]:
             return (), inputs | {"position_ids": positions}
         return args, kwargs
@@ -173,10 +174,11 @@ class IndexerHandle:
         """After the decoder, also where it raised: another thread may run it now."""
         if self._runner is threading.current_thread():
             self._runner = self._packing = None
+            self._shared = {}
 
     def end(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         """After the decoder: every attached layer must have passed through the attention function."""
-        missing = [layer for layer in self.layers if layer not in self._seen]
+        missing = [layer for layer in self.sources if layer not in self._seen]
         if missing:
             raise RuntimeError(
                 f"attach: layers {missing[:5]} did not call the registered attention function; "
@@ -185,9 +187,9 @@ class IndexerHandle:
 
     def attend(self, tap: LayerTap, q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None) -> Tensor:
         """Runs one layer's attention; where the layer is attached, its indexer and the consumer after it."""
-        if tap.layer not in self.layers:
+        if tap.layer not in self.sources:
             return self._attend(q, k, v, scale, window)[0]
-        assert self._packing is not None and tap.hidden is not None and tap.rope is not None
+        assert self._packing is not None
         if q.device.type == "cuda" and q.dtype != torch.bfloat16:
             raise ValueError(
                 f"attach: on CUDA the model must be bfloat16, got {q.dtype}; load it with that dtype (--dtype bfloat16)"
@@ -195,22 +197,34 @@ class IndexerHandle:
         out, lse = self._attend(q, k, v, scale, window)
         key_start, key_end = self._packing.visible(window)
         wide = (lambda x: x.to(q.dtype)) if q.device.type == "cuda" else at_least_float32
-        hidden = wide(tap.hidden.flatten(0, -2))
-        residual = None if tap.q_residual is None else wide(tap.q_residual.flatten(0, -2))
-        cos, sin = (x.expand(*tap.hidden.shape[:-1], -1).flatten(0, -2) for x in tap.rope)
-        with torch.set_grad_enabled(self._consumer is None and self.indexers.training):
-            index_q, index_k, index_weights = self.indexers[str(tap.layer)](hidden, residual, cos, sin)
-        tap.hidden = tap.q_residual = tap.rope = None
+        index_q, index_k, index_weights = self._operands(tap, wide, q.device)
         capture = LayerCapture(
             tap.layer, wide(q), wide(k), wide(v), lse.to(index_weights.dtype), out,
             index_q, index_k, index_weights, scale, key_start, key_end,
         )  # fmt: skip
         self._seen.add(tap.layer)
-        if self._consumer is None:
+        replaced = None
+        if self._consumer is not None:
+            replaced = self._consumer(capture)
+        elif self.teachers == "shared" or tap.layer in self.layers:
             self._loss(capture)
-            return out
-        replaced = self._consumer(capture)
+        if tap.layer == max(self._served(source := self.sources[tap.layer])):
+            del self._shared[source]
         return out if replaced is None else replaced.to(out.dtype)
+
+    def _served(self, source: int) -> list[int]:
+        """The layers that use the indexer of layer `source`."""
+        return [layer for layer, other in self.sources.items() if other == source]
+
+    def _operands(self, tap: LayerTap, wide: Callable[[Tensor], Tensor], device: torch.device) -> Operands:
+        """The operands of the layer's indexer, made in this layer or in the earlier one that has it."""
+        source = self.sources[tap.layer]
+        if source == tap.layer:
+            with torch.set_grad_enabled(self._consumer is None and self.indexers.training):
+                made = tap.operands(self.indexers[str(source)], wide)
+            teachers = len(self._served(source)) if self.teachers == "shared" else 1
+            self._shared[source] = SharedOperands(made, teachers)
+        return self._shared[source].for_layer(device)
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None) -> tuple[Tensor, Tensor]:
         assert self._packing is not None
@@ -220,9 +234,10 @@ class IndexerHandle:
         """The default consumer: the layer's KL and, in train() mode, its backward."""
         if self.observer is not None:
             self.observer(capture)
-        T = capture.q.shape[0]
+        T, source = capture.q.shape[0], self.sources[capture.layer]
+        shared = self._shared[source]
         each = 1 / (T * self.parallel.cp) if self.token_weight is None else self.token_weight
-        weight = capture.index_weights.new_full((T,), each)
+        weight = capture.index_weights.new_full((T,), each / shared.teachers)
         with torch.enable_grad():
             loss, kl, entropy = layer_kl(
                 capture, target=self.target, token_weight=weight, parallel=self.parallel,
@@ -232,4 +247,6 @@ class IndexerHandle:
                 loss.backward()  # type: ignore[no-untyped-call]
         visible = (capture.key_end - capture.key_start).to(kl.dtype).log()
         uniform = visible.view(-1, *[1] * (kl.ndim - 1)) - entropy
-        self._losses[capture.layer] = LayerLoss(kl.mean(), uniform.mean())
+        operands = capture.index_q, capture.index_k, capture.index_weights
+        if (done := shared.add(operands, LayerLoss(kl.mean(), uniform.mean()))) is not None:
+            self._losses[source] = done

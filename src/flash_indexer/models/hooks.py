@@ -12,6 +12,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from flash_indexer.indexer import no_autocast
 from flash_indexer.models.documents import PACKED
 from flash_indexer.models.families import FAMILIES
+from flash_indexer.models.shared_indexers import Operands
 
 ATTENTION = "lightning_indexer_teacher"
 """The name of the registered functions. Transformers takes any name with "flash" in it for FlashAttention."""
@@ -29,6 +30,10 @@ def uncompiled(function: _Function) -> _Function:
     return disabled
 
 
+Attend = Callable[["LayerTap", Tensor, Tensor, Tensor, float, int | None], Tensor]
+"""What runs in the place of a layer's attention; LayerTap says with what."""
+
+
 class LayerTap:
     """What the hooks of one layer have read in the forward under way.
 
@@ -39,14 +44,36 @@ class LayerTap:
         rotary: the indexer's own rotary embedding; None where it takes the cos and sin that the layer is given.
     """
 
-    def __init__(
-        self, attend: Callable[[LayerTap, Tensor, Tensor, Tensor, float, int | None], Tensor], layer: int,
-        rotary: nn.Module | None,
-    ) -> None:  # fmt: skip
+    always = False
+    """Whether it is installed in layers without an attached indexer too."""
+
+    def __init__(self, attend: Attend, layer: int, rotary: nn.Module | None) -> None:
         self.attend, self.layer, self.rotary = attend, layer, rotary
         self.hidden: Tensor | None = None
         self.q_residual: Tensor | None = None
         self.rope: tuple[Tensor, Tensor] | None = None
+
+    def install(self, module: Any) -> list[Callable[[], object]]:
+        """Adds the hooks of an attached layer to its self-attention; what takes each off again."""
+        undo = [module.register_forward_pre_hook(uncompiled(self.read_inputs), with_kwargs=True).remove]
+        if getattr(module, "q_a_layernorm", None) is not None:
+            undo.append(module.q_a_layernorm.register_forward_hook(uncompiled(self.read_residual)).remove)
+        return undo
+
+    def operands(self, indexer: nn.Module, wide: Callable[[Tensor], Tensor]) -> Operands:
+        """The indexer's operands, of what was read in this forward, which is let go; `wide` casts it."""
+        made: Operands = indexer(*self.take_inputs(wide))
+        return made
+
+    def take_inputs(self, wide: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
+        """hidden, q_residual, cos and sin, of T tokens each; they are not kept."""
+        assert self.hidden is not None and self.rope is not None
+        lead = self.hidden.shape[:-1]
+        hidden = wide(self.hidden.flatten(0, -2))
+        residual = None if self.q_residual is None else wide(self.q_residual.flatten(0, -2))
+        cos, sin = (x.expand(*lead, -1).flatten(0, -2) for x in self.rope)
+        self.hidden = self.q_residual = self.rope = None
+        return hidden, residual, cos, sin
 
     def read_inputs(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Before the layer's self-attention: its hidden states, and cos and sin for the indexer."""

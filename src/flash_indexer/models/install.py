@@ -1,0 +1,38 @@
+"""Putting a handle into a model: parameters frozen, hooks added, the attention function switched; all undone again."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+from torch import nn
+
+from flash_indexer.models.handle import IndexerHandle
+from flash_indexer.models.hooks import TAP, LayerTap, uncompiled
+
+
+def install(handle: IndexerHandle, attentions: Sequence[Any], taps: Sequence[LayerTap], function: str) -> None:
+    """Freezes the handle's model, adds the hooks, switches to the registered `function`; records how to undo each."""
+    model, decoder = handle.model, handle.decoder
+    for module in model.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            if parameter.requires_grad:
+                parameter.requires_grad_(False)
+                handle.undo_with(partial(_thaw, module, name))
+    before = model.config._attn_implementation
+    model.set_attn_implementation(function)
+    handle.undo_with(lambda: model.set_attn_implementation(before))
+    handle.undo_with(decoder.register_forward_pre_hook(uncompiled(handle.begin), with_kwargs=True).remove)
+    handle.undo_with(decoder.register_forward_hook(uncompiled(handle.end)).remove)
+    handle.undo_with(decoder.register_forward_hook(uncompiled(handle.release), always_call=True).remove)
+    for tap, module in zip(taps, attentions, strict=True):
+        module.__dict__[TAP] = tap
+        handle.undo_with(partial(module.__dict__.pop, TAP, None))
+        for undo in tap.install(module) if tap.layer in handle.layers or tap.always else ():
+            handle.undo_with(undo)
+
+
+def _thaw(module: nn.Module, name: str) -> None:
+    """By name: offloading puts other parameter objects in the place of those that were frozen."""
+    module.get_parameter(name).requires_grad_(True)
