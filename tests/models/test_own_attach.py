@@ -123,7 +123,7 @@ def test_a_shared_indexer_learns_from_its_teachers(teachers: str) -> None:
     logits(model)
     mean = torch.stack([expected.loss[layer] for layer in ([0, 1, 2] if teachers == "shared" else [0])]).mean()
     assert set(handle.losses()) == {0, 3}
-    assert float(handle.losses()[0].kl) == pytest.approx(float(mean), rel=1e-4)
+    assert float(handle.losses()[0].kl) == pytest.approx(mean.item(), rel=1e-4)
     separate = [expected.gradients(expected.loss[layer]) for layer in (0, 1, 2)]
     assert not torch.allclose(separate[0]["wk.weight"], separate[1]["wk.weight"], rtol=0.1)
     wanted = separate if teachers == "shared" else separate[:1]
@@ -177,7 +177,7 @@ def test_fifty_steps_halve_the_kl_and_the_saved_model_selects_the_same_keys(fami
     loaded, info = auto.from_pretrained(tmp_path, output_loading_info=True)
     assert not any(info.values()), info
     assert type(loaded) is type(model)
-    selected, again = (selections(each.eval()) for each in (model, loaded))
+    selected, again = (selections(each.train(False)) for each in (model, loaded))
     assert len(selected) == 2 and all(torch.equal(a, b) for a, b in zip(selected, again, strict=True))
     assert torch.equal(logits(loaded), logits(model))
     fresh = own_model(family, index_topk=6, **TRAINED[family])

@@ -15,6 +15,7 @@ from flash_indexer.models.capture import LayerCapture
 from flash_indexer.models.documents import document_positions
 from flash_indexer.models.families import FAMILIES, call_arguments, check_call, find_decoder
 from flash_indexer.models.hooks import LayerTap
+from flash_indexer.models.own_indexers import OwnIndexer
 from flash_indexer.models.packing import Packing, at_least_float32, causal_attention, packing
 from flash_indexer.models.shared_indexers import LayerLoss, Operands, SharedOperands
 from flash_indexer.models.teacher import layer_kl
@@ -79,6 +80,11 @@ class IndexerHandle:
             "would go on feeding the indexers of the original; call remove() first, copy the model, attach to the "
             "copy, and load_state_dict(handle.state_dict())"
         )
+
+    @property
+    def trains_own(self) -> bool:
+        """Whether the indexers are those that the model has of its own."""
+        return any(isinstance(module, OwnIndexer) for module in self.indexers.values())
 
     def losses(self) -> dict[int, LayerLoss]:
         """The mean KL of each indexer, and the uniform prediction's, in the last forward, by the layer that has it."""

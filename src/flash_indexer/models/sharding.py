@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
@@ -12,6 +13,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 from transformers import PreTrainedModel
 
 from flash_indexer.models.families import FAMILIES, find_decoder, is_attachable
+from flash_indexer.models.own_indexers import own_indexer
 from flash_indexer.parallel.mesh import Parallel
 
 _COLUMNS = ("q_proj", "k_proj", "v_proj", "q_b_proj", "kv_b_proj")
@@ -22,8 +24,9 @@ def shard_model(model: PreTrainedModel, parallel: Parallel, *, fsdp: bool) -> No
     """Shares a frozen model's parameters out, in place, before `attach`. Every process calls it on the same weights.
 
     tp > 1: attention heads and the columns of dense MLPs over the tp processes; experts stay whole.
-    fsdp: each decoder layer, and what is left, over all processes (with tp > 1: over the dp · cp processes with
-    its heads). A layer's parameters are gathered for its forward alone. CPU weights move to their GPU layer by layer.
+    fsdp: each decoder layer, and what is left but indexers of the model's own, over all processes (with tp > 1: over
+        the dp · cp processes with its heads). A layer's parameters are gathered for its forward alone. CPU weights
+        move to their GPU layer by layer.
 
     Raises:
         ValueError: the heads can't be divided by tp, tp leaves fsdp no processes to share parameters out over, or the
@@ -85,10 +88,11 @@ def _plan(block: nn.Module, one_key: bool) -> dict[str, Any]:
 def _fully_shard(model: PreTrainedModel, decoder: Any, blocks: list[nn.Module], mesh: DeviceMesh) -> None:
     """The decoder is a root of its own, since the recipe runs it without the head; a tied head follows it."""
     tied = {id(parameter): name for name, parameter in decoder.named_parameters()}
+    whole = _own_indexers(blocks, mesh)
     for block in blocks:
-        fully_shard(block, mesh=mesh, reshard_after_forward=True)
+        fully_shard(block, mesh=mesh, reshard_after_forward=True, ignored_params=whole)
     beside = [(owner, name, tied[id(p)]) for owner, name, p in _outside(model, decoder) if id(p) in tied]
-    fully_shard(decoder, mesh=mesh, reshard_after_forward=True)
+    fully_shard(decoder, mesh=mesh, reshard_after_forward=True, ignored_params=whole)
     for owner, name, inside in beside:
         setattr(owner, name, decoder.get_parameter(inside))
     alone = {
@@ -96,6 +100,14 @@ def _fully_shard(model: PreTrainedModel, decoder: Any, blocks: list[nn.Module], 
     }
     for owner in alone.values():
         fully_shard(owner, mesh=mesh, reshard_after_forward=True)
+
+
+def _own_indexers(blocks: list[nn.Module], mesh: DeviceMesh) -> set[nn.Parameter]:
+    """Parameters of indexers that the model has of its own, which train and are on every process, whole."""
+    cpu = mesh.device_type == "cpu"
+    device = torch.device("cpu") if cpu else torch.device(mesh.device_type, torch.cuda.current_device())
+    own = [own_indexer(getattr(block, "self_attn", None)) for block in blocks]
+    return {parameter for module in own if module is not None for parameter in module.to(device).parameters()}
 
 
 def _outside(model: nn.Module, decoder: nn.Module) -> list[tuple[nn.Module, str, nn.Parameter]]:

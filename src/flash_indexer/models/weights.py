@@ -61,6 +61,17 @@ def load_weights(directory: Path, dtype: torch.dtype, *, gguf_file: str | None =
     return model
 
 
+def restore_indexers(model: PreTrainedModel, directory: Path) -> None:
+    """Gives a model's own indexers the values that are stored, where loading has rounded them to a narrower dtype."""
+    parameters = {name: x for name, x in model.named_parameters() if ".self_attn.indexer." in name}
+    for shard in shards(directory):
+        with safe_open(shard, framework="pt") as file:
+            for name in parameters.keys() & set(file.keys()):
+                stored = file.get_tensor(name)
+                if torch.promote_types(stored.dtype, parameters[name].dtype) != parameters[name].dtype:
+                    parameters[name].data = stored.to(parameters[name].device)
+
+
 def _load_fp8(directory: Path, quantised: Any, dtype: torch.dtype) -> Any:
     """The model and what was loaded, dequantised here: Transformers' CPU code takes the blocks of a weight that they
     don't divide for smaller ones, and on a GPU the model would compute in FP8.
