@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import copy
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from own_models import FAMILIES_THAT_TRAIN, SIZES, own_model, own_tokens
+from own_models import CONFIGS, FAMILIES_THAT_TRAIN, SIZES, own_model, own_tokens
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
@@ -247,6 +248,22 @@ def test_refusals(arguments: dict[str, Any], message: str) -> None:
         attach(model, **(dict(indexers="own") | arguments))
     assert hooks(model) == hooked and all(parameter.requires_grad for parameter in model.parameters())
     attach(model, indexers="own", num_heads=5, head_dim=32, rope_dim=8)
+
+
+@pytest.mark.parametrize("family", CONFIGS)
+def test_a_transformers_whose_indexer_ranks_otherwise_is_refused(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As if its rope had changed; nothing stays attached."""
+    model = own_model(family)
+    own = find_decoder(model).layers[2 if family == "dots3_note" else 0].self_attn.indexer
+    module = sys.modules[type(own).__module__]
+    rope = next(name for name in ("apply_rotary_pos_emb_interleave", "apply_rotary_pos_emb") if hasattr(module, name))
+    rope = "apply_rotary_pos_emb" if type(own).__name__ in ("DeepseekV32Indexer", "AXK2Indexer") else rope
+    hooked = hooks(model)
+    attach(model, indexers="own").remove()
+    monkeypatch.setattr(module, rope, lambda q, k, *args, **kwargs: (q, k))
+    with pytest.raises(ValueError, match=f"{type(own).__name__} of layer .* ranks keys otherwise than the scores"):
+        attach(model, indexers="own")
+    assert hooks(model) == hooked and own.index_topk == 64
 
 
 def test_layers_without_an_indexer_are_refused() -> None:

@@ -12,8 +12,16 @@ from flash_indexer.models.families import check_rope
 from flash_indexer.models.handle import IndexerHandle
 from flash_indexer.models.install import install
 from flash_indexer.models.options import check_arithmetic, check_target
+from flash_indexer.models.own_check import check_ranks
 from flash_indexer.models.own_hooks import OWN_ATTENTION, OwnTap
-from flash_indexer.models.own_indexers import chosen_own_layers, indexer_sources, own_modules, thaw_own
+from flash_indexer.models.own_indexers import (
+    OwnIndexer,
+    chosen_own_layers,
+    indexer_sources,
+    own_indexer,
+    own_modules,
+    thaw_own,
+)
 from flash_indexer.parallel.mesh import Parallel
 
 
@@ -42,7 +50,8 @@ def attach_own(
 
     Raises:
         ValueError: a model without indexers, of a family whose scores aren't known, with indexers that are offloaded,
-            sharded or quantised; layers that have none; sizes that aren't the model's.
+            sharded or quantised; layers that have none; sizes that aren't the model's; scores that rank keys otherwise
+            than the model does.
     """
     if options.teachers not in ("shared", "own"):
         raise ValueError(f'attach: teachers must be "shared" or "own", got {options.teachers!r}')
@@ -73,4 +82,12 @@ def attach_own(
     install(handle, attentions, taps, OWN_ATTENTION)
     for undo in thaw_own(modules):
         handle.undo_with(undo)
+    try:
+        for layer in chosen:
+            own, indexer = own_indexer(attentions[layer]), modules[str(layer)]
+            assert own is not None and isinstance(indexer, OwnIndexer)
+            check_ranks(own, indexer, layer)
+    except BaseException:
+        handle.remove()
+        raise
     return handle
