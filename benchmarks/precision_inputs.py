@@ -1,8 +1,8 @@
 """Problems for benchmarks/precision.py: random ones of any length, and those on which rounding hurts most.
 
-One causal sequence each. index_q and index_k are multiples of 1/8, so that their products are exact in float32 in
-whatever order they are summed: [logit > 0] jumps, and where a logit is zero but for rounding, a right evaluation may take
-either side.
+One causal sequence each. index_q and index_k are multiples of 1/64, so that their products are exact in float32 in
+whatever order they are summed: [logit > 0] jumps, and where a logit is zero but for rounding, a right evaluation may
+take either side.
 """
 
 from __future__ import annotations
@@ -44,17 +44,17 @@ def problem(size: Size, case: str, tokens: int, dtype: torch.dtype, device: str)
     """
     shape, generator = size.shape(tokens), torch.Generator(device).manual_seed(tokens)
     x = random_inputs(shape, *shape.intervals(), generator=generator, dtype=dtype if case == USUAL else torch.float64)
-    x = replace(x, index_q=eighths(x.index_q), index_k=eighths(x.index_k))
+    x = replace(x, index_q=on_grid(x.index_q), index_k=on_grid(x.index_k))
     if case != USUAL:
         x = rounded(CASES[case].change(x, generator), dtype)
     if size.D > size.V:
-        return x, x.k[..., : size.V].contiguous()
+        return x, x.k[..., : size.V]
     return x, torch.randn(tokens, size.G, size.V, generator=generator, device=device).to(dtype)
 
 
-def eighths(x: Tensor) -> Tensor:
-    """The nearest multiples of 1/8, in x's dtype."""
-    return (x.double() * 8).round().div(8).to(x.dtype)
+def on_grid(x: Tensor) -> Tensor:
+    """The nearest multiples of 1/64, in x's dtype: bfloat16 holds those below 4, e4m3 has to round them."""
+    return (x.double() * 64).round().div(64).to(x.dtype)
 
 
 def rounded(x: Inputs, dtype: torch.dtype) -> Inputs:
@@ -95,7 +95,7 @@ def cancelling_weights(x: Inputs, generator: torch.Generator) -> Inputs:
     """Every second head is nearly the one before it, with the opposite weight."""
     index_q, w = x.index_q.clone(), 8 * x.index_weights
     noise = torch.randn(index_q[:, 1::2].shape, generator=generator, dtype=w.dtype, device=w.device)
-    index_q[:, 1::2] = index_q[:, ::2] + eighths(noise / 4)
+    index_q[:, 1::2] = index_q[:, ::2] + on_grid(noise / 4)
     w[:, 1::2] = -w[:, ::2]
     return replace(x, index_q=index_q, index_weights=w)
 
@@ -120,19 +120,24 @@ def large_channel(x: Inputs, _: torch.Generator) -> Inputs:
 
 
 class Case(NamedTuple):
-    """What a table calls the inputs, and what makes them of random ones."""
+    """What a table calls the inputs, what they are, and what makes them of random ones."""
 
-    title: str
+    name: str
+    detail: str
     change: Callable[[Inputs, torch.Generator], Inputs]
 
 
 CASES = {
-    "large_logits": Case("large logits: the teacher's spread is 24, index scores are 16 times as large", large_logits),
-    "one_hot": Case("one-hot attention: one key has all of a query's mass", one_hot),
-    "near_uniform": Case("near-uniform attention and index scores, both of a spread of 1/100", near_uniform),
-    "sink": Case("a sink: the first key holds 0.7 of every head's mass", sink),
-    "cancelling_weights": Case("weights of both signs that cancel: pairs of heads nearly alike", cancelling_weights),
-    "relu_off": Case("every ReLU off in half of the queries", relu_off),
-    "tiny_scales": Case("tiny scales: index_q, index_k and the weights times 2^-20", tiny_scales),
-    "large_channel": Case("one channel of index_q and index_k 8 times as large", large_channel),
+    "large_logits": Case(
+        "large logits", "the teacher's spread by 24, index scores are 16 times as large", large_logits
+    ),
+    "one_hot": Case("one-hot attention", "one key has all of a query's mass", one_hot),
+    "near_uniform": Case("near-uniform", "attention and index scores spread by about 1/100", near_uniform),
+    "sink": Case("a sink", "the first key holds 0.7 of every head's mass", sink),
+    "cancelling_weights": Case(
+        "weights of both signs", "pairs of heads nearly alike, which cancel", cancelling_weights
+    ),
+    "relu_off": Case("ReLUs off", "every one in half of the queries", relu_off),
+    "tiny_scales": Case("tiny scales", "index_q, index_k and the weights times 2^-20", tiny_scales),
+    "large_channel": Case("a large channel", "one of index_q and index_k is 8 times as large", large_channel),
 }
