@@ -254,9 +254,9 @@ def hurting(records: Records) -> list[str]:
         )
         + block(
             "",
-            f"The same in the worst row. {conclusion(used, WORST, 'with any target')} In a row where softmax(i) and p put "
-            "nearly all mass on the same key, the gradient is their small difference, and a rounding that all of the "
-            "row shares (below) is large beside it.",
+            f"The same in the worst row. {conclusion(used, WORST, 'with any target')} In a row where softmax(i) and p "
+            "put nearly all mass on the same key, the gradient is their small difference, and a rounding that all of "
+            "the row shares (below) is large beside it.",
             titles,
             errors[WORST],
         )
