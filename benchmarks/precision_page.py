@@ -107,7 +107,7 @@ def largest(records: Iterable[Record | None], place: int = RMS) -> tuple[float, 
     return max(found, key=lambda item: item[0], default=None)
 
 
-def conclusion(records: Iterable[Record | None], place: int = RMS) -> str:
+def conclusion(records: Iterable[Record | None], place: int = RMS, among: str = "in this table") -> str:
     """A sentence: the largest ratio and where it is."""
     found = largest(records, place)
     if found is None:
@@ -115,7 +115,7 @@ def conclusion(records: Iterable[Record | None], place: int = RMS) -> str:
     times, name, record = found
     where = [label(setting_of(record)), f"{record['tokens']:,} tokens"]
     where += [] if record["case"] == USUAL else [CASES[record["case"]].name]
-    return f"The largest ratio of the two errors in this table is {times:.1f}: {name} ({'; '.join(where)})."
+    return f"The largest ratio of the two errors {among} is {times:.1f}: {name} ({'; '.join(where)})."
 
 
 def label(setting: Setting) -> str:
@@ -226,16 +226,19 @@ def form(setting: Setting) -> str:
 def hurting(records: Records) -> list[str]:
     """Inputs that hurt: errors with "mean", ratios with everything, and what e4m3 makes of them."""
     tokens = records.short()
-    errors, ratios, rounded = [], [], []
+    errors: dict[int, list[list[str]]] = {RMS: [], WORST: []}
+    ratios, rounded = [], []
     used: list[Record | None] = []
+    titles = "inputs | " + " | ".join((*LOSS, *OUTPUTS))
     names = {USUAL: USUAL, **{case: made.name for case, made in CASES.items()}}
     for case, name in names.items():
         found = {setting: records.find(setting, tokens, case) for setting in (*KINDS, *INDEX_E4M3)}
         used += [found[setting] for setting in KINDS]
         forms = [found[setting] for setting in (*INDEX_E4M3, BOTH)]
         if found[Setting()]:
-            outputs = (cell(found[ATTENTION], n) for n in OUTPUTS)
-            errors.append([name, *(cell(found[Setting()], n) for n in LOSS), *outputs])
+            for place, rows in errors.items():
+                outputs = (cell(found[ATTENTION], n, place) for n in OUTPUTS)
+                rows.append([name, *(cell(found[Setting()], n, place) for n in LOSS), *outputs])
             ratios.append([name, *(times(found[setting]) for setting in KINDS)])
             rounded.append([name, *(quantisation(r, n) for n in ("kl", "d_index_q") for r in forms)])
     made = "; ".join(f"*{case.name}*: {case.detail}" for case in CASES.values())
@@ -246,8 +249,16 @@ def hurting(records: Records) -> list[str]:
             "far such inputs spoil a result in any implementation. A KL of nearly nothing is the small difference of "
             "large numbers, and the entropy of a distribution on one key hangs on masses below one rounding error: "
             "both are known to few digits, and no gradient passes through either.",
-            "inputs | " + " | ".join((*LOSS, *OUTPUTS)),
-            errors,
+            titles,
+            errors[RMS],
+        )
+        + block(
+            "",
+            f"The same in the worst row. {conclusion(used, WORST, 'with any target')} In a row where softmax(i) and p "
+            "put nearly all mass on the same key, the gradient is their small difference, and a rounding that all of "
+            "the row shares (below) is large beside it.",
+            titles,
+            errors[WORST],
         )
         + block(
             "",

@@ -109,7 +109,7 @@ class Problem:
         loss = self._kept(setting._replace(operator="indexer_kl"), wide)
         if setting.operator == "indexer_kl":
             return loss
-        return loss | self._kept(Setting("attention_forward"), wide)
+        return loss | self._kept(Setting("attention_forward", setting.target), wide)
 
     def _kept(self, setting: Setting, wide: bool) -> Values:
         """Each computed once: settings share them."""
@@ -118,8 +118,9 @@ class Problem:
             self._known[setting, wide] = find(setting, wide)
         return self._known[setting, wide]
 
-    def _attention(self, _: Setting, wide: bool) -> Values:
-        x = self.x if self.sample.rows is None else rows_of(self.x, self.sample.rows)
+    def _attention(self, setting: Setting, wide: bool) -> Values:
+        x = self.inputs(setting.target)
+        x = x if self.sample.rows is None else rows_of(x, self.sample.rows)
         if not wide:
             return dict(zip(("out", "lse"), eager_attention(x, self.v), strict=True))
         x = x.double()
