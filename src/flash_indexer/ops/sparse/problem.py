@@ -40,6 +40,15 @@ class SparseProblem(NamedTuple):
         return self.k[..., : self.value_dim] if self.v is None else self.v
 
 
+class Needs(NamedTuple):
+    """Which results of the attention's backward are wanted."""
+
+    q: bool
+    k: bool
+    v: bool
+    p_sum: bool
+
+
 class KeySums(NamedTuple):
     """Sums over queries of the keys' gradients, float32 at least; None: not wanted. Without v, dk holds both."""
 
@@ -47,11 +56,10 @@ class KeySums(NamedTuple):
     dv: Tensor | None
 
 
-def new_key_sums(problem: SparseProblem, wants_k: bool, wants_v: bool) -> KeySums:
+def new_key_sums(problem: SparseProblem, needs: Needs) -> KeySums:
     """Zeros for `sparse_backward` to add to. They have a row for each key."""
-    k, v = problem.k, problem.v
-    dtype = compute_dtype(problem.q)
+    k, v, dtype = problem.k, problem.v, compute_dtype(problem.q)
     return KeySums(
-        torch.zeros(k.shape, dtype=dtype, device=k.device) if wants_k else None,
-        torch.zeros(v.shape, dtype=dtype, device=k.device) if wants_v and v is not None else None,
+        torch.zeros(k.shape, dtype=dtype, device=k.device) if needs.k else None,
+        torch.zeros(v.shape, dtype=dtype, device=k.device) if needs.v and v is not None else None,
     )

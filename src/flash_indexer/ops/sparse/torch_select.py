@@ -1,50 +1,101 @@
-"""Selection and attention over selected keys in torch, blockwise, on any device.
+"""Selection in torch, a chunk of query rows at a time, on any device.
 
-    S_t      = the K visible keys with the largest score i[t,s]; all where at most K are visible; of equal scores the
-               lowest s. -0.0 equals +0.0.
-    o[t,h]   = sum_{s in S_t} a[t,h,s] v[s,g(h)],   a[t,h,:] = softmax over S_t of scale * q[t,h]·k[s,g(h)]
-    lse[t,h] = log sum_{s in S_t} exp(scale * q[t,h]·k[s,g(h)])
+    i[t,s] = sum_j w[t,j] * ReLU(index_q[t,j]·index_k[s])
+    S_t    = the K visible keys with the largest score i[t,s]; all where at most K are visible; of equal scores the
+             lowest s. -0.0 equals +0.0.
 
 The selection depends on the scores alone: on no order in which a device happens to find equal values, and on no key
-that the query does not see. Products and sums are taken in float32 (float64 for float64 inputs).
+that the query does not see. So the scores themselves must be the same bits whatever chunk a row is computed in: a
+library's matrix product rounds a row differently in a matrix of another shape. All products on a device have one shape.
 
-Shape legend: T queries, S keys, R query rows of a chunk, C the keys that any of them may see, K selected keys of a
-query, H heads, G key/value heads (head h reads g(h) = h // (H/G)), D head dim, V value dim.
-
+R query rows of a chunk, C the keys that any of them may see; further letters as in `flash_indexer.reference`.
 Source: DeepSeek-V3.2-Exp technical report (2025), section 2.1, equation 2.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-_THIN = 16  # a range of more keys than this for each selected one: gathering them is faster than a mask
-_CPU_ROWS = 128  # queries of a chunk, so that its tiles stay near the cache
+from flash_indexer.ops.blockwise import compute_dtype, plan_chunks
+from flash_indexer.ops.sparse.selection import Selection
 
-
-class Selection(NamedTuple):
-    """The keys of each query in ascending order, their number, and their scores.
-
-    indices: int32 [T, K], -1 behind the last. count: int32 [T]. scores: [T, K], -inf behind the last; NaN in the whole
-    row of a query that sees a score that is NaN.
-    """
-
-    indices: Tensor
-    count: Tensor  # type: ignore[assignment]
-    scores: Tensor
+TILES = {"cpu": (32, 256), "cuda": (128, 8192)}  # queries by keys of one product, without remainder in registers
+_WIDTH = 16  # the tiles' inner dimension is padded to a multiple of this, for the same reason
+_NUMBERS = 9  # of a score of a chunk: the score, and what `top_keys` makes of it
 
 
 @torch.no_grad()
-def top_keys(scores: Tensor, key_start: Tensor, key_end: Tensor, k: int) -> Selection:
+def select(
+    index_q: Tensor,
+    index_k: Tensor,
+    index_weights: Tensor,
+    key_start: Tensor,
+    key_end: Tensor,
+    topk: int,
+    always: tuple[int, int],
+    workspace_bytes: int,
+) -> Selection:
+    """S_t of checked arguments, K = min(topk, S) slots a query; the same bits at any workspace_bytes.
+
+    Scores of as many rows are held as fit workspace_bytes, one at least: never [T, S].
+    """
+    dtype, T, num_keys = compute_dtype(index_q), index_q.shape[0], index_k.shape[0]
+    width, tile = min(topk, num_keys), tile_of(index_q.device)
+    out = Selection(
+        torch.full((T, width), -1, dtype=torch.int32, device=index_q.device),
+        torch.zeros(T, dtype=torch.int32, device=index_q.device),
+        torch.full((T, width), -torch.inf, dtype=dtype, device=index_q.device),
+    )
+    for chunk in plan_chunks(key_start, key_end, _NUMBERS, dtype.itemsize, workspace_bytes, tile[0]):
+        rows, first = slice(chunk.begin, chunk.end), chunk.first - chunk.first % tile[1]
+        scores = tiled_scores(index_q[rows], index_k[first : chunk.last], index_weights[rows])
+        made = top_keys(scores, key_start[rows] - first, key_end[rows] - first, topk, always)
+        made.indices.add_(first).masked_fill_(made.indices < first, -1)
+        for whole, part in zip(out, made, strict=True):
+            whole[rows, ..., : part.shape[-1]] = part
+    return out
+
+
+def tile_of(device: torch.device) -> tuple[int, int]:
+    """Queries and keys of one product on a device."""
+    return TILES.get(device.type, TILES["cuda"])
+
+
+def tiled_scores(index_q: Tensor, index_k: Tensor, index_weights: Tensor) -> Tensor:
+    """i[t,s] of all pairs, [R, C]: a row's values depend on no other row and on no other key."""
+    dtype, (height, width) = compute_dtype(index_q), tile_of(index_q.device)
+    (rows, _, E), num_keys = index_q.shape, index_k.shape[0]
+    pad, scores = -E % _WIDTH, index_q.new_empty(rows, num_keys, dtype=dtype)
+    keys = F.pad(index_k.to(dtype), (0, pad, 0, -num_keys % width)).split(width)
+    products, tile = (torch.empty(height, width, dtype=dtype, device=index_q.device) for _ in range(2))
+    for begin in range(0, rows, height):
+        end = min(begin + height, rows)
+        missing = height - (end - begin)
+        queries = F.pad(index_q[begin:end].transpose(0, 1).to(dtype), (0, pad, 0, missing)).contiguous()
+        weights = F.pad(index_weights[begin:end].T.to(dtype), (0, missing)).contiguous()[..., None]
+        for n, some_keys in enumerate(keys):
+            tile.zero_()
+            for query, weight in zip(queries, weights, strict=True):
+                tile.addcmul_(torch.mm(query, some_keys.T, out=products).relu_(), weight)
+            part = scores[begin:end, n * width : (n + 1) * width]
+            part.copy_(tile[: end - begin, : part.shape[1]])
+    return scores
+
+
+@torch.no_grad()
+def top_keys(
+    scores: Tensor, key_start: Tensor, key_end: Tensor, k: int, always: tuple[int, int] = (0, 0)
+) -> Selection:
     """S_t = the k largest of scores[t, key_start[t]:key_end[t]], of equal scores the lowest key; all of at most k.
 
     Args:
         scores: [R, C]. What lies outside a row's interval is not looked at. An infinite score is ranked like any other.
         key_start, key_end: [R], counted from the first of the C keys; they need not be ordered.
         k: 1 or more; K = min(k, C).
+        always: the numbers of first and of last keys of the interval that are taken whatever their score, k at most
+            together.
     """
     num_keys = scores.shape[1]
     start, end = (x.clamp(0, num_keys).long() for x in (key_start, key_end))
@@ -55,9 +106,17 @@ def top_keys(scores: Tensor, key_start: Tensor, key_end: Tensor, k: int) -> Sele
     keys = (start[:, None] + steps).masked_fill_(absent, 0)
     many = (num_visible > width).nonzero()[:, 0]
     if many.numel():
-        keys[many] = _largest(scores[many], start[many], end[many], width)
+        begin, stop = start[many, None], end[many, None]
+        first, last = steps[: always[0]], steps[: always[1]]
+        between = _largest(scores[many], begin + always[0], stop - always[1], width - sum(always))
+        keys[many] = torch.cat([begin + first, between, stop - always[1] + last], 1)
     values = scores.gather(1, keys).masked_fill_(absent, -torch.inf)
-    values.masked_fill_(values.isnan().any(-1, keepdim=True), torch.nan)
+    has_nan = values.isnan().any(-1)
+    if many.numel() and width == sum(always):  # nothing was ranked, which finds NaN
+        columns = torch.arange(num_keys, device=scores.device)
+        visible = (columns >= start[many, None]) & (columns < end[many, None])
+        has_nan[many] |= (scores[many].isnan() & visible).any(-1)
+    values.masked_fill_(has_nan[:, None], torch.nan)
     return Selection(keys.masked_fill_(absent, -1).int(), num_visible.clamp_max_(width).int(), values)
 
 
@@ -65,10 +124,12 @@ def _largest(scores: Tensor, start: Tensor, end: Tensor, k: int) -> Tensor:
     """Keys of the k largest scores of rows that see more than k, ascending: int64 [R, k]. NaN is above infinity.
 
     Which of several equal scores `topk` takes is up to the device, and whether -0.0 is below +0.0; so rows whose k-th
-    score equals the next are chosen again, from their k-th score.
+    score equals the next are chosen again, from their k-th score. start, end: [R, 1].
     """
     columns = torch.arange(scores.shape[1], device=scores.device)
-    visible = (columns >= start[:, None]) & (columns < end[:, None])
+    if k == 0:
+        return columns.new_empty(len(scores), 0)
+    visible = (columns >= start) & (columns < end)
     ranked = torch.where(visible, scores, -torch.inf)
     values, keys = ranked.topk(k + 1)
     keys = keys[:, :k].sort(-1).values
@@ -83,94 +144,3 @@ def _largest(scores: Tensor, start: Tensor, end: Tensor, k: int) -> Tensor:
         equal &= equal.cumsum(-1, dtype=torch.int32) <= room
         keys[rows] = (above | equal).nonzero()[:, 1].view(-1, k)
     return keys
-
-
-@torch.no_grad()
-def sparse_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    selection: Selection,
-    *,
-    softmax_scale: float,
-    workspace_bytes: int = 512 * 2**20,
-) -> tuple[Tensor, Tensor]:
-    """out[t,h] = sum_{s in S_t} softmax over S_t (scale * q[t,h]·k[s,g(h)]) v[s,g(h)], and its logsumexp.
-
-    A chunk of queries at a time: where their selected keys are spread thinly, keys and values are gathered for each
-    query; elsewhere the chunk attends to a range of keys under a mask. Keys and values that a query did not select have
-    no part in its result, whether they are finite or not.
-
-    Args:
-        q: [T, H, D]. k: [S, G, D]. v: [S, G, V], H % G == 0.
-        selection: of the T queries; distinct keys from 0 to S - 1 in its first `count` slots.
-        softmax_scale: the model's own softmax scale.
-        workspace_bytes: bound on the memory for gathered keys, values and logits; one query at least is processed.
-
-    Returns:
-        out [T, H, V] in v's dtype and lse [T, H] in float32 (float64 for float64 inputs): zeros and -inf for a query
-        without keys, NaN for one whose selection's scores are.
-    """
-    dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
-    (T, H, D), V = q.shape, v.shape[2]
-    out = v.new_zeros(T, H, V)
-    lse = torch.full((T, H), -torch.inf, dtype=dtype, device=q.device)
-    most = int(selection.count.max()) if T else 0
-    numbers = max(2 * (D + V) + 3 * (H // k.shape[1]) + 2, 4 * _THIN)  # for a query and one of its keys, in either way
-    step = max(1, workspace_bytes // (max(1, most) * numbers * dtype.itemsize))
-    if q.device.type == "cpu":
-        step = min(step, _CPU_ROWS)
-    for begin in range(0, T, step):
-        rows = slice(begin, min(begin + step, T))
-        width = int(selection.count[rows].max())
-        if not width:
-            continue
-        keys = selection.indices[rows, :width].long()
-        absent = keys < 0
-        last = int(keys.max()) + 1
-        first = int(keys.masked_fill(absent, last).min())
-        query = q[rows].to(dtype) * softmax_scale
-        near = slice(first, last)
-        thin = last - first > _THIN * width
-        if thin or not bool(k[near].isfinite().all() and v[near].isfinite().all()):
-            chunk = _gathered(query, k, v, keys.clamp_min_(0), absent)
-        else:
-            chunk = _masked(query, k[near], v[near], (keys - first).masked_fill_(absent, last - first))
-        out[rows], lse[rows] = chunk[0].to(out.dtype), chunk[1]
-    has_nan = selection.scores.isnan().any(-1)
-    out[has_nan], lse[has_nan] = torch.nan, torch.nan
-    return out, lse
-
-
-def _gathered(q: Tensor, k: Tensor, v: Tensor, keys: Tensor, absent: Tensor) -> tuple[Tensor, Tensor]:
-    """out [R, H, V] and lse [R, H] over keys [R, K] of all S, without those that are absent; q is scaled."""
-    per_group = q.shape[1] // k.shape[1]
-    out, lse = q.new_empty(*q.shape[:2], v.shape[2]), q.new_empty(q.shape[:2])
-    for g in range(k.shape[1]):
-        heads = slice(g * per_group, (g + 1) * per_group)
-        logits = q[:, heads] @ k[:, g][keys].to(q.dtype).transpose(1, 2)
-        logits.masked_fill_(absent[:, None], -torch.inf)
-        value = v[:, g][keys].to(q.dtype).masked_fill_(absent[..., None], 0.0)
-        out[:, heads], lse[:, heads] = _softmax(logits, value)
-    return out, lse
-
-
-def _masked(q: Tensor, k: Tensor, v: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
-    """The same over keys [R, K] of the C that k and v hold, C itself standing for none; all must be finite."""
-    num_keys, per_group = k.shape[0], q.shape[1] // k.shape[1]
-    unselected = torch.ones(len(q), num_keys + 1, dtype=torch.bool, device=q.device).scatter_(1, keys, False)
-    out, lse = q.new_empty(*q.shape[:2], v.shape[2]), q.new_empty(q.shape[:2])
-    for h in range(q.shape[1]):
-        g = h // per_group
-        logits = (q[:, h] @ k[:, g].to(q.dtype).T).masked_fill_(unselected[:, :num_keys], -torch.inf)
-        out[:, h], lse[:, h] = _softmax(logits, v[:, g].to(q.dtype))
-    return out, lse
-
-
-def _softmax(logits: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-    """softmax(logits) @ values and logsumexp(logits): 0 and -inf where every logit is -inf. Overwrites logits."""
-    largest = logits.amax(-1, keepdim=True)
-    empty = largest == -torch.inf
-    p = logits.sub_(largest.masked_fill(empty, 0.0)).exp_()
-    total = p.sum(-1, keepdim=True)
-    return (p @ values).div_(total.masked_fill(empty, 1.0)), (largest + total.log())[..., 0]
