@@ -9,16 +9,36 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from flash_indexer.indexer import LightningIndexer
     from flash_indexer.intervals import causal_intervals, check_intervals
-    from flash_indexer.ops import IndexerKL, WarmupAttention, indexer_kl, indexer_scores, warmup_attention
+    from flash_indexer.ops import (
+        DSAAttention,
+        IndexerKL,
+        Selection,
+        SparseAttention,
+        WarmupAttention,
+        dsa_attention,
+        indexer_kl,
+        indexer_scores,
+        select_keys,
+        sparse_attention,
+        sparse_indexer_kl,
+        warmup_attention,
+    )
 
 __all__ = [
+    "DSAAttention",
     "IndexerKL",
     "LightningIndexer",
+    "Selection",
+    "SparseAttention",
     "WarmupAttention",
     "causal_intervals",
     "check_intervals",
+    "dsa_attention",
     "indexer_kl",
     "indexer_scores",
+    "select_keys",
+    "sparse_attention",
+    "sparse_indexer_kl",
     "warmup_attention",
 ]
 __version__ = "0.1.0"

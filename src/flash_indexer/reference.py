@@ -138,9 +138,7 @@ def selected_keys(
     return selected
 
 
-def sparse_attention(
-    q: Tensor, k: Tensor, v: Tensor, selected: Tensor, softmax_scale: float
-) -> tuple[Tensor, Tensor]:
+def sparse_attention(q: Tensor, k: Tensor, v: Tensor, selected: Tensor, softmax_scale: float) -> tuple[Tensor, Tensor]:
     """out[t,h] = sum_{s in S_t} a[t,h,s] v[s,g(h)], a = softmax over S_t of scale * q[t,h]·k[s,g(h)]; lse over S_t.
 
     out [T, H, V] and lse [T, H]: zeros and -inf for a query that selected nothing.

@@ -9,14 +9,29 @@ from flash_indexer.ops.kl.sums import body_of, indexer_kl_sums, make_stages
 from flash_indexer.ops.kl.torch_body import index_gradients, index_scores, kl_rows, teacher_lse, teacher_scores
 from flash_indexer.ops.known import known_loss
 from flash_indexer.ops.problem import Problem, Sums, WaitForKeys
-from flash_indexer.ops.sparse.torch_body import Selection, sparse_attention, top_keys
+from flash_indexer.ops.sparse.dsa_op import DSAAttention, dsa_attention
+from flash_indexer.ops.sparse.kl_op import sparse_indexer_kl
+from flash_indexer.ops.sparse.op import SparseAttention, select_keys, sparse_attention
+from flash_indexer.ops.sparse.selection import Selection, check_selection
+from flash_indexer.ops.sparse.stages import (
+    select_rows,
+    sparse_backward,
+    sparse_forward,
+    sparse_index_gradients,
+    sparse_index_scores,
+    sparse_kl_rows,
+    sparse_target,
+)
+from flash_indexer.ops.sparse.torch_select import top_keys
 from flash_indexer.ops.unseen import with_unseen
 from flash_indexer.ops.warmup import WarmupAttention, warmup_attention
 
 __all__ = [
+    "DSAAttention",
     "IndexerKL",
     "Problem",
     "Selection",
+    "SparseAttention",
     "Stages",
     "Sums",
     "WaitForKeys",
@@ -24,7 +39,9 @@ __all__ = [
     "attention_forward",
     "body_of",
     "check_indexer_kl",
+    "check_selection",
     "check_workspace",
+    "dsa_attention",
     "index_gradients",
     "index_scores",
     "indexer_kl",
@@ -34,7 +51,16 @@ __all__ = [
     "known_loss",
     "make_stages",
     "run_stages",
+    "select_keys",
+    "select_rows",
     "sparse_attention",
+    "sparse_backward",
+    "sparse_forward",
+    "sparse_index_gradients",
+    "sparse_index_scores",
+    "sparse_indexer_kl",
+    "sparse_kl_rows",
+    "sparse_target",
     "teacher_lse",
     "teacher_scores",
     "top_keys",

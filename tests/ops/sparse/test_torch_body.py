@@ -7,12 +7,12 @@ from itertools import pairwise
 
 import pytest
 import torch
+from flash_indexer.ops.sparse.torch_body import Selection, sparse_attention, top_keys
 from torch import Tensor
 
 from flash_indexer import reference
 from flash_indexer.intervals import causal_intervals
 from flash_indexer.ops.sparse import torch_body
-from flash_indexer.ops.sparse.torch_body import Selection, sparse_attention, top_keys
 
 TINY = 2000  # bytes: a few queries a chunk
 

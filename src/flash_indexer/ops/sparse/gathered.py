@@ -22,7 +22,7 @@ class Slots(NamedTuple):
 
 
 def chunks(selection: Selection, numbers: int, itemsize: int, workspace_bytes: int) -> Iterator[Slots]:
-    """Runs of query rows whose `numbers` numbers a slot fit workspace_bytes; one row at least, those without keys not."""
+    """Runs of query rows, one at least, whose `numbers` numbers a slot fit workspace_bytes; those without keys not."""
     indices, count = selection.indices, selection.count
     T = indices.shape[0]
     most = int(count.max()) if T else 0

@@ -1,4 +1,4 @@
-"""The kernels' side of the sparse stage: which sizes they take. There are none yet; `stages` says what to write here."""
+"""The kernels' side of the sparse stage: which sizes they take. There are none yet; `stages` says what belongs here."""
 
 from __future__ import annotations
 

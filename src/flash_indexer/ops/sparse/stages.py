@@ -8,15 +8,15 @@
     sparse_kl_rows          kl, entropy, di                               p_sum, scores, count, token_weight
     sparse_index_gradients  d_index_q, sum d_index_k, d_index_weights     di, leaves, Selection
 
-Every step takes any run of query rows (`SparseProblem.rows`, `Selection.rows`) with all keys. What belongs to a query is
-written; what belongs to a key (dk, dv, d_index_k) is a sum over queries in float32 (float64 for float64 inputs), added
-to buffers that the caller has zeroed, so that runs of rows, and ranks, add up before anything is rounded. p_sum, the
-probabilities summed over this process's heads and not divided by their row sum, is where ranks that share out heads put
-their sum.
+Every step takes any run of query rows (`SparseProblem.rows`, `Selection.rows`) with all keys. What belongs to a query
+is written; what belongs to a key (dk, dv, d_index_k) is a sum over queries in float32 (float64 for float64 inputs),
+added to buffers that the caller has zeroed, so that runs of rows, and ranks, add up before anything is rounded. p_sum,
+the probabilities summed over this process's heads and not divided by their row sum, is where ranks that share out heads
+put their sum.
 
-Contract of slots: only the first count[t] slots of a row are read. Behind them outputs hold p_sum = 0, scores = -inf and
-di = 0. Keys and values that a query did not select have no part in its results, finite or not. In torch, on any device,
-the contents of a selection are checked; a kernel skips a slot whose index is not from 0 to S - 1.
+Contract of slots: only the first count[t] slots of a row are read. Behind them outputs hold p_sum = 0, scores = -inf
+and di = 0. Keys and values that a query did not select have no part in its results, finite or not. In torch, on any
+device, the contents of a selection are checked; a kernel skips a slot whose index is not from 0 to S - 1.
 
 A GPU body (gpu_body.py) has these functions, as torch_select, torch_attention and torch_index have them:
 

@@ -7,10 +7,11 @@
     dk[s,g]     += scale * sum_{t, h of g} dS q[t,h]       dv[s,g] += sum_{t, h of g} a d_out[t,h]
 
 Where the chunk's selected keys are spread thinly, keys and values are gathered for each query; elsewhere the chunk
-attends to the range of keys that holds them under a mask, head by head. Both ways a key that a query did not select has
-no part in its results, whether it is finite or not. Products and sums are taken in float32 (float64 for float64 inputs).
+attends to the range of keys that holds them under a mask, head by head. Both ways a key that a query did not select
+has no part in its results, whether it is finite or not. Products and sums are taken in float32 (float64 for float64
+inputs).
 
-R query rows of a chunk, W their largest number of selected keys, C the keys of a range, P heads that are taken together.
+R query rows of a chunk, W their largest number of selected keys, C the keys of a range, P heads taken together.
 """
 
 from __future__ import annotations

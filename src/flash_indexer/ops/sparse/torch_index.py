@@ -5,7 +5,7 @@
     KL[t]    = sum_{s in S_t} p (log p - i) + log sum_{s in S_t} exp(i)
     di[t,s]  = token_weight[t] * (softmax over S_t of i[t,:] - p[t,s])
 
-R query rows of a chunk, W their largest number of selected keys. Sums are taken in float32 (float64 for float64 inputs).
+R query rows of a chunk, W their largest number of selected keys. Sums are taken in float32, or float64.
 """
 
 from __future__ import annotations

@@ -53,8 +53,8 @@ def select(
         scores = tiled_scores(index_q[rows], index_k[first : chunk.last], index_weights[rows])
         made = top_keys(scores, key_start[rows] - first, key_end[rows] - first, topk, always)
         made.indices.add_(first).masked_fill_(made.indices < first, -1)
-        for whole, part in zip(out, made, strict=True):
-            whole[rows, ..., : part.shape[-1]] = part
+        slots = rows, slice(made.indices.shape[1])
+        out.indices[slots], out.count[rows], out.scores[slots] = made
     return out
 
 
@@ -68,7 +68,7 @@ def tiled_scores(index_q: Tensor, index_k: Tensor, index_weights: Tensor) -> Ten
     dtype, (height, width) = compute_dtype(index_q), tile_of(index_q.device)
     (rows, _, E), num_keys = index_q.shape, index_k.shape[0]
     pad, scores = -E % _WIDTH, index_q.new_empty(rows, num_keys, dtype=dtype)
-    keys = F.pad(index_k.to(dtype), (0, pad, 0, -num_keys % width)).split(width)
+    keys = torch.split(F.pad(index_k.to(dtype), (0, pad, 0, -num_keys % width)), width)
     products, tile = (torch.empty(height, width, dtype=dtype, device=index_q.device) for _ in range(2))
     for begin in range(0, rows, height):
         end = min(begin + height, rows)
@@ -85,9 +85,7 @@ def tiled_scores(index_q: Tensor, index_k: Tensor, index_weights: Tensor) -> Ten
 
 
 @torch.no_grad()
-def top_keys(
-    scores: Tensor, key_start: Tensor, key_end: Tensor, k: int, always: tuple[int, int] = (0, 0)
-) -> Selection:
+def top_keys(scores: Tensor, key_start: Tensor, key_end: Tensor, k: int, always: tuple[int, int] = (0, 0)) -> Selection:
     """S_t = the k largest of scores[t, key_start[t]:key_end[t]], of equal scores the lowest key; all of at most k.
 
     Args:
