@@ -70,15 +70,15 @@ def reference_dsa(
     """
     x = inputs.double()
     attended = [y.detach().clone().requires_grad_() for y in (x.q, x.k, *(() if v is None else (v.double(),)))]
-    leaves = [y.detach().clone().requires_grad_() for y in (x.index_q, x.index_k, x.index_weights)]
+    index_q, index_k, index_weights = (y.detach().clone().requires_grad_() for y in _leaves(x))
     values = attended[1][..., :value_dim] if v is None else attended[2]
     out, lse = reference.sparse_attention(attended[0], attended[1], values, selected, x.softmax_scale)
     weight = None if token_weight is None else token_weight.double()
     loss, kl = reference.sparse_indexer_kl(
-        x.q, x.k, *leaves, selected, softmax_scale=x.softmax_scale, token_weight=weight
+        x.q, x.k, index_q, index_k, index_weights, selected, softmax_scale=x.softmax_scale, token_weight=weight
     )
     dq, dk, *dv = torch.autograd.grad(out, attended, d_out.double())
-    index = torch.autograd.grad(d_loss * loss, leaves)
+    index = torch.autograd.grad(d_loss * loss, (index_q, index_k, index_weights))
     return SparseResult(out.detach(), lse.detach(), loss.detach(), kl, dq, dk, dv[0] if dv else None, *index)
 
 
@@ -114,14 +114,16 @@ def eager_dsa(
     delta = (upstream * out.to(low).float()).sum(-1, keepdim=True)
     ds = (a * (torch.einsum("thv,shv->ths", upstream, wide_v) - delta)).to(low).float()
     dq = scale * torch.einsum("ths,shd->thd", ds, wide_k)
-    dk = scale * torch.einsum("ths,thd->shd", ds, q).unflatten(1, (-1, per_group)).sum(2)
-    dv = torch.einsum("ths,thv->shv", low_a, upstream).unflatten(1, (-1, per_group)).sum(2)
+    groups = k.shape[0], k.shape[1], per_group
+    dk = scale * torch.einsum("ths,thd->shd", ds, q).reshape(*groups, -1).sum(2)
+    dv = torch.einsum("ths,thv->shv", low_a, upstream).reshape(*groups, -1).sum(2)
     if v is None:
         dk[..., :value_dim] += dv
     loss, kl, *index = _eager_index(inputs, a.sum(1), selected, token_weight)
     rounded = [(d_loss * x).to(y.dtype) for x, y in zip(index, _leaves(inputs), strict=True)]
-    dv = None if v is None else dv.to(low)
-    return SparseResult(out.to(low), lse, loss, kl, dq.to(low), dk.to(low), dv, *rounded)
+    return SparseResult(
+        out.to(low), lse, loss, kl, dq.to(low), dk.to(low), None if v is None else dv.to(low), *rounded
+    )
 
 
 def _leaves(inputs: Inputs) -> tuple[Tensor, Tensor, Tensor]:
