@@ -18,7 +18,7 @@ class Problem(NamedTuple):
     """Checked arguments of `indexer_kl`, shapes as there, in the order of the custom operator's arguments.
 
     token_weight: None means 1/n for the n queries that see a key. needs: whether the gradient of each of LEAVES is
-    wanted.
+    wanted. q_scale, k_scale: of q and k in e4m3, [T, H] and [S, G]; None where they are not.
     """
 
     q: Tensor
@@ -34,6 +34,10 @@ class Problem(NamedTuple):
     target: str
     workspace_bytes: int
     needs: Sequence[bool]
+    q_scale: Tensor | None = None
+    k_scale: Tensor | None = None
+    index_dtype: str | None = None
+    teacher_dtype: str | None = None
 
     @property
     def leaves(self) -> tuple[Tensor, Tensor, Tensor]:

@@ -44,10 +44,11 @@ class Quantized(NamedTuple):
 
 
 def scales(largest: Tensor) -> Tensor:
-    """2^ceil(log2(largest / 448)), at least SMALLEST_SCALE; NaN where largest is NaN or infinite. float32 in and out."""
+    """2^ceil(log2(largest / 448)), at least SMALLEST_SCALE; NaN where largest is NaN or infinite. All float32."""
     mantissa, exponent = torch.frexp(largest)  # largest = mantissa * 2^exponent, 0.5 <= mantissa < 1
     exponent = (exponent - _EXPONENT + (mantissa > _MANTISSA).int()).clamp_min_(_SMALLEST_EXPONENT)
     scale = ((exponent + 127) << 23).view(torch.float32)  # by its bits: a device's pow may be inexact
+    scale = torch.where(largest == 0, SMALLEST_SCALE, scale)  # whose exponent frexp gives as 0
     return torch.where(largest.isfinite(), scale, torch.nan)
 
 
@@ -62,7 +63,7 @@ def quantize(x: Tensor, *, rotation: bool = False) -> Quantized:
         ValueError: where a row can't be rotated.
     """
     check_rotation("quantize", x.shape[-1], rotation)
-    flat = x.detach().reshape(-1, x.shape[-1])
+    flat = x.detach().reshape(x.shape[:-1].numel(), x.shape[-1])
     values = torch.empty(flat.shape, dtype=E4M3, device=x.device)
     scale = torch.empty(flat.shape[0], dtype=torch.float32, device=x.device)
     for rows in _chunks(flat):
@@ -77,9 +78,10 @@ def quantize(x: Tensor, *, rotation: bool = False) -> Quantized:
 def dequantize(x: Quantized, dtype: torch.dtype) -> Tensor:
     """values * scale: [..., D], exact in bfloat16 and in every wider dtype."""
     out = torch.empty(x.shape, dtype=dtype, device=x.values.device)
-    flat, values, scale = out.view(-1, out.shape[-1]), x.values.reshape(-1, out.shape[-1]), x.scale.reshape(-1, 1)
-    for rows in _chunks(flat):
-        flat[rows] = values[rows].float() * scale[rows]
+    rows, width = x.scale.numel(), out.shape[-1]
+    flat, values, scale = out.view(rows, width), x.values.reshape(rows, width), x.scale.reshape(rows, 1)
+    for some in _chunks(flat):
+        flat[some] = values[some].float() * scale[some]
     return out
 
 
@@ -99,7 +101,8 @@ def rotate(x: Tensor) -> Tensor:
         left, right = pairs[..., 0, :], pairs[..., 1, :]
         y = torch.stack((left + right, left - right), dim=-2)
         step *= 2
-    return y.reshape(x.shape) * D**-0.5
+    root: float = D**-0.5
+    return y.reshape(x.shape) * root
 
 
 def check_rotation(op: str, width: int, rotation: bool) -> None:

@@ -8,6 +8,17 @@ static __device__ __forceinline__ int lse_count(const int* KE, int t0, int token
   const int end = min(max(load_int(KE, min(t0 + 127, tokens - 1)), 0), keys);
   return max(((end + 127) >> 7) - first, 1);
 }
+// s *= the scales of its two rows and of its columns, two of every group of 8, which lie at `scales` in shared memory
+static __device__ __forceinline__ void lse_scale(float* s, const float* rows, int scales) {
+#pragma unroll
+  for (int g = 0; g < 16; ++g) {
+    const float2 k = load_shared_float2(scales + 32 * g);
+    s[4 * g] *= k.x * rows[0];
+    s[4 * g + 1] *= k.y * rows[0];
+    s[4 * g + 2] *= k.x * rows[1];
+    s[4 * g + 3] *= k.y * rows[1];
+  }
+}
 // m, l [2]: running maximum (of logits times c) and sum of 2^(logit·c - m) of the thread's keys of its two rows
 static __device__ __forceinline__ void lse_add(
     float* s, float* m, float* l, const int* low, const int* high, int s0, float c) {

@@ -46,11 +46,41 @@ def shared_address(buffer):
 
 
 class Ring(NamedTuple):
-    """Stages in shared memory, and their barriers."""
+    """Stages in shared memory, their barriers, and of rows with a tail the arrays that hold it."""
 
     stages: Any
     full: Any
     empty: Any
+    tails: Any = None
+
+
+class Chunks:
+    """A row of D columns in `count` chunks of `width`, lines of 128 bytes where D allows; `tail` more in the last.
+
+    The tail of a row lies in an array of its own, on the barriers of the last chunk: of a ring of n stages
+    `tails(n)` arrays are enough, since an array is free when the stage of the last chunk is.
+    """
+
+    def __init__(self, D, fp8):
+        self.fp8, self.dtype = fp8, "float8_e4m3fn" if fp8 else "bfloat16"
+        widths = (128, 64, 32) if fp8 else (64,) if D % 64 == 0 else (32,)
+        self.width = next(width for width in widths if width <= D)
+        self.count = D // self.width
+        self.tail = D - self.count * self.width
+        self.last = self.count - 1
+        self.sliced = self.count > 4 or D == 576  # f of one product is spread over the chunks of the next
+
+    def tails(self, stages):
+        """Arrays for the tails of a ring."""
+        return -(-stages // self.count)
+
+    def begun(self, c):
+        """Products begun with chunk c that may be under way while the chunk before is handed back."""
+        return 2 if self.tail and c == self.last else 1
+
+    def slots(self, stages):
+        """Arrays of scales of a ring's rows: the sum over a product lags it by one."""
+        return -(-stages // self.count) + 2
 
 
 @T.macro
@@ -86,6 +116,14 @@ def advance(stage: T.Ref, parity: T.Ref, count):
     if stage == count:
         stage = 0
         parity = parity ^ 1
+
+
+@T.macro
+def turn(place: T.Ref, count):
+    """The next of `count` places."""
+    place = place + 1
+    if place == count:
+        place = 0
 
 
 @T.macro

@@ -1,26 +1,58 @@
 #pragma once
 #include "../device/accumulator.cuh"
-// a += f(s) for column groups FIRST .. LAST-1; l = the row scalars (lse or weight) of the thread's two rows.
 // exp(x - lse) = 2^(x·c - n)·2^(n - lse·log2(e)) with n = lse·log2(e) rounded: n's rounding error would be common to
 // all keys of a head, so the second factor, 1 plus a few 1e-7, multiplies each term in the addition
+struct Normalizer {
+  float n, f;  // -n, and the second factor
+  __device__ __forceinline__ explicit Normalizer(float lse) {
+    n = lse * -LOG2E;
+    f = fmaf(fmaf(lse, -1.9259629911e-8f, fmaf(lse, -LOG2E, -n)), LN2, 1.0f);
+  }
+};
+// a += f(s) for column groups FIRST .. LAST-1; l = the row scalars (lse or weight) of the thread's two rows
 template <int MODE, int FIRST, int LAST>
 static __device__ __forceinline__ void sc_add(const float* s, float* a, const float* l, float c) {
-  const float n0 = l[0] * -LOG2E, n1 = l[1] * -LOG2E;
-  const float r0 = fmaf(l[0], -1.9259629911e-8f, fmaf(l[0], -LOG2E, -n0));
-  const float r1 = fmaf(l[1], -1.9259629911e-8f, fmaf(l[1], -LOG2E, -n1));
-  const float f0 = fmaf(r0, LN2, 1.0f), f1 = fmaf(r1, LN2, 1.0f);
+  const Normalizer upper(l[0]), lower(l[1]);
 #pragma unroll
   for (int g = FIRST; g < LAST; ++g) {
 #pragma unroll
     for (int i = 4 * g; i < 4 * g + 4; ++i) {
       if (MODE == 0) {
-        a[i] = fmaf(exp2_approximate(fmaf(s[i], c, (i & 2) ? n1 : n0)), (i & 2) ? f1 : f0, a[i]);
+        a[i] = fmaf(
+            exp2_approximate(fmaf(s[i], c, (i & 2) ? lower.n : upper.n)), (i & 2) ? lower.f : upper.f, a[i]);
       } else if (MODE == 1) {
         a[i] = fmaf(relu(s[i]), (i & 2) ? l[1] : l[0], a[i]);
       } else {
         a[i] = fmaf(s[i], c, a[i]);
       }
     }
+  }
+}
+// the teacher's of e4m3 rows: l[2], l[3] are the scales of the two rows; those of the thread's columns, two of every
+// group of 8, lie at `scales` in shared memory
+template <int FIRST, int LAST>
+static __device__ __forceinline__ void sc_add_scaled(const float* s, float* a, const float* l, float c, int scales) {
+  const Normalizer upper(l[0]), lower(l[1]);
+  const float cu = c * l[2], cl = c * l[3];
+#pragma unroll
+  for (int g = FIRST; g < LAST; ++g) {
+    const float2 k = load_shared_float2(scales + 32 * g);
+    const int i = 4 * g;
+    a[i] = fmaf(exp2_approximate(fmaf(s[i] * k.x, cu, upper.n)), upper.f, a[i]);
+    a[i + 1] = fmaf(exp2_approximate(fmaf(s[i + 1] * k.y, cu, upper.n)), upper.f, a[i + 1]);
+    a[i + 2] = fmaf(exp2_approximate(fmaf(s[i + 2] * k.x, cl, lower.n)), lower.f, a[i + 2]);
+    a[i + 3] = fmaf(exp2_approximate(fmaf(s[i + 3] * k.y, cl, lower.n)), lower.f, a[i + 3]);
+  }
+}
+// a *= the scales of its columns
+static __device__ __forceinline__ void sc_scale(float* a, int scales) {
+#pragma unroll
+  for (int g = 0; g < 16; ++g) {
+    const float2 k = load_shared_float2(scales + 32 * g);
+    a[4 * g] *= k.x;
+    a[4 * g + 1] *= k.y;
+    a[4 * g + 2] *= k.x;
+    a[4 * g + 3] *= k.y;
   }
 }
 // the tile's rows of OUT begin at row0; the accumulator is cleared for the next tile

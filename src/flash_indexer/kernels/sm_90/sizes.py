@@ -24,7 +24,10 @@ MAX_HEADS, MAX_INDEX_HEADS = 128, 64
 PADDED_HEADS = (8, 16, 32, 64)
 EXP, RELU, SUM = 0, 1, 2  # modes of `score`
 SCORE_STAGES = {32: (8, 4), 64: (8, 4), 96: (7, 6), 128: (8, 4), 192: (7, 6), 256: (8, 5), 576: (5, 9)}  # Q, K rings
+# of e4m3 rows, twice as many columns a stage, and up to two more arrays for what is left of a row (`macros.Chunks`)
+SCORE_FP8 = {32: (8, 4), 64: (8, 4), 96: (8, 6), 128: (8, 4), 192: (5, 4), 256: (8, 5), 576: (6, 5)}
 LSE_STAGES = {64: (2, 6), 96: (6, 9), 128: (4, 8), 192: (6, 7), 256: (4, 8), 576: (9, 4)}  # of the Q and K rings
+LSE_FP8 = {64: (2, 6), 96: (2, 6), 128: (2, 8), 192: (2, 6), 256: (4, 8), 576: (6, 5)}
 X_STAGES, Y_STAGES = 2, {32: 10, 64: 8, 128: 4}  # of `gradients`; Y by E: about as many bytes in flight
 
 # Attention: widths of queries, keys and values (others are padded with zeros), keys of a tile at most
@@ -49,6 +52,12 @@ class Kernel(NamedTuple):
     function: str
     compiled: tuple[Sizes, ...]
     streamed: bool = True
+
+
+def quantized_rows(D: int) -> int:
+    """Rows that a block of `quantize` or `rotate` takes: 4 to 32 lanes hold one."""
+    vectors = D // 8
+    return 256 // next(lanes for lanes in (32, 16, 8, 4) if vectors % lanes == 0)
 
 
 def attention(D: int, V: int, E: int, HG: int) -> Sizes:
@@ -167,8 +176,32 @@ BUILDERS = {
             *({"D": E, "mode": RELU} for E in INDEX_WIDTHS),
         ),
     ),
+    "score_fp8": Kernel(
+        "score",
+        "build_fp8",
+        (
+            *({"D": D, "mode": EXP} for D in HEAD_WIDTHS),
+            *({"D": E, "mode": RELU} for E in INDEX_WIDTHS),
+        ),
+    ),
     "lse": Kernel("lse", "build", tuple({"D": D} for D in HEAD_WIDTHS)),
+    "lse_fp8": Kernel("lse", "build_fp8", tuple({"D": D} for D in HEAD_WIDTHS)),
     "rows": Kernel("rows", "build", ({"logits": 0}, {"logits": 1}), streamed=False),
+    "quantize": Kernel(
+        "quantize",
+        "build",
+        (
+            *({"D": D, "rotation": 0, "copy": 0} for D in HEAD_WIDTHS),
+            *({"D": E, "rotation": rotation, "copy": 1} for E in INDEX_WIDTHS for rotation in (0, 1)),
+        ),
+        streamed=False,
+    ),
+    "rotate": Kernel(
+        "quantize",
+        "build_rotate",
+        tuple({"E": E, "wide": wide} for E in INDEX_WIDTHS for wide in (0, 1)),
+        streamed=False,
+    ),
     "gradients_query": Kernel("gradients", "build_query", INDEX_HEADS),
     "gradients_key": Kernel("gradients", "build_key", INDEX_HEADS),
     "gradients_reduce": Kernel("gradients_reduce", "build", INDEX, streamed=False),

@@ -23,6 +23,7 @@ from flash_indexer.kernels.sm_90.sizes import (
     SUM,
 )
 from flash_indexer.ops import launch
+from flash_indexer.ops.kl import gpu_fp8
 from flash_indexer.ops.kl.plan import Plan, PlanSizes, TileChunk
 from flash_indexer.ops.problem import Problem
 from flash_indexer.ops.worklists import TILE
@@ -73,13 +74,13 @@ def prepare(problem: Problem) -> None:
     """Has every kernel of the call and of its backward compiled, those that are missing side by side."""
     D, (I, E), needs = problem.q.shape[2], problem.index_q.shape[1:], problem.needs
     mean, index = problem.target == "mean", dict(E=E, IP=padded_heads(I))
-    wanted: list[launch.Wanted] = [
-        ("score", dict(D=D, mode=EXP if mean else SUM)),
-        ("score", dict(D=E, mode=RELU)),
-        ("rows", dict(logits=int(not mean))),
-    ]
-    if mean and problem.lse is None:
-        wanted.append(("lse", dict(D=D)))
+    wanted: list[launch.Wanted] = [("rows", dict(logits=int(not mean))), *gpu_fp8.kernels(problem)]
+    if not gpu_fp8.has_fp8_teacher(problem):
+        wanted.append(("score", dict(D=D, mode=EXP if mean else SUM)))
+        if mean and problem.lse is None:
+            wanted.append(("lse", dict(D=D)))
+    if problem.index_dtype is None:
+        wanted.append(("score", dict(D=E, mode=RELU)))
     if needs[0] or needs[2]:
         wanted.append(("gradients_query", index))
     if needs[1]:

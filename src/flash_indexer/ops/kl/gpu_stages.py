@@ -8,9 +8,12 @@ from torch import Tensor
 from flash_indexer.ops import launch
 from flash_indexer.ops.blockwise import compute_dtype
 from flash_indexer.ops.kl import gpu_body
+from flash_indexer.ops.kl.arithmetic import FP8, with_wide_teacher
+from flash_indexer.ops.kl.gpu_fp8 import Fp8Index, Fp8Teacher, has_fp8_teacher
 from flash_indexer.ops.kl.plan_shards import ShardPlan, shard_plan
 from flash_indexer.ops.kl.stages import new_sums
-from flash_indexer.ops.problem import Problem, WaitForKeys
+from flash_indexer.ops.problem import Problem, Sums, WaitForKeys
+from flash_indexer.ops.quantization_gpu import rotate_rows
 from flash_indexer.ops.worklists import TILE
 
 
@@ -24,18 +27,37 @@ class GpuStages:
             self.plan = shard_plan(problem.key_start, problem.key_end, gpu_body.plan_sizes(problem), rank, world)
             self.chunks = len(self.plan.shards)
             gpu_body.prepare(problem)
-            self.q, self.k, *leaves = map(launch.aligned, (problem.q, problem.k, *problem.leaves))
-            self.leaves = (leaves[0], leaves[1], leaves[2])
+            self._take_teacher(problem)
+            index_q, index_k, weights = map(launch.aligned, problem.leaves)
+            self.leaves = (index_q, index_k, weights)
+            self.rotated = problem.index_dtype == FP8
+            self.fp8_index = None if problem.index_dtype is None else Fp8Index(self.leaves, problem.index_dtype)
             self.row_inputs = gpu_body.Rows(
                 problem.key_start.contiguous(), problem.key_end.contiguous(), problem.weight.contiguous()
             )
             self.lse = None if problem.lse is None else problem.lse.contiguous()
             if not self.logits and self.lse is None and self.chunks:
-                if wait_for_keys is not None:
-                    wait_for_keys(self.k.shape[0])
-                self.lse = gpu_body.teacher_lse(self.q, self.k, *self.row_inputs[:2], self.scale)
+                self._find_lse()
             self.sums = new_sums(problem, every_row_is_written=world == 1 and self.plan.own.complete)
             self._allocate(self.plan, 1 if world == 1 else 2)
+
+    def _take_teacher(self, problem: Problem) -> None:
+        """Its queries and keys as the scores read them; e4m3 keys are made of all that there are."""
+        self.fp8_teacher = None
+        if problem.teacher_dtype is not None and self.wait_for_keys is not None:
+            self.wait_for_keys(problem.k.shape[0])
+        if has_fp8_teacher(problem):
+            self.fp8_teacher = Fp8Teacher(problem)
+        problem = with_wide_teacher(problem) if self.fp8_teacher is None else problem
+        self.q, self.k = launch.aligned(problem.q), launch.aligned(problem.k)
+
+    def _find_lse(self) -> None:
+        if self.fp8_teacher is not None:
+            self.lse = self.fp8_teacher.lse(*self.row_inputs[:2])
+            return
+        if self.wait_for_keys is not None:
+            self.wait_for_keys(self.k.shape[0])
+        self.lse = gpu_body.teacher_lse(self.q, self.k, *self.row_inputs[:2], self.scale)
 
     def _allocate(self, plan: ShardPlan, chunks_under_way: int) -> None:
         index_q, _, weights = self.leaves
@@ -64,7 +86,9 @@ class GpuStages:
             self.wait_for_keys(chunk.keys)
         out = self.scores[n % len(self.scores)][: chunk.tiles * TILE]
         with torch.cuda.device(self.q.device):
-            if self.logits:
+            if self.fp8_teacher is not None and self.lse is not None:
+                self.fp8_teacher.scores(self.lse, chunk, out)
+            elif self.logits:
                 gpu_body.summed_logits(self.q, self.k, chunk, out, self.scale)
             else:
                 gpu_body.teacher_scores(self.q, self.k, self.lse, chunk, out, self.scale)
@@ -77,8 +101,22 @@ class GpuStages:
             return
         scores, di = self.index_scores[: p.shape[0]], self.di[: p.shape[0]]
         with torch.cuda.device(self.q.device):
-            gpu_body.index_scores(*self.leaves, own, scores)
+            leaves = self.leaves
+            if self.fp8_index is None:
+                gpu_body.index_scores(*leaves, own, scores)
+            else:
+                leaves = self.fp8_index.leaves
+                self.fp8_index.scores(own, scores)
             out = di, self.sums.kl, self.sums.entropy
             gpu_body.kl_rows(p, scores, self.plan.own, own, self.row_inputs, out, self.logits)
             if any(self.needs):
-                gpu_body.index_gradients(di, self.leaves, self.plan.own, own, self.partials, self.out)
+                gpu_body.index_gradients(di, leaves, self.plan.own, own, self.partials, self.out)
+
+    def end(self) -> Sums:
+        """The result, when every chunk is done."""
+        if self.rotated:
+            with torch.cuda.device(self.q.device):
+                for gradient in self.sums.gradients[:2]:
+                    if gradient is not None:
+                        rotate_rows(gradient)
+        return self.sums

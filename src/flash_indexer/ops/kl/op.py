@@ -14,8 +14,10 @@ from flash_indexer.ops.blockwise import compute_dtype
 from flash_indexer.ops.bodies import TORCH
 from flash_indexer.ops.checks import check_indexer_kl, check_workspace
 from flash_indexer.ops.kl import gpu_body
+from flash_indexer.ops.kl.arithmetic import check_arithmetic, parts, stand_in
 from flash_indexer.ops.kl.sums import body_of, indexer_kl_sums
 from flash_indexer.ops.problem import LEAVES, Problem
+from flash_indexer.ops.quantization import Quantized
 from flash_indexer.ops.unseen import with_unseen
 
 _NAME = "flash_indexer::indexer_kl"
@@ -30,8 +32,8 @@ class IndexerKL(NamedTuple):
 
 
 def indexer_kl(
-    q: Tensor,
-    k: Tensor,
+    q: Tensor | Quantized,
+    k: Tensor | Quantized,
     index_q: Tensor,
     index_k: Tensor,
     index_weights: Tensor,
@@ -43,6 +45,8 @@ def indexer_kl(
     target: str = "mean",
     token_weight: Tensor | None = None,
     workspace_bytes: int = 512 * 2**20,
+    index_dtype: str | None = None,
+    teacher_dtype: str | None = None,
 ) -> IndexerKL:
     """loss = sum_t token_weight[t] * KL(p[t,:] || softmax(i[t,:])), in linear memory, with exact gradients.
 
@@ -66,6 +70,18 @@ def indexer_kl(
         target: "mean" (the paper's), "per_head" or "sum_logits".
         token_weight: [T]; None means 1/n for the n queries that see a key.
         workspace_bytes: bound on the memory for score tiles; query rows are processed in chunks that fit.
+        index_dtype: "fp8" computes the loss of index_q and index_k as they are served, rotated and rounded to e4m3 with
+            a scale a row (`quantize`); "fp8_unrotated" leaves the rotation out. Gradients go straight through: those
+            with respect to the rounded tensors, rotated back.
+        teacher_dtype: "fp8" takes the teacher's logits from q and k in e4m3, a scale a row and head. q and k may be
+            handed over as `Quantized`. An lse is read as given: the model's own is that of its own logits, so
+            sum_s a[t,h,s] is 1 only as far as these agree (`flash-indexer check --fp8` reports it); lse=None is the
+            rounded logits' own.
+
+    Products in e4m3 run on the tensor cores with target="mean" ("sum_logits": the indexer's alone) where the kernels
+    run, at up to twice bfloat16's rate; elsewhere the rounded tensors are multiplied in the wider dtype, the same up to
+    the order of sums. Memory beside the workspace: index_q and index_k once more and a half, k's and a chunk of q's
+    e4m3.
 
     Dtypes: on CUDA q, k, index_q, index_k bfloat16 and the rest float32; on the CPU float32 or float64 throughout.
     Kernels run on GPUs of compute capability 9.0 with tilelang installed, where D is 64, 96, 128, 192, 256 or 576, E is
@@ -85,9 +101,11 @@ def indexer_kl(
 
     Source: DeepSeek-V3.2-Exp technical report (2025), section 2.1, dense warm-up stage.
     """
+    (q, q_scale), (k, k_scale) = parts("indexer_kl", "q", q), parts("indexer_kl", "k", k)
+    check_arithmetic("indexer_kl", q, k, index_q, index_dtype, teacher_dtype)
     tensors = dict(
-        q=q,
-        k=k,
+        q=stand_in(q, q_scale, index_q),
+        k=stand_in(k, k_scale, index_q),
         index_q=index_q,
         index_k=index_k,
         index_weights=index_weights,
@@ -100,7 +118,7 @@ def indexer_kl(
     needs = [grad and x.requires_grad for x in (index_q, index_k, index_weights)]
     problem = Problem(
         q, k, index_q, index_k, index_weights, lse, key_start, key_end, token_weight, softmax_scale, target,
-        workspace_bytes, needs,
+        workspace_bytes, needs, q_scale, k_scale, index_dtype, teacher_dtype,
     )  # fmt: skip
     loss, kl, entropy, *_ = _indexer_kl(*problem)
     return IndexerKL(loss, kl, entropy)
@@ -120,11 +138,15 @@ def _op(
     target: str,
     workspace_bytes: int,
     needs: Sequence[bool],
+    q_scale: Tensor | None = None,
+    k_scale: Tensor | None = None,
+    index_dtype: str | None = None,
+    teacher_dtype: str | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The schema of the custom operator: Problem's fields -> loss, kl, entropy and a gradient for each of LEAVES."""
     problem = Problem(
         q, k, index_q, index_k, index_weights, lse, key_start, key_end, token_weight, softmax_scale, target,
-        workspace_bytes, needs,
+        workspace_bytes, needs, q_scale, k_scale, index_dtype, teacher_dtype,
     )  # fmt: skip
     return _compute(problem)
 
@@ -155,7 +177,7 @@ def _compute(problem: Problem) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, 
 def mean_weight(problem: Problem) -> Tensor:
     """1/n for each of the n queries that see a key, 0 for the others: [T], in the dtype that torch computes in."""
     seen = problem.key_end > problem.key_start
-    return seen.to(compute_dtype(problem.q)) / seen.sum().clamp_min(1)
+    return seen.to(compute_dtype(problem.index_q)) / seen.sum().clamp_min(1)
 
 
 # not torch.library.custom_op, whose first call imports torch._dynamo: seconds in which nothing is computed
@@ -168,7 +190,7 @@ if tuple(inspect.signature(_op).parameters) != Problem._fields:
 
 def _fake(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     problem = Problem(*arguments)
-    q, dtype = problem.q, compute_dtype(problem.q)
+    q, dtype = problem.q, compute_dtype(problem.index_q)
     kl = q.new_empty(q.shape[:2] if problem.target == "per_head" else q.shape[:1], dtype=dtype)
     a, b, c = (
         torch.empty_like(x, memory_format=torch.contiguous_format) if need else x.new_empty(0)

@@ -36,6 +36,9 @@ class Stages(Protocol):
     def index(self, n: int, p: Tensor) -> None:
         """KL and gradients of this rank's rows of chunk n, from its piece summed over ranks; p is overwritten."""
 
+    def end(self) -> Sums:
+        """The result, when every chunk is done."""
+
 
 def run_stages(
     stages: Stages,
@@ -63,7 +66,7 @@ def run_stages(
                 stages.index(n - 1, coming.pop(0)())
                 if after is not None:
                     after(n - 1)
-    return stages.sums
+        return stages.end()
 
 
 def new_sums(problem: Problem, every_row_is_written: bool = False) -> Sums:

@@ -9,6 +9,7 @@ from flash_indexer.ops import bodies
 from flash_indexer.ops.attention import per_head_op
 from flash_indexer.ops.bodies import TORCH
 from flash_indexer.ops.kl import gpu_body
+from flash_indexer.ops.kl.arithmetic import straight_through, with_wide_index, with_wide_teacher
 from flash_indexer.ops.kl.gpu_stages import GpuStages
 from flash_indexer.ops.kl.stages import Stages, run_stages
 from flash_indexer.ops.kl.torch_stages import TorchStages
@@ -33,7 +34,10 @@ def indexer_kl_sums(problem: Problem, wait_for_keys: WaitForKeys | None = None) 
     """
     body = body_of(problem)
     if problem.target == "per_head" and body != TORCH:
-        return per_head_op.per_head_sums(problem, wait_for_keys)
+        if problem.teacher_dtype is not None and wait_for_keys is not None:
+            wait_for_keys(problem.k.shape[0])
+        wide = with_wide_index(with_wide_teacher(problem))
+        return straight_through(per_head_op.per_head_sums(wide, wait_for_keys), problem.index_dtype)
     return run_stages(make_stages(problem, body, wait_for_keys=wait_for_keys), problem.q.device)
 
 

@@ -13,8 +13,9 @@ from torch import Tensor
 from flash_indexer.intervals import check_intervals
 from flash_indexer.ops.blockwise import Chunk, compute_dtype, local_intervals, plan_chunks
 from flash_indexer.ops.kl import torch_body
+from flash_indexer.ops.kl.arithmetic import straight_through, with_wide_index, with_wide_teacher
 from flash_indexer.ops.kl.stages import new_sums
-from flash_indexer.ops.problem import Problem, WaitForKeys
+from flash_indexer.ops.problem import Problem, Sums, WaitForKeys
 
 
 class TorchStages:
@@ -22,6 +23,10 @@ class TorchStages:
 
     def __init__(self, problem: Problem, rank: int, world: int, wait_for_keys: WaitForKeys | None) -> None:
         check_intervals(problem.key_start, problem.key_end, problem.k.shape[0])
+        self.index_dtype = problem.index_dtype
+        if problem.teacher_dtype is not None and wait_for_keys is not None:
+            wait_for_keys(problem.k.shape[0])
+        problem = with_wide_index(with_wide_teacher(problem))
         self.problem, self.rank, self.world, self.wait_for_keys = problem, rank, world, wait_for_keys
         self.sums, self.dtype = new_sums(problem), compute_dtype(problem.q)
         self.weight = problem.weight.to(self.dtype)
@@ -109,3 +114,8 @@ class TorchStages:
                 d_index_k=sums.d_index_k[keys] if sums.d_index_k is not None else None,
                 d_index_w=sums.d_index_weights[rows, index_heads] if sums.d_index_weights is not None else None,
             )  # fmt: skip
+
+    def end(self) -> Sums:
+        """The result, when every chunk is done."""
+        self.sums = straight_through(self.sums, self.index_dtype)
+        return self.sums

@@ -1,0 +1,126 @@
+#pragma once
+#include "../device/memory.cuh"
+#include "../device/numbers.cuh"
+// A row of D numbers lies in LANES lanes, 8 * VECTORS of them each: vector v of lane l begins at column 8 * (v * LANES + l).
+template <int D>
+struct RowLanes {
+  static constexpr int ALL = D / 8;
+  static constexpr int LANES = ALL % 32 == 0 ? 32 : ALL % 16 == 0 ? 16 : ALL % 8 == 0 ? 8 : 4;
+  static constexpr int VECTORS = ALL / LANES;
+  static constexpr int ROWS = 256 / LANES;  // of a block of 256 threads
+  static __device__ __forceinline__ int row() { return blockIdx.x * ROWS + threadIdx.x / LANES; }
+  static __device__ __forceinline__ int lane() { return threadIdx.x % LANES; }
+  static __device__ __forceinline__ long long at(int row, int v) {
+    return (long long)row * D + 8 * (v * LANES + lane());
+  }
+};
+// x = H x / sqrt(D), sums of pairs at distance 1, 2, 4, ...: D / 8 lanes hold a row
+template <int D>
+static __device__ __forceinline__ void rotate_row(float* x) {
+  static_assert(RowLanes<D>::VECTORS == 1 && (D & (D - 1)) == 0, "a row is rotated in one vector a lane");
+#pragma unroll
+  for (int step = 1; step < 8; step *= 2)
+#pragma unroll
+    for (int j = 0; j < 8; ++j)
+      if (!(j & step)) {
+        const float left = x[j], right = x[j + step];
+        x[j] = left + right;
+        x[j + step] = left - right;
+      }
+#pragma unroll
+  for (int step = 1; step < D / 8; step *= 2) {
+    const bool upper = RowLanes<D>::lane() & step;
+#pragma unroll
+    for (int j = 0; j < 8; ++j) {
+      const float other = __shfl_xor_sync(0xffffffffu, x[j], step);
+      x[j] = upper ? other - x[j] : x[j] + other;
+    }
+  }
+  constexpr float root = D == 32 ? 0.17677669529663687f : D == 64 ? 0.125f : D == 128 ? 0.08838834764831845f : 0.0625f;
+#pragma unroll
+  for (int j = 0; j < 8; ++j) x[j] *= root;
+}
+static __device__ __forceinline__ void load_bfloat16(const void* p, float* x) {
+  const uint4 raw = *(const uint4*)p;
+  const unsigned words[4] = {raw.x, raw.y, raw.z, raw.w};
+#pragma unroll
+  for (int j = 0; j < 4; ++j) x[2 * j] = low_half(words[j]), x[2 * j + 1] = high_half(words[j]);
+}
+static __device__ __forceinline__ void store_bfloat16(void* p, const float* x) {
+  *(uint4*)p = make_uint4(pack(x[0], x[1]), pack(x[2], x[3]), pack(x[4], x[5]), pack(x[6], x[7]));
+}
+// 2^ceil(log2(largest / 448)), at least 2^-100: 448 has the mantissa 1.75 and the exponent 8
+static __device__ __forceinline__ float power_of_two(float largest) {
+  const int bits = __float_as_int(largest), exponent = (bits >> 23) - 8 + ((bits & 0x7fffff) > 0x600000);
+  return (bits >> 23) == 255 ? __int_as_float(0x7fc00000) : __int_as_float(max(exponent, 27) << 23);
+}
+static __device__ __forceinline__ unsigned short to_e4m3(float low, float high) {
+  unsigned short v;
+  asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(v) : "f"(high), "f"(low));
+  return v;
+}
+// the two of a half word, times scale, as bfloat16 in a word
+static __device__ __forceinline__ unsigned from_e4m3(unsigned short v, float scale) {
+  unsigned halves;
+  asm("cvt.rn.f16x2.e4m3x2 %0, %1;" : "=r"(halves) : "h"(v));
+  float low, high;
+  asm("{ .reg .f16 a, b; mov.b32 {a, b}, %2; cvt.f32.f16 %0, a; cvt.f32.f16 %1, b; }" : "=f"(low), "=f"(high) : "r"(halves));
+  return pack(low * scale, high * scale);
+}
+// V, SC = rows of X in e4m3 and their scales; with COPY, OUT = V * SC. Row r is token r / heads of head r % heads, and
+// its scale goes to SC[head * stride + token]; heads = 1 keeps the rows' order
+template <int D, int ROTATION, int COPY>
+static __device__ __forceinline__ void quantize(
+    const void* X, void* V, float* SC, void* OUT, int rows, int heads, int stride) {
+  using Lanes = RowLanes<D>;
+  const int row = Lanes::row();
+  const bool inside = row < rows;
+  float x[Lanes::VECTORS][8], largest = 0.0f;
+#pragma unroll
+  for (int v = 0; v < Lanes::VECTORS; ++v) {
+    load_bfloat16((const unsigned short*)X + Lanes::at(inside ? row : rows - 1, v), x[v]);
+    if constexpr (ROTATION) rotate_row<D>(x[v]);
+#pragma unroll
+    for (int j = 0; j < 8; ++j) largest = max_or_nan(largest, fabsf(x[v][j]));
+  }
+#pragma unroll
+  for (int step = 1; step < Lanes::LANES; step *= 2)
+    largest = max_or_nan(largest, __shfl_xor_sync(0xffffffffu, largest, step));
+  if (!inside) return;
+  const float scale = power_of_two(largest);
+  const float inverse = isnan(scale) ? scale : __int_as_float((254 << 23) - __float_as_int(scale));
+  if (Lanes::lane() == 0) SC[(long long)(row % heads) * stride + row / heads] = scale;
+#pragma unroll
+  for (int v = 0; v < Lanes::VECTORS; ++v) {
+    unsigned short e[4];
+#pragma unroll
+    for (int j = 0; j < 4; ++j) e[j] = to_e4m3(x[v][2 * j] * inverse, x[v][2 * j + 1] * inverse);
+    const long long at = Lanes::at(row, v);
+    *(uint2*)((unsigned char*)V + at) = make_uint2(e[0] | e[1] << 16, e[2] | e[3] << 16);
+    if constexpr (COPY)
+      *(uint4*)((unsigned short*)OUT + at) =
+          make_uint4(from_e4m3(e[0], scale), from_e4m3(e[1], scale), from_e4m3(e[2], scale), from_e4m3(e[3], scale));
+  }
+}
+// rows of X rotated, in place; WIDE: float32, else bfloat16
+template <int D, int WIDE>
+static __device__ __forceinline__ void rotate_rows(void* X, int rows) {
+  using Lanes = RowLanes<D>;
+  const int row = Lanes::row();
+  const long long at = Lanes::at(min(row, rows - 1), 0);
+  float x[8];
+  if constexpr (WIDE) {
+    *(float4*)x = *(const float4*)((const float*)X + at);
+    *(float4*)(x + 4) = *(const float4*)((const float*)X + at + 4);
+  } else {
+    load_bfloat16((const unsigned short*)X + at, x);
+  }
+  rotate_row<D>(x);
+  if (row >= rows) return;
+  if constexpr (WIDE) {
+    *(float4*)((float*)X + at) = *(const float4*)x;
+    *(float4*)((float*)X + at + 4) = *(const float4*)(x + 4);
+  } else {
+    store_bfloat16((unsigned short*)X + at, x);
+  }
+}

@@ -1,0 +1,66 @@
+"""Rows of bfloat16 to e4m3 with one power-of-two scale each, rotated before if wanted; and the rotation alone.
+
+    SC[r] = 2^ceil(log2(max_d |x[r,d]| / 448)),   V[r] = e4m3(x[r] / SC[r]),   x = X or its Hadamard rotation
+
+4 to 32 lanes hold a row, 8 numbers a vector; the largest is found, and a row rotated, by exchange between lanes, with
+sums of pairs at distance 1, 2, 4, ... as everywhere in this package (`ops.quantization`). Bound by memory: 2 bytes read
+and 1 written a number, 3 where the rounded rows are wanted in bfloat16 too.
+"""
+
+import tilelang
+import tilelang.language as T
+
+from flash_indexer.kernels.device.sources import source
+
+__all__ = ["PASS_CONFIGS", "build", "build_rotate"]
+PASS_CONFIGS = {
+    tilelang.PassConfigKey.TL_ENABLE_FAST_MATH: True,
+    tilelang.PassConfigKey.TL_DISABLE_SAFE_MEMORY_ACCESS: True,
+    tilelang.PassConfigKey.TL_DISABLE_THREAD_STORAGE_SYNC: True,
+}
+THREADS = 256
+SOURCE = source(__file__)
+
+
+def build(D, rotation, copy):
+    """The kernel for rows of D numbers; rotation, copy: 0 or 1.
+
+    Run-time arguments: X [rows, D] bfloat16, V [rows, D] float8_e4m3fn, SC [...] float32, OUT [rows, D] bfloat16 (not
+    touched without copy); rows, heads, stride: the scale of row r goes to SC[(r % heads)·stride + r // heads]; blocks
+    of 256 threads, `sizes.quantized_rows(D)` rows each.
+    """
+    nx, nv, ns, no = T.dynamic("nx"), T.dynamic("nv"), T.dynamic("ns"), T.dynamic("no")
+
+    @T.prim_func
+    def flash_indexer_quantize(
+        X: T.Tensor((nx, D), "bfloat16"), V: T.Tensor((nv, D), "float8_e4m3fn"), SC: T.Tensor((ns,), "float32"),
+        OUT: T.Tensor((no, D), "bfloat16"), rows: T.int32, heads: T.int32, stride: T.int32, blocks: T.int32,
+    ):  # fmt: skip
+        with T.Kernel(blocks, threads=THREADS):
+            T.import_source(SOURCE)
+            # V, SC = quantize(X); OUT = V * SC
+            T.call_extern(
+                "handle", f"quantize<{D}, {rotation}, {copy}>", T.address_of(X[0, 0]), T.address_of(V[0, 0]),
+                T.address_of(SC[0]), T.address_of(OUT[0, 0]), rows, heads, stride,
+            )  # fmt: skip
+
+    return flash_indexer_quantize
+
+
+def build_rotate(E, wide):
+    """The rotation in place of rows of E numbers, float32 (wide: 1) or bfloat16 (0).
+
+    Run-time arguments: X [rows, E]; rows; blocks, as above.
+    """
+    nx = T.dynamic("nx")
+
+    @T.prim_func
+    def flash_indexer_rotate(
+        X: T.Tensor((nx, E), "float32" if wide else "bfloat16"), rows: T.int32, blocks: T.int32
+    ):  # fmt: skip
+        with T.Kernel(blocks, threads=THREADS):
+            T.import_source(SOURCE)
+            # X = rotate(X)
+            T.call_extern("handle", f"rotate_rows<{E}, {wide}>", T.address_of(X[0, 0]), rows)
+
+    return flash_indexer_rotate

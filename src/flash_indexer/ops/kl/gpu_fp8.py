@@ -1,0 +1,126 @@
+"""The teacher and the indexer in e4m3 on GPUs with kernels: what is quantised when, and the launches of their scores.
+
+Keys are quantised once a call, the teacher's queries a chunk of rows at a time. The index queries are quantised once,
+together with their rounded values in bfloat16, from which the gradients are formed by the same kernels as ever.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from flash_indexer.kernels.sm_90.sizes import EXP, RELU
+from flash_indexer.ops import launch
+from flash_indexer.ops.kl.arithmetic import FP8
+from flash_indexer.ops.kl.plan import TileChunk
+from flash_indexer.ops.problem import Problem
+from flash_indexer.ops.quantization_gpu import Rows, padded_keys, quantize_rows, scales_by_head, wanted
+
+
+def kernels(problem: Problem) -> list[launch.Wanted]:
+    """What the problem's e4m3 parts need compiled, in place of the scores of wider rows."""
+    D, E = problem.q.shape[2], problem.index_q.shape[2]
+    found: list[launch.Wanted] = []
+    if has_fp8_teacher(problem):
+        found.append(("score_fp8", dict(D=D, mode=EXP)))
+        if problem.lse is None:
+            found.append(("lse_fp8", dict(D=D)))
+        if problem.q_scale is None:
+            found.append(wanted(D, False, False))
+    if problem.index_dtype is not None:
+        rotation = problem.index_dtype == FP8
+        found += [("score_fp8", dict(D=E, mode=RELU)), wanted(E, rotation, True)]
+        if rotation and any(problem.needs):
+            found += [("rotate", dict(E=E, wide=wide)) for wide in (0, 1)]
+    return found
+
+
+def has_fp8_teacher(problem: Problem) -> bool:
+    """Whether the teacher's scores are formed from e4m3: "sum_logits" sums queries of heads, in a wider dtype."""
+    return problem.teacher_dtype == FP8 and problem.target == "mean"
+
+
+class Fp8Teacher:
+    """q and k in e4m3: `scores` and `lse`."""
+
+    def __init__(self, problem: Problem) -> None:
+        self.scale = problem.softmax_scale
+        self.q, self.q_scale = launch.aligned(problem.q), problem.q_scale
+        k = launch.aligned(problem.k)
+        if problem.k_scale is None:
+            self.k, self.k_scale, _ = quantize_rows(k, by_head=True)
+        else:
+            self.k, self.k_scale = k, scales_by_head(problem.k_scale)
+
+    def queries(self, rows: slice) -> tuple[Tensor, Tensor]:
+        """Their values and flat scales."""
+        if self.q_scale is None:
+            values, scale, _ = quantize_rows(self.q[rows])
+            return values, scale
+        return self.q[rows], self.q_scale[rows].reshape(-1)
+
+    def scores(self, lse: Tensor, chunk: TileChunk, out: Tensor) -> None:
+        """out[t,s] = sum_h exp(scale * q̂[t,h]·k̂[s,g(h)] - lse[t,h]) in the chunk's tiles."""
+        rows = slice(chunk.begin, chunk.end)
+        values, scale = self.queries(rows)
+        _score(EXP, values, scale, (self.k, self.k_scale), lse[rows], chunk, out, self.scale, chunk.begin)
+
+    def lse(self, key_start: Tensor, key_end: Tensor) -> Tensor:
+        """lse[t,h] = log sum over visible s of exp(scale * q̂[t,h]·k̂[s,g(h)]): float32 [T, H]."""
+        T, H, D = self.q.shape
+        lse = torch.empty(T, H, device=self.q.device)
+        values, scale = self.queries(slice(0, T))
+        S, G = self.k.shape[:2]
+        grid = min(padded_keys(T) // 128 * H, launch.processors(self.q.device))
+        launch.load("lse_fp8", D=D)(
+            values.view(T, -1), self.k.view(S, -1), scale, self.k_scale, key_start, key_end, lse.view(-1),
+            H, H // G, self.scale, grid, padded_keys(S),
+        )  # fmt: skip
+        return lse
+
+
+class Fp8Index:
+    """index_q and index_k in e4m3: `scores`, and `leaves`, the same in bfloat16 with the weights, for the gradients."""
+
+    def __init__(self, leaves: tuple[Tensor, Tensor, Tensor], index_dtype: str | None) -> None:
+        index_q, index_k, self.weights = leaves
+        self.rotation = index_dtype == FP8
+        self.q = quantize_rows(index_q, rotation=self.rotation, copy=True)
+        self.k = quantize_rows(index_k[:, None], rotation=self.rotation, copy=True, by_head=True)
+        self.scaled_weights = self.weights.view(-1) * self.q.scale
+
+    @property
+    def leaves(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Rounded index_q, index_k, and the weights."""
+        return _copy(self.q), _copy(self.k)[:, 0], self.weights
+
+    def scores(self, chunk: TileChunk, out: Tensor) -> None:
+        """out[t,s] = sum_j w[t,j] * ReLU(index_q̂[t,j]·index_k̂[s]) in the chunk's tiles."""
+        _score(RELU, self.q.values, self.q.scale, self.k[:2], self.scaled_weights, chunk, out, 1.0, 0)
+
+
+def _copy(rows: Rows) -> Tensor:
+    if rows.copy is None:
+        raise ValueError("Fp8Index: rows must have their copy in bfloat16")
+    return rows.copy
+
+
+def _score(
+    mode: int,
+    q: Tensor,
+    q_scale: Tensor,
+    k: tuple[Tensor, Tensor],
+    low: Tensor,
+    chunk: TileChunk,
+    out: Tensor,
+    scale: float,
+    first_row: int,
+) -> None:
+    """low: [rows, H], what is subtracted (lse) or multiplied with (the index weights); its row 0 is first_row."""
+    (rows, H, D), (keys, k_scale) = q.shape, k
+    S, G = keys.shape[:2]
+    count = chunk.score.numel() // 4
+    launch.load("score_fp8", D=D, mode=mode)(
+        q.view(rows, -1), keys.view(S, -1), low.reshape(-1), q_scale, k_scale, out, chunk.score,
+        H, H // G, scale, first_row, count, min(count, launch.processors(q.device)), padded_keys(S),
+    )  # fmt: skip
