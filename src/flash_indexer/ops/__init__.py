@@ -9,9 +9,11 @@ from flash_indexer.ops.kl.sums import body_of, indexer_kl_sums, make_stages
 from flash_indexer.ops.kl.torch_body import index_gradients, index_scores, kl_rows, teacher_lse, teacher_scores
 from flash_indexer.ops.known import known_loss
 from flash_indexer.ops.problem import Problem, Sums, WaitForKeys
-from flash_indexer.ops.sparse.dsa_op import DSAAttention, dsa_attention
+from flash_indexer.ops.sparse.dsa_op import DSAAttention, SparseSettings, dsa_attention
 from flash_indexer.ops.sparse.kl_op import sparse_indexer_kl
+from flash_indexer.ops.sparse.learning import Learner, runs_of_rows
 from flash_indexer.ops.sparse.op import SparseAttention, select_keys, sparse_attention
+from flash_indexer.ops.sparse.problem import KeySums, Needs, SparseProblem, new_key_sums
 from flash_indexer.ops.sparse.selection import Selection, check_selection
 from flash_indexer.ops.sparse.stages import (
     select_rows,
@@ -29,9 +31,14 @@ from flash_indexer.ops.warmup import WarmupAttention, warmup_attention
 __all__ = [
     "DSAAttention",
     "IndexerKL",
+    "KeySums",
+    "Learner",
+    "Needs",
     "Problem",
     "Selection",
     "SparseAttention",
+    "SparseProblem",
+    "SparseSettings",
     "Stages",
     "Sums",
     "WaitForKeys",
@@ -50,7 +57,9 @@ __all__ = [
     "kl_rows",
     "known_loss",
     "make_stages",
+    "new_key_sums",
     "run_stages",
+    "runs_of_rows",
     "select_keys",
     "select_rows",
     "sparse_attention",

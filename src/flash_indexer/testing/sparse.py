@@ -121,9 +121,7 @@ def eager_dsa(
         dk[..., :value_dim] += dv
     loss, kl, *index = _eager_index(inputs, a.sum(1), selected, token_weight)
     rounded = [(d_loss * x).to(y.dtype) for x, y in zip(index, _leaves(inputs), strict=True)]
-    return SparseResult(
-        out.to(low), lse, loss, kl, dq.to(low), dk.to(low), None if v is None else dv.to(low), *rounded
-    )
+    return SparseResult(out.to(low), lse, loss, kl, dq.to(low), dk.to(low), None if v is None else dv.to(low), *rounded)
 
 
 def _leaves(inputs: Inputs) -> tuple[Tensor, Tensor, Tensor]:

@@ -15,7 +15,7 @@ from flash_indexer.ops.checks import (
     check_topk,
     check_workspace,
 )
-from flash_indexer.ops.problem import Sums
+from flash_indexer.ops.problem import LEAVES, Sums
 from flash_indexer.ops.sparse.kl_op import sparse_kl_op
 from flash_indexer.ops.sparse.learning import Learner, mean_weight, runs_of_rows
 from flash_indexer.ops.sparse.op import select_keys, sparse_attention
@@ -37,25 +37,36 @@ class DSAAttention(NamedTuple):
 
 
 class SparseSettings(NamedTuple):
-    """What a layer's sparse stage depends on besides the tensors of its model and indexer, checked.
-
-    token_weight: [T], None means 1/n. in_backward: the KL is taken in the attention's backward, its gradients times
-    kl_scale, its values to kl_out. save_selection: backward reads the selection; otherwise it selects again.
-    """
+    """The arguments of `dsa_attention` besides the tensors of the model and of the indexer, in its order."""
 
     softmax_scale: float
-    value_dim: int
     key_start: Tensor
     key_end: Tensor
     topk: int
+    value_dim: int | None
     always: tuple[int, int]
     token_weight: Tensor | None
-    in_backward: bool
+    kl: str
     kl_scale: Tensor | None
     kl_out: Tensor | None
     deterministic: bool
-    workspace_bytes: int
     save_selection: bool
+    workspace_bytes: int
+
+    def checked(self, op: str, q: Tensor, k: Tensor, v: Tensor | None, leaves: Leaves) -> SparseSettings:
+        """With value_dim filled in.
+
+        Raises:
+            ValueError, TypeError: naming the argument of `op`, what it must be and what it is.
+        """
+        tensors = dict(zip(("q", "k", *LEAVES, "token_weight"), (q, k, *leaves, self.token_weight), strict=True))
+        sizes = check_teacher_and_index(op, tensors, "mean", self.softmax_scale, constants=("token_weight",))
+        check_interval_tensors(op, self.key_start, self.key_end, sizes.T, q.device)
+        width = check_sparse_attention(op, q, k, v, self.value_dim, self.softmax_scale)
+        check_topk(op, self.topk, self.always)
+        check_kl_mode(op, self.kl, self.kl_scale, self.kl_out, q)
+        check_workspace(op, self.workspace_bytes)
+        return self._replace(value_dim=width)
 
     def select(self, leaves: Leaves) -> Selection:
         """The selection by these index tensors; the same bits each time."""
@@ -63,9 +74,9 @@ class SparseSettings(NamedTuple):
 
     def problem(self, q: Tensor, k: Tensor, v: Tensor | None, selection: Selection) -> SparseProblem:
         """The attention over the selected keys."""
-        return SparseProblem(
-            q, k, v, selection, self.softmax_scale, self.value_dim, self.deterministic, self.workspace_bytes
-        )
+        width = self.value_dim or 0
+        scale = float(self.softmax_scale)
+        return SparseProblem(q, k, v, selection, scale, width, self.deterministic, self.workspace_bytes)
 
     def learner(self, leaves: Leaves, selection: Selection, weight: Tensor, needs: tuple[bool, bool, bool]) -> Learner:
         """The indexer's loss, its gradients times kl_scale."""
@@ -135,18 +146,11 @@ def dsa_attention(
 
     Source: DeepSeek-V3.2-Exp technical report (2025), section 2.1, sparse training stage; docs/math.md.
     """
-    tensors = dict(q=q, k=k, index_q=index_q, index_k=index_k, index_weights=index_weights, token_weight=token_weight)
-    sizes = check_teacher_and_index(_OP, tensors, "mean", softmax_scale, constants=("token_weight",))
-    check_interval_tensors(_OP, key_start, key_end, sizes.T, q.device)
-    width = check_sparse_attention(_OP, q, k, v, value_dim, softmax_scale)
-    check_topk(_OP, topk, always)
-    check_kl_mode(_OP, kl, kl_scale, kl_out, q)
-    check_workspace(_OP, workspace_bytes)
     leaves = index_q, index_k, index_weights
     settings = SparseSettings(
-        float(softmax_scale), width, key_start, key_end, topk, always, token_weight, kl == "backward", kl_scale, kl_out,
-        deterministic, workspace_bytes, save_selection,
-    )  # fmt: skip
+        softmax_scale, key_start, key_end, topk, value_dim, always, token_weight, kl, kl_scale, kl_out, deterministic,
+        save_selection, workspace_bytes,
+    ).checked(_OP, q, k, v, leaves)  # fmt: skip
     if kl == "forward" and save_selection:
         chosen = select_keys(
             *leaves, key_start=key_start, key_end=key_end, topk=topk, always=always, workspace_bytes=workspace_bytes
@@ -173,7 +177,7 @@ def recomputed_attention(
     """out, lse and selection of checked arguments; the backward of out forms the probabilities again."""
     if torch.compiler.is_compiling():
         raise RuntimeError(f"{_OP}: save_selection=False can not be compiled; use save_selection=True")
-    if not settings.in_backward:
+    if settings.kl == "forward":
         leaves = leaves[0].detach(), leaves[1].detach(), leaves[2].detach()
     if settings.kl_out is not None:
         settings.kl_out.fill_(torch.nan)
@@ -204,10 +208,10 @@ class _RecomputedAttention(torch.autograd.Function):
         settings: SparseSettings = ctx.settings
         leaves, wanted = (index_q, index_k, index_weights), ctx.needs_input_grad
         selection = Selection(*slots) if slots else settings.select(leaves)
-        ctx.consumed = settings.in_backward
+        ctx.consumed = settings.kl == "backward"
         problem = settings.problem(q, k, v, selection)
         learner = None
-        if settings.in_backward and (any(wanted[4:]) or settings.kl_out is not None):
+        if ctx.consumed and (any(wanted[4:]) or settings.kl_out is not None):
             weight = mean_weight(selection) if settings.token_weight is None else settings.token_weight
             learner = settings.learner(leaves, selection, weight, (wanted[4], wanted[5], wanted[6]))
         dq, sums, learned = attention_and_learning(problem, d_out, out, lse, wanted[1:4], learner)

@@ -50,7 +50,7 @@ def forward(problem: SparseProblem) -> tuple[Tensor, Tensor]:
         rows = chunk.slots.rows
         for g, heads in _units(problem, chunk):
             query, key = q[rows, heads].to(dtype) * problem.softmax_scale, _tile(problem.k[:, g], chunk, dtype)
-            logits = (query @ key.mT).masked_fill_(chunk.unselected[:, None], -torch.inf)
+            logits = _product(query, key.mT).masked_fill_(chunk.unselected[:, None], -torch.inf)
             result, row_lse = _softmax(logits, _value(problem, chunk, g, key))
             out[rows, heads], lse[rows, heads] = result.to(out.dtype), row_lse
     has_nan = problem.selection.scores.isnan().any(-1)
@@ -67,7 +67,7 @@ def target(problem: SparseProblem, lse: Tensor | None) -> Tensor:
         rows, total = chunk.slots.rows, q.new_zeros(chunk.unselected.shape, dtype=dtype)
         for g, heads in _units(problem, chunk):
             query, key = q[rows, heads].to(dtype) * problem.softmax_scale, _tile(problem.k[:, g], chunk, dtype)
-            logits = (query @ key.mT).masked_fill_(chunk.unselected[:, None], -torch.inf)
+            logits = _product(query, key.mT).masked_fill_(chunk.unselected[:, None], -torch.inf)
             row_lse = logits.logsumexp(-1) if lse is None else lse[rows, heads].to(dtype)
             total += logits.sub_(row_lse[..., None]).exp_().masked_fill_(chunk.unselected[:, None], 0.0).sum(1)
         _write_slots(p_sum, chunk, total)
@@ -89,19 +89,19 @@ def backward(
     q, k, dtype = problem.q, problem.k, compute_dtype(problem.q)
     dq = torch.zeros(q.shape, dtype=q.dtype, device=q.device) if needs.q else None
     p_sum = torch.zeros(problem.selection.indices.shape, dtype=dtype, device=q.device) if needs.p_sum else None
-    delta = torch.linalg.vecdot(d_out.to(dtype), out.to(dtype))
+    delta = (d_out.to(dtype) * out.to(dtype)).sum(-1)
     for chunk in _chunks(problem, (q, d_out)):
         rows, total = chunk.slots.rows, q.new_zeros(chunk.unselected.shape, dtype=dtype)
         for g, heads in _units(problem, chunk):
             query, key = q[rows, heads].to(dtype) * problem.softmax_scale, _tile(k[:, g], chunk, dtype)
             upstream, value = d_out[rows, heads].to(dtype), _value(problem, chunk, g, key)
             unselected = chunk.unselected[:, None]
-            a = (query @ key.mT).sub_(lse[rows, heads, None]).exp_().masked_fill_(unselected, 0.0)
-            ds = (upstream @ value.mT).sub_(delta[rows, heads, None]).mul_(a).masked_fill_(unselected, 0.0)
+            a = _product(query, key.mT).sub_(lse[rows, heads, None]).exp_().masked_fill_(unselected, 0.0)
+            ds = _product(upstream, value.mT).sub_(delta[rows, heads, None]).mul_(a).masked_fill_(unselected, 0.0)
             if needs.p_sum:
                 total += a.sum(1)
             if dq is not None:
-                dq[rows, heads] = ((ds @ key) * problem.softmax_scale).to(dq.dtype)
+                dq[rows, heads] = (_product(ds, key) * problem.softmax_scale).to(dq.dtype)
             if sums.dk is not None:
                 _add(sums.dk[:, g], chunk, ds, query, problem.deterministic)
             into = sums.dv if problem.v is not None else sums.dk
@@ -144,6 +144,13 @@ def _tile(x: Tensor, chunk: _Chunk, dtype: torch.dtype) -> Tensor:
     return gather_rows(x, chunk.slots, dtype) if chunk.near is None else x[chunk.near].to(dtype)
 
 
+def _product(x: Tensor, y: Tensor) -> Tensor:
+    """x @ y, x [R, P, N] and y [N, M] or [R, N, M], in one way: matmul's depends on what requires a gradient."""
+    if y.ndim == 3:
+        return torch.bmm(x, y)
+    return torch.mm(x.flatten(0, 1), y).view(*x.shape[:2], y.shape[1])
+
+
 def _value(problem: SparseProblem, chunk: _Chunk, g: int, key: Tensor) -> Tensor:
     return key[..., : problem.value_dim] if problem.v is None else _tile(problem.v[:, g], chunk, key.dtype)
 
@@ -151,7 +158,7 @@ def _value(problem: SparseProblem, chunk: _Chunk, g: int, key: Tensor) -> Tensor
 def _add(out: Tensor, chunk: _Chunk, weights: Tensor, rows: Tensor, deterministic: bool) -> None:
     """out[s] += sum over rows r and heads p of weights[r,p,s] * rows[r,p]; weights [R, P, C or W], rows [R, P, N]."""
     if chunk.near is None:
-        add_rows(out, chunk.slots, weights.mT @ rows, deterministic)
+        add_rows(out, chunk.slots, torch.bmm(weights.mT, rows), deterministic)
     else:
         out[chunk.near].addmm_(weights.flatten(0, 1).T, rows.flatten(0, 1))
 
@@ -171,4 +178,4 @@ def _softmax(logits: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
     empty = largest == -torch.inf
     p = logits.sub_(largest.masked_fill(empty, 0.0)).exp_()
     total = p.sum(-1, keepdim=True)
-    return (p @ values).div_(total.masked_fill(empty, 1.0)), (largest + total.log())[..., 0]
+    return _product(p, values).div_(total.masked_fill(empty, 1.0)), (largest + total.log())[..., 0]

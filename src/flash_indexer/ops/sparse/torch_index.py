@@ -43,11 +43,11 @@ def kl_rows(p_sum: Tensor, scores: Tensor, count: Tensor, token_weight: Tensor) 
     empty = count == 0
     p = p_sum.masked_fill(absent, 0.0)
     p.div_(p.sum(-1, keepdim=True).masked_fill_(empty[:, None], 1.0))
-    lowest = torch.finfo(p.dtype).min
-    lse = scores.masked_fill(absent, lowest).logsumexp(-1) if p.shape[1] else p.new_zeros(len(p))
+    # log_softmax, not scores - logsumexp: the rounding of a large logsumexp would be the same error in the whole row
+    log_softmax = scores.masked_fill(absent, torch.finfo(p.dtype).min).log_softmax(-1)
     entropy = torch.special.entr(p).sum(-1)
-    kl = lse - entropy - torch.linalg.vecdot(p, scores.masked_fill(absent, 0.0))
-    di = (scores - lse[:, None]).exp_().sub_(p).mul_(token_weight[:, None])
+    kl = -entropy - torch.linalg.vecdot(p, log_softmax.masked_fill(absent, 0.0))
+    di = log_softmax.exp_().sub_(p).mul_(token_weight[:, None])
     return kl.masked_fill_(empty, 0.0), entropy, di.masked_fill_(absent, 0.0)
 
 
