@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from flash_indexer.ops import Selection
-from flash_indexer.ops.sparse import torch_attention
+from flash_indexer.ops.sparse.chunks import Chunk
 from flash_indexer.ops.sparse.problem import Needs, SparseProblem, new_key_sums
 from flash_indexer.ops.sparse.torch_attention import backward, forward, target
 from flash_indexer.ops.sparse.torch_select import top_keys
@@ -69,10 +69,8 @@ def test_keys_far_apart_are_gathered_and_near_ones_masked(
 ) -> None:
     """Both ways give the same, and both are taken: 3 keys a query of up to 150, then of the last 30 that it sees."""
     ways: list[bool] = []
-    inner = torch_attention._tile
-    monkeypatch.setattr(
-        torch_attention, "_tile", lambda x, chunk, dtype: ways.append(chunk.near is None) or inner(x, chunk, dtype)
-    )
+    inner = Chunk.tile
+    monkeypatch.setattr(Chunk, "tile", lambda self, *x: ways.append(self.near is None) or inner(self, *x))
     for window, gathered in ((None, True), (30, False)):
         case = make_case(WIDE, topk=3, window=window)
         judge(case, everything(problem_of(case, workspace_bytes), case.d_out))

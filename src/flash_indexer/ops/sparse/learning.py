@@ -14,7 +14,8 @@ from flash_indexer.ops.sparse.problem import Leaves
 from flash_indexer.ops.sparse.selection import Selection
 from flash_indexer.ops.sparse.stages import sparse_index_gradients, sparse_index_scores, sparse_kl_rows
 
-_NUMBERS = 8  # numbers of a slot that a run of rows holds: p_sum, scores, di and what `sparse_kl_rows` makes of them
+_NUMBERS = 16  # numbers of a slot that fit the workspace: three that a run of rows holds beside the stages' own chunks,
+# p_sum, scores and di, or eight with those that `sparse_kl_rows` makes
 
 
 class Learner(NamedTuple):

@@ -145,6 +145,7 @@ def sparse_index_gradients(
     d_index_k: the buffer [S, E] to add to; None makes zeros where `needs` wants it.
     """
     bodies.choose("sparse_indexer_kl", di.device, gpu_body.refusal)
+    check_selection(selection, leaves[1].shape[0])
     if d_index_k is None and needs[1]:
         d_index_k = torch.zeros(leaves[1].shape, dtype=compute_dtype(leaves[1]), device=di.device)
     with torch.autocast(di.device.type, enabled=False):

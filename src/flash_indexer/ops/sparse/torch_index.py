@@ -1,20 +1,22 @@
-"""The indexer at the selected keys in torch: scores, KL of each row, gradients; keys are gathered for each query.
+"""The indexer at the selected keys in torch: scores, KL of each row, gradients, a chunk of query rows at a time.
 
     z[t,j,s] = index_q[t,j]·index_k[s]          i[t,s] = sum_j w[t,j] * ReLU(z[t,j,s])          s in S_t
     p[t,s]   = p_sum[t,s] / sum_{s in S_t} p_sum[t,s]
     KL[t]    = sum_{s in S_t} p (log p - i) + log sum_{s in S_t} exp(i)
     di[t,s]  = token_weight[t] * (softmax over S_t of i[t,:] - p[t,s])
 
-R query rows of a chunk, W their largest number of selected keys. Sums are taken in float32, or float64.
+Sums are taken in float32 (float64 for float64 inputs). `chunks` says how a chunk's keys are held.
 """
 
 from __future__ import annotations
+
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
 from flash_indexer.ops.blockwise import compute_dtype
-from flash_indexer.ops.sparse.gathered import add_rows, chunks, gather_rows
+from flash_indexer.ops.sparse.chunks import Chunk, chunks, product
 from flash_indexer.ops.sparse.problem import Leaves
 from flash_indexer.ops.sparse.selection import Selection
 
@@ -25,11 +27,12 @@ def index_scores(leaves: Leaves, selection: Selection, workspace_bytes: int) -> 
     index_q, index_k, weights = leaves
     dtype = compute_dtype(index_q)
     out = torch.full(selection.indices.shape, -torch.inf, dtype=dtype, device=index_q.device)
-    for slots in chunks(selection, _numbers(index_q), dtype.itemsize, workspace_bytes):
-        rows = slots.rows
-        z = index_q[rows].to(dtype) @ gather_rows(index_k, slots, dtype).mT
-        scores = (weights[rows, None].to(dtype) @ z.relu_())[:, 0]
-        out[rows, : scores.shape[1]] = scores.masked_fill_(slots.absent, -torch.inf)
+    for chunk in _chunks(leaves, selection, workspace_bytes, (index_q, weights)):
+        key, total = chunk.tile(index_k, dtype), index_q.new_zeros(chunk.unselected.shape, dtype=dtype)
+        for heads in _units(index_q, chunk):
+            z = product(index_q[chunk.rows, heads].to(dtype), key.mT)
+            total += (z.relu_() * weights[chunk.rows, heads, None].to(dtype)).sum(1)
+        chunk.to_slots(total, out, absent=-torch.inf)
     return out
 
 
@@ -79,22 +82,31 @@ def index_gradients(
         torch.zeros(x.shape, dtype=x.dtype, device=x.device) if need else None
         for x, need in ((index_q, needs[0]), (weights, needs[2]))
     )
-    for slots in chunks(selection, _numbers(index_q), dtype.itemsize, workspace_bytes):
-        rows, query, weight = slots.rows, index_q[slots.rows].to(dtype), weights[slots.rows, :, None].to(dtype)
-        key = gather_rows(index_k, slots, dtype)
-        z = query @ key.mT
-        masked = torch.where(z <= 0, 0.0, di[rows, None, : key.shape[1]])  # NaN is neither
-        if d_index_q is not None or d_weights is not None:
-            unscaled = (masked @ key).masked_fill_((selection.count[rows] == 0)[:, None, None], 0.0)
-            if d_weights is not None:
-                d_weights[rows] = torch.linalg.vecdot(query, unscaled).to(d_weights.dtype)
-            if d_index_q is not None:
-                d_index_q[rows] = (unscaled * weight).to(d_index_q.dtype)
-        if d_index_k is not None:
-            add_rows(d_index_k, slots, masked.mT @ (query * weight), deterministic)
+    for chunk in _chunks(leaves, selection, workspace_bytes, (index_q, weights, di)):
+        rows, key, d_scores = chunk.rows, chunk.tile(index_k, dtype), chunk.from_slots(di)[:, None]
+        no_key = (selection.count[rows] == 0)[:, None, None]
+        for heads in _units(index_q, chunk):
+            query, weight = index_q[rows, heads].to(dtype), weights[rows, heads, None].to(dtype)
+            masked = torch.where(product(query, key.mT) <= 0, 0.0, d_scores)  # NaN is not
+            if d_index_q is not None or d_weights is not None:
+                unscaled = product(masked, key)
+                if d_weights is not None:
+                    made = (query * unscaled).sum(-1).masked_fill_(no_key[..., 0], 0.0)
+                    d_weights[rows, heads] = made.to(d_weights.dtype)
+                if d_index_q is not None:
+                    d_index_q[rows, heads] = (unscaled * weight).masked_fill_(no_key, 0.0).to(d_index_q.dtype)
+            if d_index_k is not None:
+                chunk.add(d_index_k, masked, query * weight, deterministic)
     return d_index_q, d_weights
 
 
-def _numbers(index_q: Tensor) -> int:
-    """Numbers that a chunk holds for a query and one of its keys."""
-    return 3 * index_q.shape[2] + 4 * index_q.shape[1] + 2
+def _chunks(leaves: Leaves, selection: Selection, workspace_bytes: int, by_row: tuple[Tensor, ...]) -> Iterator[Chunk]:
+    index_q, index_k, _ = leaves
+    numbers = 3 * index_q.shape[2] + 4 * index_q.shape[1] + 2
+    return chunks(selection, numbers, workspace_bytes, (index_k,), by_row)
+
+
+def _units(index_q: Tensor, chunk: Chunk) -> Iterator[slice]:
+    """Index heads that are taken together: all where keys were gathered, else one, whose tile stays in the cache."""
+    step = index_q.shape[1] if chunk.near is None else 1
+    yield from (slice(j, j + step) for j in range(0, index_q.shape[1], step))
