@@ -144,16 +144,17 @@ def test_keys_that_are_not_selected_have_no_part(make_case: Callable[..., Any], 
 def test_a_query_that_is_not_finite_reaches_its_own_keys_alone(
     make_case: Callable[..., Any], where: str, topk: int
 ) -> None:
-    case = make_case(Shape(((60, 60),), H=4, G=2, D=8, I=2, E=8), topk=topk)
+    """Not key 0 either, which fills its empty slots: it is the second query of the second document."""
+    case = make_case(Shape(((20, 20), (40, 40)), H=4, G=2, D=8, I=2, E=8), topk=topk)
     problem, d_out = problem_of(case), case.d_out.clone()
     if where == "q":
         problem = problem._replace(q=problem.q.clone())
-    (problem.q if where == "q" else d_out)[50, 0, 0] = torch.inf
+    (problem.q if where == "q" else d_out)[21, 0, 0] = torch.inf
     out, lse = forward(problem)
     sums = new_key_sums(problem, ALL)
     backward(problem, d_out, out, lse, ALL, sums)
     wrong = {*(~sums.dk.isfinite()).any((1, 2)).nonzero()[:, 0].tolist()}
-    assert wrong and wrong <= set(case.selection.indices[50].tolist())
+    assert wrong and wrong <= {20, 21}
 
 
 def test_a_nan_score_makes_all_results_of_the_query_nan(make_case: Callable[..., Any]) -> None:

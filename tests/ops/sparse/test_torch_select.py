@@ -146,6 +146,7 @@ def test_the_same_bits_at_any_workspace_and_among_any_other_rows(E: int, dtype: 
 def test_the_same_bits_wherever_the_tensors_lie(dtype: torch.dtype) -> None:
     """A library's product of float64 depends on the alignment of its operands."""
     leaves, start, end = case(32, dtype)
+    leaves, end = (leaves[0], leaves[1][:512].clone(), leaves[2]), end - 188  # whole tiles: nothing to pad
     whole = select(*leaves, start, end, 40, (0, 0), 2**29)
     for offset in (1, 3, 8):
         buffers = [torch.empty(x.numel() + offset, dtype=dtype)[offset:].view(x.shape).copy_(x) for x in leaves]

@@ -62,7 +62,7 @@ class Chunk(NamedTuple):
         if self.near is None:
             return values
         C = self.unselected.shape[1]
-        wide = values.new_zeros(len(values), C + 1).scatter_(1, self._local(), values)
+        wide: Tensor = values.new_zeros(len(values), C + 1).scatter_(1, self._local(), values)
         return wide[:, :C]
 
     def to_slots(self, values: Tensor, out: Tensor, absent: float) -> None:

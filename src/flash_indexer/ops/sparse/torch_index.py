@@ -43,15 +43,14 @@ def kl_rows(p_sum: Tensor, scores: Tensor, count: Tensor, token_weight: Tensor) 
     A row without keys has KL 0. A row whose every p_sum is 0, because of an lse that is not its own, is NaN.
     """
     absent = torch.arange(p_sum.shape[1], device=p_sum.device) >= count[:, None]
-    empty = count == 0
     p = p_sum.masked_fill(absent, 0.0)
-    p.div_(p.sum(-1, keepdim=True).masked_fill_(empty[:, None], 1.0))
+    p.div_(p.sum(-1, keepdim=True).masked_fill_((count == 0)[:, None], 1.0))
     # log_softmax, not scores - logsumexp: the rounding of a large logsumexp would be the same error in the whole row
     log_softmax = scores.masked_fill(absent, torch.finfo(p.dtype).min).log_softmax(-1)
     entropy = torch.special.entr(p).sum(-1)
     kl = -entropy - torch.linalg.vecdot(p, log_softmax.masked_fill(absent, 0.0))
     di = log_softmax.exp_().sub_(p).mul_(token_weight[:, None])
-    return kl.masked_fill_(empty, 0.0), entropy, di.masked_fill_(absent, 0.0)
+    return kl, entropy, di.masked_fill_(absent, 0.0)
 
 
 @torch.no_grad()

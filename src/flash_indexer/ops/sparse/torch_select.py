@@ -42,14 +42,14 @@ def select(
     Scores of as many rows are held as fit workspace_bytes, one at least: never [T, S].
     """
     dtype, T, num_keys = compute_dtype(index_q), index_q.shape[0], index_k.shape[0]
-    width, tile = min(topk, num_keys), tile_of(index_q.device)
+    width, height = min(topk, num_keys), tile_of(index_q.device)[0]
     out = Selection(
         torch.full((T, width), -1, dtype=torch.int32, device=index_q.device),
         torch.zeros(T, dtype=torch.int32, device=index_q.device),
         torch.full((T, width), -torch.inf, dtype=dtype, device=index_q.device),
     )
-    for chunk in plan_chunks(key_start, key_end, _NUMBERS, dtype.itemsize, workspace_bytes, tile[0]):
-        rows, first = slice(chunk.begin, chunk.end), chunk.first - chunk.first % tile[1]
+    for chunk in plan_chunks(key_start, key_end, _NUMBERS, dtype.itemsize, workspace_bytes, height):
+        rows, first = slice(chunk.begin, chunk.end), chunk.first
         scores = tiled_scores(index_q[rows], index_k[first : chunk.last], index_weights[rows])
         made = top_keys(scores, key_start[rows] - first, key_end[rows] - first, topk, always)
         made.indices.add_(first).masked_fill_(made.indices < first, -1)
@@ -68,6 +68,7 @@ def tiled_scores(index_q: Tensor, index_k: Tensor, index_weights: Tensor) -> Ten
     dtype, (height, width) = compute_dtype(index_q), tile_of(index_q.device)
     (rows, _, E), num_keys = index_q.shape, index_k.shape[0]
     pad, scores = -E % _WIDTH, index_q.new_empty(rows, num_keys, dtype=dtype)
+    # padding copies, even by nothing, to where a product's alignment is always the same
     keys = torch.split(F.pad(index_k.to(dtype), (0, pad, 0, -num_keys % width)), width)
     products, tile = (torch.empty(height, width, dtype=dtype, device=index_q.device) for _ in range(2))
     for begin in range(0, rows, height):
