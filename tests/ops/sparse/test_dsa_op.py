@@ -52,7 +52,7 @@ def measure(case: Any, mode: str, **options: Any) -> dict[str, Tensor | None]:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_against_the_reference(make_case: Callable[..., Any], shape: str, dtype: torch.dtype, mode: str) -> None:
-    for topk, workspace_bytes, V in ((7, 1, 5), (7, 30_000, -4), (500, 2**29, 5)):
+    for topk, workspace_bytes, V in ((7, 3000, 5), (7, 30_000, -4), (500, 2**29, 5)):
         case = make_case(shape, dtype=dtype, topk=topk, V=V)
         weight = case.x.token_weight if V > 0 else None
         case.judge(measure(case, mode, workspace_bytes=workspace_bytes, token_weight=weight), token_weight=weight)
@@ -305,12 +305,12 @@ def test_what_can_not_be_compiled_says_so(make_case: Callable[..., Any], options
 
 
 def test_gradcheck_of_attention(make_case: Callable[..., Any]) -> None:
-    """Through out; through the loss: tests of sparse_indexer_kl, which it calls with the same arguments."""
-    case = make_case("packed", documents=((1, 1), (3, 5), (4, 2)), H=4, G=2, D=4, V=3, topk=2)
+    """Through out; the other way is sparse_attention's, and through the loss sparse_indexer_kl's with its arguments."""
+    case = make_case("packed", documents=((1, 1), (3, 4)), H=2, G=1, D=3, V=2, topk=2)
     index = case.tensors()[3:]
-    for saved in (True, False):
-        run = lambda *x, saved=saved: call(case, [*x, *index], save_selection=saved).out  # noqa: E731
-        assert torch.autograd.gradcheck(run, case.tensors()[:3], eps=1e-6)
+    assert torch.autograd.gradcheck(
+        lambda *x: call(case, [*x, *index], save_selection=False).out, case.tensors()[:3], eps=1e-6
+    )
 
 
 def test_nothing_is_learnt_without_a_gradient_of_out(make_case: Callable[..., Any]) -> None:

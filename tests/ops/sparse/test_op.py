@@ -35,9 +35,10 @@ def measure(case: Any, **options: Any) -> dict[str, Tensor | None]:
 @pytest.mark.parametrize("shape", SHAPES)
 def test_against_the_reference(make_case: Callable[..., Any], shape: str, dtype: torch.dtype, V: int) -> None:
     fewest = 1 if dtype == torch.float64 else 2  # of one key dq is 0, and no rounding of float32 is allowed beside it
-    for topk, workspace_bytes in product((fewest, 7, 500), (1, 30_000, 2**29)):
+    for topk in (fewest, 7, 500):
         case = make_case(shape, dtype=dtype, V=V, topk=topk)
-        case.judge(measure(case, workspace_bytes=workspace_bytes))
+        for workspace_bytes in (1, 30_000, 2**29):
+            case.judge(measure(case, workspace_bytes=workspace_bytes))
 
 
 def test_gradcheck(make_case: Callable[..., Any]) -> None:

@@ -62,7 +62,7 @@ class Chunk(NamedTuple):
         if self.near is None:
             return values
         C = self.unselected.shape[1]
-        wide: Tensor = values.new_zeros(len(values), C + 1).scatter_(1, self._local(), values)
+        wide = values.new_zeros(len(values), C + 1).scatter_(1, self._local(), values)
         return wide[:, :C]
 
     def to_slots(self, values: Tensor, out: Tensor, absent: float) -> None:
@@ -75,7 +75,8 @@ class Chunk(NamedTuple):
         """Keys counted from the first of the range; C where absent."""
         if self.near is None:
             raise ValueError("Chunk: near must be a range here, got None")
-        return (self.keys - self.near.start).masked_fill_(self.absent, self.near.stop - self.near.start)
+        first, last = int(self.near.start), int(self.near.stop)
+        return (self.keys - first).masked_fill_(self.absent, last - first)
 
 
 def chunks(
