@@ -47,7 +47,7 @@ def test_both_ways_give_the_same(S: int, way: str) -> None:
     chunk.to_slots(logits.sum(1), slots, absent=-1.0)
     sums = torch.zeros_like(x)
     spread = chunk.from_slots(values)[:, None].expand(-1, 2, -1)
-    chunk.add(sums, spread.contiguous(), rows, deterministic=True)
+    chunk.add(sums, chunk.outer(spread.contiguous(), rows), deterministic=True)
     expected = torch.zeros_like(x)
     for t in range(chunk.rows.start, chunk.rows.stop):
         for slot in range(chosen.indices.shape[1]):

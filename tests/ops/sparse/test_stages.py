@@ -27,6 +27,8 @@ from flash_indexer.ops import (
 )
 from flash_indexer.ops.sparse import gpu_body
 from flash_indexer.ops.sparse.learning import mean_weight
+from flash_indexer.testing import SHAPES, assert_close, make_inputs
+from flash_indexer.testing.sparse import eager_dsa, make_values, reference_dsa, selection_mask
 
 ALL = Needs(True, True, True, True)
 
@@ -89,6 +91,31 @@ def test_sums_are_wide(make_case: Callable[..., Any]) -> None:
     problem = problem_of(case)._replace(**{n: getattr(problem_of(case), n).bfloat16() for n in ("q", "k", "v")})
     made = sparse_backward(problem, case.d_out.bfloat16(), *sparse_forward(problem), ALL)
     assert (made.dq.dtype, made.dk.dtype, made.dv.dtype, made.p_sum.dtype) == (torch.bfloat16, *[torch.float32] * 3)
+
+
+@pytest.mark.parametrize("shape, V", [("smollm2", 7), ("packed", 7), ("window", -16), ("fewer_keys", -8)])
+def test_bfloat16_by_the_ruler(shape: str, V: int) -> None:
+    """The dtypes of a GPU, which the operators refuse on the CPU and the stages don't: vectors are bfloat16."""
+    x = make_inputs(SHAPES[shape], seed=0, dtype=torch.bfloat16)
+    leaves, v = (x.index_q, x.index_k, x.index_weights), None if V < 0 else make_values(x, V, seed=1)
+    d_out = torch.randn(*x.q.shape[:2], abs(V), generator=torch.Generator().manual_seed(2)).bfloat16()
+    selection = select_rows(leaves, x.key_start, x.key_end, 9, (0, 0), 2**29)
+    assert selection.scores.dtype == torch.float32
+    problem = SparseProblem(x.q, x.k, v, selection, x.softmax_scale, abs(V), True, 2**20)
+    out, lse = sparse_forward(problem)
+    made = sparse_backward(problem, d_out, out, lse, ALL)
+    learner = Learner(leaves, selection, x.token_weight, (True,) * 3, True, True, 2**20)
+    sums = learner.new_sums()
+    learner.learn(slice(0, len(x.q)), made.p_sum, sums)
+    selected = selection_mask(selection, len(x.k))
+    options = dict(d_out=d_out, value_dim=-V if V < 0 else None, token_weight=x.token_weight)
+    truth, eager = reference_dsa(x, v, selected, **options), eager_dsa(x, v, selected, **options)
+    got = dict(out=out, lse=lse, kl=sums.kl, dq=made.dq, dk=made.dk, dv=made.dv)
+    got |= {name: getattr(sums, name) for name in ("d_index_q", "d_index_k", "d_index_weights")}
+    for name, value in got.items():
+        if value is not None:
+            baseline = getattr(eager, name)
+            assert_close(name, value.to(baseline.dtype), getattr(truth, name), baseline)
 
 
 @pytest.mark.parametrize("workspace_bytes", [1, 5000, 2**29])

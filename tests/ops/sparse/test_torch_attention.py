@@ -204,3 +204,14 @@ def test_empty_and_single_problems(rows: int, columns: int) -> None:
         assert bool((out == 0).all()) and bool((lse == -torch.inf).all()) and bool((dq == 0).all())
     if columns == 1:
         torch.testing.assert_close(sums.dv, torch.full_like(v, 2.0))
+
+
+@pytest.mark.parametrize("V", [16, -16])
+def test_many_heads_and_chunks_do_not_add_to_the_rounding(make_case: Callable[..., Any], V: int) -> None:
+    """A sum over 96 heads and 40 chunks of queries, one after the other in float32, would be far from a baseline's."""
+    case = make_case(Shape(((120, 120),), H=96, G=1, D=32, I=2, E=8), dtype=torch.float32, topk=60, V=V)
+    problem = problem_of(case, 2**17)
+    out, lse = forward(problem)
+    sums = new_key_sums(problem, ALL)
+    backward(problem, case.d_out, out, lse, ALL, sums)
+    case.judge(dict(out=out, lse=lse, dk=sums.dk, dv=sums.dv))

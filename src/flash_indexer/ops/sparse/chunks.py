@@ -41,20 +41,31 @@ class Chunk(NamedTuple):
             return x[self.near].to(dtype)
         return x[self.keys].to(dtype).masked_fill_(self.absent[..., None], 0.0)
 
-    def add(self, out: Tensor, weights: Tensor, rows: Tensor, deterministic: bool) -> None:
-        """out[s] += sum over r and p of weights[r,p,s] * rows[r,p]: weights [R, P, C or W], rows [R, P, N], out [S, N].
+    def outer(self, weights: Tensor, rows: Tensor) -> Tensor:
+        """A tile: sum over p, r of a range, of weights[r,p,s] * rows[r,p]; weights [R, P, C or W], rows [R, P, N]."""
+        if self.near is None:
+            return torch.bmm(weights.mT, rows)
+        return torch.mm(weights.flatten(0, 1).T, rows.flatten(0, 1))
+
+    def add(self, out: Tensor, tile: Tensor, deterministic: bool) -> None:
+        """out[s] += the tile's rows of s; out [S, N].
 
         On the CPU additions are in one order anyway; elsewhere `deterministic` sorts gathered ones first.
         """
         if self.near is not None:
-            out[self.near].addmm_(weights.flatten(0, 1).T, rows.flatten(0, 1))
+            out[self.near] += tile
             return
         present = ~self.absent
-        keys, values = self.keys[present], torch.bmm(weights.mT, rows)[present]
+        keys, values = self.keys[present], tile[present]
         if deterministic and out.device.type != "cpu":
             out.index_put_((keys,), values, accumulate=True)
         else:
             out.index_add_(0, keys, values)
+
+    def head_runs(self, heads: slice) -> Iterator[slice]:
+        """Heads that are taken together: all of `heads` where keys were gathered, else one, whose tile is small."""
+        step = heads.stop - heads.start if self.near is None else 1
+        yield from (slice(h, h + step) for h in range(heads.start, heads.stop, step))
 
     def from_slots(self, x: Tensor) -> Tensor:
         """x [T, K] at the chunk's tile, zeros where not selected: [R, C] or [R, W]."""
@@ -110,6 +121,11 @@ def chunks(
         unselected = torch.ones(len(keys), last - first + 1, dtype=torch.bool, device=keys.device)
         unselected.scatter_(1, (keys - first).masked_fill_(absent, last - first), False)
         yield Chunk(rows, keys, absent, near, unselected[:, : last - first])
+
+
+def total(sum_so_far: Tensor | None, tile: Tensor) -> Tensor:
+    """A sum over heads within a chunk, so that what adds up over all queries has one term a chunk: fewer roundings."""
+    return tile if sum_so_far is None else sum_so_far.add_(tile)
 
 
 def product(x: Tensor, y: Tensor) -> Tensor:

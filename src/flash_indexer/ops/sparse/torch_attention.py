@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from flash_indexer.ops.blockwise import compute_dtype
-from flash_indexer.ops.sparse.chunks import Chunk, chunks, product
+from flash_indexer.ops.sparse.chunks import Chunk, chunks, product, total
 from flash_indexer.ops.sparse.problem import KeySums, Needs, SparseProblem
 
 
@@ -28,11 +28,14 @@ def forward(problem: SparseProblem) -> tuple[Tensor, Tensor]:
     out = q.new_zeros(*q.shape[:2], problem.value_dim)
     lse = torch.full(q.shape[:2], -torch.inf, dtype=dtype, device=q.device)
     for chunk in _chunks(problem, ()):
-        for g, heads in _units(problem, chunk):
-            query, key = q[chunk.rows, heads].to(dtype) * problem.softmax_scale, chunk.tile(problem.k[:, g], dtype)
-            logits = product(query, key.mT).masked_fill_(chunk.unselected[:, None], -torch.inf)
-            result, row_lse = _softmax(logits, _value(problem, chunk, g, key))
-            out[chunk.rows, heads], lse[chunk.rows, heads] = result.to(out.dtype), row_lse
+        for g, group in _groups(problem):
+            key = chunk.tile(problem.k[:, g], dtype)
+            value = _value(problem, chunk, g, key)
+            for heads in chunk.head_runs(group):
+                query = q[chunk.rows, heads].to(dtype) * problem.softmax_scale
+                logits = product(query, key.mT).masked_fill_(chunk.unselected[:, None], -torch.inf)
+                result, row_lse = _softmax(logits, value)
+                out[chunk.rows, heads], lse[chunk.rows, heads] = result.to(out.dtype), row_lse
     has_nan = problem.selection.scores.isnan().any(-1)
     out[has_nan], lse[has_nan] = torch.nan, torch.nan
     return out, lse
@@ -44,13 +47,15 @@ def target(problem: SparseProblem, lse: Tensor | None) -> Tensor:
     q, dtype = problem.q, compute_dtype(problem.q)
     p_sum = torch.zeros(problem.selection.indices.shape, dtype=dtype, device=q.device)
     for chunk in _chunks(problem, ()):
-        total = q.new_zeros(chunk.unselected.shape, dtype=dtype)
-        for g, heads in _units(problem, chunk):
-            query, key = q[chunk.rows, heads].to(dtype) * problem.softmax_scale, chunk.tile(problem.k[:, g], dtype)
-            logits = product(query, key.mT).masked_fill_(chunk.unselected[:, None], -torch.inf)
-            row_lse = logits.logsumexp(-1) if lse is None else lse[chunk.rows, heads].to(dtype)
-            total += logits.sub_(row_lse[..., None]).exp_().masked_fill_(chunk.unselected[:, None], 0.0).sum(1)
-        chunk.to_slots(total, p_sum, absent=0.0)
+        unselected, summed = chunk.unselected[:, None], q.new_zeros(chunk.unselected.shape, dtype=dtype)
+        for g, group in _groups(problem):
+            key = chunk.tile(problem.k[:, g], dtype)
+            for heads in chunk.head_runs(group):
+                query = q[chunk.rows, heads].to(dtype) * problem.softmax_scale
+                logits = product(query, key.mT).masked_fill_(unselected, -torch.inf)
+                row_lse = logits.logsumexp(-1) if lse is None else lse[chunk.rows, heads].to(dtype)
+                summed += logits.sub_(row_lse[..., None]).exp_().masked_fill_(unselected, 0.0).sum(1)
+        chunk.to_slots(summed, p_sum, absent=0.0)
     return p_sum
 
 
@@ -71,24 +76,30 @@ def backward(
     p_sum = torch.zeros(problem.selection.indices.shape, dtype=dtype, device=q.device) if needs.p_sum else None
     delta = (d_out.to(dtype) * out.to(dtype)).sum(-1)
     for chunk in _chunks(problem, (q, d_out)):
-        rows, total = chunk.rows, q.new_zeros(chunk.unselected.shape, dtype=dtype)
-        for g, heads in _units(problem, chunk):
-            query, key = q[rows, heads].to(dtype) * problem.softmax_scale, chunk.tile(k[:, g], dtype)
-            upstream, value = d_out[rows, heads].to(dtype), _value(problem, chunk, g, key)
-            unselected = chunk.unselected[:, None]
-            a = product(query, key.mT).sub_(lse[rows, heads, None]).exp_().masked_fill_(unselected, 0.0)
-            ds = product(upstream, value.mT).sub_(delta[rows, heads, None]).mul_(a).masked_fill_(unselected, 0.0)
-            if needs.p_sum:
-                total += a.sum(1)
-            if dq is not None:
-                dq[rows, heads] = (product(ds, key) * problem.softmax_scale).to(dq.dtype)
-            if sums.dk is not None:
-                chunk.add(sums.dk[:, g], ds, query, problem.deterministic)
-            into = sums.dv if problem.v is not None else sums.dk
-            if into is not None:
-                chunk.add(into[:, g, : problem.value_dim], a, upstream, problem.deterministic)
+        rows, unselected = chunk.rows, chunk.unselected[:, None]
+        summed = q.new_zeros(chunk.unselected.shape, dtype=dtype)
+        for g, group in _groups(problem):
+            key, d_key, d_value = chunk.tile(k[:, g], dtype), None, None
+            value = _value(problem, chunk, g, key)
+            for heads in chunk.head_runs(group):
+                query, upstream = q[rows, heads].to(dtype) * problem.softmax_scale, d_out[rows, heads].to(dtype)
+                a = product(query, key.mT).sub_(lse[rows, heads, None]).exp_().masked_fill_(unselected, 0.0)
+                ds = product(upstream, value.mT).sub_(delta[rows, heads, None]).mul_(a).masked_fill_(unselected, 0.0)
+                if needs.p_sum:
+                    summed += a.sum(1)
+                if dq is not None:
+                    dq[rows, heads] = (product(ds, key) * problem.softmax_scale).to(dq.dtype)
+                if sums.dk is not None:
+                    d_key = total(d_key, chunk.outer(ds, query))
+                if (sums.dk if problem.v is None else sums.dv) is not None:
+                    d_value = total(d_value, chunk.outer(a, upstream))
+            if d_key is not None and d_value is not None and problem.v is None:
+                d_key[..., : problem.value_dim] += d_value
+            for out_sum, tile in ((sums.dk, d_key), (sums.dv, d_value)):
+                if out_sum is not None and tile is not None:
+                    chunk.add(out_sum[:, g], tile, problem.deterministic)
         if p_sum is not None:
-            chunk.to_slots(total, p_sum, absent=0.0)
+            chunk.to_slots(summed, p_sum, absent=0.0)
     return dq, p_sum
 
 
@@ -99,13 +110,10 @@ def _chunks(problem: SparseProblem, by_row: tuple[Tensor, ...]) -> Iterator[Chun
     return chunks(problem.selection, numbers, problem.workspace_bytes, (k, problem.values), by_row)
 
 
-def _units(problem: SparseProblem, chunk: Chunk) -> Iterator[tuple[int, slice]]:
-    """Key heads with the query heads that are taken together: all of a group where its keys were gathered, else one."""
-    heads, groups = problem.q.shape[1], problem.k.shape[1]
-    per_group = heads // groups
-    step = per_group if chunk.near is None else 1
-    for h in range(0, heads, step):
-        yield h // per_group, slice(h, h + step)
+def _groups(problem: SparseProblem) -> Iterator[tuple[int, slice]]:
+    """Key heads, and the query heads that read each."""
+    per_group = problem.q.shape[1] // problem.k.shape[1]
+    yield from ((g, slice(g * per_group, (g + 1) * per_group)) for g in range(problem.k.shape[1]))
 
 
 def _value(problem: SparseProblem, chunk: Chunk, g: int, key: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from flash_indexer.ops.blockwise import compute_dtype
-from flash_indexer.ops.sparse.chunks import Chunk, chunks, product
+from flash_indexer.ops.sparse.chunks import Chunk, chunks, product, total
 from flash_indexer.ops.sparse.problem import Leaves
 from flash_indexer.ops.sparse.selection import Selection
 
@@ -28,11 +28,11 @@ def index_scores(leaves: Leaves, selection: Selection, workspace_bytes: int) -> 
     dtype = compute_dtype(index_q)
     out = torch.full(selection.indices.shape, -torch.inf, dtype=dtype, device=index_q.device)
     for chunk in _chunks(leaves, selection, workspace_bytes, (index_q, weights)):
-        key, total = chunk.tile(index_k, dtype), index_q.new_zeros(chunk.unselected.shape, dtype=dtype)
-        for heads in _units(index_q, chunk):
+        key, summed = chunk.tile(index_k, dtype), index_q.new_zeros(chunk.unselected.shape, dtype=dtype)
+        for heads in chunk.head_runs(slice(0, index_q.shape[1])):
             z = product(index_q[chunk.rows, heads].to(dtype), key.mT)
-            total += (z.relu_() * weights[chunk.rows, heads, None].to(dtype)).sum(1)
-        chunk.to_slots(total, out, absent=-torch.inf)
+            summed += (z.relu_() * weights[chunk.rows, heads, None].to(dtype)).sum(1)
+        chunk.to_slots(summed, out, absent=-torch.inf)
     return out
 
 
@@ -83,8 +83,8 @@ def index_gradients(
     )
     for chunk in _chunks(leaves, selection, workspace_bytes, (index_q, weights, di)):
         rows, key, d_scores = chunk.rows, chunk.tile(index_k, dtype), chunk.from_slots(di)[:, None]
-        no_key = (selection.count[rows] == 0)[:, None, None]
-        for heads in _units(index_q, chunk):
+        no_key, d_key = (selection.count[rows] == 0)[:, None, None], None
+        for heads in chunk.head_runs(slice(0, index_q.shape[1])):
             query, weight = index_q[rows, heads].to(dtype), weights[rows, heads, None].to(dtype)
             masked = torch.where(product(query, key.mT) <= 0, 0.0, d_scores)  # NaN is not
             if d_index_q is not None or d_weights is not None:
@@ -95,7 +95,9 @@ def index_gradients(
                 if d_index_q is not None:
                     d_index_q[rows, heads] = (unscaled * weight).masked_fill_(no_key, 0.0).to(d_index_q.dtype)
             if d_index_k is not None:
-                chunk.add(d_index_k, masked, query * weight, deterministic)
+                d_key = total(d_key, chunk.outer(masked, query * weight))
+        if d_index_k is not None and d_key is not None:
+            chunk.add(d_index_k, d_key, deterministic)
     return d_index_q, d_weights
 
 
@@ -103,9 +105,3 @@ def _chunks(leaves: Leaves, selection: Selection, workspace_bytes: int, by_row: 
     index_q, index_k, _ = leaves
     numbers = 3 * index_q.shape[2] + 4 * index_q.shape[1] + 2
     return chunks(selection, numbers, workspace_bytes, (index_k,), by_row)
-
-
-def _units(index_q: Tensor, chunk: Chunk) -> Iterator[slice]:
-    """Index heads that are taken together: all where keys were gathered, else one, whose tile stays in the cache."""
-    step = index_q.shape[1] if chunk.near is None else 1
-    yield from (slice(j, j + step) for j in range(0, index_q.shape[1], step))
