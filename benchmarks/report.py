@@ -92,7 +92,7 @@ def page(results: Path = RESULTS) -> str:
     if not records:
         return NOTHING
     lines = loss_and_gradients(records) + long_sequences(records) + each_pass(records) + slow_launches(records)
-    lines += warmups(results) + per_head(results) + attention(results) + processes(results)
+    lines += warmups(results) + fp8(results) + per_head(results) + attention(results) + processes(results)
     return "\n".join(lines + gpu_tests(results))
 
 
@@ -266,6 +266,38 @@ def per_head(results: Path) -> list[str]:
         "*Backward, atomic* is `deterministic=False`. `flash-indexer bench --suite mqa64` prints the same table.",
         "",
         *table("tokens | output + KL | backward | both | backward, atomic | attention alone", rows),
+    ]
+
+
+def fp8(results: Path) -> list[str]:
+    """The table of `indexer_kl` in e4m3 beside bfloat16."""
+    records = latest(results / "fp8.jsonl")
+    rows = []
+    for name, title in TITLES.items():
+        if name in records:
+            record = records[name]
+            wide, score = record["bf16"]["p50"], record["passes"]["both"]["teacher"]
+            without = record["both_without_lse"]["p50"] / record["bf16_without_lse"]["p50"]
+            ratios = [f"{record[key]['p50'] / wide:.2f} x" for key in ("both", "handed_over", "index")]
+            index = f"{record['index_over_bf16']:.2f} x"
+            rows.append(
+                [title, f"{wide:.2f} ms", *ratios, f"{without:.2f} x", f"{score['tflops']:,.0f} TFLOP/s", index]
+            )
+    if not rows:
+        return []
+    return [
+        "",
+        "## In e4m3",
+        "",
+        '`indexer_kl` with `index_dtype="fp8"` and `teacher_dtype="fp8"`, loss and gradients, quantising included:',
+        "times over the same in bfloat16 in the same rounds (`flash-indexer bench --suite fp8`). *Handed over*: q and",
+        "k come in e4m3. *Index*: the indexer alone in e4m3. *Without lse*: the teacher's logsumexp is computed, in",
+        "both. The rate of the teacher's scores counts the flops of bfloat16; *index scores* is their time with",
+        "quantising over bfloat16's.",
+        "",
+        *table(
+            "size | bfloat16 | both | handed over | index | both, without lse | teacher's scores | index scores", rows
+        ),
     ]
 
 

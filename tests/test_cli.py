@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import weakref
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +68,12 @@ def test_warmup_evaluate_export(warmup: Any, checkpoint: Path, texts: Path, tmp_
     assert judged.exit_code == 0, judged.output
     assert "held-out KL over uniform" in plain(judged.output) and list((tmp_path / "again").glob("*.md"))
 
+    words = ["--run", out, "--data", texts, "--report", tmp_path / "served", "--perplexity-k", 8]
+    served = run("evaluate", *words, "--serve", "fp8")
+    assert served.exit_code == 0, served.output
+    assert "Judged with index scores in FP8 (e4m3, rotated): beside float32, " in plain(served.output)
+    assert json.loads((tmp_path / "served" / "report.json").read_text())["evaluation"]["arithmetic"] == "fp8"
+
     checked = run("check", "--out", out, "--data", texts)
     assert checked.exit_code == 0, checked.output
     errors = re.findall(r"layer (\d): max .* = (\S+)", checked.output)
@@ -75,7 +82,7 @@ def test_warmup_evaluate_export(warmup: Any, checkpoint: Path, texts: Path, tmp_
     exported = run("export", "--run", out, tmp_path / "native", "--format", "native")
     assert exported.exit_code == 0, exported.output
     trained, copied = (read_native(path) for path in (out / "checkpoint", tmp_path / "native"))
-    assert copied.config == trained.config and copied.config.layers == (0, 1)
+    assert replace(copied.config, judged=None) == trained.config and copied.config.layers == (0, 1)
     assert all(torch.equal(value, copied.state_dict[name]) for name, value in trained.state_dict.items())
     handle = load_native(AutoModelForCausalLM.from_pretrained(checkpoint), tmp_path / "native")
     assert (handle.layers, handle.indexers["0"].num_heads) == ((0, 1), 4)
@@ -86,9 +93,99 @@ def test_warmup_evaluate_export(warmup: Any, checkpoint: Path, texts: Path, tmp_
     judged = run(*words)
     assert "evaluating sequences of 1024 tokens: a native indexer folder doesn't say how" in plain(judged.output)
 
+    judged = copied.config.judged
+    assert judged["arithmetic"] == "float32" and judged["tokens"] == 128 and set(judged["perplexity"]) == {"dense"}
+    assert "recorded: judged with index scores in float32" in plain(exported.output)
+
     refused = run("export", "--out", out, tmp_path / "v32")
     assert refused.exit_code == 1 and not (tmp_path / "v32").exists()
     assert "error" in plain(refused.output) and "Traceback" not in refused.output
+
+
+def test_a_run_in_fp8_is_recorded_judged_and_resumed_as_such(warmup: Any, texts: Path, tmp_path: Path) -> None:
+    out, words = tmp_path / "run", ["--index-dtype", "fp8", "--teacher-dtype", "fp8"]
+    done = warmup(*words, "--held-out", texts, "--layers", "1")
+    assert done.exit_code == 0 and "Judged with index scores in FP8 (e4m3, rotated)" in plain(done.output)
+    settings = json.loads((out / "run.json").read_text())["settings"]
+    assert (settings["index_dtype"], settings["teacher_dtype"]) == ("fp8", "fp8")
+    assert "--index-dtype fp8 --teacher-dtype fp8" in (out / "report" / "report.md").read_text()
+    plainly = warmup("--out", tmp_path / "plain", "--evaluate-sequences", 0, "--layers", "1")
+    assert plainly.exit_code == 0, plainly.output
+    losses = [read_metrics(tmp_path / name / "metrics.jsonl")[-1]["loss"] for name in ("run", "plain")]
+    assert losses[0] != losses[1] and losses[0] == pytest.approx(losses[1], rel=0.05)
+
+    for option, value, said in (("--index-dtype", "fp8_unrotated", "fp8"), ("--teacher-dtype", "fp8", "None")):
+        folder = out if said == "fp8" else tmp_path / "plain"
+        other = warmup("--out", folder, "--resume", "--layers", "1", option, value)
+        assert other.exit_code == 1
+        assert f"{option} must be {said} as when the run began, got {value}" in plain(other.output), other.output
+    (tmp_path / "plain" / "run.json").write_text(
+        (tmp_path / "plain" / "run.json").read_text().replace('"teacher_dtype": null', '"older": null')
+    )
+    other = warmup("--out", tmp_path / "plain", "--resume", "--layers", "1", "--teacher-dtype", "fp8")
+    assert other.exit_code == 1 and "--teacher-dtype must be None as when" in plain(other.output), other.output
+    assert warmup("--resume", "--steps", 5, "--layers", "1", "--evaluate-sequences", 0).exit_code == 0
+
+    judged = run("evaluate", "--run", out, "--data", texts, "--sequences", 1)
+    assert "Judged with index scores in FP8 (e4m3, rotated)" in plain(judged.output), judged.output
+    assert run("export", "--run", out, tmp_path / "native", "--format", "native").exit_code == 0
+    config = read_native(tmp_path / "native").config
+    assert (config.index_dtype, config.teacher_dtype, config.judged["arithmetic"]) == ("fp8", "fp8", "fp8")
+    handle = load_native(AutoModelForCausalLM.from_pretrained(settings["model"]), tmp_path / "native")
+    assert (handle.index_dtype, handle.teacher_dtype) == ("fp8", "fp8")
+
+
+def test_an_export_says_how_its_indexers_were_judged(warmup: Any, texts: Path, tmp_path: Path) -> None:
+    out, native = tmp_path / "run", tmp_path / "native"
+    words = ["export", "--run", out, native, "--format", "native", "--overwrite"]
+    assert warmup("--evaluate-sequences", 0, "--layers", "1").exit_code == 0
+    exported = run(*words)
+    assert f"not recorded how the indexers were judged: no report in {out}; `flash-ind" in plain(exported.output)
+    judging = ["evaluate", "--run", out, "--data", texts, "--sequences", 1, "--serve", "fp8", "--perplexity-k", 8]
+    assert run(*judging).exit_code == 0
+    exported = run(*words)
+    assert "recorded: judged with index scores in FP8 (e4m3, rotated)" in plain(exported.output), exported.output
+    judged = read_native(native).config.judged
+    report = json.loads((out / "report" / "report.json").read_text())["evaluation"]
+    assert judged["arithmetic"] == "fp8" and judged["kl_over_uniform"] == report["mean"]["kl_over_uniform"]
+    dense, sparse = (p["perplexity"] for p in report["perplexities"][:2])
+    assert judged["perplexity"] == {"dense": dense, "8": sparse} and judged["tokens"] == 64
+    again = run("export", "--run", native, tmp_path / "copy", "--format", "native")
+    assert again.exit_code == 0 and read_native(tmp_path / "copy").config.judged == judged
+
+    assert warmup("--resume", "--steps", 5, "--evaluate-sequences", 0, "--layers", "1").exit_code == 0
+    exported = run(*words)
+    assert exported.exit_code == 0 and read_native(native).config.judged is None
+    assert "report.json judges other weights than the indexers have now; `flash-indexer eva" in plain(exported.output)
+    (out / "report" / "report.json").write_text("[]")
+    exported = run(*words)
+    assert exported.exit_code == 0 and "report.json is no report of ours (" in plain(exported.output)
+
+
+def test_check_says_what_fp8_changes(warmup: Any, texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The tiny model's logits are large: its rows are off by more than 1 with FP8 logits and its own logsumexp."""
+    out = tmp_path / "run"
+    assert warmup("--evaluate-sequences", 0, "--layers", "1-2").exit_code == 0
+    words = ["check", "--run", out, "--data", texts]
+    refused = run(*words, "--fp8", "--report", tmp_path / "elsewhere", "--sequence-length", 32)
+    assert refused.exit_code == 1 and "Traceback" not in refused.output
+    said = r"and the model's own logsumexp, 12 of 12 heads .* \(layer \d, head \d\): give indexer_kl.* lse=None"
+    assert "What FP8 changes" in refused.output and re.search(said, plain(refused.output)), refused.output
+    assert json.loads((tmp_path / "elsewhere" / "fp8.json").read_text())["run"]["tokens"] == 32
+
+    monkeypatch.setattr("flash_indexer.recipe.checking.LARGEST_ERROR", 10)
+    checked = run(*words, "--fp8")
+    assert checked.exit_code == 0 and str(out / "fp8" / "fp8.png") in plain(checked.output), checked.output
+    content = json.loads((out / "fp8" / "fp8.json").read_text())
+    assert [layer["layer"] for layer in content["layers"]] == [1, 2] and (out / "fp8" / "fp8.png").exists()
+    assert (content["run"]["data"], content["run"]["tokens"]) == (str(texts), 64)
+    for more, message in (
+        (["--report", tmp_path / "x"], "check: --report is the folder of what --fp8 measures; add --fp8"),
+        (["--sequence-length", 1], "check: --sequence-length must be at least 2, got 1"),
+        (["--fp8", "--report", texts / "00.txt" / "x"], "check: --report must be a folder, got"),
+    ):
+        refused = run(*words, *more)
+        assert refused.exit_code == 1 and message in plain(refused.output), refused.output
 
 
 def test_a_runs_steps_grow_by_the_command_line(warmup: Any, tmp_path: Path) -> None:
@@ -254,6 +351,9 @@ def test_resume_with_the_recorded_layers_is_no_conflict(warmup: Any) -> None:
         (["--layers", "0,7"], r"error attach: layers must be indices below 3, got \[0, 7\]"),
         (["--layers", "zero"], "error warmup: --layers must be like 0,1,5-9, got 'zero'"),
         (["--target", "median"], "error .*target"),
+        (["--index-dtype", "int8"], r'error warmup: index_dtype must be none, "fp8" or "fp8_unrotated", got \'int8\''),
+        (["--teacher-dtype", "bf16"], r'error warmup: teacher_dtype must be none or "fp8", got \'bf16\''),
+        (["--index-dtype", "fp8", "--head-dim", "24", "--rope-dim", "8"], "error attach: index_dtype=.* power of two"),
         (["--decay", "linear"], "error warmup: decay must be"),
         (["--steps", "0"], "error warmup: steps must be at least 1"),
         (["--sequence-length", "100000"], "error pack: one sequence needs"),

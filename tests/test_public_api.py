@@ -23,7 +23,7 @@ SIGNATURES = {
     "causal_intervals": "(cu_seqlens_q, cu_seqlens_k=None)",
     "check_intervals": "(key_start, key_end, num_keys)",
     "indexer_kl": f"(q, k, {INDEX_OPERANDS}, *, softmax_scale, key_start, key_end, lse=None, target='mean', "
-    "token_weight=None, workspace_bytes=536870912)",
+    "token_weight=None, workspace_bytes=536870912, index_dtype=None, teacher_dtype=None)",
     "indexer_scores": f"({INDEX_OPERANDS}, key_start, key_end)",
     "DSAAttention": "(out, lse, loss, kl, selection)",
     "Selection": "(indices, count, scores)",
@@ -36,6 +36,8 @@ SIGNATURES = {
     "workspace_bytes=536870912)",
     "sparse_indexer_kl": f"(q, k, {INDEX_OPERANDS}, selection, *, softmax_scale, lse=None, token_weight=None, "
     "deterministic=True, workspace_bytes=536870912)",
+    "Quantized": "(values, scale)",
+    "quantize": "(x, *, rotation=False)",
     "WarmupAttention": "(out, lse, loss, kl)",
     "warmup_attention": f"(q, k, v, {INDEX_OPERANDS}, *, softmax_scale, key_start, key_end, target='mean', "
     "token_weight=None, workspace_bytes=536870912, deterministic=True)",

@@ -62,6 +62,8 @@ def warmup(
         str | None, typer.Option(help="Begin with the indexers of a run or native folder, and with their sizes.")
     ] = None,
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or auto (bfloat16 on CUDA).")] = "auto",
+    index_dtype: Annotated[str | None, typer.Option(help="fp8 or fp8_unrotated: train as it is served.")] = None,
+    teacher_dtype: Annotated[str | None, typer.Option(help="fp8: the teacher from e4m3 queries and keys.")] = None,
     save_every: Annotated[int, typer.Option(help="Steps between checkpoints.")] = 50,
     evaluate_sequences: Annotated[int, typer.Option(help="Held-out sequences to judge on at the end; 0: none.")] = 4,
     cp: Annotated[int, typer.Option("--cp", help="Processes that share each sequence (context parallel).")] = 1,
@@ -119,7 +121,8 @@ def warmup(
                     del handle
                     torch.cuda.empty_cache()
                     handle, _, _ = judging.load_trained(out, None, console)
-                judging.judge_and_report(handle, batches, out, out / "report", run, console=console)
+                serve = handle.index_dtype
+                judging.judge_and_report(handle, batches, out, out / "report", run, console=console, serve=serve)
 
 
 @app.command()
@@ -134,6 +137,10 @@ def evaluate(
     ] = None,
     min_visible: Annotated[int, typer.Option(help="Masses at k count queries that see so many keys, 4k at least.")] = 0,
     perplexity_k: Annotated[list[int] | None, typer.Option(help="Keys per query for sparse perplexity.")] = None,
+    serve: Annotated[
+        Literal["bf16", "fp8", "fp8_unrotated"] | None,
+        typer.Option(help="Index scores as servers form them, beside the model's; default: as they were trained."),
+    ] = None,
     model: Annotated[str | None, typer.Option(help="Model; default: the one it was trained on.")] = None,
 ) -> None:
     """Judge indexers: those of a run, or a native indexer folder, on held-out text."""
@@ -168,7 +175,7 @@ def evaluate(
         judging.judge_and_report(
             handle, batches, run_folder, report or run_folder / "report", run, console=console,
             command=shlex.join(["flash-indexer", *sys.argv[1:]]), min_visible=min_visible,
-            perplexity_ks=tuple(perplexity_k or (128,)),
+            perplexity_ks=tuple(perplexity_k or (128,)), serve=serve or handle.index_dtype,
         )  # fmt: skip
 
 
@@ -178,21 +185,35 @@ def check(
     model: Annotated[str | None, typer.Option(help="Model; default: the one it was trained on.")] = None,
     data: Annotated[str | None, typer.Option(help="Text; default: the embedded held-out split.")] = None,
     column: Annotated[str | None, typer.Option(help="Column that holds the text; default: as in training.")] = None,
+    sequence_length: Annotated[int | None, typer.Option(help="Tokens of the text; default: as in training.")] = None,
+    fp8: Annotated[
+        bool, typer.Option("--fp8", help="Also what FP8 changes: KL, gradients, selected keys; with a plot.")
+    ] = False,
+    report: Annotated[
+        Path | None, typer.Option(help="Folder of --fp8's plot and JSON; default: fp8/ in --run.")
+    ] = None,
 ) -> None:
     """Check the teacher: every head's probabilities must sum to 1 on real text (within 1e-2)."""
     with _plain_errors():
-        from flash_indexer.judge.teacher_check import teacher_errors
-        from flash_indexer.recipe import judging
+        from flash_indexer.recipe import checking, judging
         from flash_indexer.recipe.held_out import held_out_batches
+        from flash_indexer.recipe.run_folder import check_folder
 
+        if report is not None and not fp8:
+            raise ValueError("check: --report is the folder of what --fp8 measures; add --fp8")
+        if sequence_length is not None and sequence_length < 2:
+            raise ValueError(f"check: --sequence-length must be at least 2, got {sequence_length}")
+        folder = report or run_folder / "fp8"
+        if fp8:
+            check_folder("check: --report", folder)
         handle, _, run = judging.load_trained(run_folder, model, console)
-        run |= {} if column is None else {"column": column}
-        errors = teacher_errors(handle, held_out_batches(run, data, 1)[0])
-        for layer, error in errors.items():
-            console.print(f"layer {layer}: max |sum_s a[t,h,s] - 1| = {error:.2e}", highlight=False)
-        worst = max(errors, key=lambda layer: float("inf") if errors[layer] != errors[layer] else errors[layer])
-        if not errors[worst] <= 1e-2:
-            raise ValueError(f"check: layer {worst}'s rows sum to 1 only within {errors[worst]:.2e}, above 1e-2")
+        chosen = {"sequence_length": sequence_length, "column": column}
+        run |= {name: value for name, value in chosen.items() if value is not None}
+        batch = held_out_batches(run, data, 1)[0]
+        checking.check_teacher(handle, batch, console)
+        if fp8:
+            command = shlex.join(["flash-indexer", *sys.argv[1:]])
+            checking.check_fp8(handle, batch, folder, {**run, "data": data, "command": command}, console)
 
 
 @app.command()
@@ -215,6 +236,7 @@ def export(
         from flash_indexer.files.native import check_replaceable
         from flash_indexer.models.load import model_fingerprint
         from flash_indexer.recipe import judging
+        from flash_indexer.recipe.judgement import note_judgement
 
         if topk is not None and format == "native":
             raise ValueError(f"export: --topk belongs to --format deepseek_v32, got {topk} with native; leave it out")
@@ -229,13 +251,16 @@ def export(
             handle, path, format=format, base_name=run["model"], base_fingerprint=fingerprint, overwrite=overwrite,
             **options,
         )  # fmt: skip
+        note_judgement(run_folder, handle, path, console)
         judging.print_path(console, "exported", path)
 
 
 @app.command()
 def bench(
     sizes: Annotated[str | None, typer.Option(help="Comma-separated; default: all of the README's table.")] = None,
-    suite: Annotated[str | None, typer.Option(help="mqa64: attention and per-head KL; attention: it alone.")] = None,
+    suite: Annotated[
+        str | None, typer.Option(help="mqa64: attention and per-head KL; attention: it alone; fp8: the loss in e4m3.")
+    ] = None,
     batch: Annotated[int | None, typer.Option(help="With --suite mqa64: only so many documents.")] = None,
     verbose: Annotated[bool, typer.Option("--verbose", help="With --suite mqa64: percentiles and clocks.")] = False,
     out: Annotated[Path, typer.Option(help="Folder that gets the measurements, a line each.")] = Path("results"),
@@ -248,16 +273,21 @@ def bench(
 
     with _plain_errors():
         from flash_indexer.bench import attention as bench_attention
+        from flash_indexer.bench import fp8 as bench_fp8
         from flash_indexer.bench import kl as benchmark
         from flash_indexer.bench import per_head as bench_heads
 
-        if suite in (None, bench_attention.SUITE) and (batch is not None or verbose):
+        if suite in (None, bench_attention.SUITE, bench_fp8.SUITE) and (batch is not None or verbose):
             raise ValueError("bench: --batch and --verbose belong to --suite mqa64; add it")
         if suite is not None and sizes is not None:
             raise ValueError("bench: give --sizes (of indexer_kl) or --suite (of warmup_attention), not both")
         if suite == bench_attention.SUITE:
             bench_attention.run(out, commit=commit, say=say)
             _print_path("results", out / bench_attention.RESULTS)
+            return
+        if suite == bench_fp8.SUITE:
+            bench_fp8.run(out, commit=commit, say=say)
+            _print_path("results", out / bench_fp8.RESULTS)
             return
         if suite is not None:
             bench_heads.run(suite, out, batch=batch, verbose=verbose, commit=commit, say=say)

@@ -126,3 +126,33 @@ def _evaluation() -> Evaluation:
         perplexities=tuple(Perplexity(s, k, x, math.exp(x), 0.93 if k else 0.0) for (s, k), x in losses.items()),
         row_block=RowBlock(1, 92, 96, 8, rows, rows),
     )
+
+
+@pytest.fixture(scope="session")
+def rounded() -> Callable[[Tensor, str], Tensor]:
+    """rounded(rows, arithmetic) in float64, with every number of e4m3 written out."""
+    return _rounded
+
+
+def _e4m3_numbers() -> list[float]:
+    """Not negative, ascending: 8 steps below 2^-6, then 8 in each power of two, up to 448."""
+    return [n * 2.0**-9 for n in range(8)] + [
+        (1 + n / 8) * 2.0**e for e in range(-6, 9) for n in range(8) if (1 + n / 8) * 2.0**e <= 448
+    ]
+
+
+def _rounded(x: Tensor, arithmetic: str) -> Tensor:
+    """A row's e4m3 numbers times its scale, of the row or of Hadamard's matrix times it; in float64, one by one."""
+    if arithmetic == "bf16":
+        return x.bfloat16().double()
+    E = x.shape[-1]
+    if arithmetic == "fp8":
+        signs = torch.tensor([[(-1.0) ** (i & j).bit_count() for j in range(E)] for i in range(E)], dtype=x.dtype)
+        x = x @ signs / math.sqrt(E)
+    grid = torch.tensor(_e4m3_numbers(), dtype=torch.float64)
+    scale = torch.exp2((x.abs().amax(-1, keepdim=True) / 448).log2().ceil())
+    distance = ((x / scale).abs()[..., None] - grid).abs()
+    nearest = distance.argmin(-1)
+    tie = (distance == distance.amin(-1, keepdim=True)).sum(-1) == 2
+    nearest = torch.where(tie & (nearest % 2 == 1), nearest + 1, nearest)
+    return x.sign() * grid[nearest] * scale

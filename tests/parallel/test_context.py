@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 import torch
 
+from flash_indexer import indexer_kl
 from flash_indexer.parallel import context_positions
-from flash_indexer.testing import Result, Shape
+from flash_indexer.testing import Result, Shape, make_inputs
 
 # documents of length 1, queries that see nothing, odd lengths; 80 tokens divide into 4 and 8 pieces
 PACKED = Shape(((1, 1), (33, 29), (5, 0), (1, 1), (27, 36), (13, 13)), H=6, G=3, D=16, I=5, E=32)
@@ -62,3 +63,24 @@ def test_context_and_tensor_parallel(ranks: Any, judge: Any, layout: str, target
     for first, second in (parts[:2], parts[2:]):
         assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True)), "ranks of a tensor group differ"
     judge(join(parts[::2], 2, layout, PACKED.T), PACKED, **COMMON, **options)
+
+
+@pytest.mark.parametrize(("world", "which"), [(2, "2"), (4, "4"), (4, "mesh")])
+def test_in_e4m3_as_one_process(ranks: Any, world: int, which: str) -> None:
+    """Against `indexer_kl` on one process, which tests/ops/kl/test_arithmetic.py holds to the definition."""
+    options: dict[str, Any] = dict(index_dtype="fp8", teacher_dtype="fp8")
+    call: dict[str, Any] = dict(which=which, layout="zigzag", shape=PACKED, dtype=torch.float64, weighted=True)
+    parts = ranks.call("context", world, **call, **options, **FIXED)
+    if which == "mesh":
+        parts = parts[::2]  # the ranks of a tensor group have the same
+    got = join(parts, len(parts), "zigzag", PACKED.T)
+    x = make_inputs(PACKED, seed=COMMON["seed"], dtype=torch.float64)
+    leaves = [leaf.clone().requires_grad_() for leaf in (x.index_q, x.index_k, x.index_weights)]
+    one = indexer_kl(
+        x.q, x.k, *leaves, softmax_scale=x.softmax_scale, key_start=x.key_start, key_end=x.key_end,
+        token_weight=x.token_weight, **options,
+    )  # fmt: skip
+    (COMMON["d_loss"] * one.loss).backward()
+    for mine, expected in zip(got, (*one, *(leaf.grad for leaf in leaves)), strict=True):
+        assert expected is not None
+        torch.testing.assert_close(mine, expected.detach(), rtol=1e-10, atol=1e-13)

@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 import torch
 
-from flash_indexer.testing import SHAPES, Result, Shape
+from flash_indexer import indexer_kl
+from flash_indexer.testing import SHAPES, Result, Shape, make_inputs
 
 COMMON: dict[str, Any] = dict(seed=5, d_loss=0.6)
 WIDE = Shape(((37, 37), (1, 1), (6, 0), (29, 41)), H=8, G=4, D=16, I=5, E=32)
@@ -37,3 +38,21 @@ def test_without_lse_in_float64_whatever_the_chunks(ranks: Any, judge: Any, work
     options: dict[str, Any] = dict(dtype=torch.float64, lse=False, weighted=True, target="mean")
     call = dict(which="4", shape=WIDE, workspace_bytes=workspace, **COMMON)
     judge(same(ranks.call("tensor", 4, **call, **options)), WIDE, **COMMON, **options)
+
+
+@pytest.mark.parametrize("index_dtype", ["fp8", "fp8_unrotated"])
+def test_in_e4m3_as_one_process(ranks: Any, index_dtype: str) -> None:
+    """Against `indexer_kl` on one process, which tests/ops/kl/test_arithmetic.py holds to the definition."""
+    options: dict[str, Any] = dict(index_dtype=index_dtype, teacher_dtype="fp8")
+    call = dict(which="4", shape=WIDE, workspace_bytes=2**13, dtype=torch.float64, weighted=True, **COMMON)
+    got = same(ranks.call("tensor", 4, **call, **options))
+    x = make_inputs(WIDE, seed=COMMON["seed"], dtype=torch.float64)
+    leaves = [leaf.clone().requires_grad_() for leaf in (x.index_q, x.index_k, x.index_weights)]
+    one = indexer_kl(
+        x.q, x.k, *leaves, softmax_scale=x.softmax_scale, key_start=x.key_start, key_end=x.key_end,
+        token_weight=x.token_weight, **options,
+    )  # fmt: skip
+    (COMMON["d_loss"] * one.loss).backward()
+    for mine, expected in zip(got, (*one, *(leaf.grad for leaf in leaves)), strict=True):
+        assert expected is not None
+        torch.testing.assert_close(mine, expected.detach(), rtol=1e-10, atol=1e-13)

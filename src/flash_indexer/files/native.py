@@ -30,8 +30,8 @@ _OURS = "flash-indexer/"
 class NativeConfig:
     """What `indexer_config.json` says, apart from `format` and `version`.
 
-    The fields base_* tell which model the indexers belong to (base_fingerprint None: not recorded); the
-    others are `attach`'s and LightningIndexer's.
+    The fields base_* tell which model the indexers belong to (base_fingerprint None: not recorded), judged how good
+    they were and in which arithmetic (None: not recorded); the others are `attach`'s and LightningIndexer's.
     """
 
     base_name: str
@@ -47,6 +47,9 @@ class NativeConfig:
     q_lora_rank: int | None
     target: str
     base_dtype: str = "float32"
+    judged: dict[str, Any] | None = None
+    index_dtype: str | None = None
+    teacher_dtype: str | None = None
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """The shape of every tensor, by its key `model.layers.N.self_attn.indexer.*`."""
@@ -197,6 +200,8 @@ def load_native(
             rope_dim=config.rope_dim,
             target=config.target,
             layers=config.layers,
+            index_dtype=config.index_dtype,
+            teacher_dtype=config.teacher_dtype,
         )
     else:
         handle = handle_or_model
@@ -235,6 +240,8 @@ def describe(handle: IndexerHandle, *, base_name: str, base_fingerprint: str | N
         q_lora_rank=q_lora_rank,
         target=handle.target,
         base_dtype=str(handle.model.dtype).removeprefix("torch."),
+        index_dtype=handle.index_dtype,
+        teacher_dtype=handle.teacher_dtype,
     )
 
 
@@ -365,5 +372,6 @@ _FIELD_CHECKS: dict[str, Callable[[Any], bool]] = {
     "bool": lambda value: isinstance(value, bool),
     "int": lambda value: _is_int(value) and value > 0,
     "int | None": lambda value: value is None or (_is_int(value) and value > 0),
+    "dict[str, Any] | None": lambda value: value is None or isinstance(value, dict),
     "tuple[int, ...]": lambda value: isinstance(value, list) and value != [] and all(map(_is_int, value)),
 }

@@ -12,8 +12,8 @@ from matplotlib.figure import Figure
 from matplotlib.font_manager import FontProperties
 from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
 
-from flash_indexer.judge.scores import Evaluation, MassAtK, RowBlock
-from flash_indexer.judge.verdict import change, percent, queries_of_layers, rests_on_few
+from flash_indexer.judge.scores import Evaluation, MassAtK, Perplexity, RowBlock
+from flash_indexer.judge.verdict import arithmetic_name, change, percent, queries_of_layers, rests_on_few
 
 _INDEXER, _ORACLE, _WINDOW, _DENSE = "#0072B2", "#222222", "#D55E00", "#8C8C8C"
 _LEAST_RANGE = 1.1  # of a loss axis: its top over its bottom
@@ -103,7 +103,8 @@ def plot_mass(evaluation: Evaluation) -> Figure:
 def _draw_mass(ax: Axes, evaluation: Evaluation, mean: MassAtK) -> None:
     scores = [(score.layer or 0, at) for score in evaluation.layers for at in score.at_k if at.k == mean.k]
     x = [layer for layer, _ in scores]
-    labels = {"oracle": "oracle: the best k keys", "indexer": "indexer's top k", "window": "sink + window"}
+    indexer = f"indexer's top k{_served_words(evaluation)}"
+    labels = {"oracle": "oracle: the best k keys", "indexer": indexer, "window": "sink + window"}
     for (name, label), marker in zip(labels.items(), "so^", strict=True):
         y = [100 * getattr(at, name) for _, at in scores]
         ax.plot(x, y, color=_COLOURS[name], marker=marker, markersize=5, linewidth=2, label=label)
@@ -141,13 +142,25 @@ def plot_rows(block: RowBlock) -> Figure:
 
 
 def plot_perplexity(evaluation: Evaluation) -> Figure:
-    """Perplexity by choice of keys, as bars."""
-    shown = evaluation.perplexities
+    """Perplexity by choice of keys, as bars; where the indexers were judged as served, the unserved ones' beside."""
+    served, before = _served_words(evaluation), {}
+    if evaluation.unserved is not None:
+        before = {p.k: p for p in evaluation.unserved.perplexities}
+    shown: list[Perplexity] = []
+    words: list[str] = []
+    for p in evaluation.perplexities:
+        indexer = p.selection == "indexer"
+        shown.append(p)
+        words.append(served.replace(" ", "\n", 1) if indexer else "")
+        if evaluation.unserved is not None and indexer and p.k in before:
+            shown.append(before[p.k])
+            words.append(f"\nin {evaluation.unserved.arithmetic}")
     figure = _figure(9, 1.6 + 0.55 * len(shown))
     ax = figure.add_subplot()
     dense = shown[0].perplexity
     values = [p.perplexity for p in shown]
-    names = [NAMES[p.selection] + ("" if p.k is None else f", {p.k} keys") for p in shown]
+    keys = ["" if p.k is None else f", {p.k} keys" for p in shown]
+    names = [NAMES[p.selection] + k + text for p, k, text in zip(shown, keys, words, strict=True)]
     bars = ax.barh(names, values, color=[_COLOURS[p.selection] for p in shown], height=0.66)
     changes = ["" if p.k is None else f"  ({change(p.perplexity, dense)})" for p in shown]
     labels = [f"{value:.2f}{text}" for value, text in zip(values, changes, strict=True)]
@@ -160,3 +173,7 @@ def plot_perplexity(evaluation: Evaluation) -> Figure:
     ax.set(xlabel="perplexity on held-out text (lower is better)")
     ax.set_title("Perplexity when each query may attend only to the chosen keys")
     return figure
+
+
+def _served_words(evaluation: Evaluation) -> str:
+    return "" if evaluation.unserved is None else f" in {arithmetic_name(evaluation.arithmetic)}"

@@ -20,6 +20,7 @@ from flash_indexer.judge.verdict import (
     GOOD_INDEXER_OVER_ORACLE,
     GOOD_KL_OVER_UNIFORM,
     UNLEARNT_KL_OVER_UNIFORM,
+    arithmetic_name,
     change,
     headline,
     mass_notes,
@@ -110,13 +111,14 @@ def _markdown(evaluation: Evaluation, content: Mapping[str, Any]) -> str:
     lines = ["# Lightning indexer: report", "", f"**{first.rstrip('.')}.** {rest}".rstrip(), ""]
     lines += [
         f"Measured on {evaluation.tokens:,} held-out tokens, sequences: {evaluation.sequences:,}; mean over "
-        f"{len(evaluation.layers)} layers.",
+        f"{len(evaluation.layers)} layers{_arithmetic_words(evaluation)}.",
         "",
     ]
     lines += _section("Warnings", [f"- {_setting(warning)}" for warning in content["run"].get("warnings") or ()])
     lines += _section("Attention mass at k", _mass_lines(evaluation))
     lines += _section("Ties", _ties_lines(evaluation))
     lines += _section("Perplexity", _perplexity_lines(evaluation))
+    lines += _section("What serving costs", _serving_lines(evaluation))
     lines += _section("Where it looks", _rows_lines(evaluation))
     lines += _section("Training", _training_lines(content["training"], content["plots"], content["run"]))
     lines += _section("Layers", _layer_lines(evaluation))
@@ -218,6 +220,50 @@ def _perplexity_lines(evaluation: Evaluation) -> list[str]:
         "",
         "![Perplexity by choice of keys](perplexity.png)",
     ]
+
+
+def _arithmetic_words(evaluation: Evaluation) -> str:
+    """Records of versions that could not tell the arithmetic lack it."""
+    return f"; index scores in {arithmetic_name(evaluation.arithmetic)}" if evaluation.arithmetic else ""
+
+
+def _serving_lines(evaluation: Evaluation) -> list[str]:
+    """The served indexers beside the same ones in the model's arithmetic."""
+    unserved = evaluation.unserved
+    if unserved is None:
+        return []
+    served, before = arithmetic_name(evaluation.arithmetic), unserved.arithmetic
+    lines = [
+        f"Everything else in this report is of index scores in {served}, as servers form them; this table has the "
+        f"same indexers on the same text in {before} beside them. Same keys: the part of the k keys that both select, "
+        "over the queries that count at k.",
+    ]
+    masses = {mass.k: mass for mass in unserved.mean.at_k}
+    rows = []
+    for mass in evaluation.mean.at_k:
+        shares = {at.layer: at.overlap for at in unserved.overlaps if at.k == mass.k}
+        mean, (worst, layer) = shares.pop(None), min((share, layer) for layer, share in shares.items())
+        rows.append(
+            [
+                str(mass.k),
+                f"{100 * masses[mass.k].indexer:.3f}%",
+                f"{100 * mass.indexer:.3f}%",
+                f"{100 * (mass.indexer - masses[mass.k].indexer):+.3f} points",
+                f"{100 * mean:.2f}%",
+                f"{100 * worst:.2f}% ({layer})",
+            ]
+        )
+    if rows:
+        head = ["k", f"mass, {before}", f"mass, {served}", "change", "same keys", "fewest (layer)"]
+        lines += ["", *_table(head, rows)]
+    sparse = {p.k: p for p in evaluation.perplexities if p.selection == "indexer"}
+    rows = [
+        [str(p.k), f"{p.perplexity:.4f}", f"{sparse[p.k].perplexity:.4f}", change(sparse[p.k].perplexity, p.perplexity)]
+        for p in unserved.perplexities
+    ]
+    if rows:
+        lines += ["", *_table(["keys a query", f"perplexity, {before}", f"perplexity, {served}", "change"], rows)]
+    return lines
 
 
 def _rows_lines(evaluation: Evaluation) -> list[str]:

@@ -82,11 +82,41 @@ class RowBlock:
 
 
 @dataclass(frozen=True)
+class OverlapAtK:
+    """Of its k keys, the part that the served indexer has in common with the unserved one: the mean over queries.
+
+    layer None: all layers. queries, min_visible: as in MassAtK.
+    """
+
+    layer: int | None
+    k: int
+    min_visible: int
+    queries: int
+    overlap: float
+
+
+@dataclass(frozen=True)
+class Unserved:
+    """The same indexers, on the same text, in the arithmetic of the model that they were captured from.
+
+    arithmetic: that dtype. perplexities: of the unserved indexer's keys alone. overlaps: of all layers, then of each.
+    """
+
+    arithmetic: str
+    mean: LayerScore
+    layers: tuple[LayerScore, ...]
+    perplexities: tuple[Perplexity, ...]
+    overlaps: tuple[OverlapAtK, ...]
+
+
+@dataclass(frozen=True)
 class Evaluation:
     """What `evaluate` measured. `tokens` were read, `predicted` of them have a predecessor in their document.
 
     ks, min_visible: what was asked for. most_visible: keys that the query with most of them sees. Records of versions
     that did not count ties lack these, as they lack ties: 0 and ().
+    arithmetic: in which the index scores were formed, one of `judge.serving.ARITHMETICS` or the model's dtype; "" in
+    older records. unserved: for comparison, where the indexers were judged in a server's arithmetic.
     """
 
     sequences: int
@@ -99,6 +129,8 @@ class Evaluation:
     ks: tuple[int, ...] = ()
     min_visible: int = 0
     most_visible: int = 0
+    arithmetic: str = ""
+    unserved: Unserved | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Plain numbers, strings, lists and dicts, ready for json.dump."""
@@ -108,6 +140,10 @@ class Evaluation:
         plain["perplexities"], plain["ks"] = list(plain["perplexities"]), list(plain["ks"])
         for name in ("teacher", "indexer"):
             plain["row_block"][name] = [list(row) for row in plain["row_block"][name]]
+        if (unserved := plain["unserved"]) is not None:
+            unserved["mean"] = _score_to_dict(unserved["mean"])
+            unserved["layers"] = [_score_to_dict(score) for score in unserved["layers"]]
+            unserved["perplexities"], unserved["overlaps"] = list(unserved["perplexities"]), list(unserved["overlaps"])
         return plain
 
     @classmethod
@@ -127,6 +163,8 @@ class Evaluation:
             ks=tuple(plain.get("ks", ())),
             min_visible=plain.get("min_visible", 0),
             most_visible=plain.get("most_visible", 0),
+            arithmetic=plain.get("arithmetic", ""),
+            unserved=_unserved_from_dict(plain.get("unserved")),
         )
 
 
@@ -163,3 +201,15 @@ def _score_to_dict(plain: dict[str, Any]) -> dict[str, Any]:
 def _score_from_dict(plain: Mapping[str, Any]) -> LayerScore:
     at_k = tuple(MassAtK(**mass) for mass in plain["at_k"])
     return LayerScore(**{**plain, "at_k": at_k, "ties": tuple(TiesAtK(**tie) for tie in plain.get("ties", ()))})
+
+
+def _unserved_from_dict(plain: Mapping[str, Any] | None) -> Unserved | None:
+    if plain is None:
+        return None
+    return Unserved(
+        plain["arithmetic"],
+        _score_from_dict(plain["mean"]),
+        tuple(_score_from_dict(score) for score in plain["layers"]),
+        tuple(Perplexity(**perplexity) for perplexity in plain["perplexities"]),
+        tuple(OverlapAtK(**overlap) for overlap in plain["overlaps"]),
+    )

@@ -26,18 +26,26 @@ def teacher_errors(handle: IndexerHandle, batch: Mapping[str, Tensor]) -> dict[i
     errors: dict[int, float] = {}
 
     def measure(capture: LayerCapture) -> None:
-        per_group = capture.q.shape[1] // capture.k.shape[1]
-        worst = torch.zeros((), device=capture.q.device)
-        for h in range(capture.q.shape[1]):
-            one, g = slice(h, h + 1), slice(h // per_group, h // per_group + 1)
-            head = replace(capture, q=capture.q[:, one], k=capture.k[:, g], lse=capture.lse[:, one])
-            for sums in teacher_row_sums(head):
-                worst = torch.maximum(worst, (sums - 1).abs().max())  # unlike max, keeps NaN
-        errors[capture.layer] = float(worst)
+        found = head_errors(capture)
+        errors[capture.layer] = max(found, key=lambda error: float("inf") if error != error else error)
 
     input_ids, position_ids = batch_tensors(batch, next(handle.model.parameters()).device)
     with torch.no_grad(), handle.using(measure):
         handle.decoder(input_ids=input_ids, position_ids=position_ids, use_cache=False)
+    return errors
+
+
+def head_errors(capture: LayerCapture) -> list[float]:
+    """For each head h, max over t of |sum_s exp(scale * q[t,h]·k[s,g(h)] - lse[t,h]) - 1|; NaN where a sum is."""
+    per_group = capture.q.shape[1] // capture.k.shape[1]
+    errors = []
+    for h in range(capture.q.shape[1]):
+        one, g = slice(h, h + 1), slice(h // per_group, h // per_group + 1)
+        head = replace(capture, q=capture.q[:, one], k=capture.k[:, g], lse=capture.lse[:, one])
+        worst = torch.zeros((), device=capture.q.device)
+        for sums in teacher_row_sums(head):
+            worst = torch.maximum(worst, (sums - 1).abs().max())  # unlike max, keeps NaN
+        errors.append(float(worst))
     return errors
 
 

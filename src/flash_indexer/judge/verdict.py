@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from flash_indexer.judge.metrics import VISIBLE_PER_K
 from flash_indexer.judge.scores import Evaluation, LayerScore, MassAtK, TiesAtK
+from flash_indexer.judge.serving import NAMES
 
 HEADLINE_K = 128
 UNLEARNT_KL_OVER_UNIFORM, BEGUN_KL_OVER_UNIFORM, GOOD_KL_OVER_UNIFORM = 0.9, 0.5, 0.12
@@ -36,7 +37,7 @@ def change(x: float, base: float) -> str:
 
 
 def verdict(evaluation: Evaluation) -> str:
-    """One to four sentences that say how good the indexers are, best read first."""
+    """One to five sentences that say how good the indexers are, best read first."""
     mean, mass = evaluation.mean, headline(evaluation.mean)
     ratio = mean.kl_over_uniform
     sentences = [grade(ratio, mass)]
@@ -61,7 +62,38 @@ def verdict(evaluation: Evaluation) -> str:
         sentences.append(
             f"Perplexity is {dense:.2f} with all keys; with {sparse['indexer'].k} keys a query it is {changes}."
         )
-    return " ".join(sentences)
+    cost = serving_cost(evaluation)
+    return " ".join([*sentences, *([cost] if cost else [])])
+
+
+def arithmetic_name(arithmetic: str) -> str:
+    """An arithmetic of index scores in words: a server's, or the dtype of the model."""
+    return NAMES.get(arithmetic, arithmetic)
+
+
+def serving_cost(evaluation: Evaluation) -> str | None:
+    """What a server's arithmetic changes, in a sentence; None where the indexers were judged in the model's."""
+    unserved = evaluation.unserved
+    if unserved is None:
+        return None
+    parts = []
+    mass, before = headline(evaluation.mean), headline(unserved.mean)
+    shared = {at.k: at for at in unserved.overlaps if at.layer is None}
+    if mass is not None and before is not None:
+        parts.append(
+            f"{100 * shared[mass.k].overlap:.2f}% of the top {mass.k} keys are the same, and their mass changes by "
+            f"{100 * (mass.indexer - before.indexer):+.3f} points"
+        )
+    sparse = {p.k: p for p in evaluation.perplexities if p.selection == "indexer"}
+    for was in unserved.perplexities:
+        if was.k == _headline_sparse_k(evaluation):
+            now = sparse[was.k].perplexity
+            parts.append(
+                f"perplexity with {was.k} keys a query by {100 * (now / was.perplexity - 1):+.3f}% "
+                f"(from {was.perplexity:.3f} to {now:.3f})"
+            )
+    how = f"Judged with index scores in {arithmetic_name(evaluation.arithmetic)}"
+    return f"{how}: beside {unserved.arithmetic}, {', '.join(parts)}." if parts else f"{how}."
 
 
 def headline(score: LayerScore) -> MassAtK | None:
@@ -161,8 +193,8 @@ def summary_lines(evaluation: Evaluation) -> list[str]:
             f"mass@{mass.k}: indexer {mass.indexer:.1%}, oracle {mass.oracle:.1%}, sink + window {mass.window:.1%} "
             f"({queries_behind(evaluation, mass.k)}, of those that see at least {mass.min_visible:,} keys)"
         )
-    ties = ties_note(evaluation)
-    return [*lines, *mass_notes(evaluation), *([ties] if ties else [])]
+    more = [serving_cost(evaluation), *mass_notes(evaluation), ties_note(evaluation)]
+    return [*lines, *(line for line in more if line)]
 
 
 def _queries(count: int) -> str:

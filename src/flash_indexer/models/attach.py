@@ -29,6 +29,7 @@ from flash_indexer.models.families import (
 )
 from flash_indexer.models.handle import IndexerHandle
 from flash_indexer.models.hooks import ATTENTION, TAP, LayerTap, uncompiled
+from flash_indexer.ops.quantization import check_rotation
 from flash_indexer.parallel.mesh import Parallel
 
 __all__ = ["IndexerHandle", "LayerCapture", "attach"]
@@ -43,6 +44,8 @@ def attach(
     target: str = "mean",
     layers: Sequence[int] | None = None,
     parallel: Parallel | None = None,
+    index_dtype: str | None = None,
+    teacher_dtype: str | None = None,
 ) -> IndexerHandle:
     """Gives every layer of a dense model a fresh lightning indexer that learns from the layer's own attention.
 
@@ -61,6 +64,9 @@ def attach(
         target: see `flash_indexer.indexer_kl`. layers: indices of the layers to attach; None means all.
         parallel: how sequence and heads are shared out over processes. With cp > 1 the model is given this process's
             part of input_ids and position_ids (`context_positions` of the flattened batch); with tp > 1 it is sharded.
+        index_dtype: "fp8" or "fp8_unrotated" trains the indexers in the arithmetic that they are served in, see
+            `flash_indexer.indexer_kl`. teacher_dtype: "fp8" takes the teacher's probabilities from e4m3 queries and
+            keys, with the logsumexp of these. Not with cp or tp.
 
     Raises:
         TypeError: the model is a wrapper around a Transformers model.
@@ -111,16 +117,31 @@ def attach(
         raise ValueError(
             f'attach: target="per_head" needs num_heads = {config.num_attention_heads}, the model\'s, got {num_heads}'
         )
+    _check_arithmetic(index_dtype, teacher_dtype, head_dim)
     indexers = nn.ModuleDict()
     for layer in chosen:
         indexers[str(layer)] = LightningIndexer(
             config.hidden_size, num_heads=num_heads, head_dim=head_dim, q_lora_rank=rank,
             rope_dim=rope_dim, rope_interleaved=False,
         ).to(layer_device(attentions[layer]))  # fmt: skip
-    handle = IndexerHandle(model, indexers, target, parallel or Parallel())
+    handle = IndexerHandle(
+        model, indexers, target, parallel or Parallel(), index_dtype=index_dtype, teacher_dtype=teacher_dtype
+    )
     rotary = None if mla else resized_rotary(decoder, config, rope_dim).to(layer_device(attentions[0]))
     _install(handle, decoder, attentions, rotary)
     return handle
+
+
+def _check_arithmetic(index_dtype: str | None, teacher_dtype: str | None, head_dim: int) -> None:
+    for name, value, allowed in (
+        ("index_dtype", index_dtype, ("fp8", "fp8_unrotated")),
+        ("teacher_dtype", teacher_dtype, ("fp8",)),
+    ):
+        if value is None:
+            continue
+        if value not in allowed:
+            raise ValueError(f"attach: {name} must be None or one of {', '.join(map(repr, allowed))}, got {value!r}")
+    check_rotation('attach: index_dtype="fp8"', head_dim, index_dtype == "fp8")
 
 
 def _install(handle: IndexerHandle, decoder: Any, attentions: list[Any], rotary: nn.Module | None) -> None:

@@ -40,16 +40,28 @@ class IndexerHandle:
         token_weight: weight of every token's KL in the loss; None means 1/T of each forward. Training sets it to
             1 / (tokens of the whole optimizer step over all ranks).
         parallel: how sequence and heads are shared out over processes.
+        index_dtype, teacher_dtype: arithmetic of the loss, see `flash_indexer.indexer_kl`.
         observer: called with each layer's capture before the default loss, for logging; None for none.
     """
 
-    def __init__(self, model: PreTrainedModel, indexers: nn.ModuleDict, target: str, parallel: Parallel) -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        indexers: nn.ModuleDict,
+        target: str,
+        parallel: Parallel,
+        *,
+        index_dtype: str | None = None,
+        teacher_dtype: str | None = None,
+    ) -> None:
         self.model = model
         self.decoder: Any = find_decoder(model)
         self.indexers = indexers
         self.layers = tuple(int(name) for name in indexers)
         self.target = target
         self.parallel = parallel
+        self.index_dtype = index_dtype
+        self.teacher_dtype = teacher_dtype
         self.token_weight: float | None = None
         self.observer: Callable[[LayerCapture], None] | None = None
         self._losses: dict[int, LayerLoss] = {}
@@ -212,7 +224,10 @@ class IndexerHandle:
         each = 1 / (T * self.parallel.cp) if self.token_weight is None else self.token_weight
         weight = capture.index_weights.new_full((T,), each)
         with torch.enable_grad():
-            loss, kl, entropy = layer_kl(capture, target=self.target, token_weight=weight, parallel=self.parallel)
+            loss, kl, entropy = layer_kl(
+                capture, target=self.target, token_weight=weight, parallel=self.parallel,
+                index_dtype=self.index_dtype, teacher_dtype=self.teacher_dtype,
+            )  # fmt: skip
             if loss.requires_grad:
                 loss.backward()  # type: ignore[no-untyped-call]
         visible = (capture.key_end - capture.key_start).to(kl.dtype).log()

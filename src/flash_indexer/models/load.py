@@ -54,6 +54,9 @@ FINGERPRINTED = (
 def load_model(name_or_path: str | Path, *, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """A causal language model in eval mode, every parameter frozen, with its tokenizer. Nothing is downloaded.
 
+    Weights stored in FP8 with scales (quantization_config: quant_method "fp8", as DeepSeek-V3's) are multiplied by them
+    and are ordinary ones then; on the way they are in memory twice where layers stack them, as experts.
+
     Args:
         name_or_path: a directory written by Transformers' `save_pretrained`, or `"smollm2-135m"`: SmolLM2-135M-Instruct
             (30 layers, 9 heads over 3 key heads, head dim 64, context 8,192), dequantised from the 4-bit GGUF file of

@@ -2,18 +2,27 @@
 
 Transformers fills what a checkpoint lacks with random numbers, drops what the model does not know, and takes numbers in
 8 bits as they are where no quantiser is at work. A teacher made so is wrong without a word; here each is an error.
+FP8 weights with scales are dequantised by us (flash_indexer.models.fp8_weights).
 """
 
 from __future__ import annotations
 
-import json
 import re
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    GenerationConfig,
+    PreTrainedModel,
+)
+
+from flash_indexer.models.fp8_weights import dequantised_weights, is_fp8
+from flash_indexer.models.shards import read_json, shards
 
 
 def load_weights(directory: Path, dtype: torch.dtype, *, gguf_file: str | None = None) -> PreTrainedModel:
@@ -23,16 +32,21 @@ def load_weights(directory: Path, dtype: torch.dtype, *, gguf_file: str | None =
         ValueError: naming weights that are unreadable, missing, misshapen or left over, or a quantisation that can't be
             undone here.
     """
-    source: dict[str, Any] = {"ignore_mismatched_sizes": True} if gguf_file is None else {"gguf_file": gguf_file}
-    quantised = _json(directory / "config.json").get("quantization_config") if gguf_file is None else None
+    quantised = read_json(directory / "config.json").get("quantization_config") if gguf_file is None else None
     try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            directory, dtype=dtype, local_files_only=True, output_loading_info=True, **source
-        )
+        if is_fp8(quantised):
+            loaded = _load_fp8(directory, quantised, dtype)
+        else:
+            source: dict[str, Any] = (
+                {"ignore_mismatched_sizes": True} if gguf_file is None else {"gguf_file": gguf_file}
+            )
+            loaded = AutoModelForCausalLM.from_pretrained(
+                directory, dtype=dtype, local_files_only=True, output_loading_info=True, **source
+            )
     except (OSError, RuntimeError, SafetensorError) as error:
         raise ValueError(f"load_model: the weights in {str(directory)!r} can't be read: {first_line(error)}") from error
     except (ImportError, ValueError, TypeError, KeyError, AttributeError) as error:
-        if quantised is None:
+        if quantised is None or is_fp8(quantised):
             raise
         raise ValueError(
             f"load_model: the weights in {str(directory)!r} are quantised and can't be read here, got "
@@ -40,16 +54,39 @@ def load_weights(directory: Path, dtype: torch.dtype, *, gguf_file: str | None =
             "asks for, or use a checkpoint in bfloat16"
         ) from error
     model: PreTrainedModel = loaded[0]
-    _check_keys(directory, model, loaded[1])
+    narrow = _narrow_weights(directory, model)
+    if is_fp8(quantised):
+        narrow = {name: stored for name, stored in narrow.items() if not stored.startswith("F8")}
+    _check_keys(directory, model, loaded[1], narrow)
     return model
 
 
-def _check_keys(directory: Path, model: PreTrainedModel, info: dict[str, Any]) -> None:
-    """Every weight of the model must come from the checkpoint, as it is stored, and none may be left over."""
+def _load_fp8(directory: Path, quantised: Any, dtype: torch.dtype) -> Any:
+    """The model and what was loaded, dequantised here: Transformers' CPU code takes the blocks of a weight that they
+    don't divide for smaller ones, and on a GPU the model would compute in FP8.
+    """
+    config = AutoConfig.from_pretrained(directory, local_files_only=True)
+    del config.quantization_config
+    weights = dequantised_weights(directory, quantised, dtype, _harmless_keys(config))
+    if not weights:
+        raise OSError(f"no model.safetensors and no index of shards in {directory}")
+    kind: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    loaded = kind.from_pretrained(
+        None, config=config, state_dict=weights, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True
+    )
+    if (directory / "generation_config.json").is_file():
+        loaded[0].generation_config = GenerationConfig.from_pretrained(directory, local_files_only=True)
+    return loaded
+
+
+def _check_keys(directory: Path, model: PreTrainedModel, info: dict[str, Any], narrow: dict[str, str]) -> None:
+    """Every weight of the model must come from the checkpoint, as it is stored, and none may be left over.
+
+    narrow: names and stored dtypes of weights that were taken without their scales.
+    """
     leftover = _harmless_keys(model.config)
     missing, mismatched = sorted(info["missing_keys"]), sorted(map(str, info["mismatched_keys"]))
     unexpected = sorted(key for key in info["unexpected_keys"] if not leftover.search(key))
-    narrow = _narrow_weights(directory, model)
     remedy = "use the checkpoint that its config.json belongs to"
     if narrow:
         remedy = (
@@ -80,21 +117,14 @@ def _narrow_weights(directory: Path, model: PreTrainedModel) -> dict[str, str]:
     """Names and stored dtypes of weights in 8 bits or fewer that were taken as they are: no quantiser was at work."""
     if getattr(model, "hf_quantizer", None) is not None:
         return {}
-    index, single = directory / "model.safetensors.index.json", directory / "model.safetensors"
-    shards = sorted(set(_json(index)["weight_map"].values())) if index.is_file() else [single.name] * single.is_file()
     own, narrow = {name for name, _ in model.named_parameters()}, {}
-    for shard in shards:
-        with safe_open(directory / shard, framework="pt") as file:
+    for shard in shards(directory):
+        with safe_open(shard, framework="pt") as file:
             for key in file.keys():  # noqa: SIM118 (a file of safetensors is no mapping)
                 stored = file.get_slice(key).get_dtype()
                 if stored.startswith(("F8", "F6", "F4")) or (stored in ("I8", "U8") and key in own):
                     narrow[key] = stored
     return narrow
-
-
-def _json(path: Path) -> dict[str, Any]:
-    content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    return content
 
 
 def _short(value: object) -> str:

@@ -2,6 +2,7 @@
 
 from flash_indexer.ops.attention.op import attention_forward
 from flash_indexer.ops.checks import check_indexer_kl, check_workspace
+from flash_indexer.ops.kl.arithmetic import check_arithmetic
 from flash_indexer.ops.kl.op import IndexerKL, indexer_kl
 from flash_indexer.ops.kl.scores import indexer_scores
 from flash_indexer.ops.kl.stages import Stages, run_stages
@@ -9,6 +10,7 @@ from flash_indexer.ops.kl.sums import body_of, indexer_kl_sums, make_stages
 from flash_indexer.ops.kl.torch_body import index_gradients, index_scores, kl_rows, teacher_lse, teacher_scores
 from flash_indexer.ops.known import known_loss
 from flash_indexer.ops.problem import Problem, Sums, WaitForKeys
+from flash_indexer.ops.quantization import Quantized, quantize
 from flash_indexer.ops.sparse.dsa_op import DSAAttention, SparseSettings, dsa_attention
 from flash_indexer.ops.sparse.kl_op import sparse_indexer_kl
 from flash_indexer.ops.sparse.learning import Learner, runs_of_rows
@@ -35,6 +37,7 @@ __all__ = [
     "Learner",
     "Needs",
     "Problem",
+    "Quantized",
     "Selection",
     "SparseAttention",
     "SparseProblem",
@@ -45,6 +48,7 @@ __all__ = [
     "WarmupAttention",
     "attention_forward",
     "body_of",
+    "check_arithmetic",
     "check_indexer_kl",
     "check_selection",
     "check_workspace",
@@ -58,6 +62,7 @@ __all__ = [
     "known_loss",
     "make_stages",
     "new_key_sums",
+    "quantize",
     "run_stages",
     "runs_of_rows",
     "select_keys",

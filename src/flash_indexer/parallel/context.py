@@ -17,7 +17,15 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
 
-from flash_indexer.ops import IndexerKL, Problem, body_of, check_indexer_kl, check_workspace, indexer_kl_sums
+from flash_indexer.ops import (
+    IndexerKL,
+    Problem,
+    body_of,
+    check_arithmetic,
+    check_indexer_kl,
+    check_workspace,
+    indexer_kl_sums,
+)
 from flash_indexer.parallel.groups import Group, all_gather, process_groups, reduce_scatter
 from flash_indexer.parallel.loss import finish, mean_weight, total, wanted
 from flash_indexer.parallel.tensor import check_sums_over_heads, sharded_sums
@@ -81,6 +89,8 @@ def context_parallel_indexer_kl(
     target: str = "mean",
     token_weight: Tensor | None = None,
     workspace_bytes: int = 512 * 2**20,
+    index_dtype: str | None = None,
+    teacher_dtype: str | None = None,
 ) -> IndexerKL:
     """`indexer_kl` of the tokens of all ranks, each rank holding some:
 
@@ -102,6 +112,7 @@ def context_parallel_indexer_kl(
         layout: "zigzag" or "contiguous".
         target: as in `indexer_kl`; not "per_head" with a tensor group.
         workspace_bytes: as in `indexer_kl`, for each rank. The gathered k and index_k come on top of it.
+        index_dtype, teacher_dtype: as in `indexer_kl`; keys are gathered in their own dtype.
 
     The same upstream gradient is expected on every rank. Keys of more than 256 MiB are sent piece by piece in global
     order; a chunk of queries starts as soon as the keys that it sees are there (with lse given; finding it needs all,
@@ -118,6 +129,7 @@ def context_parallel_indexer_kl(
     )
     check_indexer_kl(tensors, key_start, key_end, target, softmax_scale, op=_OP)
     check_workspace(_OP, workspace_bytes)
+    check_arithmetic(_OP, q, k, index_q, index_dtype, teacher_dtype)
     ranks, *heads = process_groups(_OP, group, 2)
     if heads:
         check_sums_over_heads(_OP, target)
@@ -132,7 +144,7 @@ def context_parallel_indexer_kl(
         teacher_keys, wait_for_keys = gather_while_computing(k.detach(), ranks, owners)
         problem = Problem(
             q.detach(), teacher_keys, index_q.detach(), keys, index_weights.detach(), lse, key_start, key_end, weight,
-            softmax_scale, target, workspace_bytes, needs,
+            softmax_scale, target, workspace_bytes, needs, None, None, index_dtype, teacher_dtype,
         )  # fmt: skip
         body = body_of(problem, _OP)
         if heads:

@@ -21,6 +21,7 @@ from flash_indexer.ops import (
     Sums,
     WaitForKeys,
     body_of,
+    check_arithmetic,
     check_indexer_kl,
     check_workspace,
     indexer_kl_sums,
@@ -48,6 +49,8 @@ def tensor_parallel_indexer_kl(
     target: str = "mean",
     token_weight: Tensor | None = None,
     workspace_bytes: int = 512 * 2**20,
+    index_dtype: str | None = None,
+    teacher_dtype: str | None = None,
 ) -> IndexerKL:
     """`indexer_kl` of all heads, each rank holding some: u[t,s] = sum over ranks of sum over its heads of exp(...).
 
@@ -65,6 +68,7 @@ def tensor_parallel_indexer_kl(
         group: the ranks, as a process group or a mesh of one dimension.
         target: "mean" or "sum_logits". "per_head" has nothing to add up: call `indexer_kl` on each rank's heads.
         workspace_bytes: as in `indexer_kl`, for each rank; a chunk has at least one 128-token block a rank on CUDA.
+        index_dtype, teacher_dtype: as in `indexer_kl`.
 
     Returns:
         As `indexer_kl`, complete and the same on every rank: loss, kl [T], entropy [T], and in backward all gradients,
@@ -79,6 +83,7 @@ def tensor_parallel_indexer_kl(
     )
     check_indexer_kl(tensors, key_start, key_end, target, softmax_scale, op=_OP)
     check_workspace(_OP, workspace_bytes)
+    check_arithmetic(_OP, q, k, index_q, index_dtype, teacher_dtype)
     check_sums_over_heads(_OP, target)
     (ranks,) = process_groups(_OP, group, 1)
     leaves = (index_q, index_k, index_weights)
@@ -87,7 +92,7 @@ def tensor_parallel_indexer_kl(
         weight = mean_weight(key_start, key_end, index_weights, None) if token_weight is None else token_weight
         problem = Problem(
             q, k, index_q.detach(), index_k.detach(), index_weights.detach(), lse, key_start, key_end, weight,
-            softmax_scale, target, workspace_bytes, needs,
+            softmax_scale, target, workspace_bytes, needs, None, None, index_dtype, teacher_dtype,
         )  # fmt: skip
         body = body_of(problem, _OP)
         sums = sharded_sums(problem, body, ranks)

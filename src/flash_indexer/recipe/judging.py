@@ -14,6 +14,7 @@ from rich.progress import Progress
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from flash_indexer.files.judged import indexer_fingerprint
 from flash_indexer.files.native import load_native, read_native
 from flash_indexer.judge.evaluation import evaluate
 from flash_indexer.judge.report import write_report
@@ -24,6 +25,8 @@ from flash_indexer.models.load import load_model, model_fingerprint
 from flash_indexer.recipe.run_folder import indexer_folder
 from flash_indexer.recipe.run_record import METRICS_FILE, WarmupSettings, read_metrics, read_run, warmup_command
 
+INDEXERS = "indexer_fingerprint"
+"""What the settings in a report call the weights that it judges."""
 LONGER_STEPS, LONGER_TOKENS, LONGER_RATIO = 360, 737_280, 0.055
 """Steps, tokens and last KL / uniform of the recorded run, docs/smollm2-135m/report.md."""
 
@@ -60,6 +63,7 @@ def judge_and_report(
     command: str | None = None,
     min_visible: int = 0,
     perplexity_ks: tuple[int, ...] = (128,),
+    serve: str | None = None,
 ) -> Evaluation:
     """Evaluates a handle on held-out text, writes the report, and prints the numbers that say most.
 
@@ -73,9 +77,15 @@ def judge_and_report(
         def advance(done: int, total: int | None) -> None:
             bar.update(task, completed=done, total=total)
 
-        judged = evaluate(handle, batches, min_visible=min_visible, perplexity_ks=perplexity_ks, progress=advance)
+        judged = evaluate(
+            handle, batches, min_visible=min_visible, perplexity_ks=perplexity_ks, serve=serve, progress=advance
+        )
     trained = [warmup_command(run, folder)] if "steps" in run else []
-    run = {**run, "command": "\n".join([*trained, *([command] if command else [])])}
+    run = {
+        **run,
+        INDEXERS: indexer_fingerprint(handle),
+        "command": "\n".join([*trained, *([command] if command else [])]),
+    }
     path = write_report(report, evaluation=judged, metrics_log=read_metrics(folder / METRICS_FILE), run=run)
     for line in summary_lines(judged):
         console.print(line, highlight=False, soft_wrap=True, markup=False)

@@ -26,6 +26,8 @@ CHOICES = {
     "decay": ("cosine", "none"),
     "target": ("mean", "per_head", "sum_logits"),
     "dtype": ("auto", "float32", "bfloat16"),
+    "index_dtype": (None, "fp8", "fp8_unrotated"),
+    "teacher_dtype": (None, "fp8"),
 }
 
 
@@ -60,6 +62,10 @@ class WarmupSettings:
     dtype: str = "auto"
     """ "float32", "bfloat16", or "auto": bfloat16 on CUDA, else float32."""
     save_every: int = 50
+    index_dtype: str | None = None
+    """ "fp8" or "fp8_unrotated": indexers are trained in the arithmetic that they are served in."""
+    teacher_dtype: str | None = None
+    """ "fp8": the teacher's probabilities are those of e4m3 queries and keys."""
 
     def __post_init__(self) -> None:
         """Raises ValueError for a value that no run can use."""
@@ -82,7 +88,7 @@ class WarmupSettings:
             raise ValueError(f"warmup: steps must be at least 1, got {self.steps}")
         for name, choices in CHOICES.items():
             if getattr(self, name) not in choices:
-                shown = ", ".join(f'"{x}"' for x in choices[:-1])
+                shown = ", ".join("none" if x is None else f'"{x}"' for x in choices[:-1])
                 raise ValueError(f'warmup: {name} must be {shown} or "{choices[-1]}", got {getattr(self, name)!r}')
         if self.clip is not None and not self.clip > 0:
             raise ValueError(f"warmup: clip must be positive, got {self.clip}; leave it out for no clipping")
@@ -159,8 +165,9 @@ def warmup_command(run: Mapping[str, Any], out: str | Path) -> str:
 
 def refuse_other_settings(recorded: Mapping[str, Any], settings: Mapping[str, Any]) -> None:
     """Raises ValueError where an option given beside --resume says something else than the run was started with."""
+    defaults = {field.name: field.default for field in fields(WarmupSettings)}
     for name, value in settings.items():
-        before = recorded.get(name, value)
+        before = recorded.get(name, defaults[name]) if recorded else value  # records of older versions lack some
         if name == "steps" or (name, value) == ("dtype", "auto"):
             continue  # steps may grow; auto is what it came to when the run began
         if name in ("model", "data", "init_from") and value is not None and before is not None:

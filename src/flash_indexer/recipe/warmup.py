@@ -159,6 +159,7 @@ def _prepare(
     handle = attach(
         model, num_heads=settings.num_heads, head_dim=settings.head_dim, rope_dim=settings.rope_dim,
         target=settings.target, layers=settings.layers, parallel=processes.parallel,
+        index_dtype=settings.index_dtype, teacher_dtype=settings.teacher_dtype,
     )  # fmt: skip
     facts = dict(base_fingerprint=before)
     if settings.init_from is not None and not readable_directory(out / CHECKPOINT).exists():

@@ -26,10 +26,13 @@ from flash_indexer.kernels.sm_90.macros import (
     Chunks,
     Ring,
     advance,
+    begin_turns,
     commit,
     number,
+    pass_turn,
     shared_address,
     turn,
+    wait_for_turn,
 )
 from flash_indexer.kernels.sm_90.sizes import LSE_FP8, LSE_STAGES
 
@@ -78,7 +81,8 @@ def build_fp8(D):
 def _build(row, D, stages):
     """row: its chunks. stages: of the Q and K rings."""
     QST, KST = stages
-    BK, NK, TAIL, FP8, dtype, sliced = row.width, row.count, row.tail, row.fp8, row.dtype, row.sliced
+    BK, NK, TAIL, FP8, dtype, EARLY = row.width, row.count, row.tail, row.fp8, row.dtype, row.early
+    TURNS = FP8  # the two warpgroups issue products one after the other
     QTAILS, KTAILS, SLOTS = row.tails(QST), row.tails(KST), row.slots(KST)
     chunks = list(range(NK))
     tokens, hd, keys, gd, nl = (T.dynamic(x) for x in ("tokens", "hd", "keys", "gd", "nl"))
@@ -116,6 +120,8 @@ def _build(row, D, stages):
         if u[LEFT] == 0:
             v[LAST] = 1
         # S = Q[t, h] @ K[s, h // HG].T
+        if TURNS:
+            wait_for_turn(tx)
         for c in chunks:
             T.barrier_wait(q.full[v[Q_STAGE]], v[Q_PARITY])
             T.barrier_wait(k.full[v[K_STAGE]], v[K_PARITY])
@@ -130,15 +136,17 @@ def _build(row, D, stages):
                 )  # fmt: skip
             advance(v[K_STAGE], v[K_PARITY], KST)
             advance(v[Q_STAGE], v[Q_PARITY], QST)
-            if sliced and c > 0:
+            if EARLY and c > 0:
                 T.wait_wgmma(row.begun(c))
                 release_chunk(q, k, v, tx)
+        if TURNS:
+            pass_turn(tx)
 
     @T.macro
     def finish(q, k, v, u, S, intervals, sizes, tx):
         T.wait_wgmma(0)
         T.warpgroup_fence_operand(S, num_regs=64)
-        for _ in chunks if not sliced else [NK - 1]:
+        for _ in chunks if not EARLY else [NK - 1]:
             release_chunk(q, k, v, tx)
         if TAIL:
             turn(v[K_TAIL], KTAILS)
@@ -245,6 +253,8 @@ def _build(row, D, stages):
             w[ITEM] = bx
             take(u, intervals, sizes)
             begin(w, low, high, scales, intervals, sizes, tx)
+            if TURNS:
+                begin_turns(tx)
             issue(q, k, v, u, S0, tx)
             finish(q, k, v, u, S0, intervals, sizes, tx)
             # for item, key tile: m, l = online softmax of S; w leaves the list when the last item is stored

@@ -68,7 +68,7 @@ class Chunks:
         self.count = D // self.width
         self.tail = D - self.count * self.width
         self.last = self.count - 1
-        self.sliced = self.count > 4 or D == 576  # f of one product is spread over the chunks of the next
+        self.early = D == 576  # a chunk is handed back when its product is done, before those of the row are
 
     def tails(self, stages):
         """Arrays for the tails of a ring."""

@@ -34,11 +34,14 @@ from flash_indexer.kernels.sm_90.macros import (
     Chunks,
     Ring,
     advance,
+    begin_turns,
     commit,
     count_items,
     number,
+    pass_turn,
     shared_address,
     turn,
+    wait_for_turn,
 )
 from flash_indexer.kernels.sm_90.sizes import EXP, RELU, SCORE_FP8, SCORE_STAGES, SUM
 
@@ -83,7 +86,8 @@ def build_fp8(D, mode):
 def _build(row, D, mode, stages):
     """row: its chunks. stages: of the Q and K rings."""
     QST, KST = stages
-    BK, NK, TAIL, FP8, dtype, sliced = row.width, row.count, row.tail, row.fp8, row.dtype, row.sliced
+    BK, NK, TAIL, FP8, dtype, EARLY = row.width, row.count, row.tail, row.fp8, row.dtype, row.early
+    TURNS = FP8 and EARLY  # the two warpgroups issue products one after the other: faster here, slower where D is small
     QTAILS, KTAILS, SLOTS = row.tails(QST), row.tails(KST), row.slots(KST)
     chunks = list(range(NK))
     slices = [(c * 16 // NK, (c + 1) * 16 // NK) for c in chunks]
@@ -134,6 +138,8 @@ def _build(row, D, mode, stages):
             v[DONE] = 0
             v[LAST] = 1
         # S = Q[t, h] @ K[s, h // HG].T
+        if TURNS:
+            wait_for_turn(tx)
         for c in chunks:
             T.barrier_wait(k.full[v[K_STAGE]], v[K_PARITY])
             T.barrier_wait(q.full[v[Q_STAGE]], v[Q_PARITY])
@@ -148,20 +154,22 @@ def _build(row, D, mode, stages):
                 )  # fmt: skip
             advance(v[Q_STAGE], v[Q_PARITY], QST)
             advance(v[K_STAGE], v[K_PARITY], KST)
-            if sliced:
+            if EARLY:
                 if c > 0:
                     T.wait_wgmma(row.begun(c))
                     release_chunk(q, k, v, tx)
-                if not prefix:
+                if not TURNS and not prefix:
                     add(SP, sums, slices[c][0], slices[c][1], before(v))
-        if not sliced and not prefix:
+        if TURNS:
+            pass_turn(tx)
+        if (TURNS or not EARLY) and not prefix:
             add(SP, sums, 0, 16, before(v))
 
     @T.macro
     def finish(q, k, v, S, tx):
         T.wait_wgmma(0)
         T.warpgroup_fence_operand(S, num_regs=64)
-        for _ in chunks if not sliced else [NK - 1]:
+        for _ in chunks if not EARLY else [NK - 1]:
             release_chunk(q, k, v, tx)
         if TAIL:
             turn(v[Q_TAIL], QTAILS)
@@ -257,6 +265,8 @@ def _build(row, D, mode, stages):
             w[TOKEN] = number(ITEMS, bx * SHORT_ITEM + ScoreItem.TOKEN) - qbase
             steps = count_items(nitems, bx, grid) * H
             load_low(low, rows, w, H, tq - 1, tx)
+            if TURNS:
+                begin_turns(tx)
             issue(q, k, v, S0, S1, sums, HG, tx, True)
             finish(q, k, v, S0, tx)
             # for tile, head: A += f(S)

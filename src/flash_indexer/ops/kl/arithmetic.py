@@ -97,12 +97,14 @@ def with_wide_index(problem: Problem) -> Problem:
     return problem._replace(index_q=index_q, index_k=index_k, index_dtype=None)
 
 
+def rotate_back(gradient: Tensor | None, index_dtype: str | None) -> None:
+    """The gradient of index_q or index_k from that of its rounded rotation, in place; no other, nor None."""
+    if gradient is not None and index_dtype == FP8:
+        gradient.copy_(rotate(gradient.to(torch.promote_types(gradient.dtype, torch.float32))))
+
+
 def straight_through(sums: Sums, index_dtype: str | None) -> Sums:
-    """Gradients of index_q and index_k from those of the rounded tensors."""
-    if index_dtype != FP8:
-        return sums
-    d_index_q, d_index_k = (
-        None if x is None else rotate(x.to(torch.promote_types(x.dtype, torch.float32))).to(x.dtype)
-        for x in (sums.d_index_q, sums.d_index_k)
-    )
-    return sums._replace(d_index_q=d_index_q, d_index_k=d_index_k)
+    """Gradients of index_q and index_k from those of the rounded tensors, in place."""
+    for gradient in sums.gradients[:2]:
+        rotate_back(gradient, index_dtype)
+    return sums

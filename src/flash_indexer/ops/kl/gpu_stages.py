@@ -111,12 +111,12 @@ class GpuStages:
             gpu_body.kl_rows(p, scores, self.plan.own, own, self.row_inputs, out, self.logits)
             if any(self.needs):
                 gpu_body.index_gradients(di, leaves, self.plan.own, own, self.partials, self.out)
+                if self.rotated and self.sums.d_index_q is not None:  # its rows may be sent to other ranks now
+                    rotate_rows(self.sums.d_index_q[own.begin : own.end])
 
     def end(self) -> Sums:
         """The result, when every chunk is done."""
-        if self.rotated:
+        if self.rotated and self.sums.d_index_k is not None:
             with torch.cuda.device(self.q.device):
-                for gradient in self.sums.gradients[:2]:
-                    if gradient is not None:
-                        rotate_rows(gradient)
+                rotate_rows(self.sums.d_index_k)
         return self.sums

@@ -13,7 +13,7 @@ from torch import Tensor
 from flash_indexer.intervals import check_intervals
 from flash_indexer.ops.blockwise import Chunk, compute_dtype, local_intervals, plan_chunks
 from flash_indexer.ops.kl import torch_body
-from flash_indexer.ops.kl.arithmetic import straight_through, with_wide_index, with_wide_teacher
+from flash_indexer.ops.kl.arithmetic import rotate_back, with_wide_index, with_wide_teacher
 from flash_indexer.ops.kl.stages import new_sums
 from flash_indexer.ops.problem import Problem, Sums, WaitForKeys
 
@@ -114,8 +114,10 @@ class TorchStages:
                 d_index_k=sums.d_index_k[keys] if sums.d_index_k is not None else None,
                 d_index_w=sums.d_index_weights[rows, index_heads] if sums.d_index_weights is not None else None,
             )  # fmt: skip
+            if sums.d_index_q is not None:  # as each chunk ends: its rows may be sent to other ranks then
+                rotate_back(sums.d_index_q[rows, index_heads], self.index_dtype)
 
     def end(self) -> Sums:
         """The result, when every chunk is done."""
-        self.sums = straight_through(self.sums, self.index_dtype)
+        rotate_back(self.sums.d_index_k, self.index_dtype)
         return self.sums

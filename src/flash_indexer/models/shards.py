@@ -1,0 +1,21 @@
+"""The weight files of a Transformers checkpoint."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+
+def shards(directory: Path) -> list[Path]:
+    """model.safetensors, or the files that its index names; none where the weights are in another format."""
+    index, single = directory / "model.safetensors.index.json", directory / "model.safetensors"
+    if index.is_file():
+        return [directory / name for name in sorted(set(read_json(index)["weight_map"].values()))]
+    return [single] if single.is_file() else []
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object that a file of JSON holds."""
+    content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return content

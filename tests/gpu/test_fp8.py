@@ -1,0 +1,176 @@
+"""`indexer_kl` in e4m3 on the GPU: the quantising kernels bit by bit, values and gradients by the ruler."""
+
+from __future__ import annotations
+
+import random
+import warnings
+import zlib
+from dataclasses import replace
+
+import pytest
+import torch
+from fp8_problems import truth, worst_eager
+
+from flash_indexer import indexer_kl, quantize
+from flash_indexer.kernels.sm_90.sizes import HEAD_WIDTHS, INDEX_WIDTHS
+from flash_indexer.ops.quantization import dequantize, rotate
+from flash_indexer.ops.quantization_gpu import quantize_rows, rotate_rows
+from flash_indexer.testing import KERNEL_CLASSES, KernelClass, Result, assert_close
+
+pytestmark = pytest.mark.gpu
+LAYOUTS = ("causal", "documents", "window", "cached_prefix", "fewer_keys", "arbitrary", "short")
+KINDS = (("fp8", "fp8"), ("fp8_unrotated", None), (None, "fp8"))
+
+
+def rows(n, *shape, seed=0):
+    """Of every magnitude, with zeros, NaN and infinity."""
+    generator = torch.Generator("cuda").manual_seed(seed)
+    x = torch.randn(n, *shape, device="cuda", generator=generator)
+    x = (x * torch.logspace(-32, 32, n, device="cuda").view(-1, *[1] * len(shape))).bfloat16()
+    x[5], x[6, ..., 3], x[7, ..., 4] = 0, torch.nan, -torch.inf
+    return x
+
+
+def same_numbers(got, expected):
+    nan = expected.isnan()
+    assert torch.equal(got.isnan(), nan)
+    assert torch.equal(got[~nan], expected[~nan])
+
+
+@pytest.mark.parametrize("width", HEAD_WIDTHS)
+def test_rows_have_the_bits_that_torch_gives_them(width):
+    x = rows(1003, 3, width)
+    expected, got = quantize(x.cpu()), quantize_rows(x)
+    same_numbers(got.values.float().cpu(), expected.values.float())
+    same_numbers(got.quantized.scale.cpu(), expected.scale)
+    by_head = quantize_rows(x, by_head=True)
+    assert torch.equal(by_head.values.view(torch.uint8), got.values.view(torch.uint8))
+    scale = by_head.scale.view(3, 1024)
+    same_numbers(scale[:, :1003].T.cpu(), expected.scale)
+    assert (scale[:, 1003:] == 0).all()
+
+
+@pytest.mark.parametrize("rotation", [False, True])
+@pytest.mark.parametrize("width", INDEX_WIDTHS)
+def test_rotated_rows_have_the_bits_that_torch_gives_them(width, rotation):
+    x = rows(517, 5, width, seed=1)
+    expected, got = quantize(x.cpu(), rotation=rotation), quantize_rows(x, rotation=rotation, copy=True)
+    same_numbers(got.values.float().cpu(), expected.values.float())
+    same_numbers(got.quantized.scale.cpu(), expected.scale)
+    same_numbers(got.copy.float().cpu(), dequantize(expected, torch.float32))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("width", INDEX_WIDTHS)
+def test_the_rotation_in_place(width, dtype):
+    x = torch.randn(333, 3, width, device="cuda").to(dtype)
+    expected = rotate(x.float().cpu()).to(dtype)
+    rotate_rows(x)
+    assert torch.equal(x.cpu(), expected)
+
+
+def call(x, *, weight, d_loss, **options):
+    leaves = [leaf.detach().clone().requires_grad_() for leaf in (x.index_q, x.index_k, x.index_weights)]
+    fixed = dict(softmax_scale=x.softmax_scale, key_start=x.key_start, key_end=x.key_end)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # the torch body says why it runs
+        result = indexer_kl(x.q, x.k, *leaves, **fixed, token_weight=weight, **options)
+        (d_loss * result.loss).backward()
+    return Result(*(value.detach() for value in result), *(leaf.grad for leaf in leaves))
+
+
+def judge(name, x, kind, *, with_lse, workspace_bytes=2**29):
+    rng = random.Random(zlib.crc32(name.encode()) + 1)
+    weight, d_loss = rng.choice((None, x.token_weight)), rng.choice((1.0, rng.uniform(-3, 3)))
+    options = dict(index_dtype=kind[0], teacher_dtype=kind[1])
+    got = call(
+        x, weight=weight, d_loss=d_loss, lse=x.lse if with_lse else None, workspace_bytes=workspace_bytes, **options
+    )
+    right = truth(x, *kind, weight, d_loss)
+    eager = worst_eager(x, right, weight=weight, d_loss=d_loss, lse=x.lse if with_lse else None, **options)
+    for field, *tensors in list(zip(Result._fields, got, right, eager, strict=True))[1:]:
+        assert_close(field, *tensors)
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: "-".join(map(str, kind)))
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("sizes", KERNEL_CLASSES, ids=lambda sizes: "D{}-E{}-IP{}".format(*sizes))
+def test_against_float64(sizes, layout, kind, problem, request):
+    name = request.node.name
+    rng = random.Random(zlib.crc32(name.encode()))
+    G = rng.choice((1, 1, 2, 3))
+    x = problem(name, sizes, layout, H=G * rng.randint(1, 3), G=G)
+    judge(name, x, kind, with_lse=False, workspace_bytes=rng.choice((2**29, 2**20, 1)))
+
+
+@pytest.mark.parametrize(("H", "G", "D"), [(128, 1, 576), (16, 16, 192), (64, 1, 128), (32, 8, 128)])
+def test_sizes_of_real_models(H, G, D, problem):
+    x = problem(f"real {H} {G} {D}", KernelClass(D, 128, 64), "causal", H=H, G=G, I=64)
+    judge(f"real {H} {G} {D}", x, ("fp8", "fp8"), with_lse=False)
+
+
+def test_a_given_lse_is_read(problem):
+    x = problem("lse", KernelClass(128, 64, 16), "documents", H=6, G=2)
+    q, k = (dequantize(quantize(t.cpu()), torch.float64).cuda() for t in (x.q, x.k))
+    wide = replace(x, q=q, k=k)
+    from flash_indexer.reference import teacher_lse
+
+    own = teacher_lse(wide.q, wide.k, x.softmax_scale, x.key_start, x.key_end).float()
+    judge("lse", replace(x, lse=own), ("fp8", "fp8"), with_lse=True)
+
+
+def test_a_teacher_that_is_handed_over_gives_the_same_bits(problem):
+    x = problem("handed over", KernelClass(192, 64, 32), "documents", H=6, G=3)
+    options = dict(weight=x.token_weight, d_loss=1.0, lse=x.lse, index_dtype="fp8", teacher_dtype="fp8")
+    expected = call(x, **options)
+    given = call(replace(x, q=quantize(x.q), k=quantize(x.k)), **options)
+    for a, b in zip(given, expected, strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("workspace", [1, 2**21])
+def test_the_workspace_and_the_run_change_no_bits_of_rows(workspace, problem):
+    x = problem("workspace", KernelClass(576, 128, 64), "causal", H=8, G=1)
+    options = dict(weight=None, d_loss=1.0, index_dtype="fp8", teacher_dtype="fp8")
+    whole, again, small = (call(x, workspace_bytes=n, **options) for n in (2**29, 2**29, workspace))
+    for field in Result._fields:
+        assert torch.equal(getattr(whole, field), getattr(again, field)), field
+    for field in ("kl", "entropy", "d_index_q", "d_index_weights"):
+        assert torch.equal(getattr(whole, field), getattr(small, field)), field
+
+
+@pytest.mark.parametrize("target", ["per_head", "sum_logits"])
+def test_other_targets_multiply_the_rounded_tensors(target, problem):
+    heads = dict(H=4, G=2, I=4) if target == "per_head" else dict(H=6, G=2, I=5)
+    x = problem(f"fp8 {target}", KernelClass(64, 64, 8), "documents", **heads)
+    options = dict(weight=x.token_weight, d_loss=1.0, target=target)
+    got = call(x, index_dtype="fp8_unrotated", teacher_dtype="fp8", **options)
+    names = ("q", "k", "index_q", "index_k")
+    wide = replace(x, **{n: dequantize(quantize(getattr(x, n).cpu()), torch.bfloat16).cuda() for n in names})
+    expected = call(wide, **options)
+    for field in ("kl", "d_index_q", "d_index_k", "d_index_weights"):
+        assert torch.equal(getattr(got, field), getattr(expected, field)), field
+
+
+def test_nan_stays_visible(problem):
+    x = problem("nan", KernelClass(128, 64, 8), "causal", H=4, G=2)
+    for name in ("q", "k", "index_q", "index_k"):
+        tensor = getattr(x, name).clone()
+        tensor[60, ..., 3] = torch.nan
+        got = call(replace(x, **{name: tensor}), weight=None, d_loss=1.0, index_dtype="fp8", teacher_dtype="fp8")
+        touched = slice(60, 61) if name in ("q", "index_q") else slice(60, None)
+        assert got.kl[touched].isnan().all() and got.loss.isnan(), name
+        assert got.kl[:60].isfinite().all(), name
+
+
+@pytest.mark.parametrize("nothing", ["seen", "keys", "queries"])
+def test_no_query_sees_a_key(nothing, problem):
+    x = problem("empty fp8", KERNEL_CLASSES[0], "documents")
+    if nothing == "seen":
+        x = replace(x, key_end=x.key_start)
+    elif nothing == "keys":
+        x = replace(x, k=x.k[:0], index_k=x.index_k[:0], key_start=0 * x.key_start, key_end=0 * x.key_end)
+    else:
+        x = replace(x, **{n: getattr(x, n)[:0] for n in ("q", "index_q", "index_weights", "key_start", "key_end")})
+    got = call(x, weight=None, d_loss=1.0, index_dtype="fp8", teacher_dtype="fp8")
+    assert all((value == 0).all() for value in got)
