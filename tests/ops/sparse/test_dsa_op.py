@@ -65,6 +65,15 @@ def test_keys_that_are_always_there(make_case: Callable[..., Any], mode: str) ->
         case.judge(measure(case, mode, always=always))
 
 
+@pytest.mark.parametrize("mode", MODES)
+def test_one_query_one_key_and_none(make_case: Callable[..., Any], mode: str) -> None:
+    for document in ((1, 1), (1, 5), (5, 1)):
+        case = make_case("one_head", documents=(document,), topk=3)
+        case.judge(measure(case, mode))
+    nothing = measure(make_case("one_head", documents=((3, 0),), topk=3), mode)
+    assert bool((nothing.pop("lse") == -torch.inf).all()) and all(bool((x == 0).all()) for x in nothing.values())
+
+
 def test_an_indexer_that_ranks_the_true_mass_last(make_case: Callable[..., Any]) -> None:
     """A dense-looking result would be found out here: T > K, and what is selected away is what matters."""
     case = make_case("smollm2", topk=5)
