@@ -176,6 +176,7 @@ BUILDERS = {
     "scale": Kernel("finish", "build_scale", ({},), streamed=False),
     "attention": Kernel("attention", "build", tuple(attention_sizes())),
     "attention_mla": Kernel("attention_mla", "build", ({},)),
+    "sparse_attention_mla": Kernel("sparse_attention_mla", "build", ({},)),
     "head_gradients_query": Kernel(
         "head_gradients_query", "build", tuple(x | head_gradients_query(x["D"], x["E"]) for x in GRADIENTS)
     ),
