@@ -14,7 +14,6 @@ from flash_indexer.kernels.sm_90.sizes import MLA_WIDTHS
 D, V = MLA_WIDTHS
 ROWS, KEYS = 64, 64  # of an item, of a key tile
 PANELS = D // 64
-EARLY = 6  # of 9 panels of S come before the product with the other warpgroup's P; 2, 4 and 9 are slower
 TILE_BYTES, PANEL_BYTES = KEYS * D * 2, KEYS * 64 * 2
 
 # numbers of a thread: parities of K's full barriers, of the other warpgroup's P, of Q; whether O is to be scaled; first
@@ -50,10 +49,12 @@ class Tiles(NamedTuple):
     """arrived(bars, wg, panel, parity): a macro that waits for a panel of the warpgroup's tile.
 
     stride: from the first key of a warpgroup's tile to that of its next.
+    early: of 9 panels of S come before the product with the other warpgroup's P.
     """
 
     arrived: Any
     stride: int
+    early: int
 
 
 def panel_order(wg):
@@ -138,10 +139,10 @@ def step(wg, last, prev, Ks, registers, state, bars, tx, tiles):
     order = panel_order(wg)
     state.zero[0] = T.call_extern("int32", "mla_zero")
     if prev:
-        qk(wg, Ks, S, state, bars, order[:EARLY], order[0], tiles.arrived)
+        qk(wg, Ks, S, state, bars, order[: tiles.early], order[0], tiles.arrived)
         other(wg, Ks, O, state, bars)
-        qk(wg, Ks, S, state, bars, order[EARLY:], order[0], tiles.arrived)
-        T.wait_wgmma(PANELS - EARLY)
+        qk(wg, Ks, S, state, bars, order[tiles.early :], order[0], tiles.arrived)
+        T.wait_wgmma(PANELS - tiles.early)
         T.warpgroup_fence_operand(O, num_regs=128)
         release(bars.kempty, 2 * (1 - wg) + wg, tx)
         T.wait_wgmma(0)

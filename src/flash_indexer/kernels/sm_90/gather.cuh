@@ -30,21 +30,3 @@ static __device__ __forceinline__ void gather_panel(int to, const int64_t* w, co
                  "l"(w[j] + C * 128), "r"(size[j])
                  : "memory");
 }
-static __device__ __forceinline__ void gather_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
-// all but the last N groups of the warp's copies are in shared memory, also for tensor cores
-template <int N>
-static __device__ __forceinline__ void gather_wait() {
-  asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory");
-  fence_shared();
-  __syncwarp();
-}
-// whether a barrier's phase of this parity is over, for the warp as a whole
-static __device__ __forceinline__ bool barrier_passed(const void* barrier, int parity) {
-  int over;
-  asm volatile(
-      "{\n.reg .pred p;\nmbarrier.test_wait.parity.shared::cta.b64 p, [%1], %2;\nselp.b32 %0, 1, 0, p;\n}"
-      : "=r"(over)
-      : "r"(shared_address(barrier)), "r"(parity)
-      : "memory");
-  return __all_sync(0xffffffffu, over);
-}

@@ -34,13 +34,14 @@ from flash_indexer.kernels.sm_90.attention_mla_steps import (
     begin,
     sweep,
 )
-from flash_indexer.kernels.sm_90.macros import PASS_CONFIGS, arrive, commit, count_items, shared_address
+from flash_indexer.kernels.sm_90.macros import PASS_CONFIGS, commit, count_items, shared_address
 
 __all__ = ["PASS_CONFIGS", "build"]
 SOURCE = source(__file__)
 REGISTERS = (232, 40)  # of a thread of the warps that compute, of those that gather
+EARLY = 4
+GATHER = 128  # threads that gather
 GROUPS = 4  # barriers of a tile: of panels 0 and 1, 2 and 3, 4 and 5, 6 and 7; panel 8 arrives with the last
-ORDER = (0, 1, 3, 2)  # halves (slot · 2 + half), as they become free
 
 
 def build():
@@ -61,8 +62,9 @@ def build():
     def arrived(bars, wg, panel, parity):
         if panel % 2 == 0 and panel < PANELS - 1:
             T.barrier_wait(bars.kfull[wg * GROUPS + panel // 2], parity)
+            T.call_extern("handle", "fence_shared")
 
-    tiles = Tiles(arrived, 2 * KEYS)
+    tiles = Tiles(arrived, 2 * KEYS, EARLY)
 
     def count_of(COUNT, token):
         return T.call_extern("int32", "load_int", T.address_of(COUNT[0]), token)
@@ -104,16 +106,6 @@ def build():
                 T.address_of(LSE[0]), token * H + head, token * H + H, wg,
             )  # fmt: skip
 
-    def passed(barrier, i, parity):
-        return T.call_extern("int32", "barrier_passed", T.address_of(barrier[i]), parity) != 0
-
-    # the two groups of a half are here; `newer` groups that were asked for later than the first may be under way
-    @T.macro
-    def hand_over(half, newer, bars, tx):
-        for g in [0, 1]:
-            T.call_extern("handle", f"gather_wait<{newer - g}>")
-            arrive(bars.kfull, 2 * half + g, tx)
-
     @T.macro
     def gather(bx, grid, tx, count, H, halves, width, S, shared, tensors, bars):
         Ks, start = shared
@@ -124,7 +116,6 @@ def build():
         token = T.alloc_var("int32")
         row = T.alloc_var("int32")
         n = T.alloc_var("int32")
-        pending = T.alloc_var("int32", 0)  # whether a half is asked for and not handed over
         ph = T.alloc_var("int32", 1)
         qp = T.alloc_var("int32", 1)
         for it in T.serial(count):
@@ -141,23 +132,14 @@ def build():
                         (2 * i + s + 1) * KEYS, n,
                     )  # fmt: skip
                     for j in [0, 1]:
-                        half = 2 * s + (s + j) % 2
-                        before = ORDER[ORDER.index(half) - 1]
-                        if pending != 0 and not passed(bars.kempty, half, ph):
-                            hand_over(before, 1, bars, tx)
-                            pending = 0
-                        T.barrier_wait(bars.kempty[half], ph)
-                        for g in [2 * half, 2 * half + 1]:
-                            first = g % GROUPS * 2
-                            for c in [first, first + 1] + ([PANELS - 1] if j == 1 and g % 2 == 1 else []):
+                        T.barrier_wait(bars.kempty[2 * s + (s + j) % 2], ph)
+                        for g in [2 * ((s + j) % 2), 2 * ((s + j) % 2) + 1]:
+                            for c in [2 * g, 2 * g + 1] + ([PANELS - 1] if j == 1 and g % 2 == 1 else []):
                                 T.call_extern(
                                     "handle", f"gather_panel<{c}>", start + s * TILE_BYTES + c * PANEL_BYTES,
                                     w.access_ptr("r"), size.access_ptr("r"),
                                 )  # fmt: skip
-                            T.call_extern("handle", "gather_commit")
-                        if pending != 0:
-                            hand_over(before, 3, bars, tx)
-                        pending = 1
+                            T.cp_async_barrier_noinc(bars.kfull[s * GROUPS + g])
                         if s + j == 0 and i == 0 and tx < 288:  # the first panels of K are free before the queries are
                             T.barrier_wait(bars.qempty[0], qp)
                             qp = qp ^ 1
@@ -165,8 +147,6 @@ def build():
                             T.tma_copy(Q[row : row + ROWS, 0:D], Ks[2, :, :], barrier=bars.qfull[0])
                             commit((bars.qfull, 0))
                 ph = ph ^ 1
-        if pending != 0:
-            hand_over(ORDER[-1], 1, bars, tx)
 
     @T.prim_func
     def flash_indexer_sparse_attention_mla(
@@ -186,7 +166,7 @@ def build():
             O1 = T.alloc_fragment((ROWS, 256), "float32")
             qfull = T.alloc_barrier([1])
             qempty = T.alloc_barrier([8])
-            kfull = T.alloc_barrier([4] * (2 * GROUPS))
+            kfull = T.alloc_barrier([GATHER] * (2 * GROUPS))
             kempty = T.alloc_barrier([4] * 4)  # slot * 2 + half
             pready = T.alloc_barrier([4] * 2)
             bars = Barriers(qfull, qempty, kfull, kempty, pready)

@@ -32,7 +32,7 @@ from flash_indexer.kernels.sm_90.sizes import MLA_WIDTHS
 __all__ = ["PASS_CONFIGS", "build"]
 SOURCE = source(__file__)
 D, V = MLA_WIDTHS
-SHARED_BYTES = 225280 + 64  # sparse_gradients_mla.cuh
+SHARED_BYTES = 227328 + 128  # sparse_gradients_mla.cuh
 
 
 def build():
