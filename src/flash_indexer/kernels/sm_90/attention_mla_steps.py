@@ -62,9 +62,9 @@ def panel_order(wg):
     return [4 * wg + i for i in range(4)] + [4 * (1 - wg) + i for i in range(4)] + [8]
 
 
-# the numbers of a thread before its first item
 @T.macro
 def begin(wg, Ks, Ms, state, scale, H):
+    """The numbers of a thread before its first item."""
     v, a = state.v, state.at
     for j in list(range(8)):
         v[j] = 0
@@ -77,9 +77,9 @@ def begin(wg, Ks, Ms, state, scale, H):
     a[OTHER_SUMS] = T.call_extern("int32", "shared_address", T.address_of(Ms[(3 - wg) * 64]))
 
 
-# S (+)= q k^T of the warpgroup's tile, for some panels of 64 columns
 @T.macro
 def qk(wg, Ks, S, state, bars, panels, first, arrived):
+    """S (+)= q k^T of the warpgroup's tile, for some panels of 64 columns."""
     v, z = state.v, state.zero
     for i in panels:
         arrived(bars, wg, i, v[K_PARITY])
@@ -93,9 +93,9 @@ def qk(wg, Ks, S, state, bars, panels, first, arrived):
         )
 
 
-# O += P v of the other warpgroup's tile
 @T.macro
 def other(wg, Ks, O, state, bars):
+    """O += P v of the other warpgroup's tile."""
     v, z = state.v, state.zero
     T.barrier_wait(bars.pready[1 - wg], v[P_PARITY])
     v[P_PARITY] = v[P_PARITY] ^ 1
@@ -108,9 +108,9 @@ def other(wg, Ks, O, state, bars):
     )
 
 
-# P of the warpgroup's tile
 @T.macro
 def softmax(wg, S, x, state, bars, tx):
+    """P of the warpgroup's tile."""
     v, at = state.v, state.at
     T.warpgroup_fence_operand(S, num_regs=32)
     if v[FIRST_KEY] < v[LOW] or v[FIRST_KEY] + 64 > v[HIGH]:
@@ -122,9 +122,9 @@ def softmax(wg, S, x, state, bars, tx):
     release(bars.pready, wg, tx)
 
 
-# O += P v of the warpgroup's tile
 @T.macro
 def own(wg, Ks, O, P, x, state):
+    """O += P v of the warpgroup's tile."""
     v, z, f = state.v, state.zero, state.f
     T.call_extern("handle", "define_operand<16>", P.access_ptr("w"), x.access_ptr("r"), v[ONES])
     if v[RESCALE] != 0:
@@ -134,6 +134,7 @@ def own(wg, Ks, O, P, x, state):
 
 @T.macro
 def step(wg, last, prev, Ks, registers, state, bars, tx, tiles):
+    """A tile of the warpgroup, and the product with the other's P where there is one before (`prev`)."""
     S, P, O, x = registers
     v = state.v
     order = panel_order(wg)
@@ -160,9 +161,9 @@ def step(wg, last, prev, Ks, registers, state, bars, tx, tiles):
     release(bars.kempty, 2 * wg + wg, tx)
 
 
-# the tiles of one item, 2n of them, and the sums of both warpgroups
 @T.macro
 def sweep(wg, n, Ks, registers, state, bars, tx, tiles):
+    """The tiles of one item, 2n of them, and the sums of both warpgroups."""
     O = registers[2]
     if wg == 0:
         step(wg, n == 1, False, Ks, registers, state, bars, tx, tiles)

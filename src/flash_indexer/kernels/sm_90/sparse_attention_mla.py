@@ -3,8 +3,8 @@
     out[t,h] = sum_{s in S_t} exp(scale · q[t,h]·k[s] - lse[t,h]) · k[s, :512]
     lse[t,h] = log sum_{s in S_t} exp(scale · q[t,h]·k[s])          S_t: the first count[t] of indices[t]
 
-An item is up to 64 heads of a token. Its tiles are 64 selected keys each, from the first slot on; the schedule of the two
-warpgroups that compute is that of `attention_mla`, and only the feeding differs: four warps gather.
+An item is up to 64 heads of a token. Its tiles are 64 selected keys each, from the first slot on; the schedule of the
+two warpgroups that compute is that of `attention_mla`, and only the feeding differs: four warps gather.
 
     warps 8-11   16 rows of a tile each; a copy of 16 bytes a lane, 4 rows x 128 bytes an instruction, so a panel of 64
                  columns is four instructions of each warp
@@ -45,7 +45,7 @@ GROUPS = 4  # barriers of a tile: of panels 0 and 1, 2 and 3, 4 and 5, 6 and 7; 
 
 
 def build():
-    """Attention over selected keys with its logsumexp: q and k 576 wide, v = k[:, :512], one key head. Run-time arguments:
+    """Attention over selected keys with its logsumexp: q, k 576 wide, v = k[:, :512], one key head. Run-time arguments:
 
     Q     [T·H, 576], K [S, 576] bfloat16
     IDX   [T·width] int32               selected keys of each token in its first COUNT slots; one outside 0 .. S - 1 is
@@ -125,7 +125,13 @@ def build():
             for i in T.serial(pairs(n)):
                 for s in [0, 1]:
                     T.call_extern(
-                        "handle", "gather_rows", w.access_ptr("w"), size.access_ptr("w"), key[0], T.address_of(K[0, 0]), S
+                        "handle",
+                        "gather_rows",
+                        w.access_ptr("w"),
+                        size.access_ptr("w"),
+                        key[0],
+                        T.address_of(K[0, 0]),
+                        S,
                     )
                     T.call_extern(
                         "handle", "gather_key", key.access_ptr("w"), T.address_of(IDX[0]), token, width,

@@ -23,7 +23,13 @@ def build():
         with T.Kernel((rows + ROWS - 1) // ROWS, threads=32 * ROWS) as bx:
             T.import_source(SOURCE)
             T.call_extern(
-                "handle", "sparse_delta", T.address_of(OUT[0, 0]), T.address_of(G[0, 0]), T.address_of(DELTA[0]), rows, bx
+                "handle",
+                "sparse_delta",
+                T.address_of(OUT[0, 0]),
+                T.address_of(G[0, 0]),
+                T.address_of(DELTA[0]),
+                rows,
+                bx,
             )
 
     return flash_indexer_sparse_delta

@@ -1,160 +1,8 @@
 #pragma once
-#include <tl_templates/cuda/common.h>
-#include <tl_templates/cuda/intrin.h>
-#include <tl_templates/cuda/instruction/wgmma.h>
-#include "../device/accumulator.cuh"
-#include "../device/additions.cuh"
-#include "../device/cluster.cuh"
-// One CTA of a pair: see sparse_gradients_mla.py for the picture.
+#include "sparse_gradients_keys.cuh"
+#include "sparse_gradients_tiles.cuh"
+// Warps 0 to 7 of a CTA of a pair, and the kernel: see sparse_gradients_mla.py for the picture.
 namespace sparse {
-constexpr int D = 576, V = 512, ROWS = 128, KEYS = 64;  // ROWS: heads, with padding
-// shared memory of a CTA, in bytes from BASE on; "128" and "64": bytes of a row of a panel, swizzled
-constexpr int BASE = 1024;         // where dynamic shared memory begins: descriptors are then constants (checked)
-constexpr int Q = 0;               // queries, 256 columns: 4 panels [128 heads][64], 128
-constexpr int G = 65536;           // d_out, the same
-constexpr int K = 131072;          // keys, 256 columns: 4 panels [64 keys][64], 128
-constexpr int Q_ROPE = 163840;     // queries, 32 rope columns [128][32], 64
-constexpr int K_ROPE = 172032;     // keys, 32 rope columns [64][32], 64
-constexpr int P = 176128;          // of each warpgroup: own P and dS [64 heads][32 keys], then the other CTA's, 64
-constexpr int P_SIZE = 16384, P_THERE = 8192;
-constexpr int INBOX = 208896;      // of each warpgroup: S, then dP that the other CTA sends, 16 numbers a thread
-constexpr int INBOX_SIZE = 8192;
-constexpr int SUMS = 225280;       // of even and odd tiles: sums of P over the heads of each warp [8][32 keys] float32
-constexpr int BARRIERS = 227328;
-constexpr int BYTES = BARRIERS + 128;
-enum { S_FULL, DP_FULL = S_FULL + 2, S_READ = DP_FULL + 2, P_OWN = S_READ + 2, P_FULL, P_FREE, COUNT };
-constexpr int WARPS = 8;  // that attend
-
-struct Problem {
-  const char *q, *k, *g;  // q [T, H, D], k [S, D], d_out [T, H, V] bfloat16
-  const int *indices, *count;
-  const float *lse, *delta;
-  char* dq;
-  float *dk, *p_sum;
-  int T, H, S, width;
-  float scale;
-};
-
-// descriptor of a tile at a constant place; bytes between panels (or 8 rows along the other axis) and between 8 rows
-__device__ __forceinline__ constexpr uint64_t tile(int at, int row_bytes, int panels, int rows8) {
-  return (uint64_t)((row_bytes == 128 ? 1u : 2u) << 30 | (unsigned)(rows8 >> 4)) << 32 | (unsigned)(panels >> 4) << 16 |
-         (unsigned)((BASE + at) >> 4);
-}
-__device__ __forceinline__ constexpr uint64_t plus(uint64_t descriptor, int bytes) { return descriptor + (bytes >> 4); }
-// d [64, N] += a b; A_T, B_T: whether the reduced dimension runs along the rows of shared memory
-template <bool A_T, bool B_T, int R>
-__device__ __forceinline__ void product(float (&d)[R], uint64_t a, uint64_t b, bool add) {
-  using namespace tl;
-  wgmma_ss<DataType::kBFloat16, DataType::kBFloat16, DataType::kFloat32, 64, R * 2, 16, A_T, B_T, 1, 1>(
-      a, b, (uint32_t*)d, add);
-}
-__device__ __forceinline__ void begin_products() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
-__device__ __forceinline__ void commit_products() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
-template <int N>
-__device__ __forceinline__ void wait_products() {
-  asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(N) : "memory");
-}
-__device__ __forceinline__ void copy16(int to, const char* from, int bytes) {
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(bytes) : "memory");
-}
-// two rows of dq: neighbouring lanes trade so that each stores 8 bytes; nothing where a row is no head
-template <int R>
-__device__ __forceinline__ void store_rows(const float (&x)[R], char* first, char* second, bool is0, bool is1) {
-  const bool odd = threadIdx.x & 1;
-  const int column = 16 * (threadIdx.x & 1) + 4 * (threadIdx.x & 2);  // bytes
-#pragma unroll
-  for (int m = 0; m < R / 8; ++m)
-#pragma unroll
-    for (int e = 0; e < 2; ++e) {
-      const unsigned a = pack(x[8 * m + 2 * e], x[8 * m + 2 * e + 1]), b = pack(x[8 * m + 4 + 2 * e], x[8 * m + 5 + 2 * e]);
-      const unsigned s = __shfl_xor_sync(0xffffffffu, odd ? a : b, 1);
-      if (e ? is1 : is0)
-        *(uint2*)((e ? second : first) + 32 * m + column) = odd ? make_uint2(s, b) : make_uint2(a, s);
-    }
-}
-__device__ __forceinline__ int tiles_of(int count) { return max(1, (count + KEYS - 1) / KEYS); }
-// the tile that a token takes as its i-th: CTAs that work side by side begin at different keys
-__device__ __forceinline__ int tile_at(int i, int t, int n) {
-#ifdef ROTATE
-  const int j = i + (int)((unsigned)t * 2654435761u >> 16) % n;
-  return j < n ? j : j - n;
-#else
-  return i;
-#endif
-}
-// offsets in dk of the four traded rows of the warp, or negative where a slot holds no key: at[2e + o] of row 8e + o
-__device__ __forceinline__ void row_offsets(int (&at)[4], const Problem& x, int t, int tile, int count, int rank) {
-  const int lane = threadIdx.x & 31, row = ((threadIdx.x >> 5) & 3) * 16 + ((lane / 4) & ~1);
-#pragma unroll
-  for (int e = 0; e < 4; ++e) {
-    const int slot = tile * KEYS + ((row + (e & 1) + 8 * (e / 2)) ^ (32 * rank));
-    const int key = slot < count ? __ldg(x.indices + (int64_t)t * x.width + slot) : -1;
-    at[e] = (unsigned)key < (unsigned)x.S ? key * D + traded_column() : -1;
-  }
-}
-// P^T as A of products, of 16 heads; dS^T at + 4096
-constexpr uint64_t p_t = tile(P, 64, P_THERE, 512);
-__device__ __forceinline__ constexpr uint64_t heads_16(int j) {
-  return plus(p_t, (j / 4) * P_SIZE + (j % 4) * 1024);
-}
-// dk [64 keys, 64 columns] over all heads, of columns 64·part on; dv of the same columns in the same sum
-__device__ __forceinline__ void key_gradients(float (&d)[32], uint64_t q, uint64_t g) {
-  begin_products();
-#pragma unroll
-  for (int j = 0; j < 8; ++j) {
-    product<true, true>(d, plus(heads_16(j), 4096), plus(q, j * 2048), j > 0);
-    product<true, true>(d, heads_16(j), plus(g, j * 2048), true);
-  }
-  commit_products();
-}
-// the same of the 32 rope columns
-__device__ __forceinline__ void key_gradients(float (&d)[16], uint64_t q) {
-  begin_products();
-#pragma unroll
-  for (int j = 0; j < 8; ++j) product<true, true>(d, plus(heads_16(j), 4096), plus(q, j * 1024), j > 0);
-  commit_products();
-}
-template <int R>
-__device__ __forceinline__ void add_keys(const Problem& x, float (&d)[R], const int (&at)[4], int column) {
-  trade_rows<2 * R>(d);
-#pragma unroll
-  for (int m = 0; m < R / 16; ++m)
-#pragma unroll
-    for (int i = 0; i < 4; ++i)
-      if (at[i] >= 0) add_to(x.dk + at[i] + column + 32 * m, d + 16 * m + 4 * i);
-}
-// this warpgroup no longer reads P and dS of the tile, of either CTA's keys
-__device__ __forceinline__ void release_p(int bar, int rank) {
-  if ((threadIdx.x & 31) == 0) {
-    barrier_arrive(bar + 8 * P_FREE);
-    barrier_arrive_there(of_rank(bar + 8 * P_FREE, rank ^ 1));
-  }
-}
-
-// Warps 8 to 11: dk of the first PARTS x 64 of this CTA's value columns.
-constexpr int PARTS = 3;
-__device__ __forceinline__ void add_gradients(const Problem& x, int sm, int rank) {
-  const int bar = sm + BARRIERS;
-  int number = 0;
-  for (int t = blockIdx.x / 2; t < x.T; t += gridDim.x / 2) {
-    const int count = __ldg(x.count + t), n = tiles_of(count);
-    for (int i = 0; i < n; ++i, ++number) {
-      int at[4];
-      row_offsets(at, x, t, tile_at(i, t, n), count, rank);
-      barrier_wait(bar + 8 * P_OWN, number & 1);
-      barrier_wait(bar + 8 * P_FULL, number & 1);
-#pragma unroll
-      for (int part = 0; part < PARTS; ++part) {
-        float d[32];
-        key_gradients(d, tile(Q + part * 16384, 128, 16, 1024), tile(G + part * 16384, 128, 16, 1024));
-        wait_products<0>();
-        if (part == PARTS - 1) release_p(bar, rank);
-        add_keys(x, d, at, 256 * rank + 64 * part);
-      }
-    }
-  }
-}
-
 // Warps 0 to 3 (W = 0) and 4 to 7: heads 64 W to 64 W + 63.
 template <int W>
 struct Attending {
@@ -219,6 +67,11 @@ struct Attending {
     fence_shared();
     meet_all();
   }
+  // the half of this CTA's keys, moved out of the accumulator: the next product takes its registers, too few for two
+  static __device__ __forceinline__ void keep_half(float (&half)[16], const float (&a)[32]) {
+#pragma unroll
+    for (int j = 0; j < 16; ++j) asm volatile("mov.b32 %0, %1;" : "=f"(half[j]) : "f"(a[j]));
+  }
   // half of an accumulator, of the other CTA's keys, to that CTA's inbox
   __device__ __forceinline__ void send_half(const float (&a)[32], int full) const {
     const int to = of_rank(sm + INBOX + W * INBOX_SIZE, rank ^ 1) + tid * 16, there = of_rank(bar + 8 * full, rank ^ 1);
@@ -242,6 +95,41 @@ struct Attending {
 #pragma unroll
       for (int i = 0; i < 4; ++i) v[i] = pack(s[4 * g + 2 * i], s[4 * g + 2 * i + 1]);
       store_shared_matrices(to + (((g + (lane >> 4)) ^ ((lane >> 1) & 3)) << 4), v);
+    }
+  }
+  // S = q k^T, and dP = d_out k^T, over this CTA's columns
+  static __device__ __forceinline__ void logits(float (&a)[32]) {
+    begin_products();
+#pragma unroll
+    for (int j = 0; j < 16; ++j)
+      product<false, false>(a, plus(q, (j / 4) * 16384 + (j % 4) * 32), plus(k, (j / 4) * 8192 + (j % 4) * 32), j > 0);
+#pragma unroll
+    for (int j = 0; j < 2; ++j) product<false, false>(a, plus(q_rope, j * 32), plus(k_rope, j * 32), true);
+    commit_products();
+  }
+  static __device__ __forceinline__ void value_products(float (&a)[32]) {
+    begin_products();
+#pragma unroll
+    for (int j = 0; j < 16; ++j)
+      product<false, false>(a, plus(g, (j / 4) * 16384 + (j % 4) * 32), plus(k, (j / 4) * 8192 + (j % 4) * 32), j > 0);
+    commit_products();
+  }
+  // of the thread's two heads; those that are padding get no probability
+  __device__ __forceinline__ void numbers_of_rows(float (&lse2)[2], float (&delta)[2], int t) const {
+#pragma unroll
+    for (int e = 0; e < 2; ++e) {
+      const int head = W * 64 + row() + 8 * e;
+      const bool is_head = head < x.H;
+      lse2[e] = is_head ? __ldg(x.lse + (int64_t)t * x.H + head) * LOG2E : INFINITY;
+      delta[e] = is_head ? __ldg(x.delta + (int64_t)t * x.H + head) : 0.f;
+    }
+  }
+  __device__ __forceinline__ void probabilities(float (&s)[16], const float (&lse2)[2], int first, int count) const {
+    const float scale2 = x.scale * LOG2E;
+#pragma unroll
+    for (int j = 0; j < 16; ++j) {
+      const bool is_key = first + 8 * (j / 4) + 2 * (lane & 3) + j % 2 < count;
+      s[j] = is_key ? exp2_approximate(s[j] * scale2 - lse2[j / 2 % 2]) : 0.f;
     }
   }
   // dq += dS k over half of the tile's keys: this CTA's or the other's
@@ -287,56 +175,30 @@ struct Attending {
       if (W == 0) barrier_expect(bar + 8 * P_FULL, 16384);
     }
     float a[32], s[16], ds_[16], lse2[2], delta[2];
-    const int first = tile_at(i, t, n) * KEYS + 32 * rank;
-    {
-      begin_products();
-#pragma unroll
-      for (int j = 0; j < 16; ++j)
-        product<false, false>(a, plus(q, (j / 4) * 16384 + (j % 4) * 32), plus(k, (j / 4) * 8192 + (j % 4) * 32), j > 0);
-#pragma unroll
-      for (int j = 0; j < 2; ++j) product<false, false>(a, plus(q_rope, j * 32), plus(k_rope, j * 32), true);
-      commit_products();
-#pragma unroll
-      for (int e = 0; e < 2; ++e) {
-        const int head = W * 64 + row() + 8 * e;
-        const bool is_head = head < x.H;
-        lse2[e] = is_head ? __ldg(x.lse + (int64_t)t * x.H + head) * LOG2E : INFINITY;
-        delta[e] = is_head ? __ldg(x.delta + (int64_t)t * x.H + head) : 0.f;
-      }
-      wait_products<0>();
-      send_half(a, S_FULL + W);
-#pragma unroll
-      for (int j = 0; j < 16; ++j) asm volatile("mov.b32 %0, %1;" : "=f"(s[j]) : "f"(a[j]));
-    }
-    {
-      begin_products();
-#pragma unroll
-      for (int j = 0; j < 16; ++j)
-        product<false, false>(a, plus(g, (j / 4) * 16384 + (j % 4) * 32), plus(k, (j / 4) * 8192 + (j % 4) * 32), j > 0);
-      commit_products();
-      barrier_wait(bar + 8 * (S_FULL + W), number & 1);
-      add_inbox(s);
-      __syncwarp();
-      if (lane == 0) barrier_arrive_there(of_rank(bar + 8 * (S_READ + W), rank ^ 1));
-      const float scale2 = x.scale * LOG2E;
-#pragma unroll
-      for (int j = 0; j < 16; ++j) {
-        const bool is_key = first + 8 * (j / 4) + 2 * (lane & 3) + j % 2 < count;
-        s[j] = is_key ? exp2_approximate(s[j] * scale2 - lse2[j / 2 % 2]) : 0.f;
-      }
-      store_sums(s, number);
-      wait_products<0>();
-      barrier_wait(bar + 8 * (S_READ + W), number & 1);
-      send_half(a, DP_FULL + W);
-#pragma unroll
-      for (int j = 0; j < 16; ++j) asm volatile("mov.b32 %0, %1;" : "=f"(ds_[j]) : "f"(a[j]));
-    }
+    const int first = i * KEYS + 32 * rank;
+    const int key = i + 1 < n ? next_key(t, i + 1, count) : -1;
+    logits(a);
+    numbers_of_rows(lse2, delta, t);
+    wait_products<0>();
+    send_half(a, S_FULL + W);
+    keep_half(s, a);
+    value_products(a);  // meanwhile P
+    barrier_wait(bar + 8 * (S_FULL + W), number & 1);
+    add_inbox(s);
+    __syncwarp();
+    if (lane == 0) barrier_arrive_there(of_rank(bar + 8 * (S_READ + W), rank ^ 1));
+    probabilities(s, lse2, first, count);
+    wait_products<0>();
+    barrier_wait(bar + 8 * (S_READ + W), number & 1);
+    send_half(a, DP_FULL + W);
+    keep_half(ds_, a);
+    store_sums(s, number);
+    barrier_wait(bar + 8 * P_FREE, (number & 1) ^ 1);
+    store_half(s, sm + OWN);
     barrier_wait(bar + 8 * (DP_FULL + W), number & 1);
     add_inbox(ds_);
 #pragma unroll
     for (int j = 0; j < 16; ++j) ds_[j] = s[j] * (ds_[j] - delta[j / 2 % 2]) * x.scale;
-    barrier_wait(bar + 8 * P_FREE, (number & 1) ^ 1);
-    store_half(s, sm + OWN);
     store_half(ds_, sm + OWN + 4096);
     fence_shared();
     meet(1 + W, 128);
@@ -344,28 +206,12 @@ struct Attending {
       send_bulk(of_rank(sm + OWN + P_THERE, rank ^ 1), sm + OWN, 8192, of_rank(bar + 8 * P_FULL, rank ^ 1));
     if (lane == 0) barrier_arrive(bar + 8 * P_OWN);
     query_gradients(dq, dq_rope, 0);
-    const int key = i + 1 < n ? next_key(t, tile_at(i + 1, t, n), count) : -1;
-    int at[4];
-    row_offsets(at, x, t, tile_at(i, t, n), count, rank);
     barrier_wait(bar + 8 * P_FULL, number & 1);
     query_gradients(dq, dq_rope, 1);
     wait_products<0>();
     meet_all();  // neither warpgroup reads the keys any more; the sums of both are in shared memory
     if (i + 1 < n) gather(key);
     if (W == 1 && warp == 3) write_sums(t, first, number);
-    barrier_wait(bar + 8 * P_OWN, number & 1);
-    if constexpr (W == 0) {
-      key_gradients(a, tile(Q + PARTS * 16384, 128, 16, 1024), tile(G + PARTS * 16384, 128, 16, 1024));
-      wait_products<0>();
-      release_p(bar, rank);
-      add_keys(x, a, at, 256 * rank + 64 * PARTS);
-    } else {
-      float d[16];
-      key_gradients(d, tile(Q_ROPE, 64, 16, 512));
-      wait_products<0>();
-      release_p(bar, rank);
-      add_keys(x, d, at, V + 32 * rank);
-    }
     if (i + 1 < n) copies_here();
   }
 
@@ -378,7 +224,7 @@ struct Attending {
       for (int i = 0; i < 128; ++i) dq[i] = 0;
 #pragma unroll
       for (int i = 0; i < 16; ++i) dq_rope[i] = 0;
-      gather(next_key(t, tile_at(0, t, n), count));
+      gather(next_key(t, 0, count));
       barrier_wait(bar + 8 * P_FREE, (number & 1) ^ 1);  // all are done with q and d_out of the token before
       load_token(t);
       copies_here();
@@ -410,7 +256,7 @@ static __device__ __forceinline__ void sparse_gradients(
     }
     barrier_init(bar + 8 * P_OWN, WARPS);
     barrier_init(bar + 8 * P_FULL, 1);
-    barrier_init(bar + 8 * P_FREE, 24);
+    barrier_init(bar + 8 * P_FREE, 8);
     barriers_ready();
   }
   cluster_sync();

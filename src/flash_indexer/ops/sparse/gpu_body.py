@@ -18,8 +18,8 @@ _ROWS = 64  # heads of an item
 
 
 class LatentGradients(NamedTuple):
-    """dq [T, H, 576] bfloat16, dk [S, 576] float32 (the values' gradient in its first 512 columns), p_sum [T, K] float32:
-    the sums of the attention's probabilities over heads, zero behind the last key.
+    """dq: bfloat16 [T, H, 576]. dk: float32 [S, 576], the values' gradient in its first 512 columns. p_sum: float32
+    [T, K], the sums of the attention's probabilities over heads, zero behind the last key.
     """
 
     dq: Tensor
