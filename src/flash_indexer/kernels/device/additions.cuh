@@ -1,8 +1,5 @@
 #pragma once
 // Accumulators added to rows of float32 sums in memory, which other CTAs add to as well.
-static __device__ __forceinline__ void add_to(float* p, float x) {
-  asm volatile("red.relaxed.gpu.global.add.f32 [%0], %1;" ::"l"(p), "f"(x) : "memory");
-}
 static __device__ __forceinline__ void add_to(float* p, const float* x) {
   asm volatile("red.relaxed.gpu.global.add.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(p), "f"(x[0]), "f"(x[1]), "f"(x[2]),
                "f"(x[3])
