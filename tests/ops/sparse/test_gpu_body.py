@@ -8,9 +8,9 @@ import torch
 from flash_indexer.ops.sparse.gpu_body import latent_attention, latent_gradients
 
 
-def tensors(heads: int, width: int, key_width: int) -> list[torch.Tensor]:
+def tensors(heads: int, width: int, key_width: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     q, k = torch.zeros(2, heads, width, dtype=torch.bfloat16), torch.zeros(5, key_width, dtype=torch.bfloat16)
-    return [q, k, torch.zeros(2, 3, dtype=torch.int32), torch.zeros(2, dtype=torch.int32)]
+    return q, k, torch.zeros(2, 3, dtype=torch.int32), torch.zeros(2, dtype=torch.int32)
 
 
 @pytest.mark.parametrize(
