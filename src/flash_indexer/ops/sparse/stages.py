@@ -32,6 +32,7 @@ A GPU body (gpu_body.py) has these functions, as torch_select, torch_attention a
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -40,6 +41,7 @@ from torch import Tensor
 from flash_indexer.intervals import check_intervals
 from flash_indexer.ops import bodies
 from flash_indexer.ops.blockwise import compute_dtype
+from flash_indexer.ops.bodies import TORCH
 from flash_indexer.ops.sparse import gpu_body, torch_attention, torch_index, torch_select
 from flash_indexer.ops.sparse.problem import KeySums, Leaves, Needs, SparseProblem, new_key_sums
 from flash_indexer.ops.sparse.selection import Selection, check_selection
@@ -82,9 +84,9 @@ def select_rows(
 
 def sparse_forward(problem: SparseProblem) -> tuple[Tensor, Tensor]:
     """out [T, H, V] in q's dtype and lse [T, H]: zeros and -inf for a query without keys, NaN where its scores are."""
-    _choose(problem)
+    body = _choose(problem, lambda: gpu_body.forward_refusal(problem))
     with torch.autocast(problem.q.device.type, enabled=False):
-        return torch_attention.forward(problem)
+        return torch_attention.forward(problem) if body == TORCH else gpu_body.forward(problem)
 
 
 def sparse_target(problem: SparseProblem, lse: Tensor | None) -> Tensor:
@@ -92,7 +94,7 @@ def sparse_target(problem: SparseProblem, lse: Tensor | None) -> Tensor:
 
     lse: [T, H], over the selected keys; None computes it.
     """
-    _choose(problem)
+    _choose(problem, gpu_body.refusal)
     with torch.autocast(problem.q.device.type, enabled=False):
         return torch_attention.target(problem, lse)
 
@@ -105,10 +107,11 @@ def sparse_backward(
     Args:
         out, lse: what `sparse_forward` returned. sums: buffers to add dk and dv to; None makes zeros.
     """
-    _choose(problem)
+    body = _choose(problem, lambda: gpu_body.backward_refusal(problem, needs))
     sums = new_key_sums(problem, needs) if sums is None else sums
+    step = torch_attention.backward if body == TORCH else gpu_body.backward
     with torch.autocast(problem.q.device.type, enabled=False):
-        dq, p_sum = torch_attention.backward(problem, d_out, out, lse, needs, sums)
+        dq, p_sum = step(problem, d_out, out, lse, needs, sums)
     return SparseGradients(dq, sums.dk, sums.dv, p_sum)
 
 
@@ -155,6 +158,9 @@ def sparse_index_gradients(
     return IndexGradients(d_index_q, d_index_k, d_weights)
 
 
-def _choose(problem: SparseProblem) -> None:
-    bodies.choose("sparse_attention", problem.q.device, gpu_body.refusal)
-    check_selection(problem.selection, problem.k.shape[0])
+def _choose(problem: SparseProblem, refusal: Callable[[], str | None]) -> str:
+    """The body of a step; in torch the selection's contents are checked first."""
+    body = bodies.choose("sparse_attention", problem.q.device, refusal)
+    if body == TORCH:
+        check_selection(problem.selection, problem.k.shape[0])
+    return body
