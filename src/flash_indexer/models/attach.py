@@ -17,18 +17,11 @@ from transformers import PreTrainedModel
 
 from flash_indexer.indexer import LightningIndexer, check_sizes
 from flash_indexer.models.capture import LayerCapture
-from flash_indexer.models.families import (
-    FAMILIES,
-    check_rope,
-    chosen_layers,
-    default_rope_dim,
-    find_decoder,
-    is_attachable,
-    layer_device,
-    resized_rotary,
-)
+from flash_indexer.models.families import FAMILIES, find_decoder, layer_device
 from flash_indexer.models.handle import IndexerHandle
 from flash_indexer.models.hooks import ATTENTION, TAP, LayerTap, uncompiled
+from flash_indexer.models.layers import DecoderLayers, decoder_layers
+from flash_indexer.models.rope import check_rope, default_rope_dim, indexer_rotary, rope_parameters
 from flash_indexer.ops.quantization import check_rotation
 from flash_indexer.parallel.mesh import Parallel
 
@@ -84,30 +77,34 @@ def attach(
         )
     check_sizes("attach", num_heads=num_heads, head_dim=head_dim)
     decoder = find_decoder(model)
-    blocks = getattr(decoder, "layers", None)
-    attentions: list[Any] = [getattr(block, "self_attn", None) for block in blocks] if blocks is not None else []
-    if not attentions or not all(is_attachable(module) for module in attentions) or not hasattr(decoder, "rotary_emb"):
-        raise ValueError(f"attach: model must be one of the {FAMILIES}; got {type(model).__name__}")
-    if any(hasattr(module, "indexer") for module in attentions):
-        raise ValueError(f"attach: {type(model).__name__} has indexers of its own; attach to the dense model")
-    if any(TAP in module.__dict__ for module in attentions):
-        raise ValueError("attach: the model has indexers attached already; call remove() on their handle first")
-    chosen = chosen_layers(layers, len(attentions))
-
     config = model.config.get_text_config()
-    if getattr(config, "attn_logit_softcapping", None) is not None:
+    found = decoder_layers(decoder, config)
+    if any(TAP in module.__dict__ for _, module in found.callers):
+        raise ValueError("attach: the model has indexers attached already; call remove() on their handle first")
+    if any(hasattr(module, "indexer") for _, module in found.callers):
+        raise ValueError(f"attach: {type(model).__name__} has indexers of its own; attach to the dense model")
+    if not found.attentions:
         raise ValueError(
-            f"attach: attention with softcap is not supported, got {type(model).__name__} with "
-            f"attn_logit_softcapping={config.attn_logit_softcapping}; attachable are {FAMILIES}"
+            f"attach: model must be one of the {FAMILIES}; got {type(model).__name__}"
+            + "".join(f", whose layer {layer} {obstacle}" for layer, obstacle in list(found.refused.items())[:1])
         )
+    chosen = found.chosen(layers)
     check_rope(config, 1 if parallel is None else parallel.cp)
-    mla = hasattr(attentions[0], "kv_b_proj")
+    kinds = getattr(config, "layer_types", None) or []
+    ropes = {n: rope_parameters(config, kinds[n] if len(kinds) == found.count else None) for n in chosen}
+    mla = {n for n in chosen if hasattr(found.attentions[n], "kv_b_proj")}
+    if mla and len(mla) < len(chosen):
+        raise ValueError(
+            f"attach: layers must all have MLA or none of them, got MLA in {sorted(mla)} of {chosen} alone; attach to one "
+            "kind with layers="
+        )
+    own_rope = bool(mla) and bool(getattr(config, "rope_parameters", None))
     rank = getattr(config, "q_lora_rank", None) if mla else None
     if mla:
         if rope_dim not in (None, config.qk_rope_head_dim):
             raise ValueError(f"attach: rope_dim must be qk_rope_head_dim = {config.qk_rope_head_dim}, got {rope_dim}")
         rope_dim = config.qk_rope_head_dim
-    rope_dim = default_rope_dim(config, head_dim) if rope_dim is None else rope_dim
+    rope_dim = default_rope_dim(ropes[chosen[0]], head_dim) if rope_dim is None else rope_dim
     check_sizes("attach", rope_dim=rope_dim)
     if target not in ("mean", "per_head", "sum_logits"):
         raise ValueError(f'attach: target must be "mean", "per_head" or "sum_logits", got {target!r}')
@@ -118,17 +115,19 @@ def attach(
             f'attach: target="per_head" needs num_heads = {config.num_attention_heads}, the model\'s, got {num_heads}'
         )
     _check_arithmetic(index_dtype, teacher_dtype, head_dim)
-    indexers = nn.ModuleDict()
+    indexers, taps = nn.ModuleDict(), dict[int, nn.Module | None]()
     for layer in chosen:
+        device = layer_device(found.attentions[layer])
         indexers[str(layer)] = LightningIndexer(
             config.hidden_size, num_heads=num_heads, head_dim=head_dim, q_lora_rank=rank,
             rope_dim=rope_dim, rope_interleaved=False,
-        ).to(layer_device(attentions[layer]))  # fmt: skip
+        ).to(device)  # fmt: skip
+        taps[layer] = None if own_rope else indexer_rotary(config, ropes[layer], rope_dim).to(device)
     handle = IndexerHandle(
-        model, indexers, target, parallel or Parallel(), index_dtype=index_dtype, teacher_dtype=teacher_dtype
-    )
-    rotary = None if mla else resized_rotary(decoder, config, rope_dim).to(layer_device(attentions[0]))
-    _install(handle, decoder, attentions, rotary)
+        model, indexers, target, parallel or Parallel(), found=found, index_dtype=index_dtype,
+        teacher_dtype=teacher_dtype,
+    )  # fmt: skip
+    _install(handle, decoder, found, taps)
     return handle
 
 
@@ -144,7 +143,7 @@ def _check_arithmetic(index_dtype: str | None, teacher_dtype: str | None, head_d
     check_rotation('attach: index_dtype="fp8"', head_dim, index_dtype == "fp8")
 
 
-def _install(handle: IndexerHandle, decoder: Any, attentions: list[Any], rotary: nn.Module | None) -> None:
+def _install(handle: IndexerHandle, decoder: Any, found: DecoderLayers, rotaries: dict[int, nn.Module | None]) -> None:
     """Freezes the model, adds the hooks, switches the attention function; records how to undo each."""
     model = handle.model
     for module in model.modules():
@@ -158,13 +157,16 @@ def _install(handle: IndexerHandle, decoder: Any, attentions: list[Any], rotary:
     handle.undo_with(decoder.register_forward_pre_hook(uncompiled(handle.begin), with_kwargs=True).remove)
     handle.undo_with(decoder.register_forward_hook(uncompiled(handle.end)).remove)
     handle.undo_with(decoder.register_forward_hook(uncompiled(handle.release), always_call=True).remove)
-    for layer, module in enumerate(attentions):
-        tap = LayerTap(handle.attend, layer, rotary)
+    for layer, module in found.callers:
+        attached = handle.attentions.get(layer) is module
+        tap = LayerTap(handle.attend, layer, rotaries[layer] if attached else None)
         module.__dict__[TAP] = tap
         handle.undo_with(partial(module.__dict__.pop, TAP, None))
-        if layer not in handle.layers:
+        if not attached:
             continue
         handle.undo_with(module.register_forward_pre_hook(uncompiled(tap.read_inputs), with_kwargs=True).remove)
+        verify = uncompiled(partial(handle.verify, layer))
+        handle.undo_with(module.register_forward_hook(verify, with_kwargs=True).remove)
         if getattr(module, "q_a_layernorm", None) is not None:
             handle.undo_with(module.q_a_layernorm.register_forward_hook(uncompiled(tap.read_residual)).remove)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -11,12 +12,15 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from flash_indexer.models.capture import LayerCapture
+from flash_indexer.models.capture import AttentionForm, LayerCapture
 from flash_indexer.models.documents import document_positions
 from flash_indexer.models.families import FAMILIES, call_arguments, check_call, find_decoder
 from flash_indexer.models.hooks import LayerTap
+from flash_indexer.models.layer_mask import LayerMask
+from flash_indexer.models.layers import DecoderLayers
 from flash_indexer.models.packing import Packing, at_least_float32, causal_attention, packing
 from flash_indexer.models.teacher import layer_kl
+from flash_indexer.models.verification import Verification
 from flash_indexer.parallel.mesh import Parallel
 
 Consumer = Callable[[LayerCapture], Tensor | None]
@@ -40,6 +44,8 @@ class IndexerHandle:
         token_weight: weight of every token's KL in the loss; None means 1/T of each forward. Training sets it to
             1 / (tokens of the whole optimizer step over all ranks).
         parallel: how sequence and heads are shared out over processes.
+        attentions: each attached layer's attention module. description: which layers are attached, and why others
+            are not, in one line.
         index_dtype, teacher_dtype: arithmetic of the loss, see `flash_indexer.indexer_kl`.
         observer: called with each layer's capture before the default loss, for logging; None for none.
     """
@@ -51,6 +57,7 @@ class IndexerHandle:
         target: str,
         parallel: Parallel,
         *,
+        found: DecoderLayers,
         index_dtype: str | None = None,
         teacher_dtype: str | None = None,
     ) -> None:
@@ -58,6 +65,8 @@ class IndexerHandle:
         self.decoder: Any = find_decoder(model)
         self.indexers = indexers
         self.layers = tuple(int(name) for name in indexers)
+        self.attentions = {layer: found.attentions[layer] for layer in self.layers}
+        self.description = found.described(self.layers)
         self.target = target
         self.parallel = parallel
         self.index_dtype = index_dtype
@@ -67,6 +76,8 @@ class IndexerHandle:
         self._losses: dict[int, LayerLoss] = {}
         self._consumer: Consumer | None = None
         self._packing: Packing | None = None
+        self._positions: Tensor | None = None
+        self._verification = Verification(parallel)
         self._seen: set[int] = set()
         self._runner: threading.Thread | None = None
         self._lock = threading.Lock()
@@ -163,16 +174,32 @@ class IndexerHandle:
             )
         check_call(module, inputs)
         positions = document_positions(inputs, tokens, self.parallel)
-        self._packing = packing(positions, self.parallel)
+        self._packing, self._positions = packing(positions, self.parallel), positions
         self._losses, self._seen = {}, set()
-        if inputs.get("position_ids") is None and len(self._packing.boundaries) - 1 > tokens.shape[0]:
-            return (), inputs | {"position_ids": positions}
-        return args, kwargs
+        self._verification.begin(positions)
+        if len(self._packing.boundaries) - 1 <= tokens.shape[0] and not isinstance(inputs.get("attention_mask"), Tensor):
+            return args, kwargs
+        return (), self._with_documents(module, inputs, positions)
+
+    def _with_documents(self, decoder: nn.Module, inputs: dict[str, Any], positions: Tensor) -> dict[str, Any]:
+        """The decoder's inputs with documents said by position_ids alone: beside a mask they would not be looked at."""
+        changed = {name: value for name, value in inputs.items() if name != "attention_mask"}
+        if not isinstance(inputs.get("attention_mask"), Tensor):
+            changed = dict(inputs)
+        if inputs.get("position_ids") is not None or not bool((positions.diff(dim=1) != 1).any()):
+            return changed
+        if "position_ids" not in inspect.signature(type(decoder).forward).parameters:
+            raise ValueError(
+                f"attach: batches must be one document a row for {type(decoder).__name__}, which takes no position_ids; "
+                "got a row of several"
+            )
+        return changed | {"position_ids": positions}
 
     def release(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         """After the decoder, also where it raised: another thread may run it now."""
         if self._runner is threading.current_thread():
-            self._runner = self._packing = None
+            self._runner = self._packing = self._positions = None
+            self._verification.end()
 
     def end(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         """After the decoder: every attached layer must have passed through the attention function."""
@@ -182,28 +209,44 @@ class IndexerHandle:
                 f"attach: layers {missing[:5]} did not call the registered attention function; "
                 f"attachable are {FAMILIES}"
             )
+        self._verification.conclude()
 
-    def attend(self, tap: LayerTap, q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None) -> Tensor:
+    def attend(
+        self, tap: LayerTap, q: Tensor, k: Tensor, v: Tensor, form: AttentionForm, mask: LayerMask | None
+    ) -> Tensor:
         """Runs one layer's attention; where the layer is attached, its indexer and the consumer after it."""
+        assert self._packing is not None and self._positions is not None
+        if self._verification.replaying:
+            return self._verification.attention(q, k, v, form)
+        self._verification.check_mask(tap.layer, form, mask)
         if tap.layer not in self.layers:
-            return self._attend(q, k, v, scale, window)[0]
-        assert self._packing is not None and tap.hidden is not None and tap.rope is not None
+            return causal_attention(q, k, v, self._packing, form, parallel=self.parallel)[0]
+        if tap.hidden is None:
+            raise ValueError(
+                f"attach: layer {tap.layer} must call its attention function once in a forward, got a second call; leave "
+                "the layer out"
+            )
         if q.device.type == "cuda" and q.dtype != torch.bfloat16:
             raise ValueError(
                 f"attach: on CUDA the model must be bfloat16, got {q.dtype}; load it with that dtype (--dtype bfloat16)"
             )
-        out, lse = self._attend(q, k, v, scale, window)
-        key_start, key_end = self._packing.visible(window)
+        if form.sinks is not None and self.teacher_dtype is not None:
+            raise ValueError(
+                f"attach: teacher_dtype must be None for attention with sinks, got {self.teacher_dtype!r}: the logsumexp "
+                "of FP8 logits would leave the sinks out"
+            )
+        out, lse = causal_attention(q, k, v, self._packing, form, parallel=self.parallel)
+        key_start, key_end = self._packing.visible(form.window, form.chunk)
         wide = (lambda x: x.to(q.dtype)) if q.device.type == "cuda" else at_least_float32
         hidden = wide(tap.hidden.flatten(0, -2))
         residual = None if tap.q_residual is None else wide(tap.q_residual.flatten(0, -2))
-        cos, sin = (x.expand(*tap.hidden.shape[:-1], -1).flatten(0, -2) for x in tap.rope)
+        cos, sin = (x.expand(*tap.hidden.shape[:-1], -1).flatten(0, -2) for x in tap.angles(self._positions))
         with torch.set_grad_enabled(self._consumer is None and self.indexers.training):
             index_q, index_k, index_weights = self.indexers[str(tap.layer)](hidden, residual, cos, sin)
-        tap.hidden = tap.q_residual = tap.rope = None
+        tap.forget()
         capture = LayerCapture(
             tap.layer, wide(q), wide(k), wide(v), lse.to(index_weights.dtype), out,
-            index_q, index_k, index_weights, scale, key_start, key_end,
+            index_q, index_k, index_weights, form.softmax_scale, key_start, key_end, form.sinks, form.softcap,
         )  # fmt: skip
         self._seen.add(tap.layer)
         if self._consumer is None:
@@ -212,9 +255,9 @@ class IndexerHandle:
         replaced = self._consumer(capture)
         return out if replaced is None else replaced.to(out.dtype)
 
-    def _attend(self, q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None) -> tuple[Tensor, Tensor]:
-        assert self._packing is not None
-        return causal_attention(q, k, v, self._packing, softmax_scale=scale, window=window, parallel=self.parallel)
+    def verify(self, layer: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        """After a layer's attention module: whether it computes without the attachment what it does with it."""
+        self._verification.replay(layer, module, call_arguments(module, args, kwargs))
 
     def _loss(self, capture: LayerCapture) -> None:
         """The default consumer: the layer's KL and, in train() mode, its backward."""
