@@ -40,6 +40,7 @@ MORE: dict[str, dict[str, Any]] = {
     "dots1": dict(n_shared_experts=1, n_routed_experts=4, num_experts_per_tok=2),
     "dots3_note_text": MLA,
     "falcon_h1": dict(mamba_n_heads=4, mamba_d_ssm=48),
+    "gemma2": dict(attn_logit_softcapping=2.0),
     "gemma3_text": dict(layer_types=[SLIDING, SLIDING, SLIDING, FULL]),
     "gemma3n_text": dict(intermediate_size=[64] * 4, activation_sparsity_pattern=[0.0] * 4, laurel_rank=8, **SHARED_KEYS),
     "gemma4_text": dict(layer_types=[SLIDING, FULL, SLIDING, FULL], global_head_dim=16),
@@ -72,6 +73,7 @@ MORE: dict[str, dict[str, Any]] = {
     "recurrent_gemma": dict(attention_window_size=7),
     "roc_bert": dict(shape_vocab_size=8, pronunciation_vocab_size=8),
     "stablelm": dict(head_dim=12, partial_rotary_factor=0.5),
+    "vaultgemma": dict(attn_logit_softcapping=2.0),
     "xlm": dict(emb_dim=48, n_words=61),
     "xmod": dict(default_language="en_XX", languages=["en_XX"]),
     "zamba": dict(
@@ -100,6 +102,8 @@ def _small(cls: type[PreTrainedConfig], level: int) -> PreTrainedConfig:
     if "kv_lora_rank" in sizes:
         sizes |= MLA
         sizes.pop("head_dim", None)
+    if "is_decoder" in values:
+        sizes["is_decoder"] = True
     for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
         if name in values:
             sizes[name] = 0

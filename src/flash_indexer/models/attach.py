@@ -20,7 +20,7 @@ from flash_indexer.models.capture import LayerCapture
 from flash_indexer.models.families import FAMILIES, find_decoder, layer_device
 from flash_indexer.models.handle import IndexerHandle
 from flash_indexer.models.hooks import ATTENTION, TAP, LayerTap, uncompiled
-from flash_indexer.models.layers import DecoderLayers, decoder_layers
+from flash_indexer.models.layers import DecoderLayers, decoder_layers, input_width
 from flash_indexer.models.rope import check_rope, default_rope_dim, indexer_rotary, rope_parameters
 from flash_indexer.ops.quantization import check_rotation
 from flash_indexer.parallel.mesh import Parallel
@@ -119,8 +119,8 @@ def attach(
     for layer in chosen:
         device = layer_device(found.attentions[layer])
         indexers[str(layer)] = LightningIndexer(
-            config.hidden_size, num_heads=num_heads, head_dim=head_dim, q_lora_rank=rank,
-            rope_dim=rope_dim, rope_interleaved=False,
+            input_width(found.attentions[layer], config.hidden_size), num_heads=num_heads, head_dim=head_dim,
+            q_lora_rank=rank, rope_dim=rope_dim, rope_interleaved=False,
         ).to(device)  # fmt: skip
         taps[layer] = None if own_rope else indexer_rotary(config, ropes[layer], rope_dim).to(device)
     handle = IndexerHandle(

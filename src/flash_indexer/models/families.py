@@ -14,9 +14,14 @@ FAMILIES = "decoders with causal softmax attention that Transformers looks up by
 
 
 def find_decoder(model: PreTrainedModel) -> Any:
-    """The module that holds the decoder layers; None where the model names none."""
+    """The model that runs the decoder's layers on tokens; None where there is none."""
     untyped: Any = model
-    return untyped.get_decoder() if hasattr(model, "get_decoder") else None
+    named = untyped.get_decoder() if hasattr(model, "get_decoder") else None
+    if isinstance(named, PreTrainedModel) and any(isinstance(child, nn.ModuleList) for child in named.children()):
+        return named
+    config = model.config.get_text_config()
+    inner = [x for x in model.modules() if isinstance(x, PreTrainedModel) and x.config is config]
+    return inner[-1] if inner else None
 
 
 def is_attachable(module: object) -> bool:
@@ -27,10 +32,14 @@ def is_attachable(module: object) -> bool:
     )
 
 
+def parameter_names(module: nn.Module) -> list[str]:
+    """The names of the parameters of a module's forward."""
+    return list(inspect.signature(type(module).forward).parameters)[1:]
+
+
 def call_arguments(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
     """The arguments of a call of a module, by name, however they were passed."""
-    names = list(inspect.signature(type(module).forward).parameters)[1:]
-    return dict(zip(names, args, strict=False)) | dict(kwargs)
+    return dict(zip(parameter_names(module), args, strict=False)) | dict(kwargs)
 
 
 def check_call(decoder: nn.Module, inputs: Mapping[str, Any]) -> None:

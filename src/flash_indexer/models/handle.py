@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -14,7 +13,7 @@ from transformers import PreTrainedModel
 
 from flash_indexer.models.capture import AttentionForm, LayerCapture
 from flash_indexer.models.documents import document_positions
-from flash_indexer.models.families import FAMILIES, call_arguments, check_call, find_decoder
+from flash_indexer.models.families import FAMILIES, call_arguments, check_call, find_decoder, parameter_names
 from flash_indexer.models.hooks import LayerTap
 from flash_indexer.models.layer_mask import LayerMask
 from flash_indexer.models.layers import DecoderLayers
@@ -177,23 +176,18 @@ class IndexerHandle:
         self._packing, self._positions = packing(positions, self.parallel), positions
         self._losses, self._seen = {}, set()
         self._verification.begin(positions)
-        if len(self._packing.boundaries) - 1 <= tokens.shape[0] and not isinstance(inputs.get("attention_mask"), Tensor):
-            return args, kwargs
-        return (), self._with_documents(module, inputs, positions)
-
-    def _with_documents(self, decoder: nn.Module, inputs: dict[str, Any], positions: Tensor) -> dict[str, Any]:
-        """The decoder's inputs with documents said by position_ids alone: beside a mask they would not be looked at."""
-        changed = {name: value for name, value in inputs.items() if name != "attention_mask"}
-        if not isinstance(inputs.get("attention_mask"), Tensor):
-            changed = dict(inputs)
-        if inputs.get("position_ids") is not None or not bool((positions.diff(dim=1) != 1).any()):
-            return changed
-        if "position_ids" not in inspect.signature(type(decoder).forward).parameters:
+        several = bool((positions.diff(dim=1) != 1).any())
+        if several and "position_ids" not in parameter_names(module):
             raise ValueError(
-                f"attach: batches must be one document a row for {type(decoder).__name__}, which takes no position_ids; "
-                "got a row of several"
+                f"attach: rows must be one document each for {type(module).__name__}, which takes no position_ids, got a "
+                "row of several"
             )
-        return changed | {"position_ids": positions}
+        changed = dict[str, Any]()
+        if isinstance(inputs.get("attention_mask"), Tensor):  # beside which Transformers' masks look at no position_ids
+            changed["attention_mask"] = None
+        if several and inputs.get("position_ids") is None:
+            changed["position_ids"] = positions
+        return ((), inputs | changed) if changed else (args, kwargs)
 
     def release(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         """After the decoder, also where it raised: another thread may run it now."""

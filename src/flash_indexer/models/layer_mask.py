@@ -35,6 +35,12 @@ class LayerMask:
         self.window = None if chunked else local_size
         self.chunk = local_size if chunked else None
 
+    def __getattr__(self, name: str) -> Any:
+        raise ValueError(
+            f"attach: a layer's code must hand its mask on to the attention function as it is, got a layer that reads its "
+            f"{name}; this model can't be attached"
+        )
+
     def visible(self, queries: Tensor) -> Tensor:
         """What the queries [n], counted within a row, may see: bool [B, 1 or H, n, S]."""
         places = queries.to(self._device) + self._offset

@@ -76,7 +76,7 @@ def decoder_layers(decoder: Any, config: Any) -> DecoderLayers:
     refused: dict[int, str] = {}
     for layer, modules in enumerate(found):
         kind = kinds[layer] if len(kinds) == len(found) else None
-        candidates = [module for module in modules if getattr(module, "is_causal", True) is not False]
+        candidates = [module for module in modules if _reads_the_decoder(blocks[layer], module)]
         obstacle = _obstacle(blocks[layer], modules, candidates, kind)
         if obstacle is None and any(candidates[0] is other for n, other in callers if n != layer):
             obstacle = "shares its attention module with another layer"
@@ -91,20 +91,43 @@ def decoder_layers(decoder: Any, config: Any) -> DecoderLayers:
 
 
 def decoder_blocks(decoder: Any) -> list[nn.Module]:
-    """The decoder's layers: its list `layers`, or its longest list of modules."""
-    lists = [child for child in decoder.children() if isinstance(child, nn.ModuleList)] if decoder is not None else []
-    named = getattr(decoder, "layers", None)
-    return list(named if isinstance(named, nn.ModuleList) else max(lists, key=len, default=()))
+    """The decoder's layers: its list `layers`, or its one list whose modules have attention."""
+    if decoder is None:
+        return []
+    if isinstance(named := getattr(decoder, "layers", None), nn.ModuleList):
+        return list(named)
+    lists = [x for x in decoder.modules() if isinstance(x, nn.ModuleList) and len(x)]
+    outer = [x for x in lists if not any(x is not y and any(x is z for z in y.modules()) for y in lists)]
+    lists = [x for x in outer if any(_attentions_of(block) for block in x)] or outer
+    return list(lists[0]) if len(lists) == 1 else []
+
+
+def input_width(module: nn.Module, hidden_size: int) -> int:
+    """The width of the hidden states that an attention module reads: a few read more than the decoder's."""
+    projection = getattr(module, "q_proj", None)
+    return projection.in_features if isinstance(projection, nn.Linear) else hidden_size
 
 
 def calls_attention_function(module: nn.Module) -> bool:
     """Whether a module's forward looks its attention function up by the name in the config."""
+    return INTERFACE in _names_in(module)
+
+
+def _names_in(module: nn.Module) -> tuple[str, ...]:
+    """The names in the code of a module's forward."""
     code = getattr(inspect.unwrap(type(module).forward), "__code__", None)
-    return code is not None and INTERFACE in code.co_names
+    return () if code is None else (*code.co_names, *code.co_varnames)
 
 
 def _attentions_of(block: nn.Module) -> list[nn.Module]:
     return [module for module in block.modules() if calls_attention_function(module)]
+
+
+def _reads_the_decoder(block: nn.Module, module: nn.Module) -> bool:
+    """Whether an attention is the decoder's own: causal, and on no other model's states."""
+    name = next((name for name, child in block.named_modules() if child is module), "")
+    crosses = "cross" in name or "encoder_attn" in name or getattr(module, "is_cross_attention", False) is True
+    return not crosses and getattr(module, "is_causal", True) is not False
 
 
 def _obstacle(block: nn.Module, modules: list[nn.Module], candidates: list[nn.Module], kind: str | None) -> str | None:
@@ -113,12 +136,14 @@ def _obstacle(block: nn.Module, modules: list[nn.Module], candidates: list[nn.Mo
         own = kind if kind is not None and "full" not in kind else None
         return f"{own or _name_of(block)} does not call the attention function that Transformers looks up by name"
     if not candidates:
-        return f"{type(modules[0]).__name__} is not causal (is_causal=False)"
+        return f"{type(modules[0]).__name__} is not causal, or attends to another model's states"
     if len(candidates) > 1:
         return f"has {len(candidates)} attentions"
     module = candidates[0]
     if any(hasattr(module, name) for name in ("indexer", "compressor")):
         return f"{type(module).__name__} selects or compresses keys by itself"
+    if "position_bias" in _names_in(module):
+        return f"{type(module).__name__} adds a learned bias to its logits"
     if hasattr(module, "lambda_q1"):
         return f"{type(module).__name__} subtracts one softmax from another: no distribution that could be learned"
     return None
