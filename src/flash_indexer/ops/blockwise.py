@@ -40,11 +40,13 @@ def fill_unseen(x: Tensor, key_start: Tensor, key_end: Tensor, value: float) -> 
     return x
 
 
-def plan_chunks(key_start: Tensor, key_end: Tensor, tiles: int, itemsize: int, workspace_bytes: int) -> list[Chunk]:
+def plan_chunks(
+    key_start: Tensor, key_end: Tensor, tiles: int, itemsize: int, workspace_bytes: int, cached_rows: int = 16
+) -> list[Chunk]:
     """Cuts the queries into chunks whose `tiles` tiles [R, C] fit workspace_bytes; at least one row each.
 
     C counts the keys from the chunk's first key_start to its last key_end. On a CPU one tile stays in the second-level
-    cache as well, unless that leaves fewer than 16 rows.
+    cache as well, unless that leaves fewer than `cached_rows` rows.
 
     Returns:
         The chunks that see a key, in order.
@@ -57,7 +59,7 @@ def plan_chunks(key_start: Tensor, key_end: Tensor, tiles: int, itemsize: int, w
         end = begin + 1
         while end < len(starts):
             area = (end + 1 - begin) * (ends[end] - starts[begin])
-            if area > limit or (area > cached and end - begin >= 16):
+            if area > limit or (area > cached and end - begin >= cached_rows):
                 break
             end += 1
         if ends[end - 1] > starts[begin]:
