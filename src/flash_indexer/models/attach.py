@@ -90,6 +90,7 @@ def attach(
         )
     chosen = found.chosen(layers)
     check_rope(config, 1 if parallel is None else parallel.cp)
+    _check_softcap(config, parallel or Parallel(), target)
     kinds = getattr(config, "layer_types", None) or []
     ropes = {n: rope_parameters(config, kinds[n] if len(kinds) == found.count else None) for n in chosen}
     mla = {n for n in chosen if hasattr(found.attentions[n], "kv_b_proj")}
@@ -129,6 +130,20 @@ def attach(
     )  # fmt: skip
     _install(handle, decoder, found, taps)
     return handle
+
+
+def _check_softcap(config: Any, parallel: Parallel, target: str) -> None:
+    softcap = getattr(config, "attn_logit_softcapping", None)
+    if softcap is not None and parallel.cp * parallel.tp > 1:
+        raise ValueError(
+            f"attach: cp and tp must be 1 for attention with softcap, got cp={parallel.cp} and tp={parallel.tp} with "
+            f"attn_logit_softcapping={softcap}; share the model out by FSDP alone"
+        )
+    if softcap is not None and target == "sum_logits":
+        raise ValueError(
+            f'attach: target must be "mean" or "per_head" for attention with softcap, got "sum_logits" with '
+            f"attn_logit_softcapping={softcap}"
+        )
 
 
 def _check_arithmetic(index_dtype: str | None, teacher_dtype: str | None, head_dim: int) -> None:

@@ -91,7 +91,7 @@ def causal_attention(
     query, key, value = (at_least_float32(x) if x.device.type == "cpu" else x for x in (q, k, v))
     key_start, key_end = packed.visible(form.window, form.chunk)
     out, lse = attention_forward(
-        query, key, value, softmax_scale=form.softmax_scale, key_start=key_start, key_end=key_end
+        query, key, value, softmax_scale=form.softmax_scale, key_start=key_start, key_end=key_end, softcap=form.softcap
     )
     return with_sinks(out.to(q.dtype), lse, form.sinks)
 
