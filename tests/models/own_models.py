@@ -59,8 +59,6 @@ CONFIGS: dict[str, Callable[..., Any]] = {
     "mistral_large4": _mistral,
     "hy_v4": lambda **changes: HYV4Config(**(MLA | dict(hc_mult=2) | changes)),
 }  # fmt: skip
-FAMILIES_THAT_TRAIN = [name for name in CONFIGS if name != "hy_v4"]
-"""Hy4's attention has sinks."""
 
 
 def own_model(family: str, dtype: torch.dtype = torch.float32, **changes: Any) -> PreTrainedModel:

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from own_models import CONFIGS, FAMILIES_THAT_TRAIN, SIZES, own_model, own_tokens
+from own_models import CONFIGS, SIZES, own_model, own_tokens
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
@@ -41,7 +41,7 @@ def hooks(model: PreTrainedModel) -> int:
     )
 
 
-@pytest.mark.parametrize("family", FAMILIES_THAT_TRAIN)
+@pytest.mark.parametrize("family", CONFIGS)
 def test_attention_runs_dense_while_attached_and_as_before_after_remove(family: str) -> None:
     sparse, dense = own_model(family, index_topk=4), own_model(family, index_topk=64)
     before, hooked = logits(sparse), hooks(sparse)

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from own_models import CONFIGS, FAMILIES_THAT_TRAIN, own_model, own_tokens
+from own_models import CONFIGS, own_model, own_tokens
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from transformers import PreTrainedModel
@@ -43,7 +43,7 @@ class Ranked(TorchFunctionMode):
 
 def own_scores(model: PreTrainedModel) -> tuple[dict[int, tuple[Tensor, Tensor]], dict[int, dict[str, Any]]]:
     """Of each layer with an indexer: scores and ranks [L, L] as the model forms them, and what it forms them of."""
-    attentions = [layer.self_attn for layer in find_decoder(model).layers]
+    attentions = dict(enumerate(layer.self_attn for layer in find_decoder(model).layers))
     layers = sorted(set(indexer_sources(attentions).values()))
     inputs: dict[int, dict[str, Any]] = {}
     hooks = []
@@ -119,7 +119,7 @@ def test_rope_on_the_other_dims_is_seen(family: str) -> None:
         check(own_model(family), change)
 
 
-@pytest.mark.parametrize("family", FAMILIES_THAT_TRAIN)
+@pytest.mark.parametrize("family", CONFIGS)
 def test_attached_operands_rank_all_keys_as_the_model_does(family: str) -> None:
     """In a packed batch, through the hooks, by the operator's scores: the model's order never goes up in ours."""
     model = own_model(family)

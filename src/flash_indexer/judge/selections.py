@@ -16,6 +16,7 @@ from torch import Tensor
 
 from flash_indexer.judge.capture import WORKSPACE, chunk_scores, chunk_teacher, chunks
 from flash_indexer.models.capture import LayerCapture
+from flash_indexer.models.packing import with_sinks
 from flash_indexer.ops import Selection, sparse_attention, top_keys
 
 SELECTIONS = ("indexer", "oracle", "window")
@@ -49,6 +50,11 @@ def selected_attention(
     if select not in SELECTIONS:
         raise ValueError(f"selected_attention: select must be one of {', '.join(SELECTIONS)}, got {select!r}")
     check_ks("selected_attention", [k], sink)
+    if capture.softcap is not None:
+        raise ValueError(
+            f"selected_attention: attention must have no softcap, got {capture.softcap} in layer {capture.layer}; measure "
+            "no perplexity of this model: perplexity_ks=()"
+        )
     q, v = capture.q, capture.v
     out = v.new_zeros(*q.shape[:2], v.shape[-1])
     for rows, keys, start, end in chunks(capture, workspace_bytes):
@@ -58,10 +64,11 @@ def selected_attention(
             selection = top_keys(chunk_teacher(capture, rows, keys, start, end), start, end, k)
         else:
             selection = top_keys(chunk_scores(capture, rows, keys, start, end), start, end, k)
-        out[rows], _ = sparse_attention(
+        attended, lse = sparse_attention(
             q[rows], capture.k[keys], v[keys], selection,
             softmax_scale=capture.softmax_scale, workspace_bytes=workspace_bytes,
         )  # fmt: skip
+        out[rows], _ = with_sinks(attended, lse, capture.sinks)
     return out
 
 

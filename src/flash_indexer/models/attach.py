@@ -16,22 +16,15 @@ from transformers import PreTrainedModel
 
 from flash_indexer.indexer import LightningIndexer, check_sizes
 from flash_indexer.models.capture import LayerCapture
-from flash_indexer.models.families import (
-    FAMILIES,
-    check_rope,
-    chosen_layers,
-    default_rope_dim,
-    find_decoder,
-    is_attachable,
-    layer_device,
-    resized_rotary,
-)
+from flash_indexer.models.families import FAMILIES, find_decoder, layer_device
 from flash_indexer.models.handle import IndexerHandle
 from flash_indexer.models.hooks import ATTENTION, TAP, LayerTap
 from flash_indexer.models.install import install
+from flash_indexer.models.layers import decoder_layers, input_width
 from flash_indexer.models.options import check_arithmetic, check_target
 from flash_indexer.models.own_attach import OwnOptions, attach_own
 from flash_indexer.models.own_indexers import has_own_indexers
+from flash_indexer.models.rope import check_rope, default_rope_dim, indexer_rotary, rope_parameters
 from flash_indexer.parallel.mesh import Parallel
 
 __all__ = ["IndexerHandle", "LayerCapture", "attach"]
@@ -98,51 +91,71 @@ def attach(
     if indexers not in ("fresh", "own"):
         raise ValueError(f'attach: indexers must be "fresh" or "own", got {indexers!r}')
     decoder = find_decoder(model)
-    blocks = getattr(decoder, "layers", None)
-    attentions: list[Any] = [getattr(block, "self_attn", None) for block in blocks] if blocks is not None else []
-    if not attentions or not all(is_attachable(module) for module in attentions) or not hasattr(decoder, "rotary_emb"):
-        raise ValueError(f"attach: model must be one of the {FAMILIES}; got {type(model).__name__}")
-    if indexers == "fresh" and has_own_indexers(attentions):
+    config = model.config.get_text_config()
+    found = decoder_layers(decoder, config)
+    if any(TAP in module.__dict__ for _, module in found.callers):
+        raise ValueError("attach: the model has indexers attached already; call remove() on their handle first")
+    if indexers == "own":
+        options = OwnOptions(num_heads, head_dim, rope_dim, layers, target, teachers, index_dtype, teacher_dtype)
+        return attach_own(model, found, options, parallel or Parallel())
+    if has_own_indexers(found):
         raise ValueError(
             f'attach: {type(model).__name__} has indexers of its own; train these with indexers="own", or attach to '
             "the dense model"
         )
-    if any(TAP in module.__dict__ for module in attentions):
-        raise ValueError("attach: the model has indexers attached already; call remove() on their handle first")
-    chosen = chosen_layers(layers, len(attentions))
-    if indexers == "own":
-        named = None if layers is None else chosen
-        options = OwnOptions(num_heads, head_dim, rope_dim, named, target, teachers, index_dtype, teacher_dtype)
-        return attach_own(model, attentions, options, parallel or Parallel())
     if teachers != "shared":
         raise ValueError(f'attach: teachers must be left out with indexers="fresh", got {teachers!r}')
-
-    config = model.config.get_text_config()
-    if getattr(config, "attn_logit_softcapping", None) is not None:
+    if not found.attentions:
         raise ValueError(
-            f"attach: attention with softcap is not supported, got {type(model).__name__} with "
-            f"attn_logit_softcapping={config.attn_logit_softcapping}; attachable are {FAMILIES}"
+            f"attach: model must be one of the {FAMILIES}; got {type(model).__name__}"
+            + "".join(f", whose layer {layer} {obstacle}" for layer, obstacle in list(found.refused.items())[:1])
         )
+    chosen = found.chosen(layers)
     check_rope(config, 1 if parallel is None else parallel.cp)
-    mla = hasattr(attentions[0], "kv_b_proj")
+    _check_softcap(config, parallel or Parallel(), target)
+    kinds = getattr(config, "layer_types", None) or []
+    ropes = {n: rope_parameters(config, kinds[n] if len(kinds) == found.count else None) for n in chosen}
+    mla = {n for n in chosen if hasattr(found.attentions[n], "kv_b_proj")}
+    if mla and len(mla) < len(chosen):
+        raise ValueError(
+            f"attach: layers must all have MLA or none of them, got MLA in {sorted(mla)} of {chosen} alone; attach to one "
+            "kind with layers="
+        )
+    own_rope = bool(mla) and bool(getattr(config, "rope_parameters", None))
     rank = getattr(config, "q_lora_rank", None) if mla else None
     if mla:
         if rope_dim not in (None, config.qk_rope_head_dim):
             raise ValueError(f"attach: rope_dim must be qk_rope_head_dim = {config.qk_rope_head_dim}, got {rope_dim}")
         rope_dim = config.qk_rope_head_dim
-    rope_dim = default_rope_dim(config, head_dim) if rope_dim is None else rope_dim
+    rope_dim = default_rope_dim(ropes[chosen[0]], head_dim) if rope_dim is None else rope_dim
     check_sizes("attach", rope_dim=rope_dim)
     check_target(target, num_heads, config, parallel)
     check_arithmetic(index_dtype, teacher_dtype, head_dim)
-    modules = nn.ModuleDict()
+    modules, rotaries = nn.ModuleDict(), dict[int, nn.Module | None]()
     for layer in chosen:
+        device = layer_device(found.attentions[layer])
         modules[str(layer)] = LightningIndexer(
-            config.hidden_size, num_heads=num_heads, head_dim=head_dim, q_lora_rank=rank,
-            rope_dim=rope_dim, rope_interleaved=False,
-        ).to(layer_device(attentions[layer]))  # fmt: skip
+            input_width(found.attentions[layer], config.hidden_size), num_heads=num_heads, head_dim=head_dim,
+            q_lora_rank=rank, rope_dim=rope_dim, rope_interleaved=False,
+        ).to(device)  # fmt: skip
+        rotaries[layer] = None if own_rope else indexer_rotary(config, ropes[layer], rope_dim).to(device)
     handle = IndexerHandle(
-        model, modules, target, parallel or Parallel(), index_dtype=index_dtype, teacher_dtype=teacher_dtype
-    )
-    rotary = None if mla else resized_rotary(decoder, config, rope_dim).to(layer_device(attentions[0]))
-    install(handle, attentions, [LayerTap(handle.attend, layer, rotary) for layer in range(len(attentions))], ATTENTION)
+        model, modules, target, parallel or Parallel(), found=found, index_dtype=index_dtype,
+        teacher_dtype=teacher_dtype,
+    )  # fmt: skip
+    install(handle, found, lambda layer, module: LayerTap(handle.attend, layer, rotaries.get(layer)), ATTENTION)
     return handle
+
+
+def _check_softcap(config: Any, parallel: Parallel, target: str) -> None:
+    softcap = getattr(config, "attn_logit_softcapping", None)
+    if softcap is not None and parallel.cp * parallel.tp > 1:
+        raise ValueError(
+            f"attach: cp and tp must be 1 for attention with softcap, got cp={parallel.cp} and tp={parallel.tp} with "
+            f"attn_logit_softcapping={softcap}; share the model out by FSDP alone"
+        )
+    if softcap is not None and target == "sum_logits":
+        raise ValueError(
+            f'attach: target must be "mean" or "per_head" for attention with softcap, got "sum_logits" with '
+            f"attn_logit_softcapping={softcap}"
+        )

@@ -11,14 +11,17 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from flash_indexer.models.capture import LayerCapture
+from flash_indexer.models.capture import AttentionForm, LayerCapture
 from flash_indexer.models.documents import document_positions
-from flash_indexer.models.families import FAMILIES, call_arguments, check_call, find_decoder
-from flash_indexer.models.hooks import LayerTap
+from flash_indexer.models.families import FAMILIES, call_arguments, check_call, find_decoder, parameter_names
+from flash_indexer.models.hooks import TAP, LayerTap
+from flash_indexer.models.layer_mask import LayerMask
+from flash_indexer.models.layers import DecoderLayers
 from flash_indexer.models.own_indexers import OwnIndexer
 from flash_indexer.models.packing import Packing, at_least_float32, causal_attention, packing
 from flash_indexer.models.shared_indexers import LayerLoss, Operands, SharedOperands
 from flash_indexer.models.teacher import layer_kl
+from flash_indexer.models.verification import Verification
 from flash_indexer.parallel.mesh import Parallel
 
 Consumer = Callable[[LayerCapture], Tensor | None]
@@ -37,6 +40,8 @@ class IndexerHandle:
         token_weight: weight of every token's KL in the loss; None means 1/T of each forward. Training sets it to
             1 / (tokens of the whole optimizer step over all ranks).
         parallel: how sequence and heads are shared out over processes.
+        attentions: the attention module of each layer that an indexer serves. description: which layers have
+            indexers, and why others have none, in one line.
         index_dtype, teacher_dtype: arithmetic of the loss, see `flash_indexer.indexer_kl`.
         observer: called with each layer's capture before the default loss, for logging; None for none.
     """
@@ -48,6 +53,7 @@ class IndexerHandle:
         target: str,
         parallel: Parallel,
         *,
+        found: DecoderLayers,
         index_dtype: str | None = None,
         teacher_dtype: str | None = None,
         sources: Mapping[int, int] | None = None,
@@ -57,18 +63,22 @@ class IndexerHandle:
         self.decoder: Any = find_decoder(model)
         self.indexers = indexers
         self.layers = tuple(int(name) for name in indexers)
+        self.sources = {layer: layer for layer in self.layers} if sources is None else dict(sources)
+        self.teachers = teachers
+        self.attentions = {layer: found.attentions[layer] for layer in self.sources}
+        self.description = found.described(self.layers)
         self.target = target
         self.parallel = parallel
         self.index_dtype = index_dtype
         self.teacher_dtype = teacher_dtype
         self.token_weight: float | None = None
         self.observer: Callable[[LayerCapture], None] | None = None
-        self.sources = {layer: layer for layer in self.layers} if sources is None else dict(sources)
-        self.teachers = teachers
         self._shared: dict[int, SharedOperands] = {}
         self._losses: dict[int, LayerLoss] = {}
         self._consumer: Consumer | None = None
         self._packing: Packing | None = None
+        self._positions: Tensor | None = None
+        self._verification = Verification(parallel)
         self._seen: set[int] = set()
         self._runner: threading.Thread | None = None
         self._lock = threading.Lock()
@@ -170,17 +180,28 @@ class IndexerHandle:
             )
         check_call(module, inputs)
         positions = document_positions(inputs, tokens, self.parallel)
-        self._packing = packing(positions, self.parallel)
+        self._packing, self._positions = packing(positions, self.parallel), positions
         self._losses, self._seen, self._shared = {}, set(), {}
-        if inputs.get("position_ids") is None and len(self._packing.boundaries) - 1 > tokens.shape[0]:
-            return (), inputs | {"position_ids": positions}
-        return args, kwargs
+        self._verification.begin(positions)
+        several = bool((positions.diff(dim=1) != 1).any())
+        if several and "position_ids" not in parameter_names(module):
+            raise ValueError(
+                f"attach: rows must be one document each for {type(module).__name__}, which takes no position_ids, got a "
+                "row of several"
+            )
+        changed = dict[str, Any]()
+        if isinstance(inputs.get("attention_mask"), Tensor):  # beside which Transformers' masks look at no position_ids
+            changed["attention_mask"] = None
+        if several and inputs.get("position_ids") is None:
+            changed["position_ids"] = positions
+        return ((), inputs | changed) if changed else (args, kwargs)
 
     def release(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         """After the decoder, also where it raised: another thread may run it now."""
         if self._runner is threading.current_thread():
-            self._runner = self._packing = None
+            self._runner = self._packing = self._positions = None
             self._shared = {}
+            self._verification.end()
 
     def end(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         """After the decoder: every attached layer must have passed through the attention function."""
@@ -190,23 +211,34 @@ class IndexerHandle:
                 f"attach: layers {missing[:5]} did not call the registered attention function; "
                 f"attachable are {FAMILIES}"
             )
+        self._verification.conclude()
 
-    def attend(self, tap: LayerTap, q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None) -> Tensor:
+    def attend(
+        self, tap: LayerTap, q: Tensor, k: Tensor, v: Tensor, form: AttentionForm, mask: LayerMask | None
+    ) -> Tensor:
         """Runs one layer's attention; where the layer is attached, its indexer and the consumer after it."""
+        assert self._packing is not None and self._positions is not None
+        if self._verification.replaying:
+            return self._verification.attention(q, k, v, form)
+        self._verification.check_mask(tap.layer, form, mask)
         if tap.layer not in self.sources:
-            return self._attend(q, k, v, scale, window)[0]
-        assert self._packing is not None
+            return causal_attention(q, k, v, self._packing, form, parallel=self.parallel)[0]
         if q.device.type == "cuda" and q.dtype != torch.bfloat16:
             raise ValueError(
                 f"attach: on CUDA the model must be bfloat16, got {q.dtype}; load it with that dtype (--dtype bfloat16)"
             )
-        out, lse = self._attend(q, k, v, scale, window)
-        key_start, key_end = self._packing.visible(window)
+        if form.sinks is not None and self.teacher_dtype is not None:
+            raise ValueError(
+                f"attach: teacher_dtype must be None for attention with sinks, got {self.teacher_dtype!r}: the logsumexp "
+                "of FP8 logits would leave the sinks out"
+            )
+        out, lse = causal_attention(q, k, v, self._packing, form, parallel=self.parallel)
+        key_start, key_end = self._packing.visible(form.window, form.chunk)
         wide = (lambda x: x.to(q.dtype)) if q.device.type == "cuda" else at_least_float32
         index_q, index_k, index_weights = self._operands(tap, wide, q.device)
         capture = LayerCapture(
             tap.layer, wide(q), wide(k), wide(v), lse.to(index_weights.dtype), out,
-            index_q, index_k, index_weights, scale, key_start, key_end,
+            index_q, index_k, index_weights, form.softmax_scale, key_start, key_end, form.sinks, form.softcap,
         )  # fmt: skip
         self._seen.add(tap.layer)
         replaced = None
@@ -226,15 +258,18 @@ class IndexerHandle:
         """The operands of the layer's indexer, made in this layer or in the earlier one that has it."""
         source = self.sources[tap.layer]
         if source == tap.layer:
+            assert self._positions is not None
             with torch.set_grad_enabled(self._consumer is None and self.indexers.training):
-                made = tap.operands(self.indexers[str(source)], wide)
+                made = tap.operands(self.indexers[str(source)], wide, self._positions)
             teachers = len(self._served(source)) if self.teachers == "shared" else 1
             self._shared[source] = SharedOperands(made, teachers)
         return self._shared[source].for_layer(device)
 
-    def _attend(self, q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None) -> tuple[Tensor, Tensor]:
-        assert self._packing is not None
-        return causal_attention(q, k, v, self._packing, softmax_scale=scale, window=window, parallel=self.parallel)
+    def verify(self, layer: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        """After a layer's attention module: whether it computes without the attachment what it does with it."""
+        tap: LayerTap = module.__dict__[TAP]
+        self._verification.replay(layer, module, tap.replay_arguments(call_arguments(module, args, kwargs)))
+        tap.forget()
 
     def _loss(self, capture: LayerCapture) -> None:
         """The default consumer: the layer's KL and, in train() mode, its backward."""

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable
 from functools import partial
-from typing import Any
 
 from torch import nn
 
 from flash_indexer.models.handle import IndexerHandle
 from flash_indexer.models.hooks import TAP, LayerTap, uncompiled
+from flash_indexer.models.layers import DecoderLayers
 
 
-def install(handle: IndexerHandle, attentions: Sequence[Any], taps: Sequence[LayerTap], function: str) -> None:
+def install(
+    handle: IndexerHandle, found: DecoderLayers, tap_of: Callable[[int, nn.Module], LayerTap], function: str
+) -> None:
     """Freezes the handle's model, adds the hooks, switches to the registered `function`; records how to undo each."""
     model, decoder = handle.model, handle.decoder
     for module in model.modules():
@@ -26,11 +28,15 @@ def install(handle: IndexerHandle, attentions: Sequence[Any], taps: Sequence[Lay
     handle.undo_with(decoder.register_forward_pre_hook(uncompiled(handle.begin), with_kwargs=True).remove)
     handle.undo_with(decoder.register_forward_hook(uncompiled(handle.end)).remove)
     handle.undo_with(decoder.register_forward_hook(uncompiled(handle.release), always_call=True).remove)
-    for tap, module in zip(taps, attentions, strict=True):
+    for layer, module in found.callers:
+        attached, tap = handle.attentions.get(layer) is module, tap_of(layer, module)
         module.__dict__[TAP] = tap
         handle.undo_with(partial(module.__dict__.pop, TAP, None))
-        for undo in tap.install(module) if tap.layer in handle.layers or tap.always else ():
+        for undo in tap.install(module) if attached or tap.always else ():
             handle.undo_with(undo)
+        if attached:
+            verify = uncompiled(partial(handle.verify, layer))
+            handle.undo_with(module.register_forward_hook(verify, with_kwargs=True).remove)
 
 
 def _thaw(module: nn.Module, name: str) -> None:

@@ -8,9 +8,9 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from flash_indexer.models.families import check_rope
 from flash_indexer.models.handle import IndexerHandle
 from flash_indexer.models.install import install
+from flash_indexer.models.layers import DecoderLayers
 from flash_indexer.models.options import check_arithmetic, check_target
 from flash_indexer.models.own_check import check_ranks
 from flash_indexer.models.own_hooks import OWN_ATTENTION, OwnTap
@@ -22,6 +22,7 @@ from flash_indexer.models.own_indexers import (
     own_modules,
     thaw_own,
 )
+from flash_indexer.models.rope import check_rope
 from flash_indexer.parallel.mesh import Parallel
 
 
@@ -43,9 +44,7 @@ FRESH_SIZES = {"num_heads": 8, "head_dim": 64, "rope_dim": None}
 """What `attach` takes for fresh indexers where nothing is said."""
 
 
-def attach_own(
-    model: PreTrainedModel, attentions: Sequence[Any], options: OwnOptions, parallel: Parallel
-) -> IndexerHandle:
+def attach_own(model: PreTrainedModel, found: DecoderLayers, options: OwnOptions, parallel: Parallel) -> IndexerHandle:
     """The handle of a model whose own indexers train; see `flash_indexer.models.attach.attach`.
 
     Raises:
@@ -55,6 +54,7 @@ def attach_own(
     """
     if options.teachers not in ("shared", "own"):
         raise ValueError(f'attach: teachers must be "shared" or "own", got {options.teachers!r}')
+    attentions: dict[int, Any] = dict(found.callers)
     sources = indexer_sources(attentions)
     if not sources:
         raise ValueError(
@@ -74,12 +74,14 @@ def attach_own(
             )
     check_target(options.target, first.num_heads, config, parallel)
     check_arithmetic(options.index_dtype, options.teacher_dtype, first.head_dim)
+    without = {layer: "has no indexer of its own" for layer in attentions if layer not in sources}
+    without |= {layer: f"uses the indexer of layer {at}" for layer, at in sources.items() if at != layer}
     handle = IndexerHandle(
-        model, modules, options.target, parallel, index_dtype=options.index_dtype, teacher_dtype=options.teacher_dtype,
-        sources={layer: source for layer, source in sources.items() if source in chosen}, teachers=options.teachers,
+        model, modules, options.target, parallel, found=found._replace(attentions=attentions, refused=without),
+        index_dtype=options.index_dtype, teacher_dtype=options.teacher_dtype, teachers=options.teachers,
+        sources={layer: source for layer, source in sources.items() if source in chosen},
     )  # fmt: skip
-    taps = [OwnTap(handle.attend, layer, layer in chosen) for layer in range(len(attentions))]
-    install(handle, attentions, taps, OWN_ATTENTION)
+    install(handle, found, lambda layer, module: OwnTap(handle.attend, layer, layer in chosen), OWN_ATTENTION)
     for undo in thaw_own(modules):
         handle.undo_with(undo)
     try:

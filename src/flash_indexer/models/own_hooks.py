@@ -16,8 +16,10 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 
 from flash_indexer.models.hooks import Attend, LayerTap, attention, uncompiled
+from flash_indexer.models.layer_mask import LayerMask, layer_mask
 from flash_indexer.models.own_indexers import own_indexer
 from flash_indexer.models.shared_indexers import Operands
+from flash_indexer.models.verification import QUERIES
 
 OWN_ATTENTION = "lightning_indexer_own_teacher"
 """The name of the registered functions for models with indexers of their own."""
@@ -53,35 +55,66 @@ class OwnTap(LayerTap):
         return [put_back]
 
     def read_call(self, signature: inspect.Signature, *args: Any, **kwargs: Any) -> Tensor:
-        """In the place of the indexer's forward: notes its inputs, and selects no keys, int32 [B, L, 0]."""
+        """In the place of the indexer's forward: notes its inputs, and selects nothing, int32 [B, L, 0].
+
+        Where attention is run with a mask of values, to be compared with the teacher, it selects all keys.
+        """
         inputs = signature.bind(None, *args, **kwargs).arguments
         hidden: Tensor = inputs["hidden_states"]
+        B, L, _ = hidden.shape
+        if isinstance(mask := inputs["attention_mask"], Tensor):
+            return all_keys(B, L, mask.shape[-1], hidden.device)
         if self.trains:
             self.hidden, self.rope = hidden, inputs["position_embeddings"]
             self.q_residual, self.positions = inputs.get("q_resid"), inputs.get("position_ids")
-        return hidden.new_empty((*hidden.shape[:-1], 0), dtype=torch.int32)
+        return all_keys(B, L, 0, hidden.device)
 
-    def operands(self, indexer: nn.Module, wide: Callable[[Tensor], Tensor]) -> Operands:
-        """The operands of the model's own scores."""
-        assert self.hidden is not None
-        positions = None if self.positions is None else self.positions.expand(self.hidden.shape[:-1]).flatten()
-        self.positions = None
-        made: Operands = indexer(*self.take_inputs(wide), positions=positions)
+    def replay_arguments(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        """With all keys selected for a layer that uses an earlier one's selection."""
+        selected = inputs.get("prev_topk_indices")
+        if not isinstance(selected, Tensor):
+            return inputs
+        B, L = selected.shape[:2]
+        return inputs | {"prev_topk_indices": all_keys(B, L, min(L, QUERIES), selected.device)}
+
+    def operands(self, indexer: nn.Module, wide: Callable[[Tensor], Tensor], positions: Tensor) -> Operands:
+        """The operands of the model's own scores, at the positions that the model gave its indexer."""
+        if self.hidden is not None and self.positions is not None:
+            positions = self.positions.expand(self.hidden.shape[:-1])
+        made: Operands = indexer(*self.take_inputs(wide, positions), positions=positions.flatten())
         return made
 
+    def angles(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """The cos and sin that the model gave its indexer."""
+        assert self.rope is not None
+        return self.rope
 
-def own_attention(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
-) -> tuple[Tensor, None]:
-    """The registered attention function; an empty mask is the one that `empty_mask` made."""
-    made_here = attention_mask is not None and attention_mask.numel() == 0
-    return attention(module, query, key, value, None if made_here else attention_mask, **kwargs)
-
-
-def empty_mask(*args: Any, device: torch.device | str | None = None, **kwargs: Any) -> Tensor:
-    """The registered mask function: four dimensions, which these models index, and no element."""
-    return torch.empty(0, 1, 0, 0, device=device)
+    def forget(self) -> None:
+        """Lets go of what was read."""
+        super().forget()
+        self.positions = None
 
 
-AttentionInterface.register(OWN_ATTENTION, uncompiled(own_attention))
-AttentionMaskInterface.register(OWN_ATTENTION, empty_mask)
+def all_keys(rows: int, length: int, keys: int, device: torch.device) -> Tensor:
+    """A selection of all `keys` for every query: int32 [rows, length, keys]."""
+    return torch.arange(keys, dtype=torch.int32, device=device).expand(rows, length, keys)
+
+
+class OwnMask(LayerMask):
+    """A layer's own mask, of which the models take a part for their indexer, which doesn't read it here."""
+
+    def __init__(self, mask: LayerMask) -> None:
+        self.__dict__.update(mask.__dict__)
+
+    def __getitem__(self, part: Any) -> OwnMask:
+        return self
+
+
+def own_mask(*args: Any, **kwargs: Any) -> OwnMask | None:
+    """The registered mask function."""
+    mask = layer_mask(*args, **kwargs)
+    return None if mask is None else OwnMask(mask)
+
+
+AttentionInterface.register(OWN_ATTENTION, uncompiled(attention))
+AttentionMaskInterface.register(OWN_ATTENTION, own_mask)

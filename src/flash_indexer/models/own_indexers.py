@@ -19,7 +19,8 @@ The class decides: `rope_interleave` and `indexer_rope_interleave` in these mode
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import operator
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,6 +30,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from flash_indexer.indexer import LightningIndexer, no_autocast
+from flash_indexer.models.layers import DecoderLayers
 from flash_indexer.models.shared_indexers import Operands
 
 
@@ -129,19 +131,19 @@ def own_indexer(attention: object) -> nn.Module | None:
     return indexer
 
 
-def has_own_indexers(attentions: Sequence[object]) -> bool:
+def has_own_indexers(found: DecoderLayers) -> bool:
     """Whether any layer of the model has an indexer of its own."""
-    return any(own_indexer(attention) is not None for attention in attentions)
+    return any(own_indexer(module) is not None for _, module in found.callers)
 
 
-def indexer_sources(attentions: Sequence[Any]) -> dict[int, int]:
+def indexer_sources(attentions: Mapping[int, Any]) -> dict[int, int]:
     """Of every layer that an indexer serves the layer that has it: itself, or the nearest before a sharing layer.
 
     Source: `skip_topk` of GLM-MoE-DSA, Hy4 and Mistral Large 4 in Transformers, from `indexer_types` of their configs.
     """
     sources: dict[int, int] = {}
     latest = None
-    for layer, attention in enumerate(attentions):
+    for layer, attention in sorted(attentions.items()):
         if own_indexer(attention) is not None:
             latest = layer
         elif not getattr(attention, "skip_topk", False):
@@ -160,17 +162,23 @@ def chosen_own_layers(layers: Sequence[int] | None, sources: dict[int, int]) -> 
     full = sorted(set(sources.values()))
     if layers is None:
         return full
-    for layer in layers:
+    try:
+        chosen = sorted({int(operator.index(layer)) for layer in layers})
+    except TypeError:
+        raise TypeError(f"attach: layers must be a sequence of layer indices, got {layers!r}") from None
+    for layer in chosen:
         if layer not in full:
             served = f"uses the indexer of layer {sources[layer]}" if layer in sources else "has none"
             raise ValueError(
                 f'attach: layers with indexers="own" must be among those that have one, {full}, got {layer}, which '
                 f"{served}"
             )
-    return sorted(set(layers))
+    if not chosen:
+        raise ValueError(f"attach: layers must name one of {full} at least, got {layers!r}")
+    return chosen
 
 
-def own_modules(attentions: Sequence[object], chosen: Sequence[int]) -> nn.ModuleDict:
+def own_modules(attentions: Mapping[int, object], chosen: Sequence[int]) -> nn.ModuleDict:
     """The chosen layers' own indexers, as modules that share the model's parameters.
 
     Raises:
