@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, TrainingArguments
 from typer.testing import CliRunner
 
 from flash_indexer.cli import app
@@ -21,7 +21,9 @@ from flash_indexer.files.native import load_native, read_native, save_native
 from flash_indexer.models.attach import attach
 from flash_indexer.models.load import load_model, model_fingerprint
 from flash_indexer.recipe import warmup
+from flash_indexer.recipe.data import load_documents, pack
 from flash_indexer.recipe.run_record import WarmupSettings
+from flash_indexer.recipe.trainer import IndexerTrainer
 
 OWN: dict[str, Any] = dict(indexers="own", num_heads=8, head_dim=64, rope_dim=None)
 """With the sizes that settings have where nothing is said."""
@@ -114,6 +116,26 @@ def test_from_the_command_to_a_model_that_selects_the_same_keys(
     mine, theirs, old = (selections(model) for model in (trained.model, exported.eval(), before.eval()))
     assert len(mine) == 2 and all(torch.equal(a, b) for a, b in zip(mine, theirs, strict=True))
     assert not all(torch.equal(a, b) for a, b in zip(mine, old, strict=True))
+
+
+def test_a_trainer_trains_the_models_parameters_and_resumes(own_checkpoint: Path, texts: Path, tmp_path: Path) -> None:
+    options: dict[str, Any] = dict(
+        learning_rate=1e-3, lr_scheduler_type="constant", report_to="none", use_cpu=True, disable_tqdm=True,
+        save_steps=2, train_sampling_strategy="sequential",
+    )  # fmt: skip
+    states = []
+    for name, steps, resume in (("whole", 4, None), ("cut", 2, None), ("cut", 4, True)):
+        model, tokenizer = load_model(own_checkpoint, dtype=torch.float32)
+        packed = pack(load_documents(texts), tokenizer, sequence_length=32, seed=0)
+        handle = attach(model, indexers="own")
+        arguments = TrainingArguments(output_dir=str(tmp_path / name), max_steps=steps, **options)
+        IndexerTrainer(handle, args=arguments, train_dataset=packed).train(resume_from_checkpoint=resume)
+        states.append({key: value.clone() for key, value in handle.state_dict().items()})
+        assert all(torch.equal(model.state_dict()[key], value) for key, value in states[-1].items())
+    whole, cut, resumed = states
+    for key, value in whole.items():
+        torch.testing.assert_close(resumed[key], value, rtol=1e-5, atol=1e-7)
+    assert any(not torch.allclose(cut[key], value, rtol=1e-5, atol=1e-7) for key, value in whole.items())
 
 
 def test_a_changed_frozen_parameter_is_found(recipe: Any, own_settings: Any, tmp_path: Path) -> None:
