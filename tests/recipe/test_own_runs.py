@@ -173,6 +173,33 @@ def test_indexers_stay_as_wide_as_they_are_stored(own_checkpoint: Path, tmp_path
     assert torch.equal(again[name], stored[name]) and again["model.norm.weight"].dtype == torch.bfloat16
 
 
+def test_indexers_of_checkpoints_in_fp8_are_dequantised(own_checkpoint: Path, tmp_path: Path) -> None:
+    """As those that are published; an unquantised one is read as it is, one that is missing is refused."""
+    folder = tmp_path / "model"
+    shutil.copytree(own_checkpoint, folder)
+    stored = load_file(folder / "model.safetensors")
+    name, weights = (
+        "model.layers.2.self_attn.indexer.wq_b.weight",
+        "model.layers.2.self_attn.indexer.weights_proj.weight",
+    )
+    scale = stored[name].abs().max() / 448
+    values = (stored[name] / scale).to(torch.float8_e4m3fn)
+    changed = stored | {name: values, f"{name}_scale_inv": scale.reshape(1)}
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | dict(quantization_config=dict(quant_method="fp8"))))
+    save_file(changed, folder / "model.safetensors", metadata={"format": "pt"})
+    model, _ = load_model(folder, dtype=torch.float32, indexers="own")
+    assert torch.equal(model.state_dict()[name], values.float() * scale)
+    assert torch.equal(model.state_dict()[weights], stored[weights])
+    save_file(
+        {k: v for k, v in changed.items() if k != weights}, folder / "model.safetensors", metadata={"format": "pt"}
+    )
+    with pytest.raises(ValueError, match="got 1 missing, first .*weights_proj"):
+        load_model(folder, dtype=torch.float32, indexers="own")
+    narrow, _ = load_model(own_checkpoint, dtype=torch.bfloat16, indexers="own")
+    assert narrow.state_dict()[name].dtype == torch.float32
+
+
 def test_native_files_of_own_and_fresh_indexers_are_told_apart(
     own_checkpoint: Path, mla_checkpoint: Path, tmp_path: Path
 ) -> None:

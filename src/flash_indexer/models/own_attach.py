@@ -72,7 +72,7 @@ def attach_own(
             raise ValueError(
                 f'attach: {name} must be left out with indexers="own", or {own} as the model has it, got {given}'
             )
-    check_target(options.target, first.num_heads, config, parallel)
+    check_target(options.target, first.num_heads, attentions[chosen[0]], parallel)
     check_arithmetic(options.index_dtype, options.teacher_dtype, first.head_dim)
     handle = IndexerHandle(
         model, modules, options.target, parallel, index_dtype=options.index_dtype, teacher_dtype=options.teacher_dtype,
