@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from own_models import own_model
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from flash_indexer.models.attach import attach
@@ -87,6 +88,14 @@ def test_heads_that_tp_does_not_divide_are_refused(tiny: Tiny) -> None:
         shard_model(tiny("llama"), Parallel(tp=3), fsdp=False)
     with pytest.raises(ValueError, match=r"num_attention_heads = 4, got tp=3; possible here: \[1, 2, 4\]"):
         shard_model(tiny("deepseek_v3"), Parallel(tp=3), fsdp=False)
+
+
+@pytest.mark.parametrize(
+    ("family", "part"), [("axk2", "q_gate_proj"), ("dots3_note", "g_proj"), ("hy_v4", "gate_proj")]
+)
+def test_heads_with_parts_that_are_not_shared_out_are_refused(family: str, part: str) -> None:
+    with pytest.raises(ValueError, match=f"tp must be 1 for .*Attention, got tp=2: {part} of layer 0 has a part"):
+        shard_model(own_model(family), Parallel(tp=2), fsdp=False)
 
 
 def test_fsdp_with_nothing_left_to_share_out_is_refused(tiny: Tiny) -> None:

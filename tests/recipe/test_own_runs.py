@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, TrainingArguments
 from typer.testing import CliRunner
 
 from flash_indexer.cli import app
@@ -21,7 +21,9 @@ from flash_indexer.files.native import load_native, read_native, save_native
 from flash_indexer.models.attach import attach
 from flash_indexer.models.load import load_model, model_fingerprint
 from flash_indexer.recipe import warmup
+from flash_indexer.recipe.data import load_documents, pack
 from flash_indexer.recipe.run_record import WarmupSettings
+from flash_indexer.recipe.trainer import IndexerTrainer
 
 OWN: dict[str, Any] = dict(indexers="own", num_heads=8, head_dim=64, rope_dim=None)
 """With the sizes that settings have where nothing is said."""
@@ -116,6 +118,26 @@ def test_from_the_command_to_a_model_that_selects_the_same_keys(
     assert not all(torch.equal(a, b) for a, b in zip(mine, old, strict=True))
 
 
+def test_a_trainer_trains_the_models_parameters_and_resumes(own_checkpoint: Path, texts: Path, tmp_path: Path) -> None:
+    options: dict[str, Any] = dict(
+        learning_rate=1e-3, lr_scheduler_type="constant", report_to="none", use_cpu=True, disable_tqdm=True,
+        save_steps=2, train_sampling_strategy="sequential",
+    )  # fmt: skip
+    states = []
+    for name, steps, resume in (("whole", 4, None), ("cut", 2, None), ("cut", 4, True)):
+        model, tokenizer = load_model(own_checkpoint, dtype=torch.float32)
+        packed = pack(load_documents(texts), tokenizer, sequence_length=32, seed=0)
+        handle = attach(model, indexers="own")
+        arguments = TrainingArguments(output_dir=str(tmp_path / name), max_steps=steps, **options)
+        IndexerTrainer(handle, args=arguments, train_dataset=packed).train(resume_from_checkpoint=resume)
+        states.append({key: value.clone() for key, value in handle.state_dict().items()})
+        assert all(torch.equal(model.state_dict()[key], value) for key, value in states[-1].items())
+    whole, cut, resumed = states
+    for key, value in whole.items():
+        torch.testing.assert_close(resumed[key], value, rtol=1e-5, atol=1e-7)
+    assert any(not torch.allclose(cut[key], value, rtol=1e-5, atol=1e-7) for key, value in whole.items())
+
+
 def test_a_changed_frozen_parameter_is_found(recipe: Any, own_settings: Any, tmp_path: Path) -> None:
     """The audit leaves out what trains, and nothing else."""
     recipe.build = own_settings
@@ -149,6 +171,33 @@ def test_indexers_stay_as_wide_as_they_are_stored(own_checkpoint: Path, tmp_path
     export(handle, tmp_path / "exported", format="own")
     again = load_file(tmp_path / "exported" / "model.safetensors")
     assert torch.equal(again[name], stored[name]) and again["model.norm.weight"].dtype == torch.bfloat16
+
+
+def test_indexers_of_checkpoints_in_fp8_are_dequantised(own_checkpoint: Path, tmp_path: Path) -> None:
+    """As those that are published; an unquantised one is read as it is, one that is missing is refused."""
+    folder = tmp_path / "model"
+    shutil.copytree(own_checkpoint, folder)
+    stored = load_file(folder / "model.safetensors")
+    name, weights = (
+        "model.layers.2.self_attn.indexer.wq_b.weight",
+        "model.layers.2.self_attn.indexer.weights_proj.weight",
+    )
+    scale = stored[name].abs().max() / 448
+    values = (stored[name] / scale).to(torch.float8_e4m3fn)
+    changed = stored | {name: values, f"{name}_scale_inv": scale.reshape(1)}
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | dict(quantization_config=dict(quant_method="fp8"))))
+    save_file(changed, folder / "model.safetensors", metadata={"format": "pt"})
+    model, _ = load_model(folder, dtype=torch.float32, indexers="own")
+    assert torch.equal(model.state_dict()[name], values.float() * scale)
+    assert torch.equal(model.state_dict()[weights], stored[weights])
+    save_file(
+        {k: v for k, v in changed.items() if k != weights}, folder / "model.safetensors", metadata={"format": "pt"}
+    )
+    with pytest.raises(ValueError, match="got 1 missing, first .*weights_proj"):
+        load_model(folder, dtype=torch.float32, indexers="own")
+    narrow, _ = load_model(own_checkpoint, dtype=torch.bfloat16, indexers="own")
+    assert narrow.state_dict()[name].dtype == torch.float32
 
 
 def test_native_files_of_own_and_fresh_indexers_are_told_apart(

@@ -4,20 +4,26 @@ from __future__ import annotations
 
 from typing import Any
 
+from torch import nn
+
 from flash_indexer.ops.quantization import check_rotation
 from flash_indexer.parallel.mesh import Parallel
 
 
-def check_target(target: str, num_heads: int, config: Any, parallel: Parallel | None) -> None:
-    """Raises ValueError for a target that is none, or that doesn't fit the heads or how they are shared out."""
+def check_target(target: str, num_heads: int, source: Any, parallel: Parallel | None) -> None:
+    """Raises ValueError for a target that is none, or that doesn't fit the heads or how they are shared out.
+
+    source: the model's config, or an attention module, which says how many heads the attention has.
+    """
     if target not in ("mean", "per_head", "sum_logits"):
         raise ValueError(f'attach: target must be "mean", "per_head" or "sum_logits", got {target!r}')
     if target == "per_head" and parallel is not None and parallel.tp > 1:
         raise ValueError(f'attach: target="per_head" has no sum over heads to share out, got tp={parallel.tp}; use cp')
-    if target == "per_head" and num_heads != config.num_attention_heads:
-        raise ValueError(
-            f'attach: target="per_head" needs num_heads = {config.num_attention_heads}, the model\'s, got {num_heads}'
-        )
+    if target != "per_head":
+        return
+    heads = source.num_heads if isinstance(source, nn.Module) else source.num_attention_heads
+    if num_heads != heads:
+        raise ValueError(f'attach: target="per_head" needs num_heads = {heads}, the model\'s, got {num_heads}')
 
 
 def check_arithmetic(index_dtype: str | None, teacher_dtype: str | None, head_dim: int) -> None:

@@ -72,7 +72,7 @@ def attach_own(model: PreTrainedModel, found: DecoderLayers, options: OwnOptions
             raise ValueError(
                 f'attach: {name} must be left out with indexers="own", or {own} as the model has it, got {given}'
             )
-    check_target(options.target, first.num_heads, config, parallel)
+    check_target(options.target, first.num_heads, attentions[chosen[0]], parallel)
     check_arithmetic(options.index_dtype, options.teacher_dtype, first.head_dim)
     without = {layer: "has no indexer of its own" for layer in attentions if layer not in sources}
     without |= {layer: f"uses the indexer of layer {at}" for layer, at in sources.items() if at != layer}

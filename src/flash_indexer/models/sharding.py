@@ -18,6 +18,8 @@ from flash_indexer.parallel.mesh import Parallel
 
 _COLUMNS = ("q_proj", "k_proj", "v_proj", "q_b_proj", "kv_b_proj")
 """Projections whose outputs are heads; MLA's latents (q_a_proj, kv_a_proj_with_mqa) stay whole on every process."""
+_WHOLE_HEADS = ("q_gate_proj", "g_proj", "gate_proj", "sinks", "softmax_scaling")
+"""What attentions of A.X-K2, Dots 3 Note, Hy4 and Mistral Large 4 have for each head beside these."""
 
 
 def shard_model(model: PreTrainedModel, parallel: Parallel, *, fsdp: bool) -> None:
@@ -43,6 +45,7 @@ def shard_model(model: PreTrainedModel, parallel: Parallel, *, fsdp: bool) -> No
         )
     if parallel.tp > 1:
         config = model.config.get_text_config()
+        _check_parts(blocks, parallel.tp)
         _check_heads(config, parallel.tp)
         assert parallel.mesh is not None
         for block in blocks:
@@ -67,6 +70,16 @@ def _check_heads(config: Any, tp: int) -> None:
         if count % tp:
             possible = [n for n in range(1, count + 1) if all(x % n == 0 for x in heads.values())]
             raise ValueError(f"shard_model: tp must divide {name} = {count}, got tp={tp}; possible here: {possible}")
+
+
+def _check_parts(blocks: list[nn.Module], tp: int) -> None:
+    for layer, block in enumerate(blocks):
+        attention: Any = getattr(block, "self_attn", None)
+        if name := next((name for name in _WHOLE_HEADS if hasattr(attention, name)), None):
+            raise ValueError(
+                f"shard_model: tp must be 1 for {type(attention).__name__}, got tp={tp}: {name} of layer {layer} has a "
+                "part for each head, which is not shared out; use cp or fsdp"
+            )
 
 
 def _has_one_key(config: Any) -> bool:
