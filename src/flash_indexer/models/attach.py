@@ -92,12 +92,12 @@ def attach(
     check_rope(config, 1 if parallel is None else parallel.cp)
     _check_softcap(config, parallel or Parallel(), target)
     kinds = getattr(config, "layer_types", None) or []
-    ropes = {n: rope_parameters(config, kinds[n] if len(kinds) == found.count else None) for n in chosen}
+    ropes = {n: rope_parameters(config, kinds[n] if len(kinds) == found.number else None) for n in chosen}
     mla = {n for n in chosen if hasattr(found.attentions[n], "kv_b_proj")}
     if mla and len(mla) < len(chosen):
         raise ValueError(
-            f"attach: layers must all have MLA or none of them, got MLA in {sorted(mla)} of {chosen} alone; attach to one "
-            "kind with layers="
+            f"attach: layers must all have MLA or none of them, got MLA in {sorted(mla)} of {chosen} alone; attach to "
+            "one kind with layers="
         )
     own_rope = bool(mla) and bool(getattr(config, "rope_parameters", None))
     rank = getattr(config, "q_lora_rank", None) if mla else None
@@ -182,8 +182,8 @@ def _install(handle: IndexerHandle, decoder: Any, found: DecoderLayers, rotaries
         handle.undo_with(module.register_forward_pre_hook(uncompiled(tap.read_inputs), with_kwargs=True).remove)
         verify = uncompiled(partial(handle.verify, layer))
         handle.undo_with(module.register_forward_hook(verify, with_kwargs=True).remove)
-        if getattr(module, "q_a_layernorm", None) is not None:
-            handle.undo_with(module.q_a_layernorm.register_forward_hook(uncompiled(tap.read_residual)).remove)
+        if isinstance(norm := getattr(module, "q_a_layernorm", None), nn.Module):
+            handle.undo_with(norm.register_forward_hook(uncompiled(tap.read_residual)).remove)
 
 
 def _thaw(module: nn.Module, name: str) -> None:

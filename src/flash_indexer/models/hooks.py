@@ -78,12 +78,13 @@ class LayerTap:
 
 
 def _cos_and_sin(rope: Any) -> tuple[Tensor, Tensor]:
-    """cos and sin [..., rope_dim] as cat(angles, angles), from a layer's own pair or complex turns [..., rope_dim/2]."""
+    """cos and sin as cat(angles, angles) [..., rope_dim], from a layer or complex turns [..., rope_dim/2]."""
     if isinstance(rope, Tensor) and rope.is_complex():
         return torch.cat((rope.real, rope.real), -1), torch.cat((rope.imag, rope.imag), -1)
     if not isinstance(rope, tuple) or len(rope) != 2:
         raise ValueError(
-            f"attach: rope must come as (cos, sin) or complex turns, got {type(rope).__name__}; attachable are {FAMILIES}"
+            f"attach: rope must come as (cos, sin) or complex turns, got {type(rope).__name__}; attachable are "
+            f"{FAMILIES}"
         )
     return rope
 
@@ -109,7 +110,8 @@ def attention(
     causal = getattr(module, "is_causal", True) if causal is None else causal
     if causal is False and attention_mask is None:
         raise ValueError(
-            f"attach: attention must be causal, got is_causal=False of {type(module).__name__}; attachable are {FAMILIES}"
+            f"attach: attention must be causal, got is_causal=False of {type(module).__name__}; attachable are "
+            f"{FAMILIES}"
         )
     if isinstance(attention_mask, Tensor):  # which no mask function made
         raise ValueError(f"attach: attention_mask must be [B, L], got {list(attention_mask.shape)}; {PACKED}")
