@@ -40,21 +40,23 @@ def attach(
     index_dtype: str | None = None,
     teacher_dtype: str | None = None,
 ) -> IndexerHandle:
-    """Gives every layer of a dense model a fresh lightning indexer that learns from the layer's own attention.
+    """Gives layers of a dense model fresh lightning indexers, each of which learns from its layer's own attention.
 
     MLA models with q-LoRA: wq_b reads the normed query residual, rope is the model's own (half-split, on
     qk_rope_head_dim dims, as in DeepSeek-V3.2). Elsewhere wq_b reads the hidden state and rope comes from the model's
     rope settings with rope_dim dims.
 
     Batches are packed: no padding; documents restart position_ids at 0, or are said by cu_seq_lens_q, seq_idx or a mask
-    of document numbers (flash_indexer.models.documents). Sliding windows are respected. Call the model in eval() mode,
+    of document numbers (flash_indexer.models.documents). Windows, chunks, sinks and softcap are respected. The first
+    forward compares every layer's mask and attention with the model's own (flash_indexer.models.verification). Call the model in eval() mode,
     under torch.no_grad(), in one thread at a time. Autocast may be on; torch.compile leaves the attention as it is.
 
     Args:
         model: a loaded causal language model. Its parameters stop requiring gradients until `remove()`.
         num_heads: I. head_dim: E. rope_dim: None means min(32, head_dim), for MLA qk_rope_head_dim, for
             longrope the most up to 32 that divide its dims.
-        target: see `flash_indexer.indexer_kl`. layers: indices of the layers to attach; None means all.
+        target: see `flash_indexer.indexer_kl`. layers: indices of the layers to attach; None means all whose
+            attention can be a teacher and sees all keys, or where none sees all, all that can.
         parallel: how sequence and heads are shared out over processes. With cp > 1 the model is given this process's
             part of input_ids and position_ids (`context_positions` of the flattened batch); with tp > 1 it is sharded.
         index_dtype: "fp8" or "fp8_unrotated" trains the indexers in the arithmetic that they are served in, see
@@ -63,7 +65,7 @@ def attach(
 
     Raises:
         TypeError: the model is a wrapper around a Transformers model.
-        ValueError: a family or rope that can't be attached, layers that don't exist, or sizes that don't fit.
+        ValueError: no layer's attention can be a teacher, or not that of the layers asked for; sizes that don't fit.
     """
     if not isinstance(model, PreTrainedModel):
         raise TypeError(

@@ -78,7 +78,7 @@ class LayerTap:
 
 
 def _cos_and_sin(rope: Any) -> tuple[Tensor, Tensor]:
-    """cos and sin as cat(angles, angles) [..., rope_dim], from a layer or complex turns [..., rope_dim/2]."""
+    """cos and sin [..., rope_dim] as cat(angles, angles): of a layer, or of its complex turns [..., rope_dim/2]."""
     if isinstance(rope, Tensor) and rope.is_complex():
         return torch.cat((rope.real, rope.real), -1), torch.cat((rope.imag, rope.imag), -1)
     if not isinstance(rope, tuple) or len(rope) != 2:

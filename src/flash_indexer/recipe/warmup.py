@@ -161,6 +161,7 @@ def _prepare(
         target=settings.target, layers=settings.layers, parallel=processes.parallel,
         index_dtype=settings.index_dtype, teacher_dtype=settings.teacher_dtype,
     )  # fmt: skip
+    say(handle.description)
     facts = dict(base_fingerprint=before)
     if settings.init_from is not None and not readable_directory(out / CHECKPOINT).exists():
         with processes.refusing_together():
