@@ -29,20 +29,27 @@ MLA = dict(num_key_value_heads=4)
 SHARED_KEYS = dict(layer_types=[SLIDING, FULL, SLIDING, FULL], num_kv_shared_layers=2)
 
 MORE: dict[str, dict[str, Any]] = {
-    "bailing_hybrid": dict(n_group=1, num_local_experts=4, num_experts=4, num_experts_per_tok=2, topk_group=1, layer_group_size=4, **MLA),
+    "bailing_hybrid": dict(
+        n_group=1, num_local_experts=4, num_experts=4, num_experts_per_tok=2, topk_group=1, layer_group_size=4, **MLA
+    ),
     "bamba": dict(attn_layer_indices=[1, 3], mamba_n_heads=4),
     "bigbird_pegasus": dict(attention_type="original_full"),
     "codegen": dict(rotary_dim=8),
     "cohere_compass_text": dict(layer_types=[SLIDING, SLIDING, SLIDING, FULL], rope_parameters=ROPES),
     "cpmant": dict(dim_head=12),
-    "dbrx": dict(attn_config=dict(kv_n_heads=2, clip_qkv=8.0, rope_theta=10000.0), ffn_config=dict(ffn_hidden_size=64, moe_num_experts=4, moe_top_k=2)),
+    "dbrx": dict(
+        attn_config=dict(kv_n_heads=2, clip_qkv=8.0, rope_theta=10000.0),
+        ffn_config=dict(ffn_hidden_size=64, moe_num_experts=4, moe_top_k=2),
+    ),
     "deepseek_v2": dict(num_experts_per_tok=2),
     "dots1": dict(n_shared_experts=1, n_routed_experts=4, num_experts_per_tok=2),
     "dots3_note_text": MLA,
     "falcon_h1": dict(mamba_n_heads=4, mamba_d_ssm=48),
     "gemma2": dict(attn_logit_softcapping=2.0),
     "gemma3_text": dict(layer_types=[SLIDING, SLIDING, SLIDING, FULL]),
-    "gemma3n_text": dict(intermediate_size=[64] * 4, activation_sparsity_pattern=[0.0] * 4, laurel_rank=8, **SHARED_KEYS),
+    "gemma3n_text": dict(
+        intermediate_size=[64] * 4, activation_sparsity_pattern=[0.0] * 4, laurel_rank=8, **SHARED_KEYS
+    ),
     "gemma4_text": dict(layer_types=[SLIDING, FULL, SLIDING, FULL], global_head_dim=16),
     "gpt_neo": dict(attention_types=[[["global", "local"], 2]], window_size=7),
     "gptj": dict(rotary_dim=8),

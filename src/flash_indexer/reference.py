@@ -99,6 +99,13 @@ def indexer_scores(
     return per_head.sum(1).masked_fill(~visible, -torch.inf)
 
 
+def divergence(p: Tensor, scores: Tensor, seen: Tensor) -> Tensor:
+    """KL[t] = sum_s p (log p - log_softmax(scores)), 0 where t sees nothing: p, scores [T, ..., S], seen bool [T]."""
+    row_seen = seen.view(-1, *[1] * (scores.ndim - 1))
+    log_q = scores.masked_fill(~row_seen, 0.0).log_softmax(-1).masked_fill(p == 0, 0.0)
+    return (torch.xlogy(p, p) - p * log_q).sum(-1)
+
+
 def indexer_kl(
     q: Tensor,
     k: Tensor,
@@ -111,7 +118,6 @@ def indexer_kl(
     key_end: Tensor,
     target: str = "mean",
     token_weight: Tensor | None = None,
-    softcap: float | None = None,
 ) -> tuple[Tensor, Tensor]:
     """KL[t] = sum_s p[t,s] (log p[t,s] - log_softmax(i[t,:])[s]), with p log p = 0 at p = 0.
 
@@ -124,10 +130,8 @@ def indexer_kl(
     """
     seen = key_end > key_start
     scores = indexer_scores(index_q, index_k, index_weights, key_start, key_end, target)
-    p = target_distribution(q, k, softmax_scale, key_start, key_end, target, softcap).detach()
-    row_seen = seen.view(-1, *[1] * (scores.ndim - 1))
-    log_q = scores.masked_fill(~row_seen, 0.0).log_softmax(-1).masked_fill(p == 0, 0.0)
-    kl = (torch.xlogy(p, p) - p * log_q).sum(-1)
+    p = target_distribution(q, k, softmax_scale, key_start, key_end, target).detach()
+    kl = divergence(p, scores, seen)
     if token_weight is None:
         token_weight = seen.to(kl.dtype) / seen.sum().clamp_min(1)
     per_token = kl.mean(-1) if target == "per_head" else kl
@@ -159,7 +163,7 @@ def sparse_attention(q: Tensor, k: Tensor, v: Tensor, selected: Tensor, softmax_
 
     out [T, H, V] and lse [T, H]: zeros and -inf for a query that selected nothing.
     """
-    logits = teacher_logits(q, k, softmax_scale, softcap)
+    logits = teacher_logits(q, k, softmax_scale)
     values = v.repeat_interleave(q.shape[1] // v.shape[1], dim=1)
     out = torch.einsum("ths,shv->thv", selected_probabilities(logits, selected), values)
     return out, logits.masked_fill(~selected[:, None], -torch.inf).logsumexp(-1)

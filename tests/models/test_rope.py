@@ -30,7 +30,12 @@ def test_longrope_takes_frequencies_of_the_models_own(tiny: Tiny, rope_dim: int)
 
 def test_longrope_has_a_default_that_fits(tiny: Tiny) -> None:
     model = tiny("llama", head_dim=24, rope_parameters=LONG)
-    assert [default_rope_dim(rope_parameters(model.config), head_dim) for head_dim in (64, 32, 16, 9)] == [24, 24, 12, 8]
+    assert [default_rope_dim(rope_parameters(model.config), head_dim) for head_dim in (64, 32, 16, 9)] == [
+        24,
+        24,
+        12,
+        8,
+    ]
     assert default_rope_dim(rope_parameters(tiny("llama").config), 64) == 32
     for ids in (torch.arange(20), torch.arange(50)):  # short factors, long factors
         handle = attach(model, num_heads=2, head_dim=64)

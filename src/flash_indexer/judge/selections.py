@@ -52,8 +52,8 @@ def selected_attention(
     check_ks("selected_attention", [k], sink)
     if capture.softcap is not None:
         raise ValueError(
-            f"selected_attention: attention must have no softcap, got {capture.softcap} in layer {capture.layer}; measure "
-            "no perplexity of this model: perplexity_ks=()"
+            f"selected_attention: attention must have no softcap, got {capture.softcap} in layer {capture.layer}; "
+            "measure no perplexity of this model: perplexity_ks=()"
         )
     q, v = capture.q, capture.v
     out = v.new_zeros(*q.shape[:2], v.shape[-1])

@@ -44,7 +44,7 @@ def attach(
     indexers: str = "fresh",
     teachers: str = "shared",
 ) -> IndexerHandle:
-    """Gives every layer of a dense model a fresh lightning indexer that learns from the layer's own attention.
+    """Gives layers of a dense model fresh lightning indexers, each of which learns from its layer's own attention.
 
     With indexers="own" those that the model itself has (DeepSeek-V3.2, GLM-MoE-DSA, A.X-K2, Hy4, Mistral Large 4, Dots
     3 Note) are trained in place: `handle.indexers` holds the model's parameters, in float32 at least while attached;
@@ -56,14 +56,16 @@ def attach(
     rope settings with rope_dim dims.
 
     Batches are packed: no padding; documents restart position_ids at 0, or are said by cu_seq_lens_q, seq_idx or a mask
-    of document numbers (flash_indexer.models.documents). Sliding windows are respected. Call the model in eval() mode,
+    of document numbers (flash_indexer.models.documents). Windows, chunks, sinks and softcap are respected. The first
+    forward compares every layer's mask and attention with the model's own (flash_indexer.models.verification). Call the model in eval() mode,
     under torch.no_grad(), in one thread at a time. Autocast may be on; torch.compile leaves the attention as it is.
 
     Args:
         model: a loaded causal language model. Its parameters stop requiring gradients until `remove()`.
         num_heads: I. head_dim: E. rope_dim: None means min(32, head_dim), for MLA qk_rope_head_dim, for
             longrope the most up to 32 that divide its dims.
-        target: see `flash_indexer.indexer_kl`. layers: indices of the layers to attach; None means all.
+        target: see `flash_indexer.indexer_kl`. layers: indices of the layers to attach; None means all whose
+            attention can be a teacher and sees all keys, or where none sees all, all that can.
         parallel: how sequence and heads are shared out over processes. With cp > 1 the model is given this process's
             part of input_ids and position_ids (`context_positions` of the flattened batch); with tp > 1 it is sharded.
         index_dtype: "fp8" or "fp8_unrotated" trains the indexers in the arithmetic that they are served in, see
@@ -75,7 +77,7 @@ def attach(
 
     Raises:
         TypeError: the model is a wrapper around a Transformers model.
-        ValueError: a family or rope that can't be attached, layers that don't exist, or sizes that don't fit.
+        ValueError: no layer's attention can be a teacher, or not that of the layers asked for; sizes that don't fit.
     """
     if not isinstance(model, PreTrainedModel):
         raise TypeError(
@@ -114,12 +116,12 @@ def attach(
     check_rope(config, 1 if parallel is None else parallel.cp)
     _check_softcap(config, parallel or Parallel(), target)
     kinds = getattr(config, "layer_types", None) or []
-    ropes = {n: rope_parameters(config, kinds[n] if len(kinds) == found.count else None) for n in chosen}
+    ropes = {n: rope_parameters(config, kinds[n] if len(kinds) == found.number else None) for n in chosen}
     mla = {n for n in chosen if hasattr(found.attentions[n], "kv_b_proj")}
     if mla and len(mla) < len(chosen):
         raise ValueError(
-            f"attach: layers must all have MLA or none of them, got MLA in {sorted(mla)} of {chosen} alone; attach to one "
-            "kind with layers="
+            f"attach: layers must all have MLA or none of them, got MLA in {sorted(mla)} of {chosen} alone; attach to "
+            "one kind with layers="
         )
     own_rope = bool(mla) and bool(getattr(config, "rope_parameters", None))
     rank = getattr(config, "q_lora_rank", None) if mla else None

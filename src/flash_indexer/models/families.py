@@ -24,8 +24,8 @@ def find_decoder(model: PreTrainedModel) -> Any:
     return inner[-1] if inner else None
 
 
-def is_attachable(module: object) -> bool:
-    """Whether a layer's self-attention is of a family that attach knows: GQA/MHA or MLA."""
+def has_head_projections(module: object) -> bool:
+    """Whether a layer's self-attention has projections whose outputs are heads, by the names of GQA/MHA or MLA."""
     return isinstance(module, nn.Module) and (
         all(hasattr(module, name) for name in ("q_proj", "k_proj", "v_proj", "scaling"))
         or all(hasattr(module, name) for name in ("kv_b_proj", "scaling"))

@@ -78,7 +78,7 @@ class IndexerHandle:
         self._consumer: Consumer | None = None
         self._packing: Packing | None = None
         self._positions: Tensor | None = None
-        self._verification = Verification(parallel)
+        self._verification = Verification()
         self._seen: set[int] = set()
         self._runner: threading.Thread | None = None
         self._lock = threading.Lock()
@@ -186,14 +186,17 @@ class IndexerHandle:
         several = bool((positions.diff(dim=1) != 1).any())
         if several and "position_ids" not in parameter_names(module):
             raise ValueError(
-                f"attach: rows must be one document each for {type(module).__name__}, which takes no position_ids, got a "
-                "row of several"
+                f"attach: rows must be one document each for {type(module).__name__}, which takes no position_ids, "
+                "got a row of several"
             )
         changed = dict[str, Any]()
         if isinstance(inputs.get("attention_mask"), Tensor):  # beside which Transformers' masks look at no position_ids
             changed["attention_mask"] = None
         if several and inputs.get("position_ids") is None:
             changed["position_ids"] = positions
+            self._verification.say_documents(
+                "Transformers' eager and sdpa attention read documents from position_ids only"
+            )
         return ((), inputs | changed) if changed else (args, kwargs)
 
     def release(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
@@ -229,8 +232,12 @@ class IndexerHandle:
             )
         if form.sinks is not None and self.teacher_dtype is not None:
             raise ValueError(
-                f"attach: teacher_dtype must be None for attention with sinks, got {self.teacher_dtype!r}: the logsumexp "
-                "of FP8 logits would leave the sinks out"
+                f"attach: teacher_dtype must be None for attention with sinks, got {self.teacher_dtype!r}: the "
+                "logsumexp of FP8 logits would leave the sinks out"
+            )
+        if form.sinks is not None and form.sinks.shape[0] != q.shape[1]:
+            raise ValueError(
+                f"attach: tp must be 1 for attention with sinks, got tp={self.parallel.tp}; use FSDP or cp"
             )
         out, lse = causal_attention(q, k, v, self._packing, form, parallel=self.parallel)
         key_start, key_end = self._packing.visible(form.window, form.chunk)

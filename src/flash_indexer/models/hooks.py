@@ -58,8 +58,8 @@ class LayerTap:
     def install(self, module: Any) -> list[Callable[[], object]]:
         """Adds the hooks of an attached layer to its self-attention; what takes each off again."""
         undo = [module.register_forward_pre_hook(uncompiled(self.read_inputs), with_kwargs=True).remove]
-        if getattr(module, "q_a_layernorm", None) is not None:
-            undo.append(module.q_a_layernorm.register_forward_hook(uncompiled(self.read_residual)).remove)
+        if isinstance(norm := getattr(module, "q_a_layernorm", None), nn.Module):
+            undo.append(norm.register_forward_hook(uncompiled(self.read_residual)).remove)
         return undo
 
     def operands(self, indexer: nn.Module, wide: Callable[[Tensor], Tensor], positions: Tensor) -> Operands:
@@ -73,8 +73,8 @@ class LayerTap:
         """hidden, q_residual, cos and sin, of T tokens each, at positions [B, L]; they are not kept."""
         if self.hidden is None:
             raise ValueError(
-                f"attach: layer {self.layer} must call its attention function once in a forward, got a second call; leave "
-                "the layer out"
+                f"attach: layer {self.layer} must call its attention function once in a forward, got a second call; "
+                "leave the layer out"
             )
         lead = self.hidden.shape[:-1]
         hidden = wide(self.hidden.flatten(0, -2))
@@ -113,12 +113,13 @@ class LayerTap:
 
 
 def _cos_and_sin(rope: Any) -> tuple[Tensor, Tensor]:
-    """cos and sin [..., rope_dim] as cat(angles, angles), from a layer's own pair or complex turns [..., rope_dim/2]."""
+    """cos and sin [..., rope_dim] as cat(angles, angles): of a layer, or of its complex turns [..., rope_dim/2]."""
     if isinstance(rope, Tensor) and rope.is_complex():
         return torch.cat((rope.real, rope.real), -1), torch.cat((rope.imag, rope.imag), -1)
     if not isinstance(rope, tuple) or len(rope) != 2:
         raise ValueError(
-            f"attach: rope must come as (cos, sin) or complex turns, got {type(rope).__name__}; attachable are {FAMILIES}"
+            f"attach: rope must come as (cos, sin) or complex turns, got {type(rope).__name__}; attachable are "
+            f"{FAMILIES}"
         )
     return rope
 
@@ -144,7 +145,8 @@ def attention(
     causal = getattr(module, "is_causal", True) if causal is None else causal
     if causal is False and attention_mask is None:
         raise ValueError(
-            f"attach: attention must be causal, got is_causal=False of {type(module).__name__}; attachable are {FAMILIES}"
+            f"attach: attention must be causal, got is_causal=False of {type(module).__name__}; attachable are "
+            f"{FAMILIES}"
         )
     if isinstance(attention_mask, Tensor):  # which no mask function made
         raise ValueError(f"attach: attention_mask must be [B, L], got {list(attention_mask.shape)}; {PACKED}")

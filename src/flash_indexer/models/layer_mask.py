@@ -37,8 +37,8 @@ class LayerMask:
 
     def __getattr__(self, name: str) -> Any:
         raise ValueError(
-            f"attach: a layer's code must hand its mask on to the attention function as it is, got a layer that reads its "
-            f"{name}; this model can't be attached"
+            f"attach: a layer's code must hand its mask on to the attention function as it is, got a layer that reads "
+            f"its {name}; this model can't be attached"
         )
 
     def visible(self, queries: Tensor) -> Tensor:
@@ -57,23 +57,20 @@ def layer_mask(
     batch_size: int,
     q_length: int,
     kv_length: int,
-    q_offset: int = 0,
-    kv_offset: int = 0,
     mask_function: Callable[..., Any] = causal_mask_function,
     attention_mask: Tensor | None = None,
     local_size: int | None = None,
     allow_is_causal_skip: bool = True,
-    use_vmap: bool = False,
-    device: torch.device | str = "cpu",
-    **kwargs: Any,
+    **others: Any,
 ) -> LayerMask | None:
     """The registered mask function. None, as from sdpa's own, where a causal mask is all that there is to say."""
     padding = None if attention_mask is None or bool(attention_mask.all()) else attention_mask
     whole = q_length == kv_length and (local_size is None or kv_length < local_size)
     if allow_is_causal_skip and whole and padding is None:
         return None
-    kinds = getattr(kwargs.get("config"), "layer_types", None) or []
+    kinds = getattr(others.get("config"), "layer_types", None) or []
     return LayerMask(
-        mask_function, (batch_size, kv_length), q_offset=q_offset, padding=padding, local_size=local_size,
-        chunked="chunked_attention" in kinds, use_vmap=use_vmap, device=device,
+        mask_function, (batch_size, kv_length), q_offset=others.get("q_offset", 0), padding=padding,
+        local_size=local_size, chunked="chunked_attention" in kinds, use_vmap=others.get("use_vmap", False),
+        device=others.get("device", "cpu"),
     )  # fmt: skip

@@ -18,13 +18,13 @@ class DecoderLayers(NamedTuple):
     """What the layers of a decoder are.
 
     Attributes:
-        count: of all layers. attentions: the attention module of each layer whose attention can be a teacher.
+        number: of all layers. attentions: the attention module of each layer whose attention can be a teacher.
         local: those of them whose queries see a window or chunk of keys.
         refused: each other layer, and what is in the way.
         callers: every module of the layers that calls the attention function, and its layer.
     """
 
-    count: int
+    number: int
     attentions: dict[int, nn.Module]
     local: frozenset[int]
     refused: dict[int, str]
@@ -38,8 +38,8 @@ class DecoderLayers(NamedTuple):
             chosen = sorted({int(operator.index(layer)) for layer in layers})
         except TypeError:
             raise TypeError(f"attach: layers must be a sequence of layer indices, got {layers!r}") from None
-        if not chosen or chosen[0] < 0 or chosen[-1] >= self.count:
-            raise ValueError(f"attach: layers must be indices below {self.count}, got {chosen}")
+        if not chosen or chosen[0] < 0 or chosen[-1] >= self.number:
+            raise ValueError(f"attach: layers must be indices below {self.number}, got {chosen}")
         if wrong := [n for n in chosen if n in self.refused]:
             raise ValueError(
                 f"attach: layers must be ones whose attention can be a teacher, got layer {wrong[0]}: "
@@ -56,7 +56,7 @@ class DecoderLayers(NamedTuple):
         for layer in sorted(without):
             reasons.setdefault(without[layer], []).append(layer)
         others = "; ".join(f"{spans(numbers)}: {reason}" for reason, numbers in reasons.items())
-        line = f"indexers on {len(chosen)} of {self.count} layers: {spans(chosen)}"
+        line = f"indexers on {len(chosen)} of {self.number} layers: {spans(chosen)}"
         return line if not others else f"{line} (none on {others})"
 
 

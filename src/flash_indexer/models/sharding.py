@@ -12,8 +12,9 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from transformers import PreTrainedModel
 
-from flash_indexer.models.families import FAMILIES, find_decoder, is_attachable
-from flash_indexer.models.own_indexers import own_indexer
+from flash_indexer.models.families import FAMILIES, find_decoder, has_head_projections
+from flash_indexer.models.layers import decoder_blocks, decoder_layers
+from flash_indexer.models.own_indexers import has_own_indexers, own_indexer
 from flash_indexer.parallel.mesh import Parallel
 
 _COLUMNS = ("q_proj", "k_proj", "v_proj", "q_b_proj", "kv_b_proj")
@@ -35,9 +36,14 @@ def shard_model(model: PreTrainedModel, parallel: Parallel, *, fsdp: bool) -> No
             model is of no family that `attach` knows.
     """
     decoder: Any = find_decoder(model)
-    blocks = list(getattr(decoder, "layers", None) or [])
-    if not blocks or not all(is_attachable(getattr(block, "self_attn", None)) for block in blocks):
+    found, blocks = decoder_layers(decoder, model.config.get_text_config()), decoder_blocks(decoder)
+    if not found.attentions and not has_own_indexers(found):
         raise ValueError(f"shard_model: model must be one of the {FAMILIES}; got {type(model).__name__}")
+    if parallel.tp > 1 and not all(has_head_projections(getattr(block, "self_attn", None)) for block in blocks):
+        raise ValueError(
+            "shard_model: tp must be 1 unless every layer has a self_attn with q/k/v projections or MLA, got "
+            f"tp={parallel.tp} for {type(model).__name__}; share it out by FSDP and context parallelism"
+        )
     if fsdp and parallel.tp == parallel.world > 1:
         raise ValueError(
             f"shard_model: fsdp shares parameters out over dp * cp processes, got 1 with tp={parallel.tp}; start more "

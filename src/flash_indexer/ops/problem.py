@@ -18,7 +18,8 @@ class Problem(NamedTuple):
     """Checked arguments of `indexer_kl`, shapes as there, in the order of the custom operator's arguments.
 
     token_weight: None means 1/n for the n queries that see a key. needs: whether the gradient of each of LEAVES is
-    wanted. softcap: of the teacher's logits. q_scale, k_scale: of q and k in e4m3, [T, H] and [S, G]; None where they are not.
+    wanted. softcap: of the teacher's logits. q_scale, k_scale: of q and k in e4m3, [T, H] and [S, G]; None where they
+    are not.
     """
 
     q: Tensor

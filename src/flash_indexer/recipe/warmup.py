@@ -165,6 +165,7 @@ def _prepare(
     if handle.trains_own:
         settings = replace(settings, **_sizes_of(handle))
         weights = model_fingerprint(model, without=handle.indexers)
+    say(handle.description)
     facts = dict(base_fingerprint=before)
     if settings.init_from is not None and not readable_directory(out / CHECKPOINT).exists():
         with processes.refusing_together():
