@@ -14,6 +14,7 @@ from flash_indexer.ops.quantization import Quantized, quantize
 from flash_indexer.ops.sparse.torch_body import Selection, sparse_attention, top_keys
 from flash_indexer.ops.unseen import with_unseen
 from flash_indexer.ops.warmup import WarmupAttention, warmup_attention
+from flash_indexer.ops.weighted import among_all, weighted_part
 
 __all__ = [
     "IndexerKL",
@@ -24,6 +25,7 @@ __all__ = [
     "Sums",
     "WaitForKeys",
     "WarmupAttention",
+    "among_all",
     "attention_forward",
     "body_of",
     "check_arithmetic",
@@ -44,5 +46,6 @@ __all__ = [
     "teacher_scores",
     "top_keys",
     "warmup_attention",
+    "weighted_part",
     "with_unseen",
 ]
