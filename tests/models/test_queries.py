@@ -1,4 +1,4 @@
-"""A forward whose loss is taken of some queries: the definition's, with weight on these rows alone; others cost nothing."""
+"""A forward whose loss is taken of some queries: the definition's with weight on these alone; others cost nothing."""
 
 from __future__ import annotations
 
