@@ -37,13 +37,15 @@ class Packing:
 
         queries_only: those of `queries` alone, where these are given.
         """
-        if (window, queries_only) not in self._visible:
-            rows = self.rows if self.queries is None or not queries_only else self.rows[self.queries]
+        queries = self.queries if queries_only else None
+        place = window, queries is not None
+        if place not in self._visible:
+            rows = self.rows if queries is None else self.rows[queries]
             key_start, key_end = self.document_start[rows], rows + 1
             if window is not None:
                 key_start = torch.maximum(key_start, key_end - window)
-            self._visible[window, queries_only] = key_start, key_end
-        return self._visible[window, queries_only]
+            self._visible[place] = key_start, key_end
+        return self._visible[place]
 
 
 def packing(position_ids: Tensor, parallel: Parallel = _ALONE, queries: Tensor | None = None) -> Packing:
