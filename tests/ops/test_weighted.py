@@ -13,6 +13,7 @@ from torch import Tensor
 
 from flash_indexer import indexer_kl
 from flash_indexer.ops import weighted
+from flash_indexer.ops.blockwise import plan_chunks
 from flash_indexer.ops.kl import torch_body
 from flash_indexer.ops.kl.plan import Plan, PlanSizes, make_plan
 from flash_indexer.ops.problem import Problem
@@ -187,3 +188,23 @@ def test_the_plan_is_linear_in_the_part_that_has_weight(documents: int) -> None:
         made = work(make_plan(part.key_start, part.key_end, sizes(T), CPU))
         for found, all_of_it in zip(made, whole, strict=True):
             assert found * every == pytest.approx(all_of_it, rel=0.04)
+
+
+def test_chunks_of_the_torch_body_are_linear_in_the_part_that_has_weight() -> None:
+    """Their area, rows by the keys from the first to the last that one of them sees, is what is computed."""
+    T = 4096
+    start, end = torch.zeros(T, dtype=torch.int32), torch.arange(1, T + 1, dtype=torch.int32)
+
+    def area(rows: Tensor) -> int:
+        chunks = plan_chunks(start[rows], end[rows], 6, 4, 2**29)
+        assert [chunk.begin for chunk in chunks[1:]] == [chunk.end for chunk in chunks[:-1]]
+        assert chunks[0].begin == 0 and chunks[-1].end == len(rows)
+        assert all(chunk.end - chunk.begin >= 16 for chunk in chunks[:-1])
+        return sum((chunk.end - chunk.begin) * (chunk.last - chunk.first) for chunk in chunks)
+
+    whole = area(torch.arange(T))
+    for every in (2, 4, 8, 16):
+        for block in (16, 128):
+            at = torch.arange(T) // block % every
+            parts = [area((at == place).nonzero()[:, 0]) for place in range(every)]
+            assert sum(parts) < 1.1 * whole, (every, block)

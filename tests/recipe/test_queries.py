@@ -89,8 +89,8 @@ def test_odd_lengths(length: int, fraction: float) -> None:
 
 
 def test_short_sequences_are_drawn_in_smaller_blocks() -> None:
-    found = [block_tokens(length, 0.25) for length in (1_000_000, 4096, 4095, 1024, 64, 16, 1)]
-    assert found == [128, 128, 64, 32, 2, 1, 1]
+    found = [block_tokens(length, 0.25) for length in (1_000_000, 2048, 2047, 1024, 64, 16, 1)]
+    assert found == [128, 128, 64, 64, 4, 1, 1]
 
 
 @pytest.mark.parametrize("fraction", [0.0, -0.1, 1.01, float("nan")])

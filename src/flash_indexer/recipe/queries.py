@@ -20,7 +20,7 @@ from torch import Tensor
 BLOCK = 128
 """Tokens of a block, the queries of one score tile of the kernels."""
 
-FEWEST = 8
+FEWEST = 4
 """Blocks to draw from a sequence; where there would be fewer, blocks are halved."""
 
 
@@ -55,7 +55,7 @@ def draw_queries(length: int, fraction: float, *, seed: int, draw: str) -> Tenso
 
 
 def block_tokens(length: int, fraction: float) -> int:
-    """Tokens of a block: 128, halved until at least 8 blocks are to be drawn from the sequence."""
+    """Tokens of a block: 128, halved until at least 4 blocks are to be drawn from the sequence."""
     size = BLOCK
     while size > 1 and length * fraction < FEWEST * size:
         size //= 2
