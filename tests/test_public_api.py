@@ -25,6 +25,17 @@ SIGNATURES = {
     "indexer_kl": f"(q, k, {INDEX_OPERANDS}, *, softmax_scale, key_start, key_end, lse=None, target='mean', "
     "token_weight=None, workspace_bytes=536870912, index_dtype=None, teacher_dtype=None)",
     "indexer_scores": f"({INDEX_OPERANDS}, key_start, key_end)",
+    "DSAAttention": "(out, lse, loss, kl, selection)",
+    "Selection": "(indices, count, scores)",
+    "SparseAttention": "(out, lse)",
+    "dsa_attention": f"(q, k, v, {INDEX_OPERANDS}, *, softmax_scale, key_start, key_end, topk, value_dim=None, "
+    "always=(0, 0), token_weight=None, kl='forward', kl_scale=None, kl_out=None, deterministic=True, "
+    "save_selection=True, workspace_bytes=536870912)",
+    "select_keys": f"({INDEX_OPERANDS}, *, key_start, key_end, topk, always=(0, 0), workspace_bytes=536870912)",
+    "sparse_attention": "(q, k, v, selection, *, softmax_scale, value_dim=None, deterministic=True, "
+    "workspace_bytes=536870912)",
+    "sparse_indexer_kl": f"(q, k, {INDEX_OPERANDS}, selection, *, softmax_scale, lse=None, token_weight=None, "
+    "deterministic=True, workspace_bytes=536870912)",
     "Quantized": "(values, scale)",
     "quantize": "(x, *, rotation=False)",
     "WarmupAttention": "(out, lse, loss, kl)",

@@ -144,3 +144,90 @@ def test_nothing_visible_anywhere():
     loss.backward()
     assert loss.item() == 0 and (kl == 0).all()
     assert all((y.grad == 0).all() for y in leaves)
+
+
+def selection_of(x: Inputs, topk: int, always: tuple[int, int] = (0, 0)) -> Tensor:
+    scores = reference.indexer_scores(x.index_q, x.index_k, x.index_weights, x.key_start, x.key_end)
+    return reference.selected_keys(scores, x.key_start, x.key_end, topk, always)
+
+
+@pytest.mark.parametrize("always", [(0, 0), (2, 0), (1, 2), (2, 3)])
+@pytest.mark.parametrize("topk", [5, 6, 1000])
+def test_selected_keys_are_those_that_few_others_beat(topk, always):
+    """A key is beaten by a larger score, and by a lower key of equal score; forced keys beat and are not beaten."""
+    x = small("packed", "mean")
+    values = torch.tensor([0.0, -0.0, 1.0, -1.0, torch.inf, -torch.inf], dtype=torch.float64)
+    scores = values[torch.randint(6, (len(x.q), len(x.k)), generator=torch.Generator().manual_seed(0))]
+    got = reference.selected_keys(scores, x.key_start, x.key_end, topk, always)
+    for t, (start, end) in enumerate(zip(x.key_start.tolist(), x.key_end.tolist(), strict=True)):
+        forced = {*range(start, end)[: always[0]], *range(start, end)[max(end - start - always[1], 0) :]}
+        rank = {s: (s not in forced, -float(scores[t, s]), s) for s in range(start, end)}
+        expected = [s for s in rank if sum(other < rank[s] for other in rank.values()) < topk]
+        assert got[t].nonzero()[:, 0].tolist() == expected
+
+
+def test_sparse_attention_and_kl_against_naive_loops():
+    x = small("fewer_keys", "mean")
+    selected, v = selection_of(x, 4), torch.randn(*x.k.shape[:2], 3, dtype=torch.float64)
+    out, lse = reference.sparse_attention(x.q, x.k, v, selected, x.softmax_scale)
+    names = [name for name in arguments(x) if name not in ("key_start", "key_end")]
+    loss, kl = reference.sparse_indexer_kl(
+        **{name: arguments(x)[name] for name in names}, selected=selected, token_weight=x.token_weight
+    )
+    H, per_group, expected_loss = x.q.shape[1], x.q.shape[1] // x.k.shape[1], 0.0
+    for t in range(len(x.q)):
+        keys = selected[t].nonzero()[:, 0].tolist()
+        if not keys:
+            assert (out[t] == 0).all() and (lse[t] == -torch.inf).all() and kl[t] == 0
+            continue
+        p = [0.0] * len(keys)
+        for h in range(H):
+            logits = [x.softmax_scale * dot(x.q[t, h], x.k[s, h // per_group]) for s in keys]
+            a = softmax(logits)
+            value = sum(w * v[s, h // per_group] for w, s in zip(a, keys, strict=True))
+            torch.testing.assert_close(out[t, h], value, rtol=1e-12, atol=1e-13)
+            natural = max(logits) + math.log(math.fsum(math.exp(y - max(logits)) for y in logits))
+            assert math.isclose(float(lse[t, h]), natural, rel_tol=1e-11)
+            p = [old + w / H for old, w in zip(p, a, strict=True)]
+        scores = [
+            math.fsum(float(x.index_weights[t, j]) * max(0.0, dot(x.index_q[t, j], x.index_k[s])) for j in range(5))
+            for s in keys
+        ]
+        assert math.isclose(float(kl[t]), naive_kl(p, scores), rel_tol=1e-10, abs_tol=1e-13)
+        expected_loss += float(x.token_weight[t]) * float(kl[t])
+    assert math.isclose(loss.item(), expected_loss, rel_tol=1e-11)
+
+
+def test_of_all_keys_the_sparse_stage_is_the_dense_one():
+    x = small("packed", "mean")
+    selected, v = selection_of(x, 1000), torch.randn(*x.k.shape[:2], 3, dtype=torch.float64)
+    assert torch.equal(selected, reference.visible_keys(x.key_start, x.key_end, len(x.k)))
+    bounds = x.key_start, x.key_end
+    for got, expected in (
+        (
+            reference.sparse_attention(x.q, x.k, v, selected, x.softmax_scale),
+            reference.attention(x.q, x.k, v, x.softmax_scale, *bounds),
+        ),
+        (
+            reference.sparse_indexer_kl(
+                x.q, x.k, x.index_q, x.index_k, x.index_weights, selected, softmax_scale=x.softmax_scale
+            ),
+            reference.indexer_kl(**arguments(x)),
+        ),
+    ):
+        for a, b in zip(got, expected, strict=True):
+            torch.testing.assert_close(a, b)
+
+
+def test_queries_that_selected_nothing_have_no_gradient():
+    x = small("fewer_keys", "mean")
+    selected = selection_of(x, 3)
+    leaves = [y.clone().requires_grad_() for y in (x.q, x.k, x.index_q, x.index_k, x.index_weights)]
+    out, _ = reference.sparse_attention(leaves[0], leaves[1], leaves[1], selected, x.softmax_scale)
+    loss, _ = reference.sparse_indexer_kl(*leaves, selected, softmax_scale=x.softmax_scale)
+    (out.sum() + loss).backward()
+    none = ~selected.any(-1)
+    assert none.any()
+    for leaf in leaves:
+        assert leaf.grad.isfinite().all()
+    assert all((leaves[n].grad[none] == 0).all() for n in (0, 2, 4))

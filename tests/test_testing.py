@@ -7,11 +7,13 @@ from dataclasses import replace
 import pytest
 import torch
 
+from flash_indexer import reference
 from flash_indexer.testing import (
     SHAPES,
     Inputs,
     Result,
     assert_close,
+    eager_attention,
     eager_indexer_kl,
     make_inputs,
     reference_indexer_kl,
@@ -172,3 +174,23 @@ def test_inputs_are_repeatable_and_typed(dtype):
     assert torch.equal(a.double().q, a.q.double())
     assert (a.token_weight > 0).any() and (a.token_weight < 0).any() and (a.token_weight == 0).any()
     assert torch.equal(a.lse.isinf().all(-1), a.key_end == a.key_start)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=["float32", "bfloat16"])
+def test_the_eager_attention_rounds_probabilities_and_output_once(dtype):
+    x = make_inputs(SHAPES["cached_prefix"], seed=2, dtype=dtype)
+    v = torch.randn(x.k.shape[0], 2, 20, generator=torch.Generator().manual_seed(0)).to(dtype)
+    out, lse = eager_attention(x, v)
+    y = x.double()
+    truth = reference.attention(y.q, y.k, v.double(), y.softmax_scale, y.key_start, y.key_end)
+    assert out.dtype == dtype and lse.dtype == torch.float32
+    torch.testing.assert_close(lse.double(), truth[1], rtol=1e-6, atol=1e-6)
+    distance = (out - truth[0]).norm() / truth[0].norm()
+    step = torch.finfo(dtype).eps
+    assert step / 10 < distance < step * (1 if dtype == torch.bfloat16 else 4)
+
+
+def test_lse_does_not_depend_on_blocks_of_rows(monkeypatch):
+    whole = make_inputs(SHAPES["window"], seed=0)
+    monkeypatch.setattr("flash_indexer.testing._ELEMENTS", 3 * 5 * 102)
+    torch.testing.assert_close(make_inputs(SHAPES["window"], seed=0).lse, whole.lse, rtol=1e-6, atol=0)

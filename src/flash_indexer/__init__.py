@@ -10,25 +10,39 @@ if TYPE_CHECKING:
     from flash_indexer.indexer import LightningIndexer
     from flash_indexer.intervals import causal_intervals, check_intervals
     from flash_indexer.ops import (
+        DSAAttention,
         IndexerKL,
         Quantized,
+        Selection,
+        SparseAttention,
         WarmupAttention,
+        dsa_attention,
         indexer_kl,
         indexer_scores,
         quantize,
+        select_keys,
+        sparse_attention,
+        sparse_indexer_kl,
         warmup_attention,
     )
 
 __all__ = [
+    "DSAAttention",
     "IndexerKL",
     "LightningIndexer",
     "Quantized",
+    "Selection",
+    "SparseAttention",
     "WarmupAttention",
     "causal_intervals",
     "check_intervals",
+    "dsa_attention",
     "indexer_kl",
     "indexer_scores",
     "quantize",
+    "select_keys",
+    "sparse_attention",
+    "sparse_indexer_kl",
     "warmup_attention",
 ]
 __version__ = "0.1.0"

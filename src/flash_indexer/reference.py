@@ -6,7 +6,10 @@ are judged by it (`flash_indexer.testing`).
 Shape legend: T query tokens and S key tokens (packed, no padding); H teacher heads; G teacher key/value heads
 (H % G == 0, head h reads key head h // (H/G)); D teacher head dim; V value dim; I index heads; E index dim.
 
-Source: DeepSeek-V3.2-Exp technical report (2025), section 2.1 (lightning indexer, dense warm-up stage).
+The sparse stage stands below the dense one: a selection is a bool matrix [T, S] there, True where query t attends to
+key s.
+
+Source: DeepSeek-V3.2-Exp technical report (2025), section 2.1 (lightning indexer, dense warm-up and sparse stage).
 """
 
 from __future__ import annotations
@@ -113,6 +116,77 @@ def indexer_kl(
         token_weight = seen.to(kl.dtype) / seen.sum().clamp_min(1)
     per_token = kl.mean(-1) if target == "per_head" else kl
     return (token_weight * per_token).sum(), kl.detach()
+
+
+def selected_keys(
+    scores: Tensor, key_start: Tensor, key_end: Tensor, topk: int, always: tuple[int, int] = (0, 0)
+) -> Tensor:
+    """S_t: the topk visible keys of largest score, of equal scores the lowest; all of at most topk: bool [T, S].
+
+    scores: [T, S]. always: so many first and most recent keys of a query's interval are taken whatever their score;
+    they count among the topk. -0.0 equals +0.0.
+    """
+    selected = torch.zeros_like(scores, dtype=torch.bool)
+    for t, (start, end) in enumerate(zip(key_start.tolist(), key_end.tolist(), strict=True)):
+        first, last = start + always[0], end - always[1]
+        if end - start <= topk:
+            selected[t, start:end] = True
+            continue
+        order = (scores[t, first:last] + 0.0).sort(descending=True, stable=True).indices
+        selected[t, first + order[: topk - sum(always)]] = True
+        selected[t, start:first] = selected[t, last:end] = True
+    return selected
+
+
+def sparse_attention(q: Tensor, k: Tensor, v: Tensor, selected: Tensor, softmax_scale: float) -> tuple[Tensor, Tensor]:
+    """out[t,h] = sum_{s in S_t} a[t,h,s] v[s,g(h)], a = softmax over S_t of scale * q[t,h]·k[s,g(h)]; lse over S_t.
+
+    out [T, H, V] and lse [T, H]: zeros and -inf for a query that selected nothing.
+    """
+    logits = teacher_logits(q, k, softmax_scale)
+    values = v.repeat_interleave(q.shape[1] // v.shape[1], dim=1)
+    out = torch.einsum("ths,shv->thv", selected_probabilities(logits, selected), values)
+    return out, logits.masked_fill(~selected[:, None], -torch.inf).logsumexp(-1)
+
+
+def selected_probabilities(logits: Tensor, selected: Tensor) -> Tensor:
+    """softmax over S_t: logits [T, H, S] -> [T, H, S], zeros outside; rows that selected nothing have no gradient."""
+    none = ~selected.any(-1)[:, None, None]
+    outside = ~selected[:, None] & ~none
+    return logits.masked_fill(outside, -torch.inf).softmax(-1).masked_fill(~selected[:, None], 0.0)
+
+
+def sparse_target(q: Tensor, k: Tensor, selected: Tensor, softmax_scale: float) -> Tensor:
+    """p[t,s] = sum_h a[t,h,s] / sum_{s in S_t} sum_h a[t,h,s]: [T, S], zeros outside S_t."""
+    total = selected_probabilities(teacher_logits(q, k, softmax_scale), selected).sum(1)
+    return total / total.sum(-1, keepdim=True).clamp_min(torch.finfo(total.dtype).tiny)
+
+
+def sparse_indexer_kl(
+    q: Tensor,
+    k: Tensor,
+    index_q: Tensor,
+    index_k: Tensor,
+    index_weights: Tensor,
+    selected: Tensor,
+    *,
+    softmax_scale: float,
+    token_weight: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """KL[t] = sum_{s in S_t} p[t,s] (log p[t,s] - log softmax over S_t of i[t,:]), with p log p = 0 at p = 0.
+
+    Returns:
+        loss: sum_t token_weight[t] * KL[t]; token_weight None means 1/n for the n queries that selected a key.
+        kl: [T], 0 for a query that selected nothing.
+    """
+    p = sparse_target(q, k, selected, softmax_scale).detach()
+    scores = (index_weights[:, :, None] * torch.einsum("tie,se->tis", index_q, index_k).relu()).sum(1)
+    some = selected.any(-1)
+    log_q = scores.masked_fill(~selected & some[:, None], -torch.inf).log_softmax(-1).masked_fill(p == 0, 0.0)
+    kl = (torch.xlogy(p, p) - p * log_q).sum(-1)
+    if token_weight is None:
+        token_weight = some.to(kl.dtype) / some.sum().clamp_min(1)
+    return (token_weight * kl).sum(), kl.detach()
 
 
 def _softmax(logits: Tensor, visible: Tensor) -> Tensor:

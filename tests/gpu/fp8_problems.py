@@ -13,7 +13,7 @@ from flash_indexer import quantize, reference
 from flash_indexer.ops.quantization import Quantized, dequantize, rotate
 from flash_indexer.testing import Inputs, Result
 
-STEP, BITS, ORDERS = 32, 13, 3
+STEP, BITS, ORDERS = 32, 13, 8
 
 
 def product(a: Tensor, b: Tensor) -> Tensor:

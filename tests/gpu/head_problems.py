@@ -10,7 +10,7 @@ from dataclasses import replace
 import torch
 
 from flash_indexer import indexer_kl, reference, warmup_attention
-from flash_indexer.testing import KernelClass, Result, assert_close, eager_indexer_kl
+from flash_indexer.testing import KernelClass, Result, assert_close, eager_attention, eager_indexer_kl
 
 LAYOUTS = ("causal", "documents", "window", "cached_prefix", "fewer_keys", "arbitrary", "long", "short")
 GRADIENTS = ("d_index_q", "d_index_k", "d_index_weights")
@@ -59,14 +59,6 @@ def call_alone(x, *, weight=None, d_loss=1.0, needs=(True, True, True), **others
         if any(needs):
             (d_loss * result.loss).backward()
     return result, [leaf.grad for leaf in leaves]
-
-
-def eager_attention(x, v):
-    """Probabilities rounded once, everything else in float32."""
-    q, k, heads = x.q.float(), x.k.float(), x.q.shape[1] // v.shape[1]
-    p = reference.target_distribution(q, k, x.softmax_scale, x.key_start, x.key_end, "per_head")
-    out = torch.einsum("ths,shv->thv", p.bfloat16().float(), v.float().repeat_interleave(heads, 1)).bfloat16()
-    return out, reference.teacher_lse(q, k, x.softmax_scale, x.key_start, x.key_end)
 
 
 def worst_of_four(x, truth, *, token_weight, d_loss, **options):

@@ -25,7 +25,9 @@ def samples() -> list[Kernel]:
 SAMPLES = samples()
 QUICK = list({name: kernel for kernel in reversed(SAMPLES) for name in (kernel[0],)}.values())  # the first of each
 STREAMED = [kernel for kernel in SAMPLES if sizes.BUILDERS[kernel[0]].streamed]
-OTHERS = [kernel for kernel in SAMPLES if kernel not in STREAMED]
+GATHERED = ("sparse_gradients_mla",)  # tensor cores that no copy engine feeds
+OTHERS = [kernel for kernel in SAMPLES if kernel not in STREAMED and kernel[0] not in GATHERED]
+ADDING = ("head_gradients_once", *GATHERED)
 
 
 def each(kernels: list[Kernel]) -> pytest.MarkDecorator:
@@ -76,7 +78,26 @@ def test_without_values_the_output_is_the_entropy(V, source):
 def test_nothing_is_atomic_but_what_says_so(kernel, source):
     name, static = kernel[0], dict(kernel[1])
     additions = set(ATOMIC.findall(source(name, **static)))
-    assert additions == ({"red.relaxed.gpu.global.add.v4.f32"} if name == "head_gradients_once" else set())
+    assert additions == ({"red.relaxed.gpu.global.add.v4.f32"} if name in ADDING else set())
+
+
+@pytest.mark.parametrize("name", GATHERED)
+def test_a_kernel_of_one_call_has_nothing_around_it(name, source):
+    """Its device function sees to barriers, registers and shared memory, which must begin where descriptors say."""
+    text = source(name)
+    body = device_program(text)
+    assert "__launch_bounds__(384, 1)" in text and "extern __shared__ __align__(1024)" in body
+    assert body.count(";") == 3, "the prototype, shared memory, the call"
+    assert "wgmma_ss<" in text and "__syncthreads" not in body and "fence" not in body
+
+
+def test_the_gradients_of_selected_keys_have_the_shared_memory_that_they_lay_out(source):
+    from flash_indexer.kernels.sm_90.sparse_gradients_mla import SHARED_BYTES
+
+    barriers, behind = re.search(
+        r"BARRIERS = (\d+);\s+constexpr int BYTES = BARRIERS \+ (\d+);", source("sparse_gradients_mla")
+    ).groups()
+    assert int(barriers) + int(behind) == SHARED_BYTES <= sizes.SHARED_MEMORY
 
 
 @each(OTHERS)

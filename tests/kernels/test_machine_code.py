@@ -15,10 +15,12 @@ pytestmark = pytest.mark.slow
 KERNELS = list(catalog.every_kernel())
 LAUNCH_REGISTERS = 168  # 65,536 / 384 threads: what setmaxnreg starts from
 EXPONENTIALS = 64  # of one thread for a 128 x 128 tile
-MOST_REGISTERS = {"rows": 64, "gradients_reduce": 128, "finish": 64, "scale": 64}
-HEADS = ("attention", "attention_mla", "head_gradients_query", "head_gradients_key", "head_gradients_once")
+MOST_REGISTERS = {"rows": 64, "gradients_reduce": 128, "finish": 64, "scale": 64, "sparse_delta": 64}
+LATENT = ("attention_mla", "sparse_attention_mla")
+GATHERED = ("sparse_gradients_mla",)  # no tile comes by the copy engine
+HEADS = ("attention", *LATENT, "head_gradients_query", "head_gradients_key", "head_gradients_once", *GATHERED)
 # bytes that producers spill, who have 24 or 40 registers and wait for memory anyway, or that are used once an item
-MOST_SPILLED = {"attention": 500, "head_gradients_query": 64, "head_gradients_key": 1200}
+MOST_SPILLED = {"attention": 500, "head_gradients_query": 64, "head_gradients_key": 1200, "sparse_gradients_mla": 500}
 
 
 def title(kernel: tuple[str, tuple[tuple[str, int], ...]]) -> str:
@@ -36,8 +38,10 @@ def products(name: str, static: dict[str, int]) -> int:
         return 4 * (static["E"] + 128) // 16
     if name == "attention":  # logits before all items, of masked and whole tiles, beside the last; values but before
         return 4 * (static["D"] + static["E"]) // 16 + (3 * static["BN"] // 16 if static["V"] else 0)
-    if name == "attention_mla":
+    if name in LATENT:
         return 3 * (36 + 4 + 4)
+    if name == "sparse_gradients_mla":  # two warpgroups' S, dP and dq with its rope; dk and its rope
+        return 2 * (18 + 16 + 2 * 4) + 4 * 16 + 8
     if name in ("head_gradients_query", "head_gradients_key"):
         return 3 * (static["D"] + static["E"]) // 16 + 3 * static["N"] // 16
     if name == "head_gradients_once":
@@ -58,7 +62,8 @@ def test_machine_code(kernel, machine):
         assert 8 <= code.registers <= MOST_REGISTERS[name]
         return
     assert code.registers == LAUNCH_REGISTERS
-    assert code.count("UTMALDG") > 0 and code.count("USETMAXREG") == (3 if name == "attention_mla" else 2)
+    assert (code.count("UTMALDG") > 0) == (name not in GATHERED)
+    assert code.count("USETMAXREG") == (3 if name in LATENT else 2)
     if name in HEADS:
         assert code.count("MUFU.EX2") > 0
         return

@@ -16,12 +16,15 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from flash_indexer.parallel import context as context_module
 from flash_indexer.parallel import (
+    context_parallel_dsa_attention,
     context_parallel_indexer_kl,
     context_positions,
     gather_tokens,
+    tensor_parallel_dsa_attention,
     tensor_parallel_indexer_kl,
 )
 from flash_indexer.testing import Inputs, Shape, make_inputs
+from flash_indexer.testing.sparse import make_values
 
 PER_TOKEN = ("q", "index_q", "index_weights", "key_start", "key_end", "lse", "token_weight")
 
@@ -209,6 +212,86 @@ def refused(groups: dict[str, Any], *, which: str, function: str, rows: int = 8,
     except (ValueError, TypeError) as error:
         return f"{type(error).__name__}: {error}"
     return "nothing"
+
+
+def sparse(
+    groups: dict[str, Any], *, which: str, layout: str | None, shape: Shape, seed: int, dtype: torch.dtype, V: int,
+    d_loss: float, weighted: bool, mode: str, wanted: tuple[bool, ...] = (True,) * 6, **options: Any,
+) -> dict[str, torch.Tensor | None]:  # fmt: skip
+    """dsa_attention, context parallel with a layout (on "mesh" tensor parallel too), tensor parallel without.
+
+    V negative: the values are the first -V columns of k. Upstream of out: what every process draws for all tokens and
+    heads, this rank's part of it. d_loss: the upstream gradient of the loss, or kl_scale.
+    """
+    x, group = problem(groups, shape, seed, dtype), groups[which]
+    generator = torch.Generator().manual_seed(seed + 2)
+    d_out = torch.randn(shape.T, shape.H, abs(V), generator=generator, dtype=torch.float64).to(dtype).to(x.q.device)
+    v = None if V < 0 else make_values(x, V, seed=seed + 1)
+    heads = group.get_group("tensor") if isinstance(group, DeviceMesh) else None if layout else group
+    if layout:
+        context_group = group.get_group("context") if isinstance(group, DeviceMesh) else group
+        keep = context_positions(
+            shape.T, dist.get_world_size(context_group), dist.get_rank(context_group), layout=layout
+        )
+        x, d_out, v = shard(x, keep), d_out[keep], None if v is None else v[keep]
+        options["layout"] = layout
+    if heads is not None:
+        rank, world = dist.get_rank(heads), dist.get_world_size(heads)
+        d_out = some_heads(replace(x, q=d_out), rank, world).q
+        v = v if v is None or shape.G == 1 else some_heads(replace(x, k=v), rank, world).k
+        x = some_heads(x, rank, world)
+    inputs = [x.q, x.k, v, x.index_q, x.index_k, x.index_weights]
+    leaves = [None if y is None else y.clone().requires_grad_(w) for y, w in zip(inputs, wanted, strict=True)]
+    if mode == "backward":
+        scale = torch.tensor(d_loss, dtype=torch.float64, device=x.q.device)
+        options |= dict(kl=mode, kl_scale=scale, kl_out=x.index_weights.new_zeros(len(x.q)))
+    function = context_parallel_dsa_attention if layout else tensor_parallel_dsa_attention
+    result = function(
+        *leaves, group=group, softmax_scale=x.softmax_scale, key_start=x.key_start, key_end=x.key_end,
+        token_weight=x.token_weight if weighted else None, value_dim=-V if V < 0 else None, **options,
+    )  # fmt: skip
+    if result.out.requires_grad:
+        result.out.backward(d_out)
+    if result.loss is not None and result.loss.requires_grad:
+        (d_loss * result.loss).backward()
+    names = ("dq", "dk", "dv", "d_index_q", "d_index_k", "d_index_weights")
+    grads = {name: None if y is None else y.grad for name, y in zip(names, leaves, strict=True)}
+    made = dict(out=result.out, lse=result.lse, loss=result.loss, kl=result.kl, **result.selection._asdict(), **grads)
+    return {name: y if y is None else y.detach().cpu() for name, y in made.items()}
+
+
+def small_sparse(groups: dict[str, Any], which: str, function: str, rows: int = 8, **options: Any) -> Any:
+    """A call on each rank's own small problem; which: a key of groups, or anything else to pass it as it is."""
+    x = make_inputs(Shape(((rows, rows),), H=2, G=1, D=8, I=2, E=8), seed=0, dtype=torch.float64)
+    call = {"context": context_parallel_dsa_attention, "tensor": tensor_parallel_dsa_attention}[function]
+    fixed = dict(softmax_scale=x.softmax_scale, key_start=x.key_start, key_end=x.key_end, topk=3)
+    index = x.index_q.requires_grad_(), x.index_k, x.index_weights
+    return call(x.q.requires_grad_(), x.k, x.k, *index, group=groups.get(which, which), **(fixed | options))
+
+
+def refused_sparse(groups: dict[str, Any], **arguments: Any) -> str:
+    """What a bad call is told."""
+    try:
+        small_sparse(groups, **arguments)
+    except (ValueError, TypeError) as error:
+        return f"{type(error).__name__}: {error}"
+    return "nothing"
+
+
+def again_sparse(groups: dict[str, Any], *, which: str, function: str) -> list[str]:
+    """What a second backward that would count the KL twice, and one with create_graph, are told; one more is fine."""
+    told = []
+    for options in (dict(retain_graph=True), dict(create_graph=True)):
+        out = small_sparse(groups, which, function, kl="backward").out
+        try:
+            out.sum().backward(**options)
+            out.sum().backward()
+        except RuntimeError as error:
+            told.append(str(error))
+    out = small_sparse(groups, which, function).out
+    out.sum().backward(retain_graph=True)
+    out.sum().backward()
+    return told
 
 
 FUNCTIONS = {"context": context_parallel_indexer_kl, "tensor": tensor_parallel_indexer_kl}

@@ -109,7 +109,7 @@ def check_rows(tensors: list[Tensor], others: dict[str, Any]) -> None:
     result = indexer_kl(*tensors[:2], *leaves, **options)
     d_index_q, d_weights = torch.autograd.grad(result.loss, [leaves[0], leaves[2]])
     T, G = tensors[0].shape[0], tensors[1].shape[1]
-    for row in torch.linspace(T // 4, T - 1, SAMPLED_ROWS).long().tolist():
+    for row in torch.linspace(T // 3, T - 1, SAMPLED_ROWS).long().tolist():
         keys = slice(int(others["key_start"][row]), int(others["key_end"][row]))
         q, iq = (rounded(tensors[n][row], rotation) for n, rotation in ((0, False), (2, True)))
         k, ik = (rounded(tensors[n][keys], rotation) for n, rotation in ((1, False), (3, True)))

@@ -7,7 +7,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-_FEWEST = 16  # rows of a chunk, if the workspace allows: fewer cost more calls than they save
 _TILE_BYTES = 2**20  # of one head's [R, C] tile on a CPU: larger tiles leave the second-level cache
 
 
@@ -41,12 +40,14 @@ def fill_unseen(x: Tensor, key_start: Tensor, key_end: Tensor, value: float) -> 
     return x
 
 
-def plan_chunks(key_start: Tensor, key_end: Tensor, tiles: int, itemsize: int, workspace_bytes: int) -> list[Chunk]:
+def plan_chunks(
+    key_start: Tensor, key_end: Tensor, tiles: int, itemsize: int, workspace_bytes: int, cached_rows: int = 16
+) -> list[Chunk]:
     """Cuts the queries into chunks whose `tiles` tiles [R, C] fit workspace_bytes; at least one row each.
 
     C counts the keys from the chunk's first key_start to its last key_end. On a CPU one tile stays in the second-level
-    cache as well, unless that leaves fewer than 16 rows. Where queries are missing in between, a chunk ends, of 16 rows
-    or more, before its first row sees an eighth fewer keys than its last: rows far apart share few columns.
+    cache as well, unless that leaves fewer than `cached_rows` rows. Where queries are missing in between, a chunk of so
+    many rows ends before its first row sees an eighth fewer keys than its last: rows far apart share few columns.
 
     Returns:
         The chunks that see a key, in order.
@@ -59,10 +60,10 @@ def plan_chunks(key_start: Tensor, key_end: Tensor, tiles: int, itemsize: int, w
         end = begin + 1
         while end < len(starts):
             area = (end + 1 - begin) * (ends[end] - starts[begin])
-            if area > limit or (area > cached and end - begin >= _FEWEST):
+            if area > limit or (area > cached and end - begin >= cached_rows):
                 break
             far = 8 * (ends[end] - ends[begin]) > ends[begin] - starts[begin]
-            if far and ends[end] > ends[end - 1] + 1 and end - begin >= _FEWEST:
+            if far and ends[end] > ends[end - 1] + 1 and end - begin >= cached_rows:
                 break
             end += 1
         if ends[end - 1] > starts[begin]:

@@ -48,17 +48,24 @@ def check_indexer_kl(
     op: str = "indexer_kl",
 ) -> Sizes:
     """Checks every argument of `indexer_kl`; tensors holds q, k, index_q, index_k, index_weights, lse, token_weight."""
+    sizes = check_teacher_and_index(op, tensors, target, softmax_scale)
+    check_interval_tensors(op, key_start, key_end, sizes.T, cast("Tensor", tensors["q"]).device)
+    return sizes
+
+
+def check_teacher_and_index(
+    op: str,
+    tensors: dict[str, Tensor | None],
+    target: str,
+    softmax_scale: float,
+    constants: tuple[str, ...] = ("q", "k", *_TOKEN_INPUTS),
+) -> Sizes:
+    """Checks q, k, index_q, index_k, index_weights, lse, token_weight; constants: which of them get no gradient."""
     present = cast("dict[str, Tensor]", {n: x for n, x in tensors.items() if x is not None or n not in _TOKEN_INPUTS})
     q, k, index_q, index_k = (present[name] for name in ("q", "k", "index_q", "index_k"))
     if target not in TARGETS:
         raise ValueError(f"{op}: target must be one of {', '.join(map(repr, TARGETS))}, got {target!r}")
-    _rank(op, "q", q, "[T, H, D]", 3)
-    T, H, D = q.shape
-    _rank(op, "k", k, "[S, G, D]", 3)
-    S, G = k.shape[:2]
-    _shape(op, "k", k, "[S, G, D]", (S, G, D), free=2)
-    if G == 0 or H == 0 or H % G:
-        raise ValueError(f"{op}: q's head count must be a multiple of k's: H % G == 0, got H={H}, G={G}")
+    T, H, D, S, G = _heads(op, q, k)
     _rank(op, "index_q", index_q, "[T, I, E]", 3)
     _shape(op, "index_q", index_q, "[T, I, E]", (T, *index_q.shape[1:]))
     _, _, I, E = check_index_inputs(op, index_q, index_k, present["index_weights"])
@@ -73,10 +80,9 @@ def check_indexer_kl(
         _shape(op, "lse", present["lse"], "[T, H]", (T, H))
     if "token_weight" in present:
         _shape(op, "token_weight", present["token_weight"], "[T]", (T,))
-    check_interval_tensors(op, key_start, key_end, T, q.device)
     check_dtypes(op, present)
     _plain(op, present)
-    for name in ("q", "k", "lse", "token_weight"):
+    for name in constants:
         if name in present and present[name].requires_grad:
             raise ValueError(f"{op}: {name} is a constant but requires grad; detach: the main model is frozen")
     _scale(op, softmax_scale)
@@ -93,13 +99,7 @@ def check_workspace(op: str, workspace_bytes: int) -> None:
 
 def check_attention(op: str, q: Tensor, k: Tensor, v: Tensor, key_start: Tensor, key_end: Tensor, scale: float) -> None:
     """Checks every argument of attention: q [T, H, D], k [S, G, D], v [S, G, V]."""
-    _rank(op, "q", q, "[T, H, D]", 3)
-    T, H, D = q.shape
-    _rank(op, "k", k, "[S, G, D]", 3)
-    S, G = k.shape[:2]
-    _shape(op, "k", k, "[S, G, D]", (S, G, D), free=2)
-    if G == 0 or H == 0 or H % G:
-        raise ValueError(f"{op}: q's head count must be a multiple of k's: H % G == 0, got H={H}, G={G}")
+    T = _heads(op, q, k)[0]
     check_value(op, k, v)
     check_interval_tensors(op, key_start, key_end, T, q.device)
     check_dtypes(op, dict(q=q, k=k, v=v))
@@ -116,6 +116,88 @@ def check_value(op: str, k: Tensor, v: Tensor) -> None:
     check_dtypes(op, dict(k=k, v=v))
     if v.requires_grad:
         raise ValueError(f"{op}: v is a constant but requires grad; detach: the main model is frozen")
+
+
+def check_sparse_attention(
+    op: str, q: Tensor, k: Tensor, v: Tensor | None, value_dim: int | None, softmax_scale: float
+) -> int:
+    """Checks q [T, H, D], k [S, G, D] and v [S, G, V], or value_dim without v; returns V."""
+    _, _, D, S, G = _heads(op, q, k)
+    tensors = dict(q=q, k=k)
+    if v is None:
+        if not isinstance(value_dim, int) or not 1 <= value_dim <= D:
+            raise ValueError(
+                f"{op}: value_dim must be from 1 to D = {D} where v is None (the values are k[..., :value_dim]), got "
+                f"{value_dim}"
+            )
+        width = value_dim
+    else:
+        _rank(op, "v", v, "[S, G, V]", 3)
+        width = v.shape[2]
+        _shape(op, "v", v, "[S, G, V]", (S, G, width))
+        if value_dim is not None:
+            raise ValueError(f"{op}: value_dim must be None where v is given, got {value_dim}; drop one of them")
+        tensors["v"] = v
+    check_dtypes(op, tensors)
+    _plain(op, tensors)
+    _scale(op, softmax_scale)
+    return width
+
+
+def check_selection_tensors(op: str, indices: Tensor, count: Tensor, scores: Tensor, like: Tensor) -> None:
+    """Checks indices int32 [T, K], count int32 [T], scores [T, K] beside `like` [T, ...]; not their contents."""
+    _rank(op, "selection.indices", indices, "[T, K]", 2)
+    T, K = len(like), indices.shape[1]
+    _shape(op, "selection.indices", indices, "[T, K]", (T, K))
+    _shape(op, "selection.count", count, "[T]", (T,))
+    _shape(op, "selection.scores", scores, "[T, K]", (T, K))
+    for name, x in (("indices", indices), ("count", count)):
+        if x.dtype != torch.int32:
+            raise TypeError(f"{op}: selection.{name} must be int32, got {x.dtype}; use .int()")
+    if not scores.is_floating_point():
+        raise TypeError(f"{op}: selection.scores must be floating point, got {scores.dtype}")
+    for name, x in (("indices", indices), ("count", count), ("scores", scores)):
+        if x.device != like.device:
+            raise ValueError(f"{op}: selection.{name} must be on {like.device} like the queries, got {x.device}")
+
+
+def check_topk(op: str, topk: int, always: tuple[int, int]) -> None:
+    """Checks topk >= 1 and always = (first, last), both non-negative and topk at most together."""
+    if not isinstance(topk, int):
+        raise TypeError(f"{op}: topk must be an integer, got {topk!r}")
+    if topk < 1:
+        raise ValueError(f"{op}: topk must be at least 1, got {topk}")
+    if not (isinstance(always, tuple) and len(always) == 2 and all(isinstance(n, int) and n >= 0 for n in always)):
+        raise ValueError(f"{op}: always must be (first, last), two counts of keys from 0, got {always!r}")
+    if sum(always) > topk:
+        raise ValueError(
+            f"{op}: always must hold at most topk = {topk} keys together, got {always[0]} first and {always[1]} last; "
+            "raise topk or lower one of them"
+        )
+
+
+def check_kl_mode(op: str, kl: str, kl_scale: Tensor | None, kl_out: Tensor | None, q: Tensor) -> None:
+    """Checks kl, and kl_scale [] and kl_out [T], which belong to kl="backward" alone."""
+    if kl not in ("forward", "backward"):
+        raise ValueError(f"{op}: kl must be 'forward' or 'backward', got {kl!r}")
+    for name, x, legend, shape in (("kl_scale", kl_scale, "a scalar []", ()), ("kl_out", kl_out, "[T]", q.shape[:1])):
+        if x is None:
+            continue
+        if kl == "forward":
+            raise ValueError(
+                f'{op}: {name} must be None with kl="forward", got a tensor; scale the loss, or choose kl="backward"'
+            )
+        _shape(op, name, x, legend, tuple(shape))
+        if not x.is_floating_point() or x.device != q.device or x.requires_grad:
+            raise ValueError(
+                f"{op}: {name} must be floating point, on {q.device} like the queries and without requires_grad, got "
+                f"{x.dtype} on {x.device}, requires_grad={x.requires_grad}"
+            )
+    if kl == "backward" and torch.compiler.is_compiling():
+        raise RuntimeError(
+            f'{op}: kl="backward" can not be compiled, since its backward writes to a buffer of the caller\'s; use '
+            'kl="forward", or leave this call out of the compiled part'
+        )
 
 
 def check_interval_tensors(op: str, key_start: Tensor, key_end: Tensor, num_queries: int, device: torch.device) -> None:
@@ -149,6 +231,18 @@ def check_dtypes(op: str, tensors: dict[str, Tensor]) -> None:
         expected = torch.float32 if name in ("index_weights", *_TOKEN_INPUTS) else torch.bfloat16
         if x.dtype != expected:
             raise TypeError(f"{op}: {name} must be {expected} on {x.device.type}, got {x.dtype}")
+
+
+def _heads(op: str, q: Tensor, k: Tensor) -> tuple[int, int, int, int, int]:
+    """Checks q [T, H, D] and k [S, G, D]; returns T, H, D, S, G."""
+    _rank(op, "q", q, "[T, H, D]", 3)
+    T, H, D = q.shape
+    _rank(op, "k", k, "[S, G, D]", 3)
+    S, G = k.shape[:2]
+    _shape(op, "k", k, "[S, G, D]", (S, G, D), free=2)
+    if G == 0 or H == 0 or H % G:
+        raise ValueError(f"{op}: q's head count must be a multiple of k's: H % G == 0, got H={H}, G={G}")
+    return T, H, D, S, G
 
 
 def _tensor(op: str, name: str, x: object) -> None:

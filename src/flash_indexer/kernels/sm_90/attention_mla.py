@@ -25,59 +25,32 @@ Step t, of warpgroup w = t % 2:
 The reference m of the exponentials goes from tile to tile, and moves when some row exceeds it by 2^8.
 """
 
-from typing import Any, NamedTuple
-
 import tilelang.language as T
 
 from flash_indexer.kernels.device.items import ITEM, LatentItem
 from flash_indexer.kernels.device.sources import source
-from flash_indexer.kernels.sm_90.macros import (
-    FULL_ROW,
-    PASS_CONFIGS,
-    REGISTERS,
-    commit,
-    count_items,
-    number,
-    release,
-    shared_address,
+from flash_indexer.kernels.sm_90.attention_mla_steps import (
+    FIRST_KEY,
+    HIGH,
+    KEYS,
+    LOW,
+    OTHER_SUMS,
+    PANELS,
+    Q_PARITY,
+    ROWS,
+    Barriers,
+    D,
+    State,
+    Tiles,
+    V,
+    begin,
+    sweep,
 )
-from flash_indexer.kernels.sm_90.sizes import MLA_WIDTHS
+from flash_indexer.kernels.sm_90.macros import PASS_CONFIGS, REGISTERS, commit, count_items, number
 
 __all__ = ["PASS_CONFIGS", "build"]
 SOURCE = source(__file__)
-D, V = MLA_WIDTHS
-ROWS, KEYS = 64, 64  # of an item, of a key tile
-PANELS = D // 64
-EARLY = 6  # of 9 panels of S come before the product with the other warpgroup's P; 2, 4 and 9 are slower
-TILE_BYTES, PANEL_BYTES = KEYS * D * 2, KEYS * 64 * 2
-
-# numbers of a thread: parities of K's full barriers, of the other warpgroup's P, of Q; whether O is to be scaled; first
-# key of the tile; an opaque ~0; the keys that all rows see
-K_PARITY, P_PARITY, Q_PARITY, RESCALE, FIRST_KEY, ONES, LOW, HIGH = range(8)
-# addresses in shared memory: own reference m and the other warpgroup's, own P, row sums of both
-OWN_M, OTHER_M, OWN_P, OWN_SUMS, OTHER_SUMS = range(5)
-OLD_FACTOR, NEW_FACTOR = 4, 5  # of O's two rows, among the numbers f (attention_mla.cuh)
-
-
-class Barriers(NamedTuple):
-    """Of the queries; of panels of key tiles, handed back in halves (slot · 2 + half); of P of either warpgroup."""
-
-    qfull: Any
-    qempty: Any
-    kfull: Any
-    kempty: Any
-    pready: Any
-
-
-class State(NamedTuple):
-    """Of a thread: numbers v, an opaque zero, bounds of its two rows, addresses, numbers f of its rows, the scale."""
-
-    v: Any
-    zero: Any
-    bounds: Any
-    at: Any
-    f: Any
-    scale: Any
+EARLY = 6  # 2, 4 and 9 are slower
 
 
 def build():
@@ -97,83 +70,11 @@ def build():
     def item_field(ITEMS, item, n):
         return number(ITEMS, item * ITEM + n)
 
-    # S (+)= q k^T of the warpgroup's tile, for some panels of 64 columns
     @T.macro
-    def qk(wg, Ks, S, state, bars, panels, first):
-        v, z = state.v, state.zero
-        for i in panels:
-            T.barrier_wait(bars.kfull[wg * PANELS + i], v[K_PARITY])
-            T.wgmma_gemm(
-                Ks[2 + z[0], :, i * 64 : i * 64 + 64],
-                Ks[wg + z[0], :, i * 64 : i * 64 + 64],
-                S,
-                transpose_B=True,
-                clear_accum=(i == first),
-                policy=FULL_ROW,
-            )
+    def arrived(bars, wg, panel, parity):
+        T.barrier_wait(bars.kfull[wg * PANELS + panel], parity)
 
-    # O += P v of the other warpgroup's tile
-    @T.macro
-    def other(wg, Ks, O, state, bars):
-        v, z = state.v, state.zero
-        T.barrier_wait(bars.pready[1 - wg], v[P_PARITY])
-        v[P_PARITY] = v[P_PARITY] ^ 1
-        T.call_extern("handle", "mla_adopt", O.access_ptr("rw"), state.f.access_ptr("rw"), state.at[OTHER_M])
-        T.wgmma_gemm(
-            Ks[1 - wg + z[0], :, 512:576],
-            Ks[1 - wg + z[0], :, wg * 256 : wg * 256 + 256],
-            O,
-            policy=FULL_ROW,
-        )
-
-    # P of the warpgroup's tile
-    @T.macro
-    def softmax(wg, S, x, state, bars, tx):
-        v, at = state.v, state.at
-        T.warpgroup_fence_operand(S, num_regs=32)
-        if v[FIRST_KEY] < v[LOW] or v[FIRST_KEY] + 64 > v[HIGH]:
-            T.call_extern("handle", "mla_mask", S.access_ptr("rw"), state.bounds.access_ptr("r"), v[FIRST_KEY])
-        v[RESCALE] = T.call_extern(
-            "int32", "mla_softmax", S.access_ptr("r"), x.access_ptr("w"), state.f.access_ptr("rw"), state.scale[0],
-            at[OWN_M], at[OWN_P],
-        )  # fmt: skip
-        release(bars.pready, wg, tx)
-
-    # O += P v of the warpgroup's tile
-    @T.macro
-    def own(wg, Ks, O, P, x, state):
-        v, z, f = state.v, state.zero, state.f
-        T.call_extern("handle", "define_operand<16>", P.access_ptr("w"), x.access_ptr("r"), v[ONES])
-        if v[RESCALE] != 0:
-            T.call_extern("handle", "scale_rows<256>", O.access_ptr("rw"), f[OLD_FACTOR], f[NEW_FACTOR])
-        T.wgmma_gemm(P, Ks[wg + z[0], :, wg * 256 : wg * 256 + 256], O, policy=FULL_ROW)
-
-    @T.macro
-    def step(wg, last, prev, Ks, registers, state, bars, tx):
-        S, P, O, x = registers
-        v = state.v
-        order = [4 * wg + i for i in range(4)] + [4 * (1 - wg) + i for i in range(4)] + [8]
-        state.zero[0] = T.call_extern("int32", "mla_zero")
-        if prev:
-            qk(wg, Ks, S, state, bars, order[:EARLY], order[0])
-            other(wg, Ks, O, state, bars)
-            qk(wg, Ks, S, state, bars, order[EARLY:], order[0])
-            T.wait_wgmma(PANELS - EARLY)
-            T.warpgroup_fence_operand(O, num_regs=128)
-            release(bars.kempty, 2 * (1 - wg) + wg, tx)
-            T.wait_wgmma(0)
-        else:
-            qk(wg, Ks, S, state, bars, order, order[0])
-            T.wait_wgmma(0)
-        v[K_PARITY] = v[K_PARITY] ^ 1
-        if last:
-            release(bars.qempty, 0, tx)
-        softmax(wg, S, x, state, bars, tx)
-        own(wg, Ks, O, P, x, state)
-        v[FIRST_KEY] = v[FIRST_KEY] - 128
-        T.wait_wgmma(0)
-        T.warpgroup_fence_operand(O, num_regs=128)
-        release(bars.kempty, 2 * wg + wg, tx)
+    tiles = Tiles(arrived, -2 * KEYS, EARLY)
 
     @T.macro
     def consumer(wg, bx, grid, tx, count, scale, H, shared, fragments, tensors, bars):
@@ -190,15 +91,7 @@ def build():
         state, registers = State(v, z, vb, a, f, cs), (S, P, O, x)
         row0 = T.alloc_var("int32")
         n = T.alloc_var("int32")
-        for j in list(range(8)):
-            v[j] = 0
-        v[ONES] = T.if_then_else(H > 0, -1, 0)
-        cs[0] = scale
-        a[OWN_M] = T.call_extern("int32", "shared_address", T.address_of(Ms[wg * 64]))
-        a[OTHER_M] = T.call_extern("int32", "shared_address", T.address_of(Ms[(1 - wg) * 64]))
-        a[OWN_P] = shared_address(Ks) + wg * TILE_BYTES + (PANELS - 1) * PANEL_BYTES
-        a[OWN_SUMS] = T.call_extern("int32", "shared_address", T.address_of(Ms[(2 + wg) * 64]))
-        a[OTHER_SUMS] = T.call_extern("int32", "shared_address", T.address_of(Ms[(3 - wg) * 64]))
+        begin(wg, Ks, Ms, state, scale, H)
         for it in T.serial(count):
             row0 = item_field(ITEMS, bx + it * grid, LatentItem.ROW)
             v[FIRST_KEY] = item_field(ITEMS, bx + it * grid, LatentItem.FIRST_KEY) - wg * 64
@@ -212,19 +105,7 @@ def build():
             T.clear(O)
             T.barrier_wait(bars.qfull[0], v[Q_PARITY])
             v[Q_PARITY] = v[Q_PARITY] ^ 1
-            if wg == 0:
-                step(wg, n == 1, False, Ks, registers, state, bars, tx)
-                for i in T.serial(n - 1):
-                    step(wg, i == n - 2, True, Ks, registers, state, bars, tx)
-                other(wg, Ks, O, state, bars)
-                T.wait_wgmma(0)
-                T.warpgroup_fence_operand(O, num_regs=128)
-                release(bars.kempty, 2 * (1 - wg) + wg, tx)
-            else:
-                for i in T.serial(n):
-                    step(wg, i == n - 1, True, Ks, registers, state, bars, tx)
-            T.call_extern("handle", "mla_sums", f.access_ptr("rw"), a[OWN_SUMS])
-            T.sync_threads(8, 256)
+            sweep(wg, n, Ks, registers, state, bars, tx, tiles)
             T.call_extern(
                 "handle", "mla_store", O.access_ptr("r"), f.access_ptr("r"), a[OTHER_SUMS], T.address_of(OUT[0, 0]),
                 T.address_of(LSE[0]), row0, nqh, wg,

@@ -209,6 +209,9 @@ BUILDERS = {
     "scale": Kernel("finish", "build_scale", ({},), streamed=False),
     "attention": Kernel("attention", "build", tuple(attention_sizes())),
     "attention_mla": Kernel("attention_mla", "build", ({},)),
+    "sparse_attention_mla": Kernel("sparse_attention_mla", "build", ({},)),
+    "sparse_delta": Kernel("sparse_delta", "build", ({},), streamed=False),
+    "sparse_gradients_mla": Kernel("sparse_gradients_mla", "build", ({},), streamed=False),
     "head_gradients_query": Kernel(
         "head_gradients_query", "build", tuple(x | head_gradients_query(x["D"], x["E"]) for x in GRADIENTS)
     ),

@@ -22,6 +22,7 @@ from flash_indexer.intervals import causal_intervals
 
 _ROW_FACTOR, _GLOBAL_FACTOR = 4.0, 2.0
 _ABSOLUTE_FLOOR = 2.0**-22  # of rms(ref64): what float32 sums of float32 terms may leave anywhere
+_ELEMENTS = 2**26  # of the teacher's logits in float64 that are held at a time
 
 
 @dataclass(frozen=True)
@@ -179,7 +180,11 @@ def random_inputs(
     token_weight[3::7] = 0.0
     scale = shape.D**-0.5
     key_start, key_end = key_start.to(device), key_end.to(device)
-    lse = reference.teacher_lse(q.double(), k.double(), scale, key_start, key_end).to(wide)
+    wide_q, wide_k, step = q.double(), k.double(), max(_ELEMENTS // max(shape.H * S, 1), 1)
+    blocks = [slice(begin, begin + step) for begin in range(0, max(T, 1), step)]
+    lse = torch.cat([reference.teacher_lse(wide_q[b], wide_k, scale, key_start[b], key_end[b]) for b in blocks]).to(
+        wide
+    )
     return Inputs(q, k, index_q, index_k, index_weights, key_start, key_end, lse, token_weight, scale)
 
 
@@ -267,6 +272,24 @@ def eager_indexer_kl(
         kl, entropy = kl[:, 0], entropy[:, 0]
     gradients = (d_loss * d_index_q).to(low), (d_loss * d_index_k).to(low), d_loss * d_index_weights
     return Result(loss, kl, entropy, *gradients)
+
+
+def eager_attention(inputs: Inputs, v: Tensor) -> tuple[Tensor, Tensor]:
+    """The baseline of attention: out[t,h] = sum_s p[t,h,s] * v[s,g(h)] and lse, whole matrices and sums in float32.
+
+    The probabilities p are rounded once to v's dtype before the product, and out once after it.
+
+    Args:
+        inputs: bfloat16, float16 or float32 vectors. v: [S, G, V] in their dtype.
+
+    Returns:
+        out [T, H, V] in v's dtype; lse [T, H] in float32.
+    """
+    x, heads = inputs, inputs.q.shape[1] // v.shape[1]
+    q, k = x.q.float(), x.k.float()
+    p = reference.target_distribution(q, k, x.softmax_scale, x.key_start, x.key_end, "per_head")
+    out = torch.einsum("ths,shv->thv", p.to(v.dtype).float(), v.float().repeat_interleave(heads, 1)).to(v.dtype)
+    return out, reference.teacher_lse(q, k, x.softmax_scale, x.key_start, x.key_end)
 
 
 def assert_close(name: str, got: Tensor, ref64: Tensor, eager: Tensor) -> None:

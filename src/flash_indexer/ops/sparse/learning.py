@@ -1,0 +1,76 @@
+"""The indexer's loss over runs of rows: each brings its head-summed probabilities, and its KL and gradients follow."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from flash_indexer.ops.blockwise import compute_dtype
+from flash_indexer.ops.problem import Sums
+from flash_indexer.ops.sparse.problem import Leaves
+from flash_indexer.ops.sparse.selection import Selection
+from flash_indexer.ops.sparse.stages import sparse_index_gradients, sparse_index_scores, sparse_kl_rows
+
+_NUMBERS = 16  # numbers of a slot that fit the workspace: three that a run of rows holds beside the stages' own chunks,
+# p_sum, scores and di, or eight with those that `sparse_kl_rows` makes
+
+
+class Learner(NamedTuple):
+    """The indexer's side of the sparse stage.
+
+    leaves: index_q, index_k, index_weights. selection: of the T queries. token_weight: [T]. needs: whether the gradient
+    of each leaf is wanted. scores_are_known: selection.scores are the leaves' own, not to be formed again.
+    """
+
+    leaves: Leaves
+    selection: Selection
+    token_weight: Tensor
+    needs: tuple[bool, bool, bool]
+    scores_are_known: bool
+    deterministic: bool
+    workspace_bytes: int
+
+    def new_sums(self) -> Sums:
+        """Zeros for `learn` to write a row's results to and to add d_index_k to."""
+        index_q, index_k, weights = self.leaves
+        dtype, T = compute_dtype(index_q), len(index_q)
+        return Sums(
+            index_q.new_zeros(T, dtype=dtype),
+            index_q.new_zeros(T, dtype=dtype),
+            torch.zeros(index_q.shape, dtype=index_q.dtype, device=index_q.device) if self.needs[0] else None,
+            torch.zeros(index_k.shape, dtype=dtype, device=index_q.device) if self.needs[1] else None,
+            torch.zeros(weights.shape, dtype=weights.dtype, device=index_q.device) if self.needs[2] else None,
+        )
+
+    def learn(self, rows: slice, p_sum: Tensor, sums: Sums) -> None:
+        """KL, entropy and gradients of these rows from p_sum [rows, K] summed over all heads."""
+        index_q, index_k, weights = self.leaves
+        leaves, chosen = (index_q[rows], index_k, weights[rows]), self.selection.rows(rows)
+        known = self.scores_are_known
+        scores = chosen.scores if known else sparse_index_scores(leaves, chosen, self.workspace_bytes)
+        kl, entropy, di = sparse_kl_rows(p_sum, scores, chosen.count, self.token_weight[rows])
+        sums.kl[rows], sums.entropy[rows] = kl, entropy
+        if any(self.needs):
+            made = sparse_index_gradients(
+                di, leaves, chosen, self.needs, d_index_k=sums.d_index_k, deterministic=self.deterministic,
+                workspace_bytes=self.workspace_bytes,
+            )  # fmt: skip
+            for whole, part in ((sums.d_index_q, made.d_index_q), (sums.d_index_weights, made.d_index_weights)):
+                if whole is not None and part is not None:
+                    whole[rows] = part
+
+
+def runs_of_rows(selection: Selection, workspace_bytes: int) -> Iterator[slice]:
+    """Runs of query rows whose [rows, K] tensors fit workspace_bytes; the same on ranks with other heads."""
+    T, K = selection.indices.shape
+    step = max(1, workspace_bytes // (max(1, K) * _NUMBERS * selection.scores.element_size()))
+    yield from (slice(begin, min(begin + step, T)) for begin in range(0, T, step))
+
+
+def mean_weight(selection: Selection) -> Tensor:
+    """1/n for each of the n queries that have a key, 0 for the others: [T]."""
+    seen = selection.count > 0
+    return seen.to(selection.scores.dtype) / seen.sum().clamp_min(1)
