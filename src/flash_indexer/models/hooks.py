@@ -60,9 +60,9 @@ class LayerTap:
             undo.append(module.q_a_layernorm.register_forward_hook(uncompiled(self.read_residual)).remove)
         return undo
 
-    def operands(self, indexer: nn.Module, wide: Callable[[Tensor], Tensor]) -> Operands:
+    def operands(self, indexer: nn.Module, wide: Callable[[Tensor], Tensor], queries: Tensor | None) -> Operands:
         """The indexer's operands, of what was read in this forward, which is let go; `wide` casts it."""
-        made: Operands = indexer(*self.take_inputs(wide))
+        made: Operands = indexer(*self.take_inputs(wide), queries)
         return made
 
     def take_inputs(self, wide: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:

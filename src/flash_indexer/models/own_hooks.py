@@ -61,12 +61,12 @@ class OwnTap(LayerTap):
             self.q_residual, self.positions = inputs.get("q_resid"), inputs.get("position_ids")
         return hidden.new_empty((*hidden.shape[:-1], 0), dtype=torch.int32)
 
-    def operands(self, indexer: nn.Module, wide: Callable[[Tensor], Tensor]) -> Operands:
+    def operands(self, indexer: nn.Module, wide: Callable[[Tensor], Tensor], queries: Tensor | None) -> Operands:
         """The operands of the model's own scores."""
         assert self.hidden is not None
         positions = None if self.positions is None else self.positions.expand(self.hidden.shape[:-1]).flatten()
         self.positions = None
-        made: Operands = indexer(*self.take_inputs(wide), positions=positions)
+        made: Operands = indexer(*self.take_inputs(wide), queries, positions)
         return made
 
 
