@@ -66,6 +66,7 @@ def warmup(
     teacher_dtype: Annotated[str | None, typer.Option(help="fp8: the teacher from e4m3 queries and keys.")] = None,
     indexers: Annotated[str, typer.Option(help="fresh, or own: those that the model has, trained in place.")] = "fresh",
     teachers: Annotated[str, typer.Option(help="Whose attention a shared indexer learns: shared or own.")] = "shared",
+    queries: Annotated[float, typer.Option(help="Part of the queries that have a loss, drawn anew every step.")] = 1.0,
     save_every: Annotated[int, typer.Option(help="Steps between checkpoints.")] = 50,
     evaluate_sequences: Annotated[int, typer.Option(help="Held-out sequences to judge on at the end; 0: none.")] = 4,
     cp: Annotated[int, typer.Option("--cp", help="Processes that share each sequence (context parallel).")] = 1,
@@ -226,9 +227,7 @@ def export(
         Literal["deepseek_v32", "native", "own"] | None,
         typer.Option(help="A checkpoint, of an MLA model with q-LoRA (default) or of own indexers; or they alone."),
     ] = None,
-    topk: Annotated[
-        int | None, typer.Option(help="Keys that each query of a deepseek_v32 checkpoint attends to; default 2048.")
-    ] = None,
+    topk: Annotated[int | None, typer.Option(help="Keys per query of a deepseek_v32 checkpoint; default 2048.")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier export at PATH.")] = False,
     model: Annotated[str | None, typer.Option(help="Model; default: the one it was trained on.")] = None,
 ) -> None:

@@ -76,11 +76,12 @@ class Expected:
     """Losses and gradients in float64 by autograd, with the attention that the model itself gives as the target.
 
     Attributes:
-        loss: KL(sum over heads of layer l's attention, normalised || softmax of the indexer's scores), for each layer.
+        loss: KL(sum over heads of layer l's attention, normalised || softmax of the indexer's scores), for each layer;
+            the mean over `queries`.
         indexer: of the source layer, in float64.
     """
 
-    def __init__(self, model: PreTrainedModel, source: int, layers: list[int]) -> None:
+    def __init__(self, model: PreTrainedModel, source: int, layers: list[int], queries: Any = slice(None)) -> None:
         model.set_attn_implementation("eager")
         own = find_decoder(model).layers[source].self_attn.indexer
         calls: list[Any] = []
@@ -98,7 +99,7 @@ class Expected:
             p = attentions[layer][0].double().sum(0)
             p = p / p.sum(-1, keepdim=True)
             kl = (torch.xlogy(p, p) - p * log_prediction.masked_fill(~seen, 0)).sum(-1)
-            self.loss[layer] = kl.mean()
+            self.loss[layer] = kl[queries].mean()
 
     def gradients(self, loss: Tensor) -> dict[str, Tensor]:
         names, parameters = zip(*self.indexer.named_parameters(), strict=True)
@@ -123,12 +124,14 @@ def test_loss_and_gradients_are_those_of_the_models_own_attention() -> None:
         check_gradients(handle, layer, expected[layer].gradients(expected[layer].loss[layer]))
 
 
+@pytest.mark.parametrize("queries", [None, [2, 3, 11, 26]], ids=["all", "some"])
 @pytest.mark.parametrize("teachers", ["shared", "own"])
-def test_a_shared_indexer_learns_from_its_teachers(teachers: str) -> None:
+def test_a_shared_indexer_learns_from_its_teachers(teachers: str, queries: list[int] | None) -> None:
     """Layers 0 to 2 use the indexer of layer 0: the mean of three losses, or the first alone; layer 3 has its own."""
     model = own_model("glm_moe_dsa")
-    expected = Expected(model, 0, [0, 1, 2])
+    expected = Expected(model, 0, [0, 1, 2], slice(None) if queries is None else queries)
     handle = attach(model, indexers="own", teachers=teachers)
+    handle.queries = None if queries is None else torch.tensor(queries)
     assert handle.layers == (0, 3) and handle.sources == {0: 0, 1: 0, 2: 0, 3: 3}
     logits(model)
     mean = torch.stack([expected.loss[layer] for layer in ([0, 1, 2] if teachers == "shared" else [0])]).mean()

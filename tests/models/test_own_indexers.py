@@ -65,14 +65,16 @@ def own_scores(model: PreTrainedModel) -> tuple[dict[int, tuple[Tensor, Tensor]]
     return {layer: (scores[0], indices[0]) for layer, scores, indices in found}, inputs
 
 
-def operands(indexer: OwnIndexer, inputs: dict[str, Any], dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+def operands(
+    indexer: OwnIndexer, inputs: dict[str, Any], dtype: torch.dtype, queries: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
     """Of one row, in `dtype`."""
     residual = inputs.get("q_residual")
     cos, sin = (x[0].to(dtype) for x in inputs["rope"])
     with torch.no_grad():
         return indexer.forward(
             inputs["hidden"][0].to(dtype), None if residual is None else residual[0].to(dtype), cos, sin,
-            positions=POSITIONS[0],
+            queries=queries, positions=POSITIONS[0],
         )  # fmt: skip
 
 
@@ -138,6 +140,18 @@ def test_attached_operands_rank_all_keys_as_the_model_does(family: str) -> None:
         for t, count in enumerate((c.key_end - c.key_start).tolist()):
             assert ordered[t, :count].isfinite().all()
             assert (ordered[t, 1:count] <= ordered[t, : count - 1] + 1e-4).all()
+
+
+@pytest.mark.parametrize("family", CONFIGS)
+def test_some_queries_have_the_operands_that_they_have_among_all(family: str) -> None:
+    model = own_model(family)
+    _, inputs = own_scores(model)
+    for layer, given in inputs.items():
+        indexer = OwnIndexer(find_decoder(model).layers[layer].self_attn.indexer)
+        every, queries = operands(indexer, given, torch.float64), torch.tensor([1, 19, 28])
+        some = operands(indexer, given, torch.float64, queries)
+        for wanted, got in zip((every[0][queries], every[1], every[2][queries]), some, strict=True):
+            torch.testing.assert_close(got, wanted, rtol=1e-12, atol=1e-12)
 
 
 def test_parameters_and_their_names_are_the_models() -> None:

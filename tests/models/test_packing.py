@@ -160,3 +160,16 @@ def test_absorbed_mla_has_the_same_teacher(tiny: Tiny, family_name: str) -> None
             softmax_scale=capture.softmax_scale,
         )  # fmt: skip
         torch.testing.assert_close(got, scores(capture), rtol=1e-4, atol=2e-5)
+
+
+def test_queries_have_intervals_of_their_own_the_same_for_all_layers() -> None:
+    positions = torch.cat([torch.arange(6), torch.arange(9)])[None]
+    whole = packing(positions)
+    assert whole.visible(4, queries_only=True)[0] is whole.visible(4)[0], "one plan for attention and loss"
+    queries = torch.tensor([2, 7, 14])
+    some = packing(positions, queries=queries)
+    for window in (None, 4):
+        pair = some.visible(window, queries_only=True)
+        assert all(x is y for x, y in zip(pair, some.visible(window, queries_only=True), strict=True))
+        for got, of_all, want in zip(pair, some.visible(window), whole.visible(window), strict=True):
+            assert torch.equal(of_all, want) and torch.equal(got, want[queries])

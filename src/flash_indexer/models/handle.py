@@ -22,6 +22,7 @@ from flash_indexer.models.packing import Packing, at_least_float32, causal_atten
 from flash_indexer.models.shared_indexers import LayerLoss, Operands, SharedOperands
 from flash_indexer.models.teacher import layer_kl
 from flash_indexer.models.verification import Verification
+from flash_indexer.ops.worklists import to_device
 from flash_indexer.parallel.mesh import Parallel
 
 Consumer = Callable[[LayerCapture], Tensor | None]
@@ -39,6 +40,11 @@ class IndexerHandle:
         teachers: "shared": an indexer learns from all layers that it serves; "own": from the one that has it.
         token_weight: weight of every token's KL in the loss; None means 1/T of each forward. Training sets it to
             1 / (tokens of the whole optimizer step over all ranks).
+        queries: int64 [R], ascending: the tokens of the next forwards, of this process's flattened batch, whose KL is
+            computed; the indexers' queries are formed of these alone, the others cost nothing. None means all. Losses
+            are means over them, and without a token_weight so is what is trained on. Where they are drawn so that
+            each token is among them with probability f, 1 / (f · tokens) as token_weight makes the loss an unbiased
+            estimate of that of all tokens.
         parallel: how sequence and heads are shared out over processes.
         attentions: the attention module of each layer that an indexer serves. description: which layers have
             indexers, and why others have none, in one line.
@@ -72,6 +78,7 @@ class IndexerHandle:
         self.index_dtype = index_dtype
         self.teacher_dtype = teacher_dtype
         self.token_weight: float | None = None
+        self.queries: Tensor | None = None
         self.observer: Callable[[LayerCapture], None] | None = None
         self._shared: dict[int, SharedOperands] = {}
         self._losses: dict[int, LayerLoss] = {}
@@ -79,6 +86,7 @@ class IndexerHandle:
         self._packing: Packing | None = None
         self._positions: Tensor | None = None
         self._verification = Verification()
+        self._weight: dict[int, Tensor] = {}
         self._seen: set[int] = set()
         self._runner: threading.Thread | None = None
         self._lock = threading.Lock()
@@ -97,7 +105,10 @@ class IndexerHandle:
         return any(isinstance(module, OwnIndexer) for module in self.indexers.values())
 
     def losses(self) -> dict[int, LayerLoss]:
-        """The mean KL of each indexer, and the uniform prediction's, in the last forward, by the layer that has it."""
+        """The mean KL of each indexer, and the uniform prediction's, in the last forward, over its `queries`.
+
+        By the layer that has the indexer; of several teachers the mean.
+        """
         return dict(self._losses)
 
     @contextmanager
@@ -180,7 +191,7 @@ class IndexerHandle:
             )
         check_call(module, inputs)
         positions = document_positions(inputs, tokens, self.parallel)
-        self._packing, self._positions = packing(positions, self.parallel), positions
+        self._packing, self._positions = packing(positions, self.parallel, self._checked_queries(positions)), positions
         self._losses, self._seen, self._shared = {}, set(), {}
         self._verification.begin(positions)
         several = bool((positions.diff(dim=1) != 1).any())
@@ -203,7 +214,7 @@ class IndexerHandle:
         """After the decoder, also where it raised: another thread may run it now."""
         if self._runner is threading.current_thread():
             self._runner = self._packing = self._positions = None
-            self._shared = {}
+            self._shared, self._weight = {}, {}
             self._verification.end()
 
     def end(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
@@ -240,9 +251,12 @@ class IndexerHandle:
                 f"attach: tp must be 1 for attention with sinks, got tp={self.parallel.tp}; use FSDP or cp"
             )
         out, lse = causal_attention(q, k, v, self._packing, form, parallel=self.parallel)
-        key_start, key_end = self._packing.visible(form.window, form.chunk)
+        key_start, key_end = self._packing.visible(form.window, form.chunk, queries_only=True)
+        queries = self._packing.queries
         wide = (lambda x: x.to(q.dtype)) if q.device.type == "cuda" else at_least_float32
         index_q, index_k, index_weights = self._operands(tap, wide, q.device)
+        if queries is not None:
+            q, lse = q[queries], lse[queries]
         capture = LayerCapture(
             tap.layer, wide(q), wide(k), wide(v), lse.to(index_weights.dtype), out,
             index_q, index_k, index_weights, form.softmax_scale, key_start, key_end, form.sinks, form.softcap,
@@ -265,9 +279,9 @@ class IndexerHandle:
         """The operands of the layer's indexer, made in this layer or in the earlier one that has it."""
         source = self.sources[tap.layer]
         if source == tap.layer:
-            assert self._positions is not None
+            assert self._packing is not None and self._positions is not None
             with torch.set_grad_enabled(self._consumer is None and self.indexers.training):
-                made = tap.operands(self.indexers[str(source)], wide, self._positions)
+                made = tap.operands(self.indexers[str(source)], wide, self._positions, self._packing.queries)
             teachers = len(self._served(source)) if self.teachers == "shared" else 1
             self._shared[source] = SharedOperands(made, teachers)
         return self._shared[source].for_layer(device)
@@ -282,10 +296,9 @@ class IndexerHandle:
         """The default consumer: the layer's KL and, in train() mode, its backward."""
         if self.observer is not None:
             self.observer(capture)
-        T, source = capture.q.shape[0], self.sources[capture.layer]
+        source = self.sources[capture.layer]
         shared = self._shared[source]
-        each = 1 / (T * self.parallel.cp) if self.token_weight is None else self.token_weight
-        weight = capture.index_weights.new_full((T,), each / shared.teachers)
+        weight = self._weights(capture, shared.teachers)
         with torch.enable_grad():
             loss, kl, entropy = layer_kl(
                 capture, target=self.target, token_weight=weight, parallel=self.parallel,
@@ -296,5 +309,34 @@ class IndexerHandle:
         visible = (capture.key_end - capture.key_start).to(kl.dtype).log()
         uniform = visible.view(-1, *[1] * (kl.ndim - 1)) - entropy
         operands = capture.index_q, capture.index_k, capture.index_weights
-        if (done := shared.add(operands, LayerLoss(kl.mean(), uniform.mean()))) is not None:
+        found = LayerLoss(*(x.mean() if x.numel() else x.sum() for x in (kl, uniform)))
+        if (done := shared.add(operands, found)) is not None:
             self._losses[source] = done
+
+    def _weights(self, capture: LayerCapture, teachers: int) -> Tensor:
+        """token_weight / teachers for each query, one tensor for all such layers: the operators read it once."""
+        like, known = capture.index_weights, self._weight.get(teachers)
+        if known is None or (known.device, known.dtype) != (like.device, like.dtype):
+            T = like.shape[0]
+            each = 1 / (max(T, 1) * self.parallel.cp) if self.token_weight is None else self.token_weight
+            self._weight[teachers] = known = like.detach().new_full((T,), each / teachers)
+        return known
+
+    def _checked_queries(self, positions: Tensor) -> Tensor | None:
+        """`queries` on the device of the batch, whose T tokens have these positions; None for a consumer of all."""
+        queries, T = self.queries, positions.numel()
+        if queries is None or self._consumer is not None:
+            return None
+        if queries.ndim != 1 or queries.dtype != torch.int64 or queries.device.type != "cpu":
+            raise ValueError(
+                f"attach: handle.queries must be int64 [R] on the CPU, got {queries.dtype} {list(queries.shape)} on "
+                f"{queries.device}; make it anew for each batch, or set it to None for all tokens"
+            )
+        if queries.numel() and not (
+            int(queries[0]) >= 0 and int(queries[-1]) < T and bool((queries[1:] > queries[:-1]).all())
+        ):
+            raise ValueError(
+                f"attach: handle.queries must ascend from 0 to at most {T - 1}, the last of the batch's tokens, got "
+                f"{queries[:3].tolist()} to {int(queries[-1])}; make it anew for each batch, or set it to None"
+            )
+        return to_device(queries, positions.device)

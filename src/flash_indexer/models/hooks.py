@@ -62,9 +62,11 @@ class LayerTap:
             undo.append(norm.register_forward_hook(uncompiled(self.read_residual)).remove)
         return undo
 
-    def operands(self, indexer: nn.Module, wide: Callable[[Tensor], Tensor], positions: Tensor) -> Operands:
+    def operands(
+        self, indexer: nn.Module, wide: Callable[[Tensor], Tensor], positions: Tensor, queries: Tensor | None
+    ) -> Operands:
         """The indexer's operands, of what was read in this forward, which is let go; `wide` casts it."""
-        made: Operands = indexer(*self.take_inputs(wide, positions))
+        made: Operands = indexer(*self.take_inputs(wide, positions), queries)
         return made
 
     def take_inputs(

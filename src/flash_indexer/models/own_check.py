@@ -28,7 +28,7 @@ def check_ranks(own: nn.Module, indexer: OwnIndexer, layer: int) -> None:
     hidden, residual, cos, sin, positions = inputs
     with torch.no_grad(), no_autocast(parameter.device.type):
         ranks = _ranks(own, inputs)
-        index_q, index_k, index_weights = indexer(hidden, residual, cos, sin, positions)
+        index_q, index_k, index_weights = indexer(hidden, residual, cos, sin, positions=positions)
         scores = (index_weights[..., None] * torch.einsum("tie,se->tis", index_q, index_k).relu()).sum(1)
     ordered = scores.gather(1, ranks)
     rises = (ordered[:, 1:] - ordered[:, :-1]).amax(1)

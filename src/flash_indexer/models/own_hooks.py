@@ -77,11 +77,13 @@ class OwnTap(LayerTap):
         B, L = selected.shape[:2]
         return inputs | {"prev_topk_indices": all_keys(B, L, min(L, QUERIES), selected.device)}
 
-    def operands(self, indexer: nn.Module, wide: Callable[[Tensor], Tensor], positions: Tensor) -> Operands:
+    def operands(
+        self, indexer: nn.Module, wide: Callable[[Tensor], Tensor], positions: Tensor, queries: Tensor | None
+    ) -> Operands:
         """The operands of the model's own scores, at the positions that the model gave its indexer."""
         if self.hidden is not None and self.positions is not None:
             positions = self.positions.expand(self.hidden.shape[:-1])
-        made: Operands = indexer(*self.take_inputs(wide, positions), positions=positions.flatten())
+        made: Operands = indexer(*self.take_inputs(wide, positions), queries, positions.flatten())
         return made
 
     def angles(self, positions: Tensor) -> tuple[Tensor, Tensor]:

@@ -81,7 +81,13 @@ class OwnIndexer(LightningIndexer):
             self.add_module(name, module)
 
     def forward(
-        self, hidden: Tensor, q_residual: Tensor | None, cos: Tensor, sin: Tensor, positions: Tensor | None = None
+        self,
+        hidden: Tensor,
+        q_residual: Tensor | None,
+        cos: Tensor,
+        sin: Tensor,
+        queries: Tensor | None = None,
+        positions: Tensor | None = None,
     ) -> Operands:
         """Operands of the index scores, as LightningIndexer's; the inputs are detached.
 
@@ -89,7 +95,7 @@ class OwnIndexer(LightningIndexer):
             positions: int [...], of every token in its document; read where queries are scaled by it.
         """
         if not hasattr(self, "q_input_norm"):
-            return super().forward(hidden, q_residual, cos, sin)
+            return super().forward(hidden, q_residual, cos, sin, queries)
         self._check(hidden, q_residual, cos, sin)
         assert positions is not None
         hidden, cos, sin = hidden.detach(), cos.detach(), sin.detach()
@@ -99,7 +105,8 @@ class OwnIndexer(LightningIndexer):
         with no_autocast(hidden.device.type):
             gain, bias = norm.weight.to(wide), norm.bias.to(wide)
             normed = F.layer_norm(hidden.to(wide), (self.hidden_size,), gain, bias, norm.eps).to(hidden.dtype)
-            index_q, index_k, index_weights = self.operands(hidden, normed, cos, sin)
+            index_q, index_k, index_weights = self.operands(hidden, normed, cos, sin, queries)
+            positions = positions if queries is None else positions[queries]
             gains = (positions + 1).to(wide).log().unsqueeze(-1) * scaling.scale.to(wide) + scaling.bias.to(wide)
             index_q = (index_q.to(wide) * gains.unsqueeze(-1)).to(hidden.dtype)
         return index_q, index_k, index_weights

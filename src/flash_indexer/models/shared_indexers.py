@@ -53,7 +53,10 @@ class SharedOperands:
         """
         self._losses.append(loss)
         if self.teachers > 1 and operands[0].requires_grad:
-            found = [cast(Tensor, x.grad).to(own.device) for x, own in zip(operands, self._operands, strict=True)]
+            found = [
+                (torch.zeros_like(x) if x.grad is None else x.grad).to(own.device)
+                for x, own in zip(operands, self._operands, strict=True)
+            ]
             before = self._gradients
             self._gradients = found if before is None else [a + b for a, b in zip(before, found, strict=True)]
         if len(self._losses) < self.teachers:
