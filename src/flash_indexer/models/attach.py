@@ -48,8 +48,8 @@ def attach(
 
     Batches are packed: no padding; documents restart position_ids at 0, or are said by cu_seq_lens_q, seq_idx or a mask
     of document numbers (flash_indexer.models.documents). Windows, chunks, sinks and softcap are respected. The first
-    forward compares every layer's mask and attention with the model's own (flash_indexer.models.verification). Call the model in eval() mode,
-    under torch.no_grad(), in one thread at a time. Autocast may be on; torch.compile leaves the attention as it is.
+    forward compares every layer's mask and attention with the model's own (flash_indexer.models.verification). Call
+    the model in eval() mode, under torch.no_grad(), in one thread at a time. Autocast may be on; torch.compile leaves the attention as it is.
 
     Args:
         model: a loaded causal language model. Its parameters stop requiring gradients until `remove()`.
