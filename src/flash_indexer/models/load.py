@@ -21,6 +21,7 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
+from flash_indexer.models.families import config_value
 from flash_indexer.models.weights import first_line, load_weights
 
 __all__ = ["EMBEDDED_MODEL", "load_model", "model_fingerprint"]
@@ -98,7 +99,7 @@ def model_fingerprint(model: PreTrainedModel) -> str:
     Call it on the bare model: submodules that were added to it are part of its state dict. Under a second for 135M
     parameters in float32 (540 MB). Raises ValueError for offloaded weights.
     """
-    config = {key: getattr(model.config, key, None) for key in FINGERPRINTED}
+    config = {key: config_value(model.config, key) for key in FINGERPRINTED}
     digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
     seen: set[int] = set()
     for name, tensor in sorted(model.state_dict(keep_vars=True).items()):
