@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 
+import pytest
 import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, GptOssConfig
 
+from flash_indexer.judge.fp8_check import fp8_check
 from flash_indexer.judge.teacher_check import teacher_errors
 from flash_indexer.models.attach import IndexerHandle, attach
 
@@ -33,3 +35,5 @@ def test_sinks_count_as_a_key() -> None:
     handle = attach(model, num_heads=2, head_dim=32)
     errors = teacher_errors(handle, dict(input_ids=torch.arange(20)[None], position_ids=torch.arange(20)[None]))
     assert list(errors) == [1] and errors[1] < 1e-5
+    with pytest.raises(ValueError, match="fp8_check: attention must have no sinks and no softcap, got layer 1 of one"):
+        fp8_check(handle, dict(input_ids=torch.arange(20)[None], position_ids=torch.arange(20)[None]))
