@@ -299,14 +299,8 @@ def page(verdicts: list[Verdict], version: str) -> str:
 
 def reason(text: str) -> str:
     """What is in the way, without the sentence before it."""
-    found = re.search(r"docs/models.md; got \w+?, whose layer \d+ (.*)", text)
-    if found is not None:
-        return found[1]
-    return (
-        "has no list of layers with attention of their own"
-        if "docs/models.md; got" in text
-        else text.removeprefix("attach: ")
-    )
+    found = re.search(r"docs/models.md; got .*? none can be a teacher \((.*)\)$", text)
+    return text.removeprefix("attach: ") if found is None else found[1]
 
 
 def table(titles: str, rows: list[list[str]]) -> list[str]:

@@ -14,7 +14,8 @@ from flash_indexer.models import handle, layer_mask, verification
 
 MOST_USED = (
     "llama", "qwen2", "qwen3", "qwen3_moe", "qwen3_next", "qwen3_5_text", "mistral", "mixtral", "gemma2", "gemma3_text",
-    "phi3", "gpt_oss", "deepseek_v2", "deepseek_v3", "glm4_moe", "olmo3", "granitemoehybrid", "smollm3", "minimax", "lfm2",
+    "phi3", "gpt_oss", "deepseek_v2", "deepseek_v3", "glm4_moe", "olmo3", "granitemoehybrid", "smollm3", "minimax",
+    "lfm2",
 )  # fmt: skip
 
 

@@ -261,7 +261,7 @@ def test_state_dict_names_and_round_trip(tiny: Tiny) -> None:
 def test_other_families_are_refused() -> None:
     config = BloomConfig(hidden_size=32, n_layer=2, n_head=2, vocab_size=VOCABULARY)
     model = AutoModelForCausalLM.from_config(config)
-    message = r"model must be one of .*docs/models.md; got BloomForCausalLM, whose layer 0 BloomAttention does not call"
+    message = r"model must be one of .*docs/models.md; got BloomForCausalLM, .* \(0-1: BloomAttention does not call"
     with pytest.raises(ValueError, match=message):
         attach(model)
     assert hooks(model) == 0 and all(parameter.requires_grad for parameter in model.parameters())

@@ -98,11 +98,11 @@ KINDS = {"sliding_attention": 50.0, "full_attention": 900.0}
     [
         (
             DiffLlamaConfig(**SIZES, num_hidden_layers=2),
-            "layer 0 DiffLlamaAttention subtracts one softmax from another: no distribution that could be learned",
+            "none can be a teacher .0-1: DiffLlamaAttention subtracts one softmax from another: no distribution",
         ),
         (
             GPTJConfig(n_embd=32, n_layer=2, n_head=2, vocab_size=61, rotary_dim=8),
-            "layer 0 GPTJAttention does not call the attention function that Transformers looks up by name",
+            "none can be a teacher .0-1: GPTJAttention does not call the attention function that",
         ),
     ],
     ids=["difference of softmaxes", "attention of its own"],

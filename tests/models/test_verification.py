@@ -151,13 +151,13 @@ def test_what_was_found_right_is_not_looked_at_again(tiny: Tiny, family: str, mo
 
 
 def test_the_first_tokens_stand_for_long_sequences(tiny: Tiny, family: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(verification, "QUERIES", 10)
+    monkeypatch.setattr(verification, "QUERIES", 11)
     model, used = tiny(family), []
     right = replay.difference
     monkeypatch.setattr(verification, "difference", lambda got, wanted: used.append(got.shape) or right(got, wanted))
     handle = attached(model)
     run(handle, torch.cat([IDS, IDS]), position_ids=PACKED)
-    assert used and all(shape[-2] == 10 for shape in used)
+    assert used and all(shape[-2] == 11 for shape in used)
     assert all(parameter.grad is not None for parameter in handle.indexers.parameters())
 
 

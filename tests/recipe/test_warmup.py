@@ -517,12 +517,13 @@ def test_settings_are_recorded(tmp_path: Path, train: Train, settings: Any) -> N
 def test_a_refused_model_leaves_nothing_and_the_right_one_runs_there(
     tmp_path: Path, train: Train, checkpoint: Path
 ) -> None:
-    """Refused at attach (no attention function), and at the first forward (a window that the mask alone has is hidden)."""
+    """Refused at attach (no attention function), and at the first forward (a window that the mask alone has is "
+    "hidden)."""
     tokenizer = AutoTokenizer.from_pretrained(checkpoint)
     config = BloomConfig(hidden_size=32, n_layer=2, n_head=2, vocab_size=len(tokenizer), eos_token_id=None)
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "bloom")
     tokenizer.save_pretrained(tmp_path / "bloom")
-    with pytest.raises(ValueError, match="got BloomForCausalLM, whose layer 0 BloomAttention does not call"):
+    with pytest.raises(ValueError, match="got BloomForCausalLM, .*0-1: BloomAttention does not call"):
         train(tmp_path / "run", model=str(tmp_path / "bloom"))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("flash_indexer.models.verification.difference", lambda got, wanted: (1.0, 0.5))

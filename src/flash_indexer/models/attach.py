@@ -20,7 +20,7 @@ from flash_indexer.models.families import FAMILIES, find_decoder, layer_device
 from flash_indexer.models.handle import IndexerHandle
 from flash_indexer.models.hooks import ATTENTION, TAP, LayerTap
 from flash_indexer.models.install import install
-from flash_indexer.models.layers import decoder_layers, input_width
+from flash_indexer.models.layers import DecoderLayers, by_reason, decoder_layers, spans
 from flash_indexer.models.options import check_arithmetic, check_target
 from flash_indexer.models.own_attach import OwnOptions, attach_own
 from flash_indexer.models.own_indexers import has_own_indexers
@@ -57,8 +57,9 @@ def attach(
 
     Batches are packed: no padding; documents restart position_ids at 0, or are said by cu_seq_lens_q, seq_idx or a mask
     of document numbers (flash_indexer.models.documents). Windows, chunks, sinks and softcap are respected. The first
-    forward compares every layer's mask and attention with the model's own (flash_indexer.models.verification). Call the model in eval() mode,
-    under torch.no_grad(), in one thread at a time. Autocast may be on; torch.compile leaves the attention as it is.
+    forward compares every layer's mask and attention with the model's own (flash_indexer.models.verification). Call
+    the model in eval() mode, under torch.no_grad(), in one thread at a time. Autocast may be on; torch.compile leaves
+    the attention as it is.
 
     Args:
         model: a loaded causal language model. Its parameters stop requiring gradients until `remove()`.
@@ -109,12 +110,13 @@ def attach(
         raise ValueError(f'attach: teachers must be left out with indexers="fresh", got {teachers!r}')
     if not found.attentions:
         raise ValueError(
-            f"attach: model must be one of the {FAMILIES}; got {type(model).__name__}"
-            + "".join(f", whose layer {layer} {obstacle}" for layer, obstacle in list(found.refused.items())[:1])
+            f"attach: model must be one of the {FAMILIES}; got {type(model).__name__}, of whose layers none can be a "
+            f"teacher ({by_reason(found.refused) or 'it has no list of layers with attention'})"
         )
     chosen = found.chosen(layers)
     check_rope(config, 1 if parallel is None else parallel.cp)
     _check_softcap(config, parallel or Parallel(), target)
+    _check_whole_sequences(model, decoder, found, parallel or Parallel())
     kinds = getattr(config, "layer_types", None) or []
     ropes = {n: rope_parameters(config, kinds[n] if len(kinds) == found.number else None) for n in chosen}
     mla = {n for n in chosen if hasattr(found.attentions[n], "kv_b_proj")}
@@ -137,8 +139,8 @@ def attach(
     for layer in chosen:
         device = layer_device(found.attentions[layer])
         modules[str(layer)] = LightningIndexer(
-            input_width(found.attentions[layer], config.hidden_size), num_heads=num_heads, head_dim=head_dim,
-            q_lora_rank=rank, rope_dim=rope_dim, rope_interleaved=False,
+            config.hidden_size, num_heads=num_heads, head_dim=head_dim, q_lora_rank=rank,
+            rope_dim=rope_dim, rope_interleaved=False,
         ).to(device)  # fmt: skip
         rotaries[layer] = None if own_rope else indexer_rotary(config, ropes[layer], rope_dim).to(device)
     handle = IndexerHandle(
@@ -147,6 +149,19 @@ def attach(
     )  # fmt: skip
     install(handle, found, lambda layer, module: LayerTap(handle.attend, layer, rotaries.get(layer)), ATTENTION)
     return handle
+
+
+def _check_whole_sequences(
+    model: PreTrainedModel, decoder: nn.Module, found: DecoderLayers, parallel: Parallel
+) -> None:
+    """Context parallelism hands keys round in attention alone: a state or convolution would begin anew in each part."""
+    convolves = any(isinstance(module, nn.Conv1d) for module in decoder.modules())
+    if parallel.cp > 1 and (found.refused or convolves):
+        mixed = f"layers {spans(list(found.refused))}" if found.refused else "convolutions"
+        raise ValueError(
+            f"attach: cp must be 1 for {type(model).__name__}, whose {mixed} mix tokens outside of attention, got "
+            f"cp={parallel.cp}; share the model out by FSDP alone"
+        )
 
 
 def _check_softcap(config: Any, parallel: Parallel, target: str) -> None:

@@ -24,6 +24,15 @@ def find_decoder(model: PreTrainedModel) -> Any:
     return inner[-1] if inner else None
 
 
+def config_value(config: Any, name: str) -> Any:
+    """A value of a config, None where it has none; of one with a value for each layer, the list of them."""
+    try:
+        return getattr(config, name, None)
+    except RuntimeError:  # Transformers' refusal to read one value of several
+        layers = config.per_layer_config
+        return [getattr(layers[n], name, None) for n in range(config.num_hidden_layers)]
+
+
 def has_head_projections(module: object) -> bool:
     """Whether a layer's self-attention has projections whose outputs are heads, by the names of GQA/MHA or MLA."""
     return isinstance(module, nn.Module) and (

@@ -289,7 +289,7 @@ class IndexerHandle:
     def verify(self, layer: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         """After a layer's attention module: whether it computes without the attachment what it does with it."""
         tap: LayerTap = module.__dict__[TAP]
-        self._verification.replay(layer, module, tap.replay_arguments(call_arguments(module, args, kwargs)))
+        self._verification.replay(layer, module, call_arguments(module, args, kwargs), tap.replay_arguments)
         tap.forget()
 
     def _loss(self, capture: LayerCapture) -> None:

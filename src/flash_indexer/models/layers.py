@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import operator
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import groupby
 from typing import Any, NamedTuple
 
@@ -49,15 +49,20 @@ class DecoderLayers(NamedTuple):
 
     def described(self, chosen: Sequence[int]) -> str:
         """One line: the layers that get indexers, and the others by what is in the way."""
-        without = {n: reason for n, reason in self.refused.items()}
+        without = dict(self.refused)
         without |= {n: "sees a window of keys" for n in self.attentions if n in self.local and n not in chosen}
         without |= {n: "not asked for" for n in self.attentions if n not in chosen and n not in without}
-        reasons: dict[str, list[int]] = {}
-        for layer in sorted(without):
-            reasons.setdefault(without[layer], []).append(layer)
-        others = "; ".join(f"{spans(numbers)}: {reason}" for reason, numbers in reasons.items())
+        others = by_reason(without)
         line = f"indexers on {len(chosen)} of {self.number} layers: {spans(chosen)}"
         return line if not others else f"{line} (none on {others})"
+
+
+def by_reason(without: Mapping[int, str]) -> str:
+    """0-2: a reason; 3: another one."""
+    reasons: dict[str, list[int]] = {}
+    for layer in sorted(without):
+        reasons.setdefault(without[layer], []).append(layer)
+    return "; ".join(f"{spans(numbers)}: {reason}" for reason, numbers in reasons.items())
 
 
 def spans(numbers: Sequence[int]) -> str:
@@ -78,6 +83,8 @@ def decoder_layers(decoder: Any, config: Any) -> DecoderLayers:
         kind = kinds[layer] if len(kinds) == len(found) else None
         candidates = [module for module in modules if _reads_the_decoder(blocks[layer], module)]
         obstacle = _obstacle(blocks[layer], modules, candidates, kind)
+        if obstacle is None and (width := input_width(candidates[0], config.hidden_size)) != config.hidden_size:
+            obstacle = f"reads states of width {width}, where the decoder's hidden_size is {config.hidden_size}"
         if obstacle is None and any(candidates[0] is other for n, other in callers if n != layer):
             obstacle = "shares its attention module with another layer"
         if obstacle is None:
@@ -144,6 +151,8 @@ def _obstacle(block: nn.Module, modules: list[nn.Module], candidates: list[nn.Mo
         return f"{type(module).__name__} selects or compresses keys by itself"
     if "position_bias" in _names_in(module):
         return f"{type(module).__name__} adds a learned bias to its logits"
+    if hasattr(module, "prepare_dynamic_mask"):
+        return f"{type(module).__name__} forms a mask of its own from its values"
     if hasattr(module, "lambda_q1"):
         return f"{type(module).__name__} subtracts one softmax from another: no distribution that could be learned"
     return None
@@ -152,6 +161,6 @@ def _obstacle(block: nn.Module, modules: list[nn.Module], candidates: list[nn.Mo
 def _name_of(block: nn.Module) -> str:
     """What stands in the place of attention: the class of the child that is named after it, or the layer's own."""
     for name, child in block.named_children():
-        if "attn" in name or "attention" in name or name == "mixer":
+        if ("attn" in name or "attention" in name) and not name.endswith("norm") and "Norm" not in type(child).__name__:
             return type(child).__name__
     return type(block).__name__

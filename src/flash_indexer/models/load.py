@@ -17,12 +17,12 @@ from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     AutoConfig,
     AutoTokenizer,
-    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 from transformers.utils import logging as transformers_logging
 
+from flash_indexer.models.families import config_value
 from flash_indexer.models.weights import first_line, load_weights, restore_indexers
 
 __all__ = ["EMBEDDED_MODEL", "load_model", "model_fingerprint"]
@@ -109,7 +109,7 @@ def model_fingerprint(model: PreTrainedModel, *, without: nn.Module | None = Non
     Args:
         without: a module whose parameters are left out, as those of the model's own indexers while they train.
     """
-    config = {key: _recorded(model.config, key) for key in FINGERPRINTED}
+    config = {key: config_value(model.config, key) for key in FINGERPRINTED}
     digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
     seen = set[int]() if without is None else {id(parameter) for parameter in without.parameters()}
     for name, tensor in sorted(model.state_dict(keep_vars=True).items()):
@@ -132,15 +132,6 @@ def model_fingerprint(model: PreTrainedModel, *, without: nn.Module | None = Non
         )
         digest.update(raw.numpy().data)
     return digest.hexdigest()
-
-
-def _recorded(config: PreTrainedConfig, key: str) -> object:
-    """A config's value; what is saved of it, where layers have different ones and the config refuses to be asked."""
-    try:
-        return getattr(config, key, None)
-    except RuntimeError:
-        saved = config.to_dict()
-        return [saved.get(key), saved.get("per_layer_config")]
 
 
 def _embedded_directory() -> Path:

@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import nn
 
+from flash_indexer.models.families import config_value
 from flash_indexer.ops.quantization import check_rotation
 from flash_indexer.parallel.mesh import Parallel
 
@@ -21,7 +22,7 @@ def check_target(target: str, num_heads: int, source: Any, parallel: Parallel | 
         raise ValueError(f'attach: target="per_head" has no sum over heads to share out, got tp={parallel.tp}; use cp')
     if target != "per_head":
         return
-    heads = source.num_heads if isinstance(source, nn.Module) else source.num_attention_heads
+    heads = source.num_heads if isinstance(source, nn.Module) else config_value(source, "num_attention_heads")
     if num_heads != heads:
         raise ValueError(f'attach: target="per_head" needs num_heads = {heads}, the model\'s, got {num_heads}')
 

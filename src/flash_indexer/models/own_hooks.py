@@ -19,7 +19,6 @@ from flash_indexer.models.hooks import Attend, LayerTap, attention, uncompiled
 from flash_indexer.models.layer_mask import LayerMask, layer_mask
 from flash_indexer.models.own_indexers import own_indexer
 from flash_indexer.models.shared_indexers import Operands
-from flash_indexer.models.verification import QUERIES
 
 OWN_ATTENTION = "lightning_indexer_own_teacher"
 """The name of the registered functions for models with indexers of their own."""
@@ -75,7 +74,7 @@ class OwnTap(LayerTap):
         if not isinstance(selected, Tensor):
             return inputs
         B, L = selected.shape[:2]
-        return inputs | {"prev_topk_indices": all_keys(B, L, min(L, QUERIES), selected.device)}
+        return inputs | {"prev_topk_indices": all_keys(B, L, L, selected.device)}
 
     def operands(
         self, indexer: nn.Module, wide: Callable[[Tensor], Tensor], positions: Tensor, queries: Tensor | None

@@ -3,30 +3,52 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
+from flash_indexer.indexer import no_autocast
 from flash_indexer.models.layer_mask import LayerMask
 
 TOLERANCE, LOW_TOLERANCE = 1e-3, 0.06
 """Largest rms difference of outputs and probabilities, over their own rms: in float32 (in which eager attention forms
-probabilities of float64 logits too), and in 16-bit dtypes, to which it rounds logits and probabilities."""
+probabilities of float64 logits too), and in 16-bit dtypes, to which probabilities and outputs are rounded."""
 CACHES = ("past_key_values", "past_key_value", "layer_past", "cache_params")
 
 
 @contextmanager
 def attention_function(module: nn.Module, name: str) -> Iterator[None]:
-    """The attention function of that name in one module."""
+    """The attention function of that name in one module; eager's logits of 16-bit queries in float32."""
     config: Any = module.config
     before = config._attn_implementation
     config._attn_implementation = name
     try:
-        yield
+        with Float32Logits() if name == "eager" else nullcontext():
+            yield
     finally:
         config._attn_implementation = before
+
+
+class Float32Logits(TorchFunctionMode):
+    """Products of [n, D] queries and [D, n] keys in float32, where eager attention would round them to 16 bits.
+
+    A logit of 100 is rounded by up to a quarter there, and a probability by as large a part of itself. n must be odd: D
+    is even, so that no product with values is taken for one with keys.
+    """
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func not in (torch.matmul, Tensor.matmul, Tensor.__matmul__) or len(args) != 2 or args[1].ndim < 4:
+            return func(*args, **(kwargs or {}))
+        a, b = args
+        with no_autocast(a.device.type):
+            product = torch.matmul(a.float(), b.float())
+        logits = a.shape[-1] % 2 == 0 and product.shape[-1] == product.shape[-2]
+        return product if logits else product.to(b.dtype)
 
 
 def shortened(value: Any, length: int, n: int) -> Any:

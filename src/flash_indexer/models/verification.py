@@ -8,7 +8,7 @@ more on the first tokens of the same hidden states, once attached and once with 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -92,17 +92,23 @@ class Verification:
         )
 
     @torch.no_grad()
-    def replay(self, layer: int, module: nn.Module, inputs: dict[str, Any]) -> None:
+    def replay(
+        self,
+        layer: int,
+        module: nn.Module,
+        inputs: dict[str, Any],
+        change: Callable[[dict[str, Any]], dict[str, Any]] = dict,
+    ) -> None:
         """Runs a layer's attention module on the first tokens, attached and eager, and compares the two.
 
-        inputs: the module's arguments in the forward, by name.
+        inputs: the module's arguments in the forward, by name. change: what is done to those of the first tokens.
         """
         if self._batch is None or self.replaying or self._failures:
             return
         positions = self._batch.positions
-        n = min(positions.shape[1], QUERIES)
+        n = (min(positions.shape[1], QUERIES) - 1) // 2 * 2 + 1  # odd, see Float32Logits
         self._short = packing(positions[:1, :n])
-        short = shortened(inputs, positions.shape[1], n)
+        short = change(shortened(inputs, positions.shape[1], n))
         self.replaying = True
         try:
             attached = first_output(module.forward(**short))
