@@ -354,6 +354,7 @@ def test_resume_with_the_recorded_layers_is_no_conflict(warmup: Any) -> None:
         (["--index-dtype", "int8"], r'error warmup: index_dtype must be none, "fp8" or "fp8_unrotated", got \'int8\''),
         (["--teacher-dtype", "bf16"], r'error warmup: teacher_dtype must be none or "fp8", got \'bf16\''),
         (["--index-dtype", "fp8", "--head-dim", "24", "--rope-dim", "8"], "error attach: index_dtype=.* power of two"),
+        (["--queries", "2"], "error warmup: queries must be above 0 and at most 1"),
         (["--decay", "linear"], "error warmup: decay must be"),
         (["--steps", "0"], "error warmup: steps must be at least 1"),
         (["--sequence-length", "100000"], "error pack: one sequence needs"),

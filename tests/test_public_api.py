@@ -19,7 +19,7 @@ INDEX_OPERANDS = "index_q, index_k, index_weights"
 SIGNATURES = {
     "IndexerKL": "(loss, kl, entropy)",
     "LightningIndexer": "(hidden_size, *, num_heads, head_dim, q_lora_rank=None, rope_dim, rope_interleaved)",
-    "LightningIndexer.forward": "(self, hidden, q_residual, cos, sin)",
+    "LightningIndexer.forward": "(self, hidden, q_residual, cos, sin, queries=None)",
     "causal_intervals": "(cu_seqlens_q, cu_seqlens_k=None)",
     "check_intervals": "(key_start, key_end, num_keys)",
     "indexer_kl": f"(q, k, {INDEX_OPERANDS}, *, softmax_scale, key_start, key_end, lse=None, target='mean', "

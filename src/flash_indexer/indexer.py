@@ -116,7 +116,7 @@ class LightningIndexer(nn.Module):
         self.k_norm.reset_parameters()
 
     def forward(
-        self, hidden: Tensor, q_residual: Tensor | None, cos: Tensor, sin: Tensor
+        self, hidden: Tensor, q_residual: Tensor | None, cos: Tensor, sin: Tensor, queries: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Operands of the index scores, by the formulas of the class.
 
@@ -131,15 +131,19 @@ class LightningIndexer(nn.Module):
             cos: [..., rope_dim], leading dims equal to hidden's or broadcasting to them, any float dtype; as
                 cat(angles, angles) for both rope layouts, the form of Transformers' rotary embeddings.
             sin: like cos.
+            queries: int64 [R], the tokens of hidden [T, hidden_size] whose index_q and index_weights are wanted; None
+                means all. Keys are those of all tokens.
 
         Returns:
             index_q [..., I, E] and index_k [..., E] in hidden's dtype, and index_weights [..., I], with
-            I^-0.5 · E^-0.5 multiplied in, in float32 (float64 where hidden is float64).
+            I^-0.5 · E^-0.5 multiplied in, in float32 (float64 where hidden is float64). With queries index_q is
+            [R, I, E] and index_weights [R, I].
 
         Raises:
             ValueError: a shape, dtype or device does not fit, or q_residual is missing or unexpected.
         """
         self._check(hidden, q_residual, cos, sin)
+        _check_queries(hidden, queries)
         hidden, cos, sin = hidden.detach(), cos.detach(), sin.detach()
         x = hidden if q_residual is None else q_residual.detach()
         dtype = hidden.dtype
@@ -147,18 +151,23 @@ class LightningIndexer(nn.Module):
         # The first half of cat(angles, angles) has each pair's angle once: all that either layout needs.
         cos = cos[..., : self.rope_dim // 2].to(wide)
         sin = sin[..., : self.rope_dim // 2].to(wide)
+        turn_q, asking = (cos, sin), hidden
+        if queries is not None:
+            x, asking = x[queries], hidden[queries]
+            cos_q, sin_q = (angle.expand(len(hidden), -1)[queries] for angle in turn_q)
+            turn_q = (cos_q, sin_q)
 
         with no_autocast(hidden.device.type):
             index_q = F.linear(x, self.wq_b.weight.to(dtype))
             index_q = torch.unflatten(index_q, -1, (self.num_heads, self.head_dim))
-            index_q = self._rope(index_q, cos.unsqueeze(-2), sin.unsqueeze(-2))
+            index_q = self._rope(index_q, *(angle.unsqueeze(-2) for angle in turn_q))
 
             gain, bias = self.k_norm.weight.to(wide), self.k_norm.bias.to(wide)
             index_k = F.linear(hidden, self.wk.weight.to(dtype)).to(wide)
             index_k = F.layer_norm(index_k, (self.head_dim,), gain, bias, self.k_norm.eps)
             index_k = self._rope(index_k, cos, sin).to(dtype)
 
-            index_weights = F.linear(hidden.to(wide), self.weights_proj.weight.to(wide))
+            index_weights = F.linear(asking.to(wide), self.weights_proj.weight.to(wide))
             index_weights = index_weights * (self.num_heads**-0.5 * self.head_dim**-0.5)
         return index_q, index_k, index_weights
 
@@ -220,6 +229,20 @@ class LightningIndexer(nn.Module):
             f"hidden_size={self.hidden_size}, num_heads={self.num_heads}, head_dim={self.head_dim}, "
             f"q_lora_rank={self.q_lora_rank}, rope_dim={self.rope_dim}, "
             f"rope_interleaved={self.rope_interleaved}"
+        )
+
+
+def _check_queries(hidden: Tensor, queries: Tensor | None) -> None:
+    if queries is None:
+        return
+    if queries.ndim != 1 or queries.dtype != torch.int64:
+        raise ValueError(
+            f"LightningIndexer: queries must be int64 [R], got {queries.dtype} {list(queries.shape)}; pass the numbers "
+            "of tokens, mask.nonzero()[:, 0] for a mask"
+        )
+    if hidden.ndim != 2:
+        raise ValueError(
+            f"LightningIndexer: queries need hidden of [T, hidden_size], got {list(hidden.shape)}; flatten its tokens"
         )
 
 

@@ -58,14 +58,18 @@ def rounded(x: Tensor, rotation: bool = False) -> Tensor:
 
 
 def worst_eager(x: Inputs, right: Result, **options) -> Result:
-    """Each element from that one of a few orders of the columns which errs most there."""
+    """Each element from that one of a few evaluations which errs most there.
+
+    They differ in the order of the columns, and in a factor that the scores have while they are rounded: products of
+    few bits are exact in any order.
+    """
     generator, worst = torch.Generator().manual_seed(0), None
     for n in range(ORDERS):
         orders = [
             torch.arange(w) if n == 0 else torch.randperm(w, generator=generator)
             for w in (x.q.shape[-1], x.index_q.shape[-1])
         ]
-        other = eager(x, *(order.to(x.q.device) for order in orders), **options)
+        other = eager(x, *(order.to(x.q.device) for order in orders), 1 + n / ORDERS, **options)
         if worst is None:
             worst = other
         errors = [[(a.double() - t).abs() for a, t in zip(r, right, strict=True)] for r in (worst, other)]
@@ -73,8 +77,8 @@ def worst_eager(x: Inputs, right: Result, **options) -> Result:
     return worst
 
 
-def eager(x: Inputs, d: Tensor, e: Tensor, *, index_dtype, teacher_dtype, lse, weight, d_loss) -> Result:
-    """One evaluation, with the columns of q, k and of rounded index_q, index_k in these orders."""
+def eager(x: Inputs, d: Tensor, e: Tensor, factor: float, *, index_dtype, teacher_dtype, lse, weight, d_loss) -> Result:
+    """One evaluation, with the columns of q, k and of rounded index_q, index_k in these orders, scores by factor."""
     start, end, low = x.key_start, x.key_end, torch.bfloat16
     visible, seen = reference.visible_keys(start, end, x.k.shape[0]), end > start
     if teacher_dtype:
@@ -96,7 +100,7 @@ def eager(x: Inputs, d: Tensor, e: Tensor, *, index_dtype, teacher_dtype, lse, w
         index_q, index_k = x.index_q.float(), x.index_k.float()
         formed = torch.einsum("tie,se->tis", index_q, index_k)
     w = x.index_weights
-    scores = (w[..., None] * formed.relu()).sum(1)
+    scores = ((factor * w)[..., None] * formed.relu()).sum(1) / factor
     log_softmax = scores.masked_fill(~visible, torch.finfo(torch.float32).min).log_softmax(-1)
     kl = (torch.xlogy(p, p) - p * log_softmax.masked_fill(p == 0, 0.0)).sum(-1) * seen
     weight = seen.float() / seen.sum().clamp_min(1) if weight is None else weight

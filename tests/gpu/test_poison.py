@@ -13,6 +13,8 @@ pytestmark = pytest.mark.gpu
 CASES = {
     "smollm2": (KernelClass(64, 64, 8), dict(H=9, G=3, I=8), "mean"),
     "deepseek": (KernelClass(576, 128, 64), dict(H=16, G=1, I=64), "mean"),
+    "e4m3": (KernelClass(192, 64, 8), dict(H=6, G=3, I=7), "mean"),
+    "e4m3, deepseek": (KernelClass(576, 128, 64), dict(H=16, G=1, I=64), "mean"),
     "padded heads": (KernelClass(128, 32, 64), dict(H=8, G=4, I=37), "mean"),
     "per_head": (KernelClass(128, 64, 8), dict(H=12, G=3, I=12), "per_head"),
     "per_head, rows to spare": (KernelClass(80, 32, 8), dict(H=10, G=2, I=10), "per_head"),
@@ -49,7 +51,8 @@ def clean(problem, measure, case, layout):
 def options(case: str, x: Inputs) -> dict[str, object]:
     target = CASES[case][2]
     lse = x.lse if case == "deepseek" else None
-    return dict(target=target, lse=lse, token_weight=x.token_weight, workspace_bytes=3 * 2**20)
+    rounded = dict(index_dtype="fp8", teacher_dtype="fp8") if case.startswith("e4m3") else {}
+    return dict(target=target, lse=lse, token_weight=x.token_weight, workspace_bytes=3 * 2**20, **rounded)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

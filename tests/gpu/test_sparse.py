@@ -11,6 +11,7 @@ from torch import Tensor
 
 from flash_indexer import DSAAttention, dsa_attention, reference
 from flash_indexer.ops import top_keys
+from flash_indexer.ops.sparse import gpu_body
 from flash_indexer.testing import SHAPES, Inputs, Shape, assert_close, make_inputs
 from flash_indexer.testing.sparse import eager_dsa, make_values, reference_dsa, selection_mask
 
@@ -66,6 +67,27 @@ def test_against_float64(heads: str, topk: int, kl: str) -> None:
         if value.dtype == torch.float32:  # no row has a rounding of its output that its few numbers could hide behind
             tensors = tuple(y.flatten() for y in tensors)
         assert_close(name, *tensors)
+
+
+@pytest.mark.parametrize("kl", ["forward", "backward"])
+@pytest.mark.parametrize("H", [32, 96])
+def test_the_absorbed_form_runs_its_kernels(H: int, kl: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+    for name in ("latent_attention", "latent_gradients"):
+        kernel = getattr(gpu_body, name)
+        monkeypatch.setattr(
+            gpu_body, name, lambda *a, name=name, kernel=kernel, **o: calls.append(name) or kernel(*a, **o)
+        )
+    x, v, d_out = problem(replace(LONG, H=H, G=1, D=576), -512)
+    result, gradients = step(x, v, d_out, topk=40, kl=kl, deterministic=False)
+    assert sorted(calls) == ["latent_attention", "latent_gradients"]
+    selected = selection_mask(result.selection, len(x.k))
+    options = dict(d_out=d_out, value_dim=512, token_weight=x.token_weight, d_loss=D_LOSS)
+    truth, eager = reference_dsa(x, v, selected, **options), eager_dsa(x, v, selected, **options)
+    for name, value in dict(out=result.out, lse=result.lse, kl=result.kl, **gradients).items():
+        if value is not None:
+            tensors = value, getattr(truth, name), getattr(eager, name)
+            assert_close(name, *(y.flatten() if value.dtype == torch.float32 else y for y in tensors))
 
 
 @pytest.mark.parametrize("topk, always", [(7, (0, 0)), (40, (2, 3)), (1000, (0, 0))])

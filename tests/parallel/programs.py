@@ -95,13 +95,15 @@ def answer(x: Inputs, function: Any, d_loss: float, wanted: tuple[bool, ...] = (
     return [value if value is None else value.detach().cpu() for value in (*result, *(leaf.grad for leaf in leaves))]
 
 
-def given(x: Inputs, lse: bool, weighted: bool) -> dict[str, Any]:
-    return dict(lse=x.lse if lse else None, token_weight=x.token_weight if weighted else None)
+def given(x: Inputs, lse: bool, weighted: bool, positive: bool = False) -> dict[str, Any]:
+    """positive: rows whose weight is negative get none, so that about half of each rank's are left out."""
+    weight = x.token_weight.clamp(min=0) if positive else x.token_weight
+    return dict(lse=x.lse if lse else None, token_weight=weight if weighted or positive else None)
 
 
 def context(
     groups: dict[str, Any], *, which: str, layout: str, shape: Shape, seed: int, dtype: torch.dtype, d_loss: float,
-    lse: bool = False, weighted: bool = False, wide: bool = False, **options: Any,
+    lse: bool = False, weighted: bool = False, wide: bool = False, positive: bool = False, **options: Any,
 ) -> Any:  # fmt: skip
     """Context parallel on group "2" or "4", or with tensor parallel on "mesh"."""
     x = problem(groups, shape, seed, dtype)
@@ -116,21 +118,20 @@ def context(
     before = context_module.WIDE_BYTES
     context_module.WIDE_BYTES = 0 if wide else before
     try:
-        return answer(
-            x, context_parallel_indexer_kl, d_loss, group=group, layout=layout, **given(x, lse, weighted), **options
-        )
+        weights = given(x, lse, weighted, positive)
+        return answer(x, context_parallel_indexer_kl, d_loss, group=group, layout=layout, **weights, **options)
     finally:
         context_module.WIDE_BYTES = before
 
 
 def tensor(
     groups: dict[str, Any], *, which: str, shape: Shape, seed: int, dtype: torch.dtype, d_loss: float,
-    lse: bool = False, weighted: bool = False, **options: Any,
+    lse: bool = False, weighted: bool = False, positive: bool = False, **options: Any,
 ) -> Any:  # fmt: skip
     group = groups[which]
     x = problem(groups, shape, seed, dtype)
     x = some_heads(x, dist.get_rank(group), dist.get_world_size(group))
-    return answer(x, tensor_parallel_indexer_kl, d_loss, group=group, **given(x, lse, weighted), **options)
+    return answer(x, tensor_parallel_indexer_kl, d_loss, group=group, **given(x, lse, weighted, positive), **options)
 
 
 def gather(groups: dict[str, Any], *, which: str, layout: str, length: int) -> Any:
@@ -152,6 +153,15 @@ def padded(groups: dict[str, Any], *, which: str, layout: str, shape: Shape, see
         context_positions(length, dist.get_world_size(group), dist.get_rank(group), layout=layout),
     )
     return answer(x, context_parallel_indexer_kl, 1.0, group=group, layout=layout)
+
+
+def some_rows(groups: dict[str, Any], *, which: str, layout: str, shape: Shape, seed: int, of: int) -> Any:
+    """Each rank hands over its first `of` · rank queries alone, the first rank none, and all its keys."""
+    group, x = groups[which], make_inputs(shape, seed=seed, dtype=torch.float64)
+    rank = dist.get_rank(group)
+    x = shard(x, context_positions(shape.T, dist.get_world_size(group), rank, layout=layout))
+    x = replace(x, **{name: getattr(x, name)[: of * rank] for name in PER_TOKEN})
+    return answer(x, context_parallel_indexer_kl, 1.0, group=group, layout=layout, token_weight=x.token_weight)
 
 
 def blind(groups: dict[str, Any], *, which: str, function: str) -> Any:

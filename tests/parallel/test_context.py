@@ -10,7 +10,7 @@ import torch
 
 from flash_indexer import indexer_kl
 from flash_indexer.parallel import context_positions
-from flash_indexer.testing import Result, Shape, make_inputs
+from flash_indexer.testing import Result, Shape, make_inputs, reference_indexer_kl
 
 # documents of length 1, queries that see nothing, odd lengths; 80 tokens divide into 4 and 8 pieces
 PACKED = Shape(((1, 1), (33, 29), (5, 0), (1, 1), (27, 36), (13, 13)), H=6, G=3, D=16, I=5, E=32)
@@ -63,6 +63,37 @@ def test_context_and_tensor_parallel(ranks: Any, judge: Any, layout: str, target
     for first, second in (parts[:2], parts[2:]):
         assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True)), "ranks of a tensor group differ"
     judge(join(parts[::2], 2, layout, PACKED.T), PACKED, **COMMON, **options)
+
+
+@pytest.mark.parametrize("target", ["mean", "sum_logits"])
+@pytest.mark.parametrize(("world", "which"), [(2, "2"), (4, "4"), (4, "mesh")])
+def test_each_rank_leaves_out_its_rows_of_weight_zero(ranks: Any, world: int, which: str, target: str) -> None:
+    call: dict[str, Any] = dict(which=which, layout="zigzag", shape=PACKED, dtype=torch.float64, target=target)
+    parts = ranks.call("context", world, positive=True, **call, **FIXED)
+    parts = parts[::2] if which == "mesh" else parts  # the ranks of a tensor group have the same
+    got = join(parts, len(parts), "zigzag", PACKED.T)
+    x = make_inputs(PACKED, seed=COMMON["seed"], dtype=torch.float64)
+    weight = x.token_weight.clamp(min=0)
+    truth = reference_indexer_kl(x, target=target, token_weight=weight, d_loss=COMMON["d_loss"])
+    truth = truth._replace(kl=truth.kl * (weight != 0), entropy=truth.entropy * (weight != 0))
+    for name, mine, expected in zip(Result._fields, got, truth, strict=True):
+        torch.testing.assert_close(mine, expected, rtol=1e-10, atol=1e-13, msg=name)
+
+
+@pytest.mark.parametrize("layout", ["zigzag", "contiguous"])
+def test_ranks_may_hold_any_number_of_queries(ranks: Any, layout: str) -> None:
+    parts = ranks.call("some_rows", 4, which="4", layout=layout, shape=PACKED, seed=5, of=6)
+    x = make_inputs(PACKED, seed=5, dtype=torch.float64)
+    rows = torch.cat([context_positions(PACKED.T, 4, rank, layout=layout)[: 6 * rank] for rank in range(4)])
+    weight = torch.zeros_like(x.token_weight)
+    weight[rows] = x.token_weight[rows]
+    truth = reference_indexer_kl(x, token_weight=weight)
+    d_index_k = torch.cat([part[4] for part in parts])
+    order = torch.cat([context_positions(PACKED.T, 4, rank, layout=layout) for rank in range(4)])
+    torch.testing.assert_close(d_index_k, truth.d_index_k[order], rtol=1e-10, atol=1e-13)
+    for n, expected in ((1, truth.kl), (3, truth.d_index_q), (5, truth.d_index_weights)):
+        torch.testing.assert_close(torch.cat([part[n] for part in parts]), expected[rows], rtol=1e-10, atol=1e-13)
+    assert all(torch.allclose(part[0], truth.loss, rtol=1e-12) for part in parts)
 
 
 @pytest.mark.parametrize(("world", "which"), [(2, "2"), (4, "4"), (4, "mesh")])

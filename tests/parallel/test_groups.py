@@ -86,7 +86,7 @@ def test_a_second_backward_is_refused(ranks: Any, function: str) -> None:
 @pytest.mark.parametrize(
     ("function", "options", "expected"),
     [
-        ("context", dict(rows=7), "ValueError: context_parallel_indexer_kl: q must have a multiple of 2 rows on each"),
+        ("context", dict(rows=7), "ValueError: context_parallel_indexer_kl: k must have a multiple of 2 rows on each"),
         ("context", dict(layout="ring"), "layout must be one of 'zigzag', 'contiguous', got 'ring'"),
         (
             "context",

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from flash_indexer import indexer_kl
-from flash_indexer.testing import SHAPES, Result, Shape, make_inputs
+from flash_indexer.testing import SHAPES, Result, Shape, make_inputs, reference_indexer_kl
 
 COMMON: dict[str, Any] = dict(seed=5, d_loss=0.6)
 WIDE = Shape(((37, 37), (1, 1), (6, 0), (29, 41)), H=8, G=4, D=16, I=5, E=32)
@@ -38,6 +38,18 @@ def test_without_lse_in_float64_whatever_the_chunks(ranks: Any, judge: Any, work
     options: dict[str, Any] = dict(dtype=torch.float64, lse=False, weighted=True, target="mean")
     call = dict(which="4", shape=WIDE, workspace_bytes=workspace, **COMMON)
     judge(same(ranks.call("tensor", 4, **call, **options)), WIDE, **COMMON, **options)
+
+
+@pytest.mark.parametrize("target", ["mean", "sum_logits"])
+def test_rows_of_weight_zero_are_left_out(ranks: Any, target: str) -> None:
+    call = dict(which="4", shape=WIDE, workspace_bytes=2**13, dtype=torch.float64, target=target, **COMMON)
+    got = same(ranks.call("tensor", 4, positive=True, **call))
+    x = make_inputs(WIDE, seed=COMMON["seed"], dtype=torch.float64)
+    weight = x.token_weight.clamp(min=0)
+    truth = reference_indexer_kl(x, target=target, token_weight=weight, d_loss=COMMON["d_loss"])
+    truth = truth._replace(kl=truth.kl * (weight != 0), entropy=truth.entropy * (weight != 0))
+    for name, mine, expected in zip(Result._fields, got, truth, strict=True):
+        torch.testing.assert_close(mine, expected, rtol=1e-10, atol=1e-13, msg=name)
 
 
 @pytest.mark.parametrize("index_dtype", ["fp8", "fp8_unrotated"])

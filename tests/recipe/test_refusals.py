@@ -144,6 +144,10 @@ def test_the_longer_run_is_the_recorded_one() -> None:
         (dict(rope_dim=-2), "warmup: rope_dim must be positive and finite, got -2"),
         (dict(warmup_steps=-1), "warmup: warmup_steps must not be negative, got -1"),
         (dict(clip=0), "warmup: clip must be positive, got 0; leave it out"),
+        (dict(queries=0), r"warmup: queries must be above 0 and at most 1 \(all of them\), got 0"),
+        (dict(queries=1.5), "warmup: queries must be above 0 and at most 1"),
+        (dict(queries="half"), "warmup: queries must be a number, got 'half'"),
+        (dict(queries=0.05, sequence_length=10), "queries must leave one of the 10 tokens .*, at least 0.1, got 0.05"),
         (dict(target="median"), 'warmup: target must be "mean", "per_head" or "sum_logits", got \'median\''),
     ],
 )

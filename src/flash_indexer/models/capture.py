@@ -30,7 +30,8 @@ class LayerCapture:
     """One attached layer's attention in one forward, batch rows flattened into T tokens (S = T).
 
     Shapes by the legend of docs/math.md. Context parallelism: q, k, v and the index tensors are this process's tokens,
-    key_start and key_end count all keys. Tensor parallelism: q, k, v, lse and out are this process's heads.
+    key_start and key_end count all keys. Tensor parallelism: q, k, v, lse and out are this process's heads. Where the
+    loss is computed of some queries alone, T counts these, but for out, which is all tokens'.
     """
 
     layer: int

@@ -20,6 +20,7 @@ from flash_indexer.models.layers import DecoderLayers
 from flash_indexer.models.packing import Packing, at_least_float32, causal_attention, packing
 from flash_indexer.models.teacher import layer_kl
 from flash_indexer.models.verification import Verification
+from flash_indexer.ops.worklists import to_device
 from flash_indexer.parallel.mesh import Parallel
 
 Consumer = Callable[[LayerCapture], Tensor | None]
@@ -42,6 +43,11 @@ class IndexerHandle:
         layers: attached layers, ascending. target: see `flash_indexer.indexer_kl`.
         token_weight: weight of every token's KL in the loss; None means 1/T of each forward. Training sets it to
             1 / (tokens of the whole optimizer step over all ranks).
+        queries: int64 [R], ascending: the tokens of the next forwards, of this process's flattened batch, whose KL is
+            computed; the indexers' queries are formed of these alone, the others cost nothing. None means all. Losses
+            are means over them, and without a token_weight so is what is trained on. Where they are drawn so that
+            each token is among them with probability f, 1 / (f · tokens) as token_weight makes the loss an unbiased
+            estimate of that of all tokens.
         parallel: how sequence and heads are shared out over processes.
         attentions: each attached layer's attention module. description: which layers are attached, and why others
             are not, in one line.
@@ -71,12 +77,14 @@ class IndexerHandle:
         self.index_dtype = index_dtype
         self.teacher_dtype = teacher_dtype
         self.token_weight: float | None = None
+        self.queries: Tensor | None = None
         self.observer: Callable[[LayerCapture], None] | None = None
         self._losses: dict[int, LayerLoss] = {}
         self._consumer: Consumer | None = None
         self._packing: Packing | None = None
         self._positions: Tensor | None = None
         self._verification = Verification()
+        self._weight: Tensor | None = None
         self._seen: set[int] = set()
         self._runner: threading.Thread | None = None
         self._lock = threading.Lock()
@@ -90,7 +98,7 @@ class IndexerHandle:
         )
 
     def losses(self) -> dict[int, LayerLoss]:
-        """Each attached layer's mean KL, and the uniform prediction's, in the last forward."""
+        """Each attached layer's mean KL, and the uniform prediction's, in the last forward, over its `queries`."""
         return dict(self._losses)
 
     @contextmanager
@@ -173,7 +181,8 @@ class IndexerHandle:
             )
         check_call(module, inputs)
         positions = document_positions(inputs, tokens, self.parallel)
-        self._packing, self._positions = packing(positions, self.parallel), positions
+        self._packing = packing(positions, self.parallel, self._checked_queries(positions))
+        self._positions = positions
         self._losses, self._seen = {}, set()
         self._verification.begin(positions)
         several = bool((positions.diff(dim=1) != 1).any())
@@ -195,7 +204,7 @@ class IndexerHandle:
     def release(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         """After the decoder, also where it raised: another thread may run it now."""
         if self._runner is threading.current_thread():
-            self._runner = self._packing = self._positions = None
+            self._runner = self._packing = self._positions = self._weight = None
             self._verification.end()
 
     def end(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
@@ -237,14 +246,17 @@ class IndexerHandle:
                 f"attach: tp must be 1 for attention with sinks, got tp={self.parallel.tp}; use FSDP or cp"
             )
         out, lse = causal_attention(q, k, v, self._packing, form, parallel=self.parallel)
-        key_start, key_end = self._packing.visible(form.window, form.chunk)
+        key_start, key_end = self._packing.visible(form.window, form.chunk, queries_only=True)
+        queries = self._packing.queries
         wide = (lambda x: x.to(q.dtype)) if q.device.type == "cuda" else at_least_float32
         hidden = wide(tap.hidden.flatten(0, -2))
         residual = None if tap.q_residual is None else wide(tap.q_residual.flatten(0, -2))
         cos, sin = (x.expand(*tap.hidden.shape[:-1], -1).flatten(0, -2) for x in tap.angles(self._positions))
         with torch.set_grad_enabled(self._consumer is None and self.indexers.training):
-            index_q, index_k, index_weights = self.indexers[str(tap.layer)](hidden, residual, cos, sin)
+            index_q, index_k, index_weights = self.indexers[str(tap.layer)](hidden, residual, cos, sin, queries)
         tap.forget()
+        if queries is not None:
+            q, lse = q[queries], lse[queries]
         capture = LayerCapture(
             tap.layer, wide(q), wide(k), wide(v), lse.to(index_weights.dtype), out,
             index_q, index_k, index_weights, form.softmax_scale, key_start, key_end, form.sinks, form.softcap,
@@ -264,16 +276,41 @@ class IndexerHandle:
         """The default consumer: the layer's KL and, in train() mode, its backward."""
         if self.observer is not None:
             self.observer(capture)
-        T = capture.q.shape[0]
-        each = 1 / (T * self.parallel.cp) if self.token_weight is None else self.token_weight
-        weight = capture.index_weights.new_full((T,), each)
         with torch.enable_grad():
             loss, kl, entropy = layer_kl(
-                capture, target=self.target, token_weight=weight, parallel=self.parallel,
+                capture, target=self.target, token_weight=self._weights(capture), parallel=self.parallel,
                 index_dtype=self.index_dtype, teacher_dtype=self.teacher_dtype,
             )  # fmt: skip
             if loss.requires_grad:
                 loss.backward()  # type: ignore[no-untyped-call]
         visible = (capture.key_end - capture.key_start).to(kl.dtype).log()
         uniform = visible.view(-1, *[1] * (kl.ndim - 1)) - entropy
-        self._losses[capture.layer] = LayerLoss(kl.mean(), uniform.mean())
+        self._losses[capture.layer] = LayerLoss(*(x.mean() if x.numel() else x.sum() for x in (kl, uniform)))
+
+    def _weights(self, capture: LayerCapture) -> Tensor:
+        """token_weight for each query, one tensor for all layers of a forward: the operators read it once."""
+        like, known = capture.index_weights, self._weight
+        if known is None or (known.device, known.dtype) != (like.device, like.dtype):
+            T = like.shape[0]
+            each = 1 / (max(T, 1) * self.parallel.cp) if self.token_weight is None else self.token_weight
+            self._weight = known = like.detach().new_full((T,), each)
+        return known
+
+    def _checked_queries(self, positions: Tensor) -> Tensor | None:
+        """`queries` on the device of the batch, whose T tokens have these positions; None for a consumer of all."""
+        queries, T = self.queries, positions.numel()
+        if queries is None or self._consumer is not None:
+            return None
+        if queries.ndim != 1 or queries.dtype != torch.int64 or queries.device.type != "cpu":
+            raise ValueError(
+                f"attach: handle.queries must be int64 [R] on the CPU, got {queries.dtype} {list(queries.shape)} on "
+                f"{queries.device}; make it anew for each batch, or set it to None for all tokens"
+            )
+        if queries.numel() and not (
+            int(queries[0]) >= 0 and int(queries[-1]) < T and bool((queries[1:] > queries[:-1]).all())
+        ):
+            raise ValueError(
+                f"attach: handle.queries must ascend from 0 to at most {T - 1}, the last of the batch's tokens, got "
+                f"{queries[:3].tolist()} to {int(queries[-1])}; make it anew for each batch, or set it to None"
+            )
+        return to_device(queries, positions.device)

@@ -24,32 +24,41 @@ class Packing:
         boundaries: first token of each document, and S at the end: cu_seqlens.
         document_start: int32 [S]: the first token of each token's document.
         rows: int32 [T]: this process's tokens among the S; without context parallelism 0, 1, ... and T = S.
+        queries: int64 [R], ascending: those of the T tokens whose loss is computed; None: all.
     """
 
-    def __init__(self, boundaries: tuple[int, ...], document_start: Tensor, rows: Tensor) -> None:
-        self.boundaries, self.document_start, self.rows = boundaries, document_start, rows
-        self._visible: dict[tuple[int | None, int | None], tuple[Tensor, Tensor]] = {}
+    def __init__(
+        self, boundaries: tuple[int, ...], document_start: Tensor, rows: Tensor, queries: Tensor | None = None
+    ) -> None:
+        self.boundaries, self.document_start, self.rows, self.queries = boundaries, document_start, rows, queries
+        self._visible: dict[tuple[int | None, int | None, bool], tuple[Tensor, Tensor]] = {}
 
-    def visible(self, window: int | None, chunk: int | None = None) -> tuple[Tensor, Tensor]:
+    def visible(
+        self, window: int | None, chunk: int | None = None, *, queries_only: bool = False
+    ) -> tuple[Tensor, Tensor]:
         """key_start and key_end [T]: the same tensors for every layer, whose plans the operators then keep.
 
         window: a query sees at most so many keys. chunk: it sees those since the last multiple of so many tokens of its
-        document.
+        document. queries_only: those of `queries` alone, where these are given.
         """
-        if (window, chunk) not in self._visible:
-            key_start, key_end = self.document_start[self.rows], self.rows + 1
+        queries = self.queries if queries_only else None
+        place = window, chunk, queries is not None
+        if place not in self._visible:
+            rows = self.rows if queries is None else self.rows[queries]
+            key_start, key_end = self.document_start[rows], rows + 1
             if window is not None:
                 key_start = torch.maximum(key_start, key_end - window)
             if chunk is not None:
-                key_start = torch.maximum(key_start, self.rows - (self.rows - self.document_start[self.rows]) % chunk)
-            self._visible[window, chunk] = key_start, key_end
-        return self._visible[window, chunk]
+                key_start = torch.maximum(key_start, rows - (rows - self.document_start[rows]) % chunk)
+            self._visible[place] = key_start, key_end
+        return self._visible[place]
 
 
-def packing(position_ids: Tensor, parallel: Parallel = _ALONE) -> Packing:
+def packing(position_ids: Tensor, parallel: Parallel = _ALONE, queries: Tensor | None = None) -> Packing:
     """Documents of a batch: position_ids [B, L] restart wherever one begins; every row begins one.
 
     With context parallelism position_ids [1, T] are this process's part of one sequence of all the batch's tokens.
+    queries: see `Packing`, on the device of position_ids.
     """
     group = parallel.group("cp")
     if group is None:
@@ -61,7 +70,7 @@ def packing(position_ids: Tensor, parallel: Parallel = _ALONE) -> Packing:
     first = document_begins(position_ids).flatten().nonzero().flatten()
     token = torch.arange(position_ids.numel(), device=position_ids.device)
     document_start = first[torch.searchsorted(first, token, right=True) - 1]
-    return Packing((*first.tolist(), position_ids.numel()), document_start.int(), rows)
+    return Packing((*first.tolist(), position_ids.numel()), document_start.int(), rows, queries)
 
 
 def causal_attention(

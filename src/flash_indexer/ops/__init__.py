@@ -29,6 +29,7 @@ from flash_indexer.ops.sparse.stages import (
 from flash_indexer.ops.sparse.torch_select import top_keys
 from flash_indexer.ops.unseen import with_unseen
 from flash_indexer.ops.warmup import WarmupAttention, warmup_attention
+from flash_indexer.ops.weighted import among_all, weighted_part
 
 __all__ = [
     "DSAAttention",
@@ -46,6 +47,7 @@ __all__ = [
     "Sums",
     "WaitForKeys",
     "WarmupAttention",
+    "among_all",
     "attention_forward",
     "body_of",
     "check_arithmetic",
@@ -79,5 +81,6 @@ __all__ = [
     "teacher_scores",
     "top_keys",
     "warmup_attention",
+    "weighted_part",
     "with_unseen",
 ]

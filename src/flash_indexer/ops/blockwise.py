@@ -46,7 +46,8 @@ def plan_chunks(
     """Cuts the queries into chunks whose `tiles` tiles [R, C] fit workspace_bytes; at least one row each.
 
     C counts the keys from the chunk's first key_start to its last key_end. On a CPU one tile stays in the second-level
-    cache as well, unless that leaves fewer than `cached_rows` rows.
+    cache as well, unless that leaves fewer than `cached_rows` rows. Where queries are missing in between, a chunk of so
+    many rows ends before its first row sees an eighth fewer keys than its last: rows far apart share few columns.
 
     Returns:
         The chunks that see a key, in order.
@@ -60,6 +61,9 @@ def plan_chunks(
         while end < len(starts):
             area = (end + 1 - begin) * (ends[end] - starts[begin])
             if area > limit or (area > cached and end - begin >= cached_rows):
+                break
+            far = 8 * (ends[end] - ends[begin]) > ends[begin] - starts[begin]
+            if far and ends[end] > ends[end - 1] + 1 and end - begin >= cached_rows:
                 break
             end += 1
         if ends[end - 1] > starts[begin]:

@@ -53,7 +53,8 @@ def warmup_attention(
         index_q: [T, I, E]. index_k: [S, E]. index_weights: [T, I], the factors I^-0.5 and E^-0.5 included.
         softmax_scale: the model's own softmax scale.
         key_start, key_end: int32 [T], non-decreasing; an empty interval gives out 0, lse -inf, KL 0, zero gradients.
-        target, token_weight, workspace_bytes: as in `indexer_kl`.
+        target, token_weight, workspace_bytes: as in `indexer_kl`; rows of weight zero cost with target="per_head" on
+            CUDA what others do, since attention and KL are one pass, and have their KL.
         deterministic: True gives the same bits every time. With False the backward of "per_head" on CUDA forms the
             logits once, for D <= 128 and E <= 64 where index_k's and another gradient are wanted, and takes about three
             quarters of the time: it adds to the gradient of index_k in whatever order the tiles come. Without effect

@@ -20,11 +20,13 @@ from torch.distributed.device_mesh import DeviceMesh
 from flash_indexer.ops import (
     IndexerKL,
     Problem,
+    among_all,
     body_of,
     check_arithmetic,
     check_indexer_kl,
     check_workspace,
     indexer_kl_sums,
+    weighted_part,
 )
 from flash_indexer.parallel.groups import Group, all_gather, process_groups, reduce_scatter
 from flash_indexer.parallel.loss import finish, mean_weight, total, wanted
@@ -102,7 +104,8 @@ def context_parallel_indexer_kl(
     of one sum: add them over the group, do not average.
 
     Args:
-        q, index_q, index_weights, lse, token_weight: this rank's rows, [T_local, ...] as in `indexer_kl`.
+        q, index_q, index_weights, lse, token_weight: this rank's rows, [T_local, ...] as in `indexer_kl`: those of its
+            tokens, or any of them, as many on each rank as it likes.
         k, index_k: this rank's keys, sharded by the same layout, [S_local, ...]; as many on every rank. A sequence that
             doesn't divide is padded with tokens that see nothing.
         key_start, key_end: int32 [T_local], this rank's rows of the intervals; they count global keys.
@@ -134,8 +137,7 @@ def context_parallel_indexer_kl(
     if heads:
         check_sums_over_heads(_OP, target)
     owners = piece_owners(dist.get_world_size(ranks), layout, _OP)
-    for name, x in (("q", q), ("k", k)):
-        check_rows(_OP, name, x, owners)
+    check_rows(_OP, "k", k, owners)
     leaves = (index_q, index_k, index_weights)
     needs = wanted(leaves)
     with torch.no_grad():
@@ -147,6 +149,7 @@ def context_parallel_indexer_kl(
             softmax_scale, target, workspace_bytes, needs, None, None, index_dtype, teacher_dtype,
         )  # fmt: skip
         body = body_of(problem, _OP)
+        problem, rows = weighted_part(problem)
         if heads:
             sums = sharded_sums(problem, body, heads[0], wait_for_keys)
         else:
@@ -158,6 +161,7 @@ def context_parallel_indexer_kl(
                 dist.all_reduce(own, group=heads[0])
             sums = sums._replace(d_index_k=own)
         loss = total(problem, sums.kl, ranks)
+        sums = among_all(sums, rows, q.shape[0])
     return finish(_OP, body, loss, sums, leaves)
 
 

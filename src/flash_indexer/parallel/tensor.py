@@ -20,6 +20,7 @@ from flash_indexer.ops import (
     Stages,
     Sums,
     WaitForKeys,
+    among_all,
     body_of,
     check_arithmetic,
     check_indexer_kl,
@@ -27,6 +28,7 @@ from flash_indexer.ops import (
     indexer_kl_sums,
     make_stages,
     run_stages,
+    weighted_part,
 )
 from flash_indexer.parallel.groups import process_groups, reduce_scatter
 from flash_indexer.parallel.loss import finish, mean_weight, total, wanted
@@ -95,10 +97,12 @@ def tensor_parallel_indexer_kl(
             softmax_scale, target, workspace_bytes, needs, None, None, index_dtype, teacher_dtype,
         )  # fmt: skip
         body = body_of(problem, _OP)
+        problem, rows = weighted_part(problem)
         sums = sharded_sums(problem, body, ranks)
         if sums.d_index_k is not None:
             dist.all_reduce(sums.d_index_k, group=ranks)
         loss = total(problem, sums.kl, None)
+        sums = among_all(sums, rows, q.shape[0])
     return finish(_OP, body, loss, sums, leaves)
 
 

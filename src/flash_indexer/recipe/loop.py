@@ -1,6 +1,7 @@
 """The loop over optimizer steps: batches, gradients of all processes, AdamW, a row of metrics, checkpoints.
 
-An optimizer step's sequences are a function of seed and step, however many processes share them out.
+An optimizer step's sequences, and which of their queries have a loss, are a function of seed and step, however many
+processes share them out.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from flash_indexer.recipe.data import PackedDataset
 from flash_indexer.recipe.mass_watch import MassWatch
 from flash_indexer.recipe.processes import Processes, saved_state
 from flash_indexer.recipe.progress import StepProgress
+from flash_indexer.recipe.queries import draw_queries
 from flash_indexer.recipe.run_record import CHECKPOINT, METRICS_FILE, WarmupSettings, keep_rows
 from flash_indexer.recipe.stopping import NAMES, Interrupted, StopSignals
 
@@ -131,16 +133,19 @@ class TrainingLoop:
         """
         handle, processes = self.handle, self.processes
         total, layers = self.per_step * self.settings.sequence_length, len(handle.layers)
-        handle.token_weight = 1 / total
+        handle.token_weight = 1 / (total * self.settings.queries)
+        drawn = self._drawn_tokens(step)
         sums = torch.zeros(2 * layers + 1, device=processes.device)
         means = sums[:-1].view(2, layers)
-        for batch in self._batches(step):
+        for batch, sequences in zip(self._batches(step), self._sequences(step), strict=True):
             own = processes.part(batch)
+            handle.queries = self._queries(sequences)
             forward(handle, own)
-            share = own["input_ids"].numel() / total
+            share = (own["input_ids"].numel() if handle.queries is None else len(handle.queries)) / drawn
             for column, (_, loss) in enumerate(sorted(handle.losses().items())):
                 means[0, column] += share * loss.kl
                 means[1, column] += share * loss.uniform_kl
+        handle.queries = None
         sum_gradients(handle.indexers.parameters(), replicas=processes.parallel.tp, timeout=processes.settings.timeout)
         sums[-1] = bool(stop.number)
         *values, stopping = processes.sum(sums).tolist()
@@ -164,16 +169,38 @@ class TrainingLoop:
 
         Ranks of one dp_rank get the same ones.
         """
-        parallel = self.processes.parallel
-        size, count = micro_batches(self.settings, self.per_step, parallel.dp)
-        first = (step - 1) * self.per_step
-        for micro in range(count):
-            begin = first + (micro * parallel.dp + parallel.dp_rank) * size
-            items = [self.data[self._index(begin + i)] for i in range(size)]
+        for sequences in self._sequences(step):
+            items = [self.data[self._index(number)] for number in sequences]
             yield {
                 name: torch.stack([item[name] for item in items]).to(self.processes.device)
                 for name in ("input_ids", "position_ids")
             }
+
+    def _sequences(self, step: int) -> Iterator[range]:
+        """The numbers, in the run, of the sequences of each of this rank's micro-batches of a step."""
+        parallel = self.processes.parallel
+        size, count = micro_batches(self.settings, self.per_step, parallel.dp)
+        for micro in range(count):
+            begin = (step - 1) * self.per_step + (micro * parallel.dp + parallel.dp_rank) * size
+            yield range(begin, begin + size)
+
+    def _queries(self, sequences: range) -> Tensor | None:
+        """This process's tokens of a micro-batch whose loss is computed, counted among its own; None: all."""
+        if self.settings.queries == 1:
+            return None
+        length = self.settings.sequence_length
+        tokens = torch.cat([self._draw(number) + n * length for n, number in enumerate(sequences)])
+        return self.processes.own_tokens(tokens, length * len(sequences))
+
+    def _draw(self, number: int) -> Tensor:
+        settings = self.settings
+        return draw_queries(settings.sequence_length, settings.queries, seed=settings.seed, draw=str(number))
+
+    def _drawn_tokens(self, step: int) -> int:
+        """Tokens of an optimizer step whose loss is computed, over all processes."""
+        if self.settings.queries == 1:
+            return self.per_step * self.settings.sequence_length
+        return sum(len(self._draw(n)) for n in range((step - 1) * self.per_step, step * self.per_step))
 
     def _index(self, drawn: int) -> int:
         epoch, position = divmod(drawn, len(self.data))

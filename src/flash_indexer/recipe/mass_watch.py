@@ -18,7 +18,8 @@ MASS_ROWS = 128
 class MassWatch:
     """Attention mass in the indexer's top 64 of each layer's last query rows, on the steps where it is on.
 
-    The last 128 tokens of each micro-batch, whichever context-parallel processes hold them. With tensor parallelism
+    The last 128 tokens of each micro-batch, whichever context-parallel processes hold them; of queries drawn with
+    probability f, those among the last 128 / f tokens, a quarter of all at most. With tensor parallelism
     the mean over processes is the mean over all heads.
     """
 
@@ -31,7 +32,10 @@ class MassWatch:
         if not self.on:
             return
         parallel = self.processes.parallel
-        rows = capture.key_end > len(capture.q) * parallel.cp - MASS_ROWS  # key_end is a token's position + 1
+        tokens = len(capture.k) * parallel.cp
+        drawn = len(capture.q) / len(capture.k)
+        last = MASS_ROWS if drawn == 1 else max(MASS_ROWS, min(MASS_ROWS / max(drawn, 1e-9), tokens / 4))
+        rows = capture.key_end > tokens - last  # key_end is a token's position + 1
         names = ("q", "lse", "index_q", "index_weights", "key_start", "key_end")
         part = replace(capture, **{name: getattr(capture, name)[rows].detach() for name in names})
         if (group := parallel.group("cp")) is not None:

@@ -153,6 +153,14 @@ class Processes:
         own = context_positions(tokens, parallel.cp, parallel.cp_rank, layout=parallel.layout)
         return {name: x.flatten()[own.to(x.device)][None] for name, x in batch.items()}
 
+    def own_tokens(self, tokens: Tensor, length: int) -> Tensor:
+        """Of some of a batch's `length` tokens, ascending, those of this process, counted among all its own."""
+        parallel = self.parallel
+        if parallel.cp == 1:
+            return tokens
+        own = context_positions(length, parallel.cp, parallel.cp_rank, layout=parallel.layout)
+        return torch.isin(own, tokens).nonzero()[:, 0]
+
     @contextmanager
     def telling(self, checkpoint: Path) -> Iterator[None]:
         """Turns the loss of another process into one message for a person. At its end all processes wait for all.

@@ -21,7 +21,7 @@ WHOLE = (
     "sequence_length", "batch_size", "accumulation", "steps", "warmup_steps", "seed", "num_heads", "head_dim",
     "rope_dim", "save_every",
 )  # fmt: skip
-REAL = ("minutes", "lr", "clip")
+REAL = ("minutes", "lr", "clip", "queries")
 CHOICES = {
     "decay": ("cosine", "none"),
     "target": ("mean", "per_head", "sum_logits"),
@@ -66,6 +66,8 @@ class WarmupSettings:
     """ "fp8" or "fp8_unrotated": indexers are trained in the arithmetic that they are served in."""
     teacher_dtype: str | None = None
     """ "fp8": the teacher's probabilities are those of e4m3 queries and keys."""
+    queries: float = 1.0
+    """The part of a sequence's queries whose loss is computed, drawn anew for every sequence and step."""
 
     def __post_init__(self) -> None:
         """Raises ValueError for a value that no run can use."""
@@ -92,6 +94,13 @@ class WarmupSettings:
                 raise ValueError(f'warmup: {name} must be {shown} or "{choices[-1]}", got {getattr(self, name)!r}')
         if self.clip is not None and not self.clip > 0:
             raise ValueError(f"warmup: clip must be positive, got {self.clip}; leave it out for no clipping")
+        if not 0 < self.queries <= 1:
+            raise ValueError(f"warmup: queries must be above 0 and at most 1 (all of them), got {self.queries}")
+        if self.queries * self.sequence_length < 1:
+            raise ValueError(
+                f"warmup: queries must leave one of the {self.sequence_length} tokens of a sequence, at least "
+                f"{1 / self.sequence_length:.3g}, got {self.queries}; or take a larger sequence_length"
+            )
         if self.warmup_steps < 0:
             raise ValueError(f"warmup: warmup_steps must not be negative, got {self.warmup_steps}")
 

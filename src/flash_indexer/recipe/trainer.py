@@ -17,6 +17,7 @@ from flash_indexer.models.attach import IndexerHandle
 from flash_indexer.models.documents import DOCUMENT_INPUTS
 from flash_indexer.parallel.gradients import all_sum, sum_gradients, unusable_gradient
 from flash_indexer.recipe.data import PackedDataset, check_token_ids, embedding_rows
+from flash_indexer.recipe.queries import check_fraction, draw_queries
 
 __all__ = ["IndexerTrainer"]
 
@@ -38,13 +39,18 @@ class IndexerTrainer(Trainer):
 
     Args:
         handle: what `attach` returned. options: those of `transformers.Trainer` but for model and model_init.
+        queries: the part of a batch's tokens that the loss is taken of, drawn anew for every batch and step from
+            args.seed, an unbiased estimate of that of all tokens; as `--queries` of the command line. Evaluation takes
+            all.
 
     Raises:
         ValueError: the handle has context or tensor parallelism, a `PackedDataset` has token ids that the model does
-            not know, a batch is padded, or the collator packs documents without saying where they begin.
+            not know, a batch is padded, the collator packs documents without saying where they begin, or queries is not
+            above 0 and at most 1.
     """
 
-    def __init__(self, handle: IndexerHandle, **options: Any) -> None:
+    def __init__(self, handle: IndexerHandle, *, queries: float = 1.0, **options: Any) -> None:
+        check_fraction("IndexerTrainer", queries)
         if handle.parallel.cp * handle.parallel.tp > 1:
             raise ValueError(
                 "IndexerTrainer: handle must be attached without context or tensor parallelism, got "
@@ -53,7 +59,7 @@ class IndexerTrainer(Trainer):
         for data in (options.get("train_dataset"), options.get("eval_dataset")):
             if isinstance(data, PackedDataset):
                 check_token_ids(data.largest_token_id, embedding_rows(handle.model))
-        self.handle = handle
+        self.handle, self.queries, self._micro = handle, queries, 0
         super().__init__(model=handle.model, **options)
         packs = self.data_collator
         if isinstance(packs, DataCollatorWithFlattening) and not (
@@ -96,11 +102,13 @@ class IndexerTrainer(Trainer):
         """
         tokens = inputs["input_ids"].numel()
         total = float(tokens * self.args.world_size if num_items_in_batch is None else num_items_in_batch)
-        self.handle.token_weight = 1 / total
+        self.handle.token_weight = 1 / (total * self.queries)
         self.handle.indexers.train()
-        kl = self._forward(inputs)
+        kl = self._forward(inputs, self._draw(tokens))
         self._check_finite(all_sum(kl.clone()))
+        self._micro += 1
         if self.accelerator.sync_gradients:
+            self._micro = 0
             sum_gradients(self.handle.indexers.parameters())
             self._check_gradients()
         share: float = tokens * self.args.world_size / total
@@ -115,7 +123,13 @@ class IndexerTrainer(Trainer):
     ) -> tuple[Tensor, None, None]:
         """The loss of an evaluation batch, without gradients."""
         self.handle.indexers.train(False)
-        return self._forward(inputs).mean(), None, None
+        return self._forward(inputs, None).mean(), None, None
+
+    def _draw(self, tokens: int) -> Tensor | None:
+        if self.queries == 1:
+            return None
+        draw = f"step {self.state.global_step} batch {self._micro} process {self.args.process_index}"
+        return draw_queries(tokens, self.queries, seed=self.args.seed, draw=draw)
 
     def _check_finite(self, kl: Tensor) -> None:
         """The Trainer's own logs pass over a loss that is not finite (logging_nan_inf_filter)."""
@@ -136,13 +150,15 @@ class IndexerTrainer(Trainer):
                 "and check the model's weights and activations for NaN"
             )
 
-    def _forward(self, inputs: dict[str, Any]) -> Tensor:
+    def _forward(self, inputs: dict[str, Any], queries: Tensor | None) -> Tensor:
         """Mean KL of each layer, ascending: [layers]."""
+        self.handle.queries = queries
         self.handle.model.train(False)
         inputs = self._prepare_inputs(inputs)
         known = {name: inputs[name] for name in ("input_ids", *DOCUMENT_INPUTS) if name in inputs}
         with torch.no_grad():
             self.handle.decoder(**known, use_cache=False)
+        self.handle.queries = None
         return torch.stack([loss.kl for _, loss in sorted(self.handle.losses().items())])
 
     def _wrap_model(self, model: nn.Module, training: bool = True, dataloader: Any = None) -> nn.Module:

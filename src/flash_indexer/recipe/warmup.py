@@ -39,6 +39,7 @@ from flash_indexer.recipe.data import (
 )
 from flash_indexer.recipe.loop import TrainingLoop, forward, learning_rate, micro_batches
 from flash_indexer.recipe.processes import ParallelSettings, Processes, restart_warning
+from flash_indexer.recipe.queries import draw_queries
 from flash_indexer.recipe.run_folder import check_folder, check_new, indexer_folder, locked_folder
 from flash_indexer.recipe.run_record import (
     CHECKPOINT,
@@ -221,11 +222,15 @@ def _steps_in(handle: IndexerHandle, data: PackedDataset, settings: WarmupSettin
     """Steps that fit the time budget, from the faster of two trial steps; their gradients are thrown away."""
     seconds = []
     batch = processes.part({name: value[None].to(processes.device) for name, value in data[0].items()})
+    if settings.queries < 1:
+        tokens = draw_queries(settings.sequence_length, settings.queries, seed=settings.seed, draw="trial")
+        handle.queries = processes.own_tokens(tokens, settings.sequence_length)
     for _ in range(2):
         started = time.perf_counter()
         forward(handle, batch)
         seconds.append((time.perf_counter() - started) * settings.batch_size * settings.accumulation)
         handle.indexers.zero_grad(set_to_none=True)
+    handle.queries = None
     budget = torch.tensor(settings.minutes * 60 / min(seconds), device=processes.device)
     mean = processes.sum(budget) / (processes.count / processes.parallel.tp)
     return max(1, int(mean))

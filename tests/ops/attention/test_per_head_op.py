@@ -61,7 +61,8 @@ def played_statistics(q, k, index, key_start, key_end, scale):
 
 
 def played_gradients(problem, lse_index):
-    q, k, *index, lse, key_start, key_end, factor, scale, _, _, needs = problem[:13]
+    q, k, index, lse, needs = problem.q, problem.k, problem.leaves, problem.lse, problem.needs
+    key_start, key_end, factor, scale = problem.key_start, problem.key_end, problem.weight, problem.softmax_scale
     expected = played_statistics(q, k, index, key_start, key_end, scale)
     assert torch.equal(lse, expected.lse) and torch.equal(lse_index, expected.lse_index)
     assert all(x.is_contiguous() for x in (*index, factor, key_start, key_end))

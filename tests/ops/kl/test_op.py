@@ -115,10 +115,11 @@ def test_float32_by_the_ruler(shape, target):
 def test_token_weights(target, kind):
     x = make("packed", target)
     got = measure(x, target=target, token_weight=weights_for(x, kind))
+    if kind == "zero":  # rows that cost nothing: not even their KL is known
+        assert all((value == 0).all() for value in got)
+        return
     assert_same(got, reference_indexer_kl(x, target=target, token_weight=weights_for(x, kind), d_loss=D_LOSS))
-    if kind == "zero":
-        assert got.loss == 0 and all((gradient == 0).all() for gradient in got[3:])
-        assert (got.kl > 0).any()
+    assert (got.kl > 0).any()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

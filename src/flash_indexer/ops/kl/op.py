@@ -19,6 +19,7 @@ from flash_indexer.ops.kl.sums import body_of, indexer_kl_sums
 from flash_indexer.ops.problem import LEAVES, Problem
 from flash_indexer.ops.quantization import Quantized
 from flash_indexer.ops.unseen import with_unseen
+from flash_indexer.ops.weighted import among_all, weighted_part
 
 _NAME = "flash_indexer::indexer_kl"
 
@@ -73,7 +74,9 @@ def indexer_kl(
             these keys: a head is weighed by the part of its attention that falls on them, and p sums to 1 over them.
             Not read by the kernels of "per_head", whose one pass yields it with the loss.
         target: "mean" (the paper's), "per_head" or "sum_logits".
-        token_weight: [T]; None means 1/n for the n queries that see a key.
+        token_weight: [T]; None means 1/n for the n queries that see a key. Where a quarter of the rows or more have
+            weight zero, these cost nothing: they are not read, and their kl, entropy and gradients are 0. The contents
+            are read once for each tensor, as those of the intervals are, so make it once for all layers.
         workspace_bytes: bound on the memory for score tiles; query rows are processed in chunks that fit.
         index_dtype: "fp8" computes the loss of index_q and index_k as they are served, rotated and rounded to e4m3 with
             a scale a row (`quantize`); "fp8_unrotated" leaves the rotation out. Gradients go straight through: those
@@ -168,6 +171,8 @@ def _compute(problem: Problem) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, 
     if problem.token_weight is None:
         mean = worklists.mean_weight(problem.key_start, problem.key_end, problem.k.shape[0])
         problem = problem._replace(token_weight=mean if kernels else mean_weight(problem))
+    num_queries = problem.q.shape[0]
+    problem, rows = weighted_part(problem)
     sums = indexer_kl_sums(problem)
     d_index_k = sums.d_index_k
     if kernels and problem.target != "per_head":
@@ -175,12 +180,13 @@ def _compute(problem: Problem) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, 
     else:
         kl = sums.kl if sums.kl.ndim == 2 else sums.kl[:, None]
         loss = (problem.weight.to(kl.dtype) * kl.mean(-1)).sum()
-    gradients = sums._replace(d_index_k=d_index_k).gradients
+    loss = with_unseen(loss, problem.leaves, problem.key_start, problem.key_end)
+    sums = among_all(sums._replace(d_index_k=d_index_k), rows, num_queries)
+    gradients = sums.gradients
     a, b, c = (
         leaf.new_empty(0) if gradient is None else gradient.to(leaf.dtype)
         for leaf, gradient in zip(problem.leaves, gradients, strict=True)
     )
-    loss = with_unseen(loss, problem.leaves, problem.key_start, problem.key_end)
     return loss, sums.kl, sums.entropy, a, b, c
 
 
