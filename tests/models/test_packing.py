@@ -173,3 +173,25 @@ def test_queries_have_intervals_of_their_own_the_same_for_all_layers() -> None:
         assert all(x is y for x, y in zip(pair, some.visible(window, queries_only=True), strict=True))
         for got, of_all, want in zip(pair, some.visible(window), whole.visible(window), strict=True):
             assert torch.equal(of_all, want) and torch.equal(got, want[queries])
+
+
+@pytest.mark.parametrize(
+    ("chunk", "softcap", "with_sinks"), [(4, None, False), (None, 0.8, False), (4, 0.8, True), (None, None, True)]
+)
+def test_chunks_softcap_and_sinks(chunk: int | None, softcap: float | None, with_sinks: bool) -> None:
+    torch.manual_seed(0)
+    q, k, v = torch.randn(21, 6, 16), torch.randn(21, 2, 16), torch.randn(21, 2, 12)
+    boundaries = (0, 1, 9, 21)
+    positions = torch.cat([torch.arange(end - begin) for begin, end in itertools.pairwise(boundaries)])[None]
+    sinks = torch.linspace(-1.0, 2.0, 6) if with_sinks else None
+    form = AttentionForm(0.37, None, chunk, sinks, softcap)
+    out, lse = causal_attention(q, k, v, packing(positions), form)
+    for begin, end in itertools.pairwise(boundaries):
+        for t, h in itertools.product(range(begin, end), range(6)):
+            first = begin if chunk is None else begin + (t - begin) // chunk * chunk
+            logits = 0.37 * (k[first : t + 1, h // 3].double() @ q[t, h].double())
+            logits = logits if softcap is None else softcap * (logits / softcap).tanh()
+            counted = logits if sinks is None else torch.cat([logits, sinks[h : h + 1].double()])
+            a = counted.softmax(0)[: len(logits)]
+            torch.testing.assert_close(lse[t, h].double(), counted.logsumexp(0), rtol=1e-5, atol=1e-5)
+            torch.testing.assert_close(out[t, h].double(), a @ v[first : t + 1, h // 3].double(), rtol=1e-5, atol=1e-5)

@@ -175,8 +175,6 @@ def test_layers_that_mix_tokens_otherwise_need_the_whole_sequence() -> None:
         linear_value_head_dim=8,
     )  # fmt: skip
     model = Qwen3NextForCausalLM(Qwen3NextConfig(**sizes))
-    with pytest.raises(
-        ValueError, match="cp must be 1 for Qwen3NextForCausalLM, whose layers 0-2 mix tokens .* got cp=2"
-    ):
+    with pytest.raises(ValueError, match="cp must be 1 for Qwen3NextForCausalLM, whose layers 0-2 mix .* cp=2"):
         attach(model, num_heads=2, head_dim=16, parallel=Parallel(cp=2))
     attach(model, num_heads=2, head_dim=16).remove()

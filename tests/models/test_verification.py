@@ -187,7 +187,9 @@ def test_a_mask_beside_positions_does_not_hide_documents(tiny: Tiny) -> None:
     with torch.no_grad():
         want = model(IDS, position_ids=PACKED, use_cache=False).logits
         attached(model)
-        got = model(IDS, position_ids=PACKED, attention_mask=torch.ones_like(IDS), use_cache=False).logits
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            got = model(IDS, position_ids=PACKED, attention_mask=torch.ones_like(IDS), use_cache=False).logits
     torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
 
 
@@ -198,3 +200,13 @@ def test_what_reads_its_mask_is_refused(tiny: Tiny) -> None:
     )
     with pytest.raises(ValueError, match="must hand its mask on to the attention function as it is, got .* its dtype"):
         run(handle, position_ids=PACKED)
+
+
+def test_logits_of_16_bits_are_not_rounded_before_they_are_compared() -> None:
+    q, k, v = (torch.randn(1, 2, 9, 64).bfloat16() for _ in range(3))
+    with replay.Float32Logits():
+        logits = q @ k.transpose(2, 3)
+        out = torch.matmul(logits.softmax(-1), v)
+        weight = torch.matmul(q[0, 0], k[0, 0].T)
+    assert torch.equal(logits, q.float() @ k.float().transpose(2, 3)) and not torch.equal(logits, logits.bfloat16())
+    assert out.dtype == weight.dtype == torch.bfloat16

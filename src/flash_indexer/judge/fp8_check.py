@@ -146,8 +146,8 @@ def fp8_check(handle: IndexerHandle, batch: Mapping[str, Tensor], *, ks: Sequenc
     def measure(capture: LayerCapture) -> None:
         if capture.sinks is not None or capture.softcap is not None:
             raise ValueError(
-                f"fp8_check: attention must have no sinks and no softcap, got layer {capture.layer} of one with them: the "
-                "FP8 logits' own logsumexp leaves them out; check without --fp8"
+                f"fp8_check: attention must have no sinks and no softcap, got layer {capture.layer} of one with them: "
+                "the FP8 logits' own logsumexp leaves them out; check without --fp8"
             )
         layers.append(layer_fp8(capture, handle.target, ks))
 

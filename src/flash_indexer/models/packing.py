@@ -45,12 +45,11 @@ class Packing:
         place = window, chunk, queries is not None
         if place not in self._visible:
             rows = self.rows if queries is None else self.rows[queries]
-            start, key_end = self.document_start[rows], rows + 1
-            key_start = start
+            key_start, key_end = self.document_start[rows], rows + 1
             if window is not None:
                 key_start = torch.maximum(key_start, key_end - window)
             if chunk is not None:
-                key_start = torch.maximum(key_start, rows - (rows - start) % chunk)
+                key_start = torch.maximum(key_start, rows - (rows - self.document_start[rows]) % chunk)
             self._visible[place] = key_start, key_end
         return self._visible[place]
 
