@@ -17,7 +17,14 @@ import torch
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
-from transformers import AutoModelForCausalLM, DeepseekV3Config, LlamaConfig, MistralConfig, PreTrainedTokenizerFast
+from transformers import (
+    AutoModelForCausalLM,
+    DeepseekV3Config,
+    GlmMoeDsaConfig,
+    LlamaConfig,
+    MistralConfig,
+    PreTrainedTokenizerFast,
+)
 
 from flash_indexer.recipe.run_record import WarmupSettings
 
@@ -90,6 +97,18 @@ def mla_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
         n_shared_experts=1, num_experts_per_tok=2, n_group=1, topk_group=1,
     )  # fmt: skip
     return write_checkpoint(tmp_path_factory.mktemp("tiny") / "mla", config)
+
+
+@pytest.fixture(scope="session")
+def own_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A GLM-MoE-DSA of 3 layers, 4 heads, the second of which uses the first's indexer: 4 heads of 32. Read only."""
+    config = GlmMoeDsaConfig(
+        **SIZES, num_attention_heads=4, num_key_value_heads=4, q_lora_rank=32, kv_lora_rank=24, qk_rope_head_dim=8,
+        qk_nope_head_dim=16, v_head_dim=12, first_k_dense_replace=2, moe_intermediate_size=32, n_routed_experts=4,
+        n_shared_experts=1, num_experts_per_tok=2, n_group=1, topk_group=1, index_n_heads=4, index_head_dim=32,
+        index_topk=8, indexer_types=["full", "shared", "full"],
+    )  # fmt: skip
+    return write_checkpoint(tmp_path_factory.mktemp("tiny") / "own", config)
 
 
 @pytest.fixture(scope="session")

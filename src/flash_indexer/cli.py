@@ -64,9 +64,9 @@ def warmup(
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or auto (bfloat16 on CUDA).")] = "auto",
     index_dtype: Annotated[str | None, typer.Option(help="fp8 or fp8_unrotated: train as it is served.")] = None,
     teacher_dtype: Annotated[str | None, typer.Option(help="fp8: the teacher from e4m3 queries and keys.")] = None,
-    queries: Annotated[
-        float, typer.Option(help="Part of a sequence's queries that the loss is taken of, drawn anew every step.")
-    ] = 1.0,
+    indexers: Annotated[str, typer.Option(help="fresh, or own: those that the model has, trained in place.")] = "fresh",
+    teachers: Annotated[str, typer.Option(help="Whose attention a shared indexer learns: shared or own.")] = "shared",
+    queries: Annotated[float, typer.Option(help="Part of the queries that have a loss, drawn anew every step.")] = 1.0,
     save_every: Annotated[int, typer.Option(help="Steps between checkpoints.")] = 50,
     evaluate_sequences: Annotated[int, typer.Option(help="Held-out sequences to judge on at the end; 0: none.")] = 4,
     cp: Annotated[int, typer.Option("--cp", help="Processes that share each sequence (context parallel).")] = 1,
@@ -224,34 +224,33 @@ def export(
     run_folder: Run,
     path: Annotated[Path, typer.Argument(help="Directory to write.")],
     format: Annotated[
-        Literal["deepseek_v32", "native"],
-        typer.Option(help="A whole checkpoint, of an MLA model with q-LoRA, or the indexers alone, of any model."),
-    ] = "deepseek_v32",
-    topk: Annotated[
-        int | None, typer.Option(help="Keys that each query of a deepseek_v32 checkpoint attends to; default 2048.")
+        Literal["deepseek_v32", "native", "own"] | None,
+        typer.Option(help="A checkpoint, of an MLA model with q-LoRA (default) or of own indexers; or they alone."),
     ] = None,
+    topk: Annotated[int | None, typer.Option(help="Keys per query of a deepseek_v32 checkpoint; default 2048.")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier export at PATH.")] = False,
     model: Annotated[str | None, typer.Option(help="Model; default: the one it was trained on.")] = None,
 ) -> None:
-    """Write trained indexers as a checkpoint that Transformers loads as deepseek_v32, or in the native format."""
+    """Write trained indexers as a checkpoint that Transformers loads, or in the native format."""
     with _plain_errors():
         from flash_indexer.files.export import export as write
-        from flash_indexer.files.native import check_replaceable
-        from flash_indexer.models.load import model_fingerprint
+        from flash_indexer.files.native import check_replaceable, read_native
         from flash_indexer.recipe import judging
         from flash_indexer.recipe.judgement import note_judgement
+        from flash_indexer.recipe.run_folder import indexer_folder
 
-        if topk is not None and format == "native":
-            raise ValueError(f"export: --topk belongs to --format deepseek_v32, got {topk} with native; leave it out")
+        if topk is not None and format in ("native", "own"):
+            raise ValueError(f"export: --topk belongs to --format deepseek_v32, got {topk} with {format}; leave it out")
         if topk is not None and topk < 1:
             raise ValueError(f"export: --topk must be at least 1, got {topk}")
         check_replaceable(path, overwrite=overwrite)
         handle, tokenizer, run = judging.load_trained(run_folder, model, console)
-        options: dict[str, Any] = dict(tokenizer=tokenizer) if format == "deepseek_v32" else {}
+        format = format or ("own" if handle.trains_own else "deepseek_v32")
+        options: dict[str, Any] = {} if format == "native" else dict(tokenizer=tokenizer)
         options |= {} if topk is None else dict(index_topk=topk)
-        fingerprint = model_fingerprint(handle.model)
+        recorded = read_native(indexer_folder(run_folder)).config.base_fingerprint
         write(
-            handle, path, format=format, base_name=run["model"], base_fingerprint=fingerprint, overwrite=overwrite,
+            handle, path, format=format, base_name=run["model"], base_fingerprint=recorded, overwrite=overwrite,
             **options,
         )  # fmt: skip
         note_judgement(run_folder, handle, path, console)

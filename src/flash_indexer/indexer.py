@@ -145,7 +145,12 @@ class LightningIndexer(nn.Module):
         self._check(hidden, q_residual, cos, sin)
         _check_queries(hidden, queries)
         hidden, cos, sin = hidden.detach(), cos.detach(), sin.detach()
-        x = hidden if q_residual is None else q_residual.detach()
+        return self.operands(hidden, hidden if q_residual is None else q_residual.detach(), cos, sin, queries)
+
+    def operands(
+        self, hidden: Tensor, query_input: Tensor, cos: Tensor, sin: Tensor, queries: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """What `forward` returns, of inputs that it has checked and detached; `query_input` is what wq_b reads."""
         dtype = hidden.dtype
         wide = torch.promote_types(dtype, torch.float32)
         # The first half of cat(angles, angles) has each pair's angle once: all that either layout needs.
@@ -153,25 +158,25 @@ class LightningIndexer(nn.Module):
         sin = sin[..., : self.rope_dim // 2].to(wide)
         turn_q, asking = (cos, sin), hidden
         if queries is not None:
-            x, asking = x[queries], hidden[queries]
+            query_input, asking = query_input[queries], hidden[queries]
             cos_q, sin_q = (angle.expand(len(hidden), -1)[queries] for angle in turn_q)
             turn_q = (cos_q, sin_q)
 
         with no_autocast(hidden.device.type):
-            index_q = F.linear(x, self.wq_b.weight.to(dtype))
+            index_q = F.linear(query_input, self.wq_b.weight.to(dtype))
             index_q = torch.unflatten(index_q, -1, (self.num_heads, self.head_dim))
-            index_q = self._rope(index_q, *(angle.unsqueeze(-2) for angle in turn_q))
+            index_q = self.rope(index_q, *(angle.unsqueeze(-2) for angle in turn_q))
 
             gain, bias = self.k_norm.weight.to(wide), self.k_norm.bias.to(wide)
             index_k = F.linear(hidden, self.wk.weight.to(dtype)).to(wide)
             index_k = F.layer_norm(index_k, (self.head_dim,), gain, bias, self.k_norm.eps)
-            index_k = self._rope(index_k, cos, sin).to(dtype)
+            index_k = self.rope(index_k, cos, sin).to(dtype)
 
             index_weights = F.linear(asking.to(wide), self.weights_proj.weight.to(wide))
             index_weights = index_weights * (self.num_heads**-0.5 * self.head_dim**-0.5)
         return index_q, index_k, index_weights
 
-    def _rope(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    def rope(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         """Turn each pair (a, b) of the first rope_dim dims: (a cos - b sin, b cos + a sin)."""
         shape, pair = ((-1, 2), -1) if self.rope_interleaved else ((2, -1), -2)
         a, b = torch.unflatten(x[..., : self.rope_dim].to(cos.dtype), -1, shape).unbind(pair)

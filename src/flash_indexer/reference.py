@@ -24,29 +24,44 @@ def visible_keys(key_start: Tensor, key_end: Tensor, num_keys: int) -> Tensor:
     return (s >= key_start[:, None]) & (s < key_end[:, None])
 
 
-def teacher_logits(q: Tensor, k: Tensor, softmax_scale: float) -> Tensor:
-    """scale * q[t,h]·k[s,g(h)]: q [T, H, D], k [S, G, D] -> [T, H, S]."""
+def teacher_logits(q: Tensor, k: Tensor, softmax_scale: float, softcap: float | None = None) -> Tensor:
+    """scale * q[t,h]·k[s,g(h)]: q [T, H, D], k [S, G, D] -> [T, H, S]; with a softcap c, c * tanh(that / c)."""
     per_group = k.repeat_interleave(q.shape[1] // k.shape[1], dim=1)
-    return softmax_scale * torch.einsum("thd,shd->ths", q, per_group)
+    logits = softmax_scale * torch.einsum("thd,shd->ths", q, per_group)
+    return logits if softcap is None else softcap * (logits / softcap).tanh()
 
 
-def teacher_lse(q: Tensor, k: Tensor, softmax_scale: float, key_start: Tensor, key_end: Tensor) -> Tensor:
+def teacher_lse(
+    q: Tensor, k: Tensor, softmax_scale: float, key_start: Tensor, key_end: Tensor, softcap: float | None = None
+) -> Tensor:
     """lse[t,h] = log sum over visible s of exp(scale * q[t,h]·k[s,g(h)]): [T, H]; -inf where t sees nothing."""
     visible = visible_keys(key_start, key_end, k.shape[0])
-    return teacher_logits(q, k, softmax_scale).masked_fill(~visible[:, None], -torch.inf).logsumexp(-1)
+    return teacher_logits(q, k, softmax_scale, softcap).masked_fill(~visible[:, None], -torch.inf).logsumexp(-1)
 
 
 def attention(
-    q: Tensor, k: Tensor, v: Tensor, softmax_scale: float, key_start: Tensor, key_end: Tensor
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    softmax_scale: float,
+    key_start: Tensor,
+    key_end: Tensor,
+    softcap: float | None = None,
 ) -> tuple[Tensor, Tensor]:
     """out[t,h] = sum_s exp(scale * q[t,h]·k[s,g(h)] - lse[t,h]) * v[s,g(h)]: [T, H, V], zeros where unseen; lse."""
-    p = target_distribution(q, k, softmax_scale, key_start, key_end, "per_head")
+    p = target_distribution(q, k, softmax_scale, key_start, key_end, "per_head", softcap)
     out = torch.einsum("ths,shv->thv", p, v.repeat_interleave(q.shape[1] // v.shape[1], dim=1))
-    return out, teacher_lse(q, k, softmax_scale, key_start, key_end)
+    return out, teacher_lse(q, k, softmax_scale, key_start, key_end, softcap)
 
 
 def target_distribution(
-    q: Tensor, k: Tensor, softmax_scale: float, key_start: Tensor, key_end: Tensor, target: str = "mean"
+    q: Tensor,
+    k: Tensor,
+    softmax_scale: float,
+    key_start: Tensor,
+    key_end: Tensor,
+    target: str = "mean",
+    softcap: float | None = None,
 ) -> Tensor:
     """p[t,s], the distribution the indexer learns; zero where unseen, all zeros for a query that sees nothing.
 
@@ -55,7 +70,7 @@ def target_distribution(
     "sum_logits": softmax_s(scale * sum_h q[t,h]·k[s,g(h)]) -> [T, S].
     """
     visible = visible_keys(key_start, key_end, k.shape[0])
-    logits = teacher_logits(q, k, softmax_scale)
+    logits = teacher_logits(q, k, softmax_scale, softcap)
     if target == "sum_logits":
         return _softmax(logits.sum(1), visible)
     probabilities = _softmax(logits, visible[:, None])
@@ -84,6 +99,13 @@ def indexer_scores(
     return per_head.sum(1).masked_fill(~visible, -torch.inf)
 
 
+def divergence(p: Tensor, scores: Tensor, seen: Tensor) -> Tensor:
+    """KL[t] = sum_s p (log p - log_softmax(scores)), 0 where t sees nothing: p, scores [T, ..., S], seen bool [T]."""
+    row_seen = seen.view(-1, *[1] * (scores.ndim - 1))
+    log_q = scores.masked_fill(~row_seen, 0.0).log_softmax(-1).masked_fill(p == 0, 0.0)
+    return (torch.xlogy(p, p) - p * log_q).sum(-1)
+
+
 def indexer_kl(
     q: Tensor,
     k: Tensor,
@@ -109,9 +131,7 @@ def indexer_kl(
     seen = key_end > key_start
     scores = indexer_scores(index_q, index_k, index_weights, key_start, key_end, target)
     p = target_distribution(q, k, softmax_scale, key_start, key_end, target).detach()
-    row_seen = seen.view(-1, *[1] * (scores.ndim - 1))
-    log_q = scores.masked_fill(~row_seen, 0.0).log_softmax(-1).masked_fill(p == 0, 0.0)
-    kl = (torch.xlogy(p, p) - p * log_q).sum(-1)
+    kl = divergence(p, scores, seen)
     if token_weight is None:
         token_weight = seen.to(kl.dtype) / seen.sum().clamp_min(1)
     per_token = kl.mean(-1) if target == "per_head" else kl

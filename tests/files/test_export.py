@@ -375,7 +375,7 @@ def test_an_indexer_that_layers_share_is_exported_for_each(tmp_path: Path) -> No
 
 def test_wrong_arguments(tmp_path: Path) -> None:
     handle = random_handle(random_model(v3()))
-    with pytest.raises(ValueError, match="format must be 'deepseek_v32' or 'native', got 'gguf'"):
+    with pytest.raises(ValueError, match="format must be 'deepseek_v32', 'native' or 'own', got 'gguf'"):
         export(handle, tmp_path / "out", format="gguf")  # type: ignore[arg-type]
     for value in (0, True, 2.0):
         with pytest.raises(ValueError, match=f"index_topk must be a positive integer, got {value}"):

@@ -70,6 +70,8 @@ class Capture:
     softmax_scale: float
     key_start: Tensor
     key_end: Tensor
+    sinks: Tensor | None = None
+    softcap: float | None = None
 
 
 @pytest.fixture

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -69,3 +70,27 @@ def test_wrong_arguments_are_refused(make_capture: MakeCapture) -> None:
         selected_attention(capture, select="random", k=8)
     with pytest.raises(ValueError, match=r"selected_attention: k must be at least max\(1, sink\) = 4, got 3"):
         selected_attention(capture, select="window", k=3)
+
+
+@pytest.mark.parametrize("softcap", [None, 0.7])
+@pytest.mark.parametrize("with_sinks", [False, True])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_softcap_and_sinks_are_in_the_softmax(
+    layout: str, with_sinks: bool, softcap: float | None, make_capture: MakeCapture
+) -> None:
+    plain, k = make_capture(*LAYOUTS[layout]), 9
+    sinks = torch.linspace(-1.0, 2.0, plain.q.shape[1], dtype=torch.float64) if with_sinks else None
+    capture = replace(plain, sinks=sinks, softcap=softcap)
+    chosen = reference.visible_keys(capture.key_start, capture.key_end, capture.k.shape[0])
+    s = torch.arange(capture.k.shape[0])
+    first, last = s < capture.key_start[:, None] + 4, s >= capture.key_end[:, None] - (k - 4)
+    many = (capture.key_end - capture.key_start > k)[:, None]
+    chosen = torch.where(many, chosen & (first | last), chosen)
+    logits = reference.teacher_logits(capture.q, capture.k, capture.softmax_scale, softcap)
+    logits = logits.masked_fill(~chosen[:, None], -torch.inf)
+    if sinks is not None:
+        logits = torch.cat([logits, sinks[:, None].expand(len(logits), -1, 1)], -1)
+    a = logits.softmax(-1).nan_to_num(0.0)[..., : capture.k.shape[0]]
+    want = torch.einsum("ths,shv->thv", a, capture.v.repeat_interleave(capture.q.shape[1] // capture.v.shape[1], dim=1))
+    got = selected_attention(capture, select="window", k=k, workspace_bytes=TINY)
+    torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-12)

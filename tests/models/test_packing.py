@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from flash_indexer.models.attach import IndexerHandle, LayerCapture, attach
+from flash_indexer.models.capture import AttentionForm
 from flash_indexer.models.packing import causal_attention, packing
 from flash_indexer.ops import teacher_scores
 
@@ -46,7 +47,7 @@ def test_output_and_lse_are_the_softmax_over_the_visible_keys(
     torch.manual_seed(0)
     q, k, v = torch.randn(21, H, D), torch.randn(21, G, D), torch.randn(21, G, V)
     positions = torch.cat([torch.arange(end - begin) for begin, end in itertools.pairwise(boundaries)])[None]
-    out, lse = causal_attention(q, k, v, packing(positions), softmax_scale=0.37, window=window)
+    out, lse = causal_attention(q, k, v, packing(positions), AttentionForm(0.37, window))
     want_out, want_lse = naive(q, k, v, boundaries, 0.37, window)
     assert out.shape == (21, H, V) and lse.shape == (21, H)
     torch.testing.assert_close(out.double(), want_out, rtol=1e-5, atol=1e-5)
@@ -93,7 +94,7 @@ def eager_weights(model: PreTrainedModel, ids: Tensor) -> list[Tensor]:
 def test_teacher_is_the_models_eager_attention(tiny: Tiny, family: str) -> None:
     model, ids = tiny(family), tokens(1, 33)
     want = eager_weights(model, ids)
-    handle = attach(model, num_heads=2, head_dim=32)
+    handle = attach(model, num_heads=2, head_dim=32, layers=range(3))
     found = captures(handle, ids)
     assert sorted(found) == [0, 1, 2] and len(want) == 3
     heads = model.config.num_attention_heads
@@ -109,7 +110,7 @@ def test_teacher_is_the_models_eager_attention(tiny: Tiny, family: str) -> None:
 def test_windows_are_in_the_intervals(tiny: Tiny, family_name: str) -> None:
     model = tiny(family_name)
     windows = [None, 5, 5] if family_name.startswith("qwen2") else [7, 7, 7]
-    found = captures(attach(model, num_heads=2, head_dim=32), tokens(1, 20))
+    found = captures(attach(model, num_heads=2, head_dim=32, layers=range(3)), tokens(1, 20))
     for layer, window in enumerate(windows):
         first = [0 if window is None else max(0, t + 1 - window) for t in range(20)]
         assert found[layer].key_start.tolist() == first
@@ -128,7 +129,8 @@ def test_packed_documents_attend_as_if_alone(tiny: Tiny, family: str) -> None:
     documents = [tokens(1, n, seed=n) for n in lengths]
     alone = [eager_weights(model, ids) for ids in documents]
     position_ids = torch.cat([torch.arange(n) for n in lengths])[None]
-    found = captures(attach(model, num_heads=2, head_dim=32), torch.cat(documents, 1), position_ids=position_ids)
+    handle = attach(model, num_heads=2, head_dim=32, layers=range(3))
+    found = captures(handle, torch.cat(documents, 1), position_ids=position_ids)
     for layer in range(3):
         want = torch.block_diag(*[weights[layer] for weights in alone])
         torch.testing.assert_close(scores(found[layer]), want, rtol=1e-4, atol=2e-5)
@@ -171,3 +173,25 @@ def test_queries_have_intervals_of_their_own_the_same_for_all_layers() -> None:
         assert all(x is y for x, y in zip(pair, some.visible(window, queries_only=True), strict=True))
         for got, of_all, want in zip(pair, some.visible(window), whole.visible(window), strict=True):
             assert torch.equal(of_all, want) and torch.equal(got, want[queries])
+
+
+@pytest.mark.parametrize(
+    ("chunk", "softcap", "with_sinks"), [(4, None, False), (None, 0.8, False), (4, 0.8, True), (None, None, True)]
+)
+def test_chunks_softcap_and_sinks(chunk: int | None, softcap: float | None, with_sinks: bool) -> None:
+    torch.manual_seed(0)
+    q, k, v = torch.randn(21, 6, 16), torch.randn(21, 2, 16), torch.randn(21, 2, 12)
+    boundaries = (0, 1, 9, 21)
+    positions = torch.cat([torch.arange(end - begin) for begin, end in itertools.pairwise(boundaries)])[None]
+    sinks = torch.linspace(-1.0, 2.0, 6) if with_sinks else None
+    form = AttentionForm(0.37, None, chunk, sinks, softcap)
+    out, lse = causal_attention(q, k, v, packing(positions), form)
+    for begin, end in itertools.pairwise(boundaries):
+        for t, h in itertools.product(range(begin, end), range(6)):
+            first = begin if chunk is None else begin + (t - begin) // chunk * chunk
+            logits = 0.37 * (k[first : t + 1, h // 3].double() @ q[t, h].double())
+            logits = logits if softcap is None else softcap * (logits / softcap).tanh()
+            counted = logits if sinks is None else torch.cat([logits, sinks[h : h + 1].double()])
+            a = counted.softmax(0)[: len(logits)]
+            torch.testing.assert_close(lse[t, h].double(), counted.logsumexp(0), rtol=1e-5, atol=1e-5)
+            torch.testing.assert_close(out[t, h].double(), a @ v[first : t + 1, h // 3].double(), rtol=1e-5, atol=1e-5)

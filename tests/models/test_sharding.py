@@ -9,7 +9,18 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from own_models import own_model
+from transformers import (
+    BloomConfig,
+    BloomForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    Qwen3NextConfig,
+    Qwen3NextForCausalLM,
+)
 
 from flash_indexer.models.attach import attach
 from flash_indexer.models.sharding import shard_model
@@ -89,6 +100,14 @@ def test_heads_that_tp_does_not_divide_are_refused(tiny: Tiny) -> None:
         shard_model(tiny("deepseek_v3"), Parallel(tp=3), fsdp=False)
 
 
+@pytest.mark.parametrize(
+    ("family", "part"), [("axk2", "q_gate_proj"), ("dots3_note", "g_proj"), ("hy_v4", "gate_proj")]
+)
+def test_heads_with_parts_that_are_not_shared_out_are_refused(family: str, part: str) -> None:
+    with pytest.raises(ValueError, match=f"tp must be 1 for .*Attention, got tp=2: {part} of layer 0 has a part"):
+        shard_model(own_model(family), Parallel(tp=2), fsdp=False)
+
+
 def test_fsdp_with_nothing_left_to_share_out_is_refused(tiny: Tiny) -> None:
     with pytest.raises(ValueError, match=r"fsdp shares parameters out over dp \* cp processes, got 1 with tp=2; start"):
         shard_model(tiny("llama"), Parallel(tp=2), fsdp=True)
@@ -137,6 +156,25 @@ def test_rope_that_depends_on_the_longest_position_is_refused_over_parts(tiny: T
 
 
 def test_a_model_of_another_family_is_refused() -> None:
-    model = GPT2LMHeadModel(GPT2Config(vocab_size=8, n_positions=8, n_embd=8, n_layer=1, n_head=2))
-    with pytest.raises(ValueError, match="shard_model: model must be one of the decoders .* got GPT2LMHeadModel"):
+    model = BloomForCausalLM(BloomConfig(vocab_size=8, hidden_size=8, n_layer=1, n_head=2))
+    with pytest.raises(ValueError, match="shard_model: model must be one of the decoders .* got BloomForCausalLM"):
         shard_model(model, Parallel(dp=2), fsdp=True)
+
+
+def test_heads_of_layers_that_are_called_otherwise_are_not_shared_out() -> None:
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=8, n_positions=8, n_embd=8, n_layer=1, n_head=2))
+    with pytest.raises(ValueError, match="tp must be 1 unless every layer has a self_attn .* tp=2 for GPT2LMHeadModel"):
+        shard_model(model, Parallel(tp=2), fsdp=False)
+
+
+def test_layers_that_mix_tokens_otherwise_need_the_whole_sequence() -> None:
+    sizes: dict[str, Any] = dict(
+        vocab_size=8, hidden_size=16, intermediate_size=16, num_hidden_layers=4, num_attention_heads=2,
+        num_key_value_heads=2, head_dim=8, moe_intermediate_size=8, shared_expert_intermediate_size=8, num_experts=2,
+        num_experts_per_tok=1, linear_num_key_heads=2, linear_num_value_heads=2, linear_key_head_dim=8,
+        linear_value_head_dim=8,
+    )  # fmt: skip
+    model = Qwen3NextForCausalLM(Qwen3NextConfig(**sizes))
+    with pytest.raises(ValueError, match="cp must be 1 for Qwen3NextForCausalLM, whose layers 0-2 mix .* cp=2"):
+        attach(model, num_heads=2, head_dim=16, parallel=Parallel(cp=2))
+    attach(model, num_heads=2, head_dim=16).remove()

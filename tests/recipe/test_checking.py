@@ -61,7 +61,7 @@ def test_sums_beyond_it_fail_where_the_target_reads_a_logsumexp(
 
 
 def test_a_teacher_that_is_not_the_models_attention_fails(monkeypatch: pytest.MonkeyPatch) -> None:
-    handle: Any = None
+    handle: Any = SimpleNamespace(description="indexers on 1 of 1 layers: 0")
     console = Console(file=io.StringIO(), width=200)
     monkeypatch.setattr(checking, "teacher_errors", lambda *args: {0: 0.01, 2: 1e-6})
     checking.check_teacher(handle, {}, console)

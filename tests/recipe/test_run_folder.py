@@ -185,7 +185,9 @@ def test_a_report_goes_into_an_empty_folder_or_over_an_earlier_report(tmp_path: 
 def test_where_the_indexers_are_and_how_large(tmp_path: Path, recipe: Any) -> None:
     handle = recipe(tmp_path / "run", steps=1, layers=(0, 2), target="sum_logits")
     save_native(handle, tmp_path / "native", base_name="tiny")
-    sizes = dict(layers=(0, 2), num_heads=4, head_dim=32, rope_dim=16, target="sum_logits")
+    sizes = dict(
+        layers=(0, 2), num_heads=4, head_dim=32, rope_dim=16, target="sum_logits", indexers="fresh", teachers="shared"
+    )
     for path in (tmp_path / "run", tmp_path / "native"):
         assert sizes_of_indexers(path) == sizes
     assert indexer_folder(tmp_path / "native") == tmp_path / "native"

@@ -16,7 +16,7 @@ import pytest
 import torch
 from rich.console import Console
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, BloomConfig
 
 from flash_indexer.files import checkpoint as checkpoint_module
 from flash_indexer.files.native import read_native
@@ -512,3 +512,22 @@ def test_settings_are_recorded(tmp_path: Path, train: Train, settings: Any) -> N
     assert {"base_fingerprint", "data_fingerprint", "sequences_per_step", "steps"} < record.keys()
     wanted = settings(layers=(1,), target="sum_logits", clip=1.0, dtype="float32")  # what "auto" means here
     assert settings_from(record["settings"]) == wanted
+
+
+def test_a_refused_model_leaves_nothing_and_the_right_one_runs_there(
+    tmp_path: Path, train: Train, checkpoint: Path
+) -> None:
+    """Refused at attach (no attention function), and at the first forward (a window that the mask alone has is "
+    "hidden)."""
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint)
+    config = BloomConfig(hidden_size=32, n_layer=2, n_head=2, vocab_size=len(tokenizer), eos_token_id=None)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "bloom")
+    tokenizer.save_pretrained(tmp_path / "bloom")
+    with pytest.raises(ValueError, match="got BloomForCausalLM, .*0-1: BloomAttention does not call"):
+        train(tmp_path / "run", model=str(tmp_path / "bloom"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("flash_indexer.models.verification.difference", lambda got, wanted: (1.0, 0.5))
+        with pytest.raises(ValueError, match="layer 0: the output of LlamaAttention differs"):
+            train(tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+    assert train(tmp_path / "run", steps=1).description == "indexers on 3 of 3 layers: 0-2"

@@ -57,13 +57,15 @@ loop.forward = stopping
 
 
 @pytest.fixture(scope="module")
-def build(tiny_settings: Any, checkpoint: Path, mla_checkpoint: Path, window_checkpoint: Path) -> Any:
-    paths = dict(llama=checkpoint, deepseek_v3=mla_checkpoint, mistral=window_checkpoint)
+def build(
+    tiny_settings: Any, checkpoint: Path, mla_checkpoint: Path, window_checkpoint: Path, own_checkpoint: Path
+) -> Any:
+    paths = dict(llama=checkpoint, deepseek_v3=mla_checkpoint, mistral=window_checkpoint, own=own_checkpoint)
 
     def settings(model: str, dp: int = 1, **changes: Any) -> WarmupSettings:
         values = dict(
             model=str(paths[model]), sequence_length=64, steps=STEPS, save_every=STEPS, batch_size=4 // dp,
-            rope_dim=None,
+            rope_dim=None, indexers="own" if model == "own" else "fresh",
         )  # fmt: skip
         return tiny_settings(**(values | changes))
 
@@ -73,7 +75,7 @@ def build(tiny_settings: Any, checkpoint: Path, mla_checkpoint: Path, window_che
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory: pytest.TempPathFactory, runs: Any, build: Any) -> dict[str, Path]:
     """One process, 4 sequences of 64 tokens a step."""
-    outs = {model: tmp_path_factory.mktemp("alone") / "run" for model in ("llama", "deepseek_v3")}
+    outs = {model: tmp_path_factory.mktemp("alone") / "run" for model in ("llama", "deepseek_v3", "own")}
     runs.finish([runs.start(FIRST_GRADIENTS, build(model), out) for model, out in outs.items()])
     return outs
 
@@ -182,6 +184,8 @@ def test_a_step_that_cannot_be_shared_out_is_refused(build: Any) -> None:
         pytest.param("deepseek_v3", 4, dict(fsdp=True), marks=pytest.mark.slow),
         pytest.param("deepseek_v3", 2, dict(cp=2), marks=pytest.mark.slow),
         ("deepseek_v3", 4, dict(cp=2, tp=2)),
+        ("own", 4, dict(cp=2, tp=2)),
+        ("own", 2, dict(fsdp=True)),
     ],
     ids=lambda x: "-".join(f"{k}={v}" for k, v in x.items()) or "dp" if isinstance(x, dict) else str(x),
 )

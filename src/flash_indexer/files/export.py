@@ -17,6 +17,7 @@ from transformers import DeepseekV32Config, DeepseekV32ForCausalLM, PreTrainedMo
 from transformers.models.deepseek_v32.modeling_deepseek_v32 import DeepseekV32RotaryEmbedding
 
 from flash_indexer.files.atomic import atomic_directory
+from flash_indexer.files.export_own import export_own
 from flash_indexer.files.native import (
     NativeConfig,
     apart,
@@ -47,7 +48,7 @@ def export(
     handle: IndexerHandle,
     path: str | os.PathLike[str],
     *,
-    format: Literal["deepseek_v32", "native"] = "deepseek_v32",
+    format: Literal["deepseek_v32", "native", "own"] = "deepseek_v32",
     index_topk: int = 2048,
     base_name: str | None = None,
     base_fingerprint: str | None = None,
@@ -64,15 +65,16 @@ def export(
     logits are the base's. The base must be an MLA model shaped like DeepSeek-V3, with q-LoRA, whole in this
     process, with an indexer on every layer.
     "native": the indexers alone, for any model (docs/format.md); `load_native` reads it.
+    "own": the whole model of attach(indexers="own"), in its family's own form, the indexers in float32.
 
     Args:
         handle: what `attach` returned.
         path: the directory to write; see `atomic_directory`.
         format: as above.
-        index_topk: keys that each query of the exported model attends to. The native format records none.
+        index_topk: keys that each query of a deepseek_v32 model attends to. The others keep the model's, or have none.
         base_name: the base model's name, recorded; by default the one that it was loaded by.
         base_fingerprint: what `model_fingerprint` gave for the base, recorded.
-        tokenizer: saved beside the exported model; deepseek_v32 only.
+        tokenizer: saved beside the exported model; not with "native".
         overwrite: replace an earlier checkpoint of ours at `path`. Other content is never replaced.
         max_shard_size: the largest weight file of an exported model, as in "5GB".
         tied_rows: the share of queries, from 0 to 1, whose score at rank index_topk equals the next one's, as
@@ -92,8 +94,17 @@ def export(
         if tokenizer is not None:
             raise ValueError("export: tokenizer must be None for format 'native', which holds indexers alone")
         return save_native(handle, path, base_name=name, base_fingerprint=base_fingerprint, overwrite=overwrite)
+    if format == "own":
+        if index_topk != 2048:
+            raise ValueError(
+                f"export: index_topk must be left out with format 'own', got {index_topk}; the model's config has it"
+            )
+        return export_own(
+            handle, path, base_name=name, base_fingerprint=base_fingerprint, tokenizer=tokenizer, overwrite=overwrite,
+            max_shard_size=max_shard_size,
+        )  # fmt: skip
     if format != "deepseek_v32":
-        raise ValueError(f"export: format must be 'deepseek_v32' or 'native', got {format!r}")
+        raise ValueError(f"export: format must be 'deepseek_v32', 'native' or 'own', got {format!r}")
 
     described = describe(handle, base_name=name, base_fingerprint=base_fingerprint)
     converted = deepseek_v32_config(handle, index_topk=index_topk)
@@ -157,6 +168,11 @@ def _warn_of_ties(described: NativeConfig, index_topk: int, tied_rows: float | N
 
 def _check_base(base: Any, handle: IndexerHandle) -> None:
     use_native = "use format='native'"
+    if handle.trains_own:
+        raise ValueError(
+            "export: format 'deepseek_v32' is made of a dense model and fresh indexers, got a model whose own indexers "
+            "were trained; use format='own'"
+        )
     if getattr(base, "q_lora_rank", None) is None:
         raise ValueError(
             "export: format 'deepseek_v32' needs a model with q_lora_rank, because DeepSeek-V3.2's indexer "

@@ -50,9 +50,11 @@ class NativeConfig:
     judged: dict[str, Any] | None = None
     index_dtype: str | None = None
     teacher_dtype: str | None = None
+    indexers: str = "fresh"
+    teachers: str = "shared"
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """The shape of every tensor, by its key `model.layers.N.self_attn.indexer.*`."""
+        """The shape of every tensor, by its key `model.layers.N.self_attn.indexer.*`; own indexers may have more."""
         width = self.base_hidden_size
         q_in = width if self.q_lora_rank is None else self.q_lora_rank
         one = {
@@ -63,6 +65,11 @@ class NativeConfig:
             "weights_proj.weight": (self.num_heads, width),
         }
         return {f"model.layers.{n}.self_attn.indexer.{key}": one[key] for n in self.layers for key in one}
+
+    def may_hold(self, key: str) -> bool:
+        """Whether a model's own indexer may have a tensor of this name beside those of `shapes`."""
+        begins = tuple(f"model.layers.{n}.self_attn.indexer." for n in self.layers)
+        return self.indexers == "own" and key.startswith(begins)
 
 
 class NativeCheckpoint(NamedTuple):
@@ -202,6 +209,8 @@ def load_native(
             layers=config.layers,
             index_dtype=config.index_dtype,
             teacher_dtype=config.teacher_dtype,
+            indexers=config.indexers,
+            teachers=config.teachers,
         )
     else:
         handle = handle_or_model
@@ -242,6 +251,8 @@ def describe(handle: IndexerHandle, *, base_name: str, base_fingerprint: str | N
         base_dtype=str(handle.model.dtype).removeprefix("torch."),
         index_dtype=handle.index_dtype,
         teacher_dtype=handle.teacher_dtype,
+        indexers="own" if handle.trains_own else "fresh",
+        teachers=handle.teachers,
     )
 
 
@@ -308,11 +319,11 @@ def check_tensors(state_dict: dict[str, Tensor], config: NativeConfig, *, where:
     shapes = config.shapes()
     if missing := sorted(shapes.keys() - state_dict.keys()):
         raise ValueError(f"{where} lacks {len(missing)} tensors that the config tells of, first {missing[0]}")
-    if unexpected := sorted(state_dict.keys() - shapes.keys()):
+    if unexpected := sorted(key for key in state_dict.keys() - shapes.keys() if not config.may_hold(key)):
         raise ValueError(f"{where} has {len(unexpected)} tensors too many, first {unexpected[0]}")
     for key, tensor in state_dict.items():
-        if tuple(tensor.shape) != shapes[key]:
-            raise ValueError(f"{where}: {key} must be {list(shapes[key])}, got {list(tensor.shape)}")
+        if tuple(tensor.shape) != (wanted := shapes.get(key, tuple(tensor.shape))):
+            raise ValueError(f"{where}: {key} must be {list(wanted)}, got {list(tensor.shape)}")
         if not tensor.is_floating_point():
             raise ValueError(f"{where}: {key} must be floating point, got {tensor.dtype}")
         if not bool(torch.isfinite(tensor).all()):
@@ -338,7 +349,7 @@ def _compare_base(
 
 
 def _compare_indexers(config: NativeConfig, other: NativeConfig, path: str | os.PathLike[str]) -> None:
-    names = ("layers", "num_heads", "head_dim", "rope_dim", "rope_interleaved", "q_lora_rank")
+    names = ("indexers", "layers", "num_heads", "head_dim", "rope_dim", "rope_interleaved", "q_lora_rank")
     pairs = [(name, getattr(config, name), getattr(other, name)) for name in names]
     if wrong := [f"{name} {was!r}, attached are {now!r}" for name, was, now in pairs if was != now]:
         raise ValueError(

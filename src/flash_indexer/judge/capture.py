@@ -28,7 +28,7 @@ def chunks(capture: LayerCapture, workspace_bytes: int) -> Iterator[tuple[slice,
 def chunk_teacher(capture: LayerCapture, rows: slice, keys: slice, start: Tensor, end: Tensor) -> Tensor:
     """Head-summed attention [R, C], not divided by its row sum, 0 where unseen."""
     q, k, lse = capture.q[rows], capture.k[keys], capture.lse[rows]
-    return teacher_scores(q, k, lse, start, end, softmax_scale=capture.softmax_scale)
+    return teacher_scores(q, k, lse, start, end, softmax_scale=capture.softmax_scale, softcap=capture.softcap)
 
 
 def chunk_scores(capture: LayerCapture, rows: slice, keys: slice, start: Tensor, end: Tensor) -> Tensor:

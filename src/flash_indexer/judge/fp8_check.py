@@ -144,6 +144,11 @@ def fp8_check(handle: IndexerHandle, batch: Mapping[str, Tensor], *, ks: Sequenc
     layers: list[LayerFP8] = []
 
     def measure(capture: LayerCapture) -> None:
+        if capture.sinks is not None or capture.softcap is not None:
+            raise ValueError(
+                f"fp8_check: attention must have no sinks and no softcap, got layer {capture.layer} of one with them: "
+                "the FP8 logits' own logsumexp leaves them out; check without --fp8"
+            )
         layers.append(layer_fp8(capture, handle.target, ks))
 
     input_ids, position_ids = batch_tensors(batch, next(handle.model.parameters()).device)

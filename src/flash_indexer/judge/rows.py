@@ -27,7 +27,7 @@ def row_block(capture: LayerCapture, *, rows: int = 64, columns: int = 256) -> R
     here, keys = slice(first, last + 1), slice(start, end)
     bounds = key_start[here] - start, key_end[here] - start
     q, k, lse = capture.q[here], capture.k[keys], capture.lse[here]
-    p = teacher_scores(q, k, lse, *bounds, softmax_scale=capture.softmax_scale)
+    p = teacher_scores(q, k, lse, *bounds, softmax_scale=capture.softmax_scale, softcap=capture.softcap)
     p = p / p.sum(-1, keepdim=True)
     index_q, index_k, weights = capture.index_q[here], capture.index_k[keys], capture.index_weights[here]
     predicted = indexer_scores(index_q, index_k, weights, *bounds).softmax(-1)

@@ -16,7 +16,9 @@ from torch import Tensor
 
 from flash_indexer.judge.capture import WORKSPACE, chunk_scores, chunk_teacher, chunks
 from flash_indexer.models.capture import LayerCapture
+from flash_indexer.models.packing import with_sinks
 from flash_indexer.ops import Selection, sparse_attention, top_keys
+from flash_indexer.ops.blockwise import cap_logits, compute_dtype
 
 SELECTIONS = ("indexer", "oracle", "window")
 SINK = 4
@@ -58,11 +60,33 @@ def selected_attention(
             selection = top_keys(chunk_teacher(capture, rows, keys, start, end), start, end, k)
         else:
             selection = top_keys(chunk_scores(capture, rows, keys, start, end), start, end, k)
-        out[rows], _ = sparse_attention(
-            q[rows], capture.k[keys], v[keys], selection,
-            softmax_scale=capture.softmax_scale, workspace_bytes=workspace_bytes,
-        )  # fmt: skip
+        if capture.softcap is None:
+            attended, lse = sparse_attention(
+                q[rows], capture.k[keys], v[keys], selection,
+                softmax_scale=capture.softmax_scale, workspace_bytes=workspace_bytes,
+            )  # fmt: skip
+        else:
+            attended, lse = _capped_attention(capture, rows, keys, selection)
+        out[rows], _ = with_sinks(attended, lse, capture.sinks)
     return out
+
+
+def _capped_attention(capture: LayerCapture, rows: slice, keys: slice, selection: Selection) -> tuple[Tensor, Tensor]:
+    """out [R, H, V] and lse [R, H] of logits with a softcap over the selected keys alone, head by head."""
+    q, k, v = capture.q[rows], capture.k[keys], capture.v[keys]
+    chosen = torch.zeros(q.shape[0], k.shape[0] + 1, dtype=torch.bool, device=q.device)
+    chosen.scatter_(1, selection.indices.long() % (k.shape[0] + 1), True)  # -1 is the column that is cut off
+    outs, lses = [], []
+    for h in range(q.shape[1]):
+        g = h * k.shape[1] // q.shape[1]
+        logits = cap_logits(
+            q[:, h].to(compute_dtype(q)) @ k[:, g].to(compute_dtype(q)).T * capture.softmax_scale, capture.softcap
+        )
+        logits = logits.masked_fill(~chosen[:, :-1], -torch.inf)
+        lses.append(logits.logsumexp(-1))
+        p = (logits - lses[-1][:, None]).exp().nan_to_num(0.0)
+        outs.append((p @ v[:, g].to(p.dtype)).to(v.dtype))
+    return torch.stack(outs, 1), torch.stack(lses, 1)
 
 
 def window_selection(key_start: Tensor, key_end: Tensor, k: int, sink: int) -> Selection:

@@ -18,7 +18,9 @@ if TYPE_CHECKING:
 
 
 def teacher_errors(handle: IndexerHandle, batch: Mapping[str, Tensor]) -> dict[int, float]:
-    """max over t, h of |sum_s exp(scale * q[t,h]·k[s,g(h)] - lse[t,h]) - 1|, for each attached layer.
+    """max over t, h of |sum_s exp(x[t,h,s] - lse[t,h]) - 1| with the teacher's logits x, for each attached layer.
+
+    x = scale * q[t,h]·k[s,g(h)]; a sink counts as one more key.
 
     An error means that the logsumexp, the scale or the visible keys are not those of the model's own attention. The
     target's normalisation would hide it, and leave a wrong weighting of the heads.
@@ -41,7 +43,8 @@ def head_errors(capture: LayerCapture) -> list[float]:
     errors = []
     for h in range(capture.q.shape[1]):
         one, g = slice(h, h + 1), slice(h // per_group, h // per_group + 1)
-        head = replace(capture, q=capture.q[:, one], k=capture.k[:, g], lse=capture.lse[:, one])
+        sinks = None if capture.sinks is None else capture.sinks[one]
+        head = replace(capture, q=capture.q[:, one], k=capture.k[:, g], lse=capture.lse[:, one], sinks=sinks)
         worst = torch.zeros((), device=capture.q.device)
         for sums in teacher_row_sums(head):
             worst = torch.maximum(worst, (sums - 1).abs().max())  # unlike max, keeps NaN
@@ -50,6 +53,9 @@ def head_errors(capture: LayerCapture) -> list[float]:
 
 
 def teacher_row_sums(capture: LayerCapture, *, workspace_bytes: int = WORKSPACE) -> Iterator[Tensor]:
-    """sum_s sum_h exp(scale * q[t,h]·k[s,g(h)] - lse[t,h]), chunk by chunk, of the queries that see a key."""
+    """sum_h sum_s exp(x[t,h,s] - lse[t,h]), sinks included, chunk by chunk, of the queries that see a key."""
     for rows, keys, start, end in chunks(capture, workspace_bytes):
-        yield chunk_teacher(capture, rows, keys, start, end).sum(-1)[end > start]
+        sums = chunk_teacher(capture, rows, keys, start, end).sum(-1)
+        if capture.sinks is not None:
+            sums = sums + (capture.sinks - capture.lse[rows]).exp().sum(-1)
+        yield sums[end > start]

@@ -8,7 +8,6 @@ loss, whose backward runs at once, inside the forward, so that one layer's score
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
 from typing import Any
 
 import torch
@@ -17,19 +16,15 @@ from transformers import PreTrainedModel
 
 from flash_indexer.indexer import LightningIndexer, check_sizes
 from flash_indexer.models.capture import LayerCapture
-from flash_indexer.models.families import (
-    FAMILIES,
-    check_rope,
-    chosen_layers,
-    default_rope_dim,
-    find_decoder,
-    is_attachable,
-    layer_device,
-    resized_rotary,
-)
+from flash_indexer.models.families import FAMILIES, find_decoder, layer_device
 from flash_indexer.models.handle import IndexerHandle
-from flash_indexer.models.hooks import ATTENTION, TAP, LayerTap, uncompiled
-from flash_indexer.ops.quantization import check_rotation
+from flash_indexer.models.hooks import ATTENTION, TAP, LayerTap
+from flash_indexer.models.install import install
+from flash_indexer.models.layers import DecoderLayers, by_reason, decoder_layers, spans
+from flash_indexer.models.options import check_arithmetic, check_target
+from flash_indexer.models.own_attach import OwnOptions, attach_own
+from flash_indexer.models.own_indexers import has_own_indexers
+from flash_indexer.models.rope import check_rope, default_rope_dim, indexer_rotary, rope_parameters
 from flash_indexer.parallel.mesh import Parallel
 
 __all__ = ["IndexerHandle", "LayerCapture", "attach"]
@@ -46,31 +41,44 @@ def attach(
     parallel: Parallel | None = None,
     index_dtype: str | None = None,
     teacher_dtype: str | None = None,
+    indexers: str = "fresh",
+    teachers: str = "shared",
 ) -> IndexerHandle:
-    """Gives every layer of a dense model a fresh lightning indexer that learns from the layer's own attention.
+    """Gives layers of a dense model fresh lightning indexers, each of which learns from its layer's own attention.
+
+    With indexers="own" those that the model itself has (DeepSeek-V3.2, GLM-MoE-DSA, A.X-K2, Hy4, Mistral Large 4, Dots
+    3 Note) are trained in place: `handle.indexers` holds the model's parameters, in float32 at least while attached;
+    attention runs dense, as the teacher. What `save_pretrained` writes is a model of the same family; `remove()` rounds
+    the parameters to the model's dtype, so save before it, or with `export`, where that is bfloat16.
 
     MLA models with q-LoRA: wq_b reads the normed query residual, rope is the model's own (half-split, on
     qk_rope_head_dim dims, as in DeepSeek-V3.2). Elsewhere wq_b reads the hidden state and rope comes from the model's
     rope settings with rope_dim dims.
 
     Batches are packed: no padding; documents restart position_ids at 0, or are said by cu_seq_lens_q, seq_idx or a mask
-    of document numbers (flash_indexer.models.documents). Sliding windows are respected. Call the model in eval() mode,
-    under torch.no_grad(), in one thread at a time. Autocast may be on; torch.compile leaves the attention as it is.
+    of document numbers (flash_indexer.models.documents). Windows, chunks, sinks and softcap are respected. The first
+    forward compares every layer's mask and attention with the model's own (flash_indexer.models.verification). Call
+    the model in eval() mode, under torch.no_grad(), in one thread at a time. Autocast may be on; torch.compile leaves
+    the attention as it is.
 
     Args:
         model: a loaded causal language model. Its parameters stop requiring gradients until `remove()`.
         num_heads: I. head_dim: E. rope_dim: None means min(32, head_dim), for MLA qk_rope_head_dim, for
             longrope the most up to 32 that divide its dims.
-        target: see `flash_indexer.indexer_kl`. layers: indices of the layers to attach; None means all.
+        target: see `flash_indexer.indexer_kl`. layers: indices of the layers to attach; None means all whose
+            attention can be a teacher and sees all keys, or where none sees all, all that can.
         parallel: how sequence and heads are shared out over processes. With cp > 1 the model is given this process's
             part of input_ids and position_ids (`context_positions` of the flattened batch); with tp > 1 it is sharded.
         index_dtype: "fp8" or "fp8_unrotated" trains the indexers in the arithmetic that they are served in, see
             `flash_indexer.indexer_kl`. teacher_dtype: "fp8" takes the teacher's probabilities from e4m3 queries and
             keys, with the logsumexp of these. Not with cp or tp.
+        indexers: "fresh" or "own"; own ones have the sizes and the rope of the model's family.
+        teachers: where one layer's own indexer serves the next ones too, "shared": it learns from all of them, the loss
+            being the mean of their KLs; "own": from its own layer alone.
 
     Raises:
         TypeError: the model is a wrapper around a Transformers model.
-        ValueError: a family or rope that can't be attached, layers that don't exist, or sizes that don't fit.
+        ValueError: no layer's attention can be a teacher, or not that of the layers asked for; sizes that don't fit.
     """
     if not isinstance(model, PreTrainedModel):
         raise TypeError(
@@ -83,92 +91,88 @@ def attach(
             "torch.no_grad()"
         )
     check_sizes("attach", num_heads=num_heads, head_dim=head_dim)
+    if indexers not in ("fresh", "own"):
+        raise ValueError(f'attach: indexers must be "fresh" or "own", got {indexers!r}')
     decoder = find_decoder(model)
-    blocks = getattr(decoder, "layers", None)
-    attentions: list[Any] = [getattr(block, "self_attn", None) for block in blocks] if blocks is not None else []
-    if not attentions or not all(is_attachable(module) for module in attentions) or not hasattr(decoder, "rotary_emb"):
-        raise ValueError(f"attach: model must be one of the {FAMILIES}; got {type(model).__name__}")
-    if any(hasattr(module, "indexer") for module in attentions):
-        raise ValueError(f"attach: {type(model).__name__} has indexers of its own; attach to the dense model")
-    if any(TAP in module.__dict__ for module in attentions):
-        raise ValueError("attach: the model has indexers attached already; call remove() on their handle first")
-    chosen = chosen_layers(layers, len(attentions))
-
     config = model.config.get_text_config()
-    if getattr(config, "attn_logit_softcapping", None) is not None:
+    found = decoder_layers(decoder, config)
+    if any(TAP in module.__dict__ for _, module in found.callers):
+        raise ValueError("attach: the model has indexers attached already; call remove() on their handle first")
+    if indexers == "own":
+        options = OwnOptions(num_heads, head_dim, rope_dim, layers, target, teachers, index_dtype, teacher_dtype)
+        return attach_own(model, found, options, parallel or Parallel())
+    if has_own_indexers(found):
         raise ValueError(
-            f"attach: attention with softcap is not supported, got {type(model).__name__} with "
-            f"attn_logit_softcapping={config.attn_logit_softcapping}; attachable are {FAMILIES}"
+            f'attach: {type(model).__name__} has indexers of its own; train these with indexers="own", or attach to '
+            "the dense model"
         )
+    if teachers != "shared":
+        raise ValueError(f'attach: teachers must be left out with indexers="fresh", got {teachers!r}')
+    if not found.attentions:
+        raise ValueError(
+            f"attach: model must be one of the {FAMILIES}; got {type(model).__name__}, of whose layers none can be a "
+            f"teacher ({by_reason(found.refused) or 'it has no list of layers with attention'})"
+        )
+    chosen = found.chosen(layers)
     check_rope(config, 1 if parallel is None else parallel.cp)
-    mla = hasattr(attentions[0], "kv_b_proj")
+    _check_softcap(config, parallel or Parallel(), target)
+    _check_whole_sequences(model, decoder, found, parallel or Parallel())
+    kinds = getattr(config, "layer_types", None) or []
+    ropes = {n: rope_parameters(config, kinds[n] if len(kinds) == found.number else None) for n in chosen}
+    mla = {n for n in chosen if hasattr(found.attentions[n], "kv_b_proj")}
+    if mla and len(mla) < len(chosen):
+        raise ValueError(
+            f"attach: layers must all have MLA or none of them, got MLA in {sorted(mla)} of {chosen} alone; attach to "
+            "one kind with layers="
+        )
+    own_rope = bool(mla) and bool(getattr(config, "rope_parameters", None))
     rank = getattr(config, "q_lora_rank", None) if mla else None
     if mla:
         if rope_dim not in (None, config.qk_rope_head_dim):
             raise ValueError(f"attach: rope_dim must be qk_rope_head_dim = {config.qk_rope_head_dim}, got {rope_dim}")
         rope_dim = config.qk_rope_head_dim
-    rope_dim = default_rope_dim(config, head_dim) if rope_dim is None else rope_dim
+    rope_dim = default_rope_dim(ropes[chosen[0]], head_dim) if rope_dim is None else rope_dim
     check_sizes("attach", rope_dim=rope_dim)
-    if target not in ("mean", "per_head", "sum_logits"):
-        raise ValueError(f'attach: target must be "mean", "per_head" or "sum_logits", got {target!r}')
-    if target == "per_head" and parallel is not None and parallel.tp > 1:
-        raise ValueError(f'attach: target="per_head" has no sum over heads to share out, got tp={parallel.tp}; use cp')
-    if target == "per_head" and num_heads != config.num_attention_heads:
-        raise ValueError(
-            f'attach: target="per_head" needs num_heads = {config.num_attention_heads}, the model\'s, got {num_heads}'
-        )
-    _check_arithmetic(index_dtype, teacher_dtype, head_dim)
-    indexers = nn.ModuleDict()
+    check_target(target, num_heads, config, parallel)
+    check_arithmetic(index_dtype, teacher_dtype, head_dim)
+    modules, rotaries = nn.ModuleDict(), dict[int, nn.Module | None]()
     for layer in chosen:
-        indexers[str(layer)] = LightningIndexer(
+        device = layer_device(found.attentions[layer])
+        modules[str(layer)] = LightningIndexer(
             config.hidden_size, num_heads=num_heads, head_dim=head_dim, q_lora_rank=rank,
             rope_dim=rope_dim, rope_interleaved=False,
-        ).to(layer_device(attentions[layer]))  # fmt: skip
+        ).to(device)  # fmt: skip
+        rotaries[layer] = None if own_rope else indexer_rotary(config, ropes[layer], rope_dim).to(device)
     handle = IndexerHandle(
-        model, indexers, target, parallel or Parallel(), index_dtype=index_dtype, teacher_dtype=teacher_dtype
-    )
-    rotary = None if mla else resized_rotary(decoder, config, rope_dim).to(layer_device(attentions[0]))
-    _install(handle, decoder, attentions, rotary)
+        model, modules, target, parallel or Parallel(), found=found, index_dtype=index_dtype,
+        teacher_dtype=teacher_dtype,
+    )  # fmt: skip
+    install(handle, found, lambda layer, module: LayerTap(handle.attend, layer, rotaries.get(layer)), ATTENTION)
     return handle
 
 
-def _check_arithmetic(index_dtype: str | None, teacher_dtype: str | None, head_dim: int) -> None:
-    for name, value, allowed in (
-        ("index_dtype", index_dtype, ("fp8", "fp8_unrotated")),
-        ("teacher_dtype", teacher_dtype, ("fp8",)),
-    ):
-        if value is None:
-            continue
-        if value not in allowed:
-            raise ValueError(f"attach: {name} must be None or one of {', '.join(map(repr, allowed))}, got {value!r}")
-    check_rotation('attach: index_dtype="fp8"', head_dim, index_dtype == "fp8")
+def _check_whole_sequences(
+    model: PreTrainedModel, decoder: nn.Module, found: DecoderLayers, parallel: Parallel
+) -> None:
+    """Context parallelism hands keys round in attention alone: a state or convolution would begin anew in each part."""
+    convolves = any(isinstance(module, nn.Conv1d) for module in decoder.modules())
+    if parallel.cp > 1 and (found.refused or convolves):
+        mixed = f"layers {spans(list(found.refused))}" if found.refused else "convolutions"
+        raise ValueError(
+            f"attach: cp must be 1 for {type(model).__name__}, whose {mixed} mix tokens outside of attention, got "
+            f"cp={parallel.cp}; share the model out by FSDP alone"
+        )
 
 
-def _install(handle: IndexerHandle, decoder: Any, attentions: list[Any], rotary: nn.Module | None) -> None:
-    """Freezes the model, adds the hooks, switches the attention function; records how to undo each."""
-    model = handle.model
-    for module in model.modules():
-        for name, parameter in module.named_parameters(recurse=False):
-            if parameter.requires_grad:
-                parameter.requires_grad_(False)
-                handle.undo_with(partial(_thaw, module, name))
-    before = model.config._attn_implementation
-    model.set_attn_implementation(ATTENTION)
-    handle.undo_with(lambda: model.set_attn_implementation(before))
-    handle.undo_with(decoder.register_forward_pre_hook(uncompiled(handle.begin), with_kwargs=True).remove)
-    handle.undo_with(decoder.register_forward_hook(uncompiled(handle.end)).remove)
-    handle.undo_with(decoder.register_forward_hook(uncompiled(handle.release), always_call=True).remove)
-    for layer, module in enumerate(attentions):
-        tap = LayerTap(handle.attend, layer, rotary)
-        module.__dict__[TAP] = tap
-        handle.undo_with(partial(module.__dict__.pop, TAP, None))
-        if layer not in handle.layers:
-            continue
-        handle.undo_with(module.register_forward_pre_hook(uncompiled(tap.read_inputs), with_kwargs=True).remove)
-        if getattr(module, "q_a_layernorm", None) is not None:
-            handle.undo_with(module.q_a_layernorm.register_forward_hook(uncompiled(tap.read_residual)).remove)
-
-
-def _thaw(module: nn.Module, name: str) -> None:
-    """By name: offloading puts other parameter objects in the place of those that were frozen."""
-    module.get_parameter(name).requires_grad_(True)
+def _check_softcap(config: Any, parallel: Parallel, target: str) -> None:
+    softcap = getattr(config, "attn_logit_softcapping", None)
+    if softcap is not None and parallel.cp * parallel.tp > 1:
+        raise ValueError(
+            f"attach: cp and tp must be 1 for attention with softcap, got cp={parallel.cp} and tp={parallel.tp} with "
+            f"attn_logit_softcapping={softcap}; share the model out by FSDP alone"
+        )
+    if softcap is not None and target == "sum_logits":
+        raise ValueError(
+            f'attach: target must be "mean" or "per_head" for attention with softcap, got "sum_logits" with '
+            f"attn_logit_softcapping={softcap}"
+        )

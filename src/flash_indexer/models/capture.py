@@ -3,8 +3,26 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from torch import Tensor
+
+
+class AttentionForm(NamedTuple):
+    """What a layer's attention is besides its queries, keys and values.
+
+    Attributes:
+        softmax_scale: the factor of q·k. softcap: c in c * tanh(scale * q·k / c), which logits then are; None for none.
+        window: a query sees at most this many keys, itself included. chunk: it sees those since the last multiple of
+            this many tokens of its document. None for neither.
+        sinks: [H], a logit of each head that takes part in the softmax and has no value; None for none.
+    """
+
+    softmax_scale: float
+    window: int | None = None
+    chunk: int | None = None
+    sinks: Tensor | None = None
+    softcap: float | None = None
 
 
 @dataclass(frozen=True)
@@ -20,7 +38,7 @@ class LayerCapture:
     q: Tensor  # [T, H, D]
     k: Tensor  # [S, G, D]
     v: Tensor  # [S, G, V]
-    lse: Tensor  # [T, H], nats
+    lse: Tensor  # [T, H], nats; with sinks they are counted
     out: Tensor  # [T, H, V]
     index_q: Tensor  # [T, I, E]
     index_k: Tensor  # [S, E]
@@ -28,3 +46,5 @@ class LayerCapture:
     softmax_scale: float
     key_start: Tensor  # int32 [T]
     key_end: Tensor  # int32 [T]
+    sinks: Tensor | None = None  # [H]
+    softcap: float | None = None

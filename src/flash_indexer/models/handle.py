@@ -3,31 +3,29 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, NamedTuple, NoReturn, SupportsIndex
+from typing import Any, NoReturn, SupportsIndex
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from flash_indexer.models.capture import LayerCapture
+from flash_indexer.models.capture import AttentionForm, LayerCapture
 from flash_indexer.models.documents import document_positions
-from flash_indexer.models.families import FAMILIES, call_arguments, check_call, find_decoder
-from flash_indexer.models.hooks import LayerTap
+from flash_indexer.models.families import FAMILIES, call_arguments, check_call, find_decoder, parameter_names
+from flash_indexer.models.hooks import TAP, LayerTap
+from flash_indexer.models.layer_mask import LayerMask
+from flash_indexer.models.layers import DecoderLayers
+from flash_indexer.models.own_indexers import OwnIndexer
 from flash_indexer.models.packing import Packing, at_least_float32, causal_attention, packing
+from flash_indexer.models.shared_indexers import LayerLoss, Operands, SharedOperands
 from flash_indexer.models.teacher import layer_kl
+from flash_indexer.models.verification import Verification
 from flash_indexer.ops.worklists import to_device
 from flash_indexer.parallel.mesh import Parallel
 
 Consumer = Callable[[LayerCapture], Tensor | None]
-
-
-class LayerLoss(NamedTuple):
-    """Means over the tokens of the last forward, nats."""
-
-    kl: Tensor
-    uniform_kl: Tensor
 
 
 class IndexerHandle:
@@ -37,7 +35,9 @@ class IndexerHandle:
         model: the model; its parameters do not require gradients while the indexers are attached.
         indexers: one LightningIndexer per attached layer, keyed by str(layer). In train() mode (the default) a
             forward of the model adds each layer's gradients; in eval() mode it only computes the losses.
-        layers: attached layers, ascending. target: see `flash_indexer.indexer_kl`.
+        layers: layers that have an indexer, ascending. target: see `flash_indexer.indexer_kl`.
+        sources: of each layer that an indexer serves, the layer that has it: itself, but for shared indexers.
+        teachers: "shared": an indexer learns from all layers that it serves; "own": from the one that has it.
         token_weight: weight of every token's KL in the loss; None means 1/T of each forward. Training sets it to
             1 / (tokens of the whole optimizer step over all ranks).
         queries: int64 [R], ascending: the tokens of the next forwards, of this process's flattened batch, whose KL is
@@ -46,6 +46,8 @@ class IndexerHandle:
             each token is among them with probability f, 1 / (f · tokens) as token_weight makes the loss an unbiased
             estimate of that of all tokens.
         parallel: how sequence and heads are shared out over processes.
+        attentions: the attention module of each layer that an indexer serves. description: which layers have
+            indexers, and why others have none, in one line.
         index_dtype, teacher_dtype: arithmetic of the loss, see `flash_indexer.indexer_kl`.
         observer: called with each layer's capture before the default loss, for logging; None for none.
     """
@@ -57,13 +59,20 @@ class IndexerHandle:
         target: str,
         parallel: Parallel,
         *,
+        found: DecoderLayers,
         index_dtype: str | None = None,
         teacher_dtype: str | None = None,
+        sources: Mapping[int, int] | None = None,
+        teachers: str = "shared",
     ) -> None:
         self.model = model
         self.decoder: Any = find_decoder(model)
         self.indexers = indexers
         self.layers = tuple(int(name) for name in indexers)
+        self.sources = {layer: layer for layer in self.layers} if sources is None else dict(sources)
+        self.teachers = teachers
+        self.attentions = {layer: found.attentions[layer] for layer in self.sources}
+        self.description = found.described(self.layers)
         self.target = target
         self.parallel = parallel
         self.index_dtype = index_dtype
@@ -71,10 +80,13 @@ class IndexerHandle:
         self.token_weight: float | None = None
         self.queries: Tensor | None = None
         self.observer: Callable[[LayerCapture], None] | None = None
+        self._shared: dict[int, SharedOperands] = {}
         self._losses: dict[int, LayerLoss] = {}
         self._consumer: Consumer | None = None
         self._packing: Packing | None = None
-        self._weight: Tensor | None = None
+        self._positions: Tensor | None = None
+        self._verification = Verification()
+        self._weight: dict[int, Tensor] = {}
         self._seen: set[int] = set()
         self._runner: threading.Thread | None = None
         self._lock = threading.Lock()
@@ -87,8 +99,16 @@ class IndexerHandle:
             "copy, and load_state_dict(handle.state_dict())"
         )
 
+    @property
+    def trains_own(self) -> bool:
+        """Whether the indexers are those that the model has of its own."""
+        return any(isinstance(module, OwnIndexer) for module in self.indexers.values())
+
     def losses(self) -> dict[int, LayerLoss]:
-        """Each attached layer's mean KL, and the uniform prediction's, in the last forward, over its `queries`."""
+        """The mean KL of each indexer, and the uniform prediction's, in the last forward, over its `queries`.
+
+        By the layer that has the indexer; of several teachers the mean.
+        """
         return dict(self._losses)
 
     @contextmanager
@@ -171,84 +191,135 @@ class IndexerHandle:
             )
         check_call(module, inputs)
         positions = document_positions(inputs, tokens, self.parallel)
-        self._packing = packing(positions, self.parallel, self._checked_queries(positions))
-        self._losses, self._seen = {}, set()
-        if inputs.get("position_ids") is None and len(self._packing.boundaries) - 1 > tokens.shape[0]:
-            return (), inputs | {"position_ids": positions}
-        return args, kwargs
+        self._packing, self._positions = packing(positions, self.parallel, self._checked_queries(positions)), positions
+        self._losses, self._seen, self._shared = {}, set(), {}
+        self._verification.begin(positions)
+        several = bool((positions.diff(dim=1) != 1).any())
+        if several and "position_ids" not in parameter_names(module):
+            raise ValueError(
+                f"attach: rows must be one document each for {type(module).__name__}, which takes no position_ids, "
+                "got a row of several"
+            )
+        changed = dict[str, Any]()
+        if isinstance(inputs.get("attention_mask"), Tensor):  # beside which Transformers' masks look at no position_ids
+            changed["attention_mask"] = None
+        if several and inputs.get("position_ids") is None:
+            changed["position_ids"] = positions
+            self._verification.say_documents(
+                "Transformers' eager and sdpa attention read documents from position_ids only"
+            )
+        return ((), inputs | changed) if changed else (args, kwargs)
 
     def release(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         """After the decoder, also where it raised: another thread may run it now."""
         if self._runner is threading.current_thread():
-            self._runner = self._packing = self._weight = None
+            self._runner = self._packing = self._positions = None
+            self._shared, self._weight = {}, {}
+            self._verification.end()
 
     def end(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         """After the decoder: every attached layer must have passed through the attention function."""
-        missing = [layer for layer in self.layers if layer not in self._seen]
+        missing = [layer for layer in self.sources if layer not in self._seen]
         if missing:
             raise RuntimeError(
                 f"attach: layers {missing[:5]} did not call the registered attention function; "
                 f"attachable are {FAMILIES}"
             )
+        self._verification.conclude()
 
-    def attend(self, tap: LayerTap, q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None) -> Tensor:
+    def attend(
+        self, tap: LayerTap, q: Tensor, k: Tensor, v: Tensor, form: AttentionForm, mask: LayerMask | None
+    ) -> Tensor:
         """Runs one layer's attention; where the layer is attached, its indexer and the consumer after it."""
-        if tap.layer not in self.layers:
-            return self._attend(q, k, v, scale, window)[0]
-        assert self._packing is not None and tap.hidden is not None and tap.rope is not None
+        assert self._packing is not None and self._positions is not None
+        if self._verification.replaying:
+            return self._verification.attention(q, k, v, form)
+        self._verification.check_mask(tap.layer, form, mask)
+        if tap.layer not in self.sources:
+            return causal_attention(q, k, v, self._packing, form, parallel=self.parallel)[0]
         if q.device.type == "cuda" and q.dtype != torch.bfloat16:
             raise ValueError(
                 f"attach: on CUDA the model must be bfloat16, got {q.dtype}; load it with that dtype (--dtype bfloat16)"
             )
-        out, lse = self._attend(q, k, v, scale, window)
-        key_start, key_end = self._packing.visible(window, queries_only=True)
+        if form.sinks is not None and self.teacher_dtype is not None:
+            raise ValueError(
+                f"attach: teacher_dtype must be None for attention with sinks, got {self.teacher_dtype!r}: the "
+                "logsumexp of FP8 logits would leave the sinks out"
+            )
+        if form.sinks is not None and form.sinks.shape[0] != q.shape[1]:
+            raise ValueError(
+                f"attach: tp must be 1 for attention with sinks, got tp={self.parallel.tp}; use FSDP or cp"
+            )
+        out, lse = causal_attention(q, k, v, self._packing, form, parallel=self.parallel)
+        key_start, key_end = self._packing.visible(form.window, form.chunk, queries_only=True)
         queries = self._packing.queries
         wide = (lambda x: x.to(q.dtype)) if q.device.type == "cuda" else at_least_float32
-        hidden = wide(tap.hidden.flatten(0, -2))
-        residual = None if tap.q_residual is None else wide(tap.q_residual.flatten(0, -2))
-        cos, sin = (x.expand(*tap.hidden.shape[:-1], -1).flatten(0, -2) for x in tap.rope)
-        with torch.set_grad_enabled(self._consumer is None and self.indexers.training):
-            index_q, index_k, index_weights = self.indexers[str(tap.layer)](hidden, residual, cos, sin, queries)
-        tap.hidden = tap.q_residual = tap.rope = None
+        index_q, index_k, index_weights = self._operands(tap, wide, q.device)
         if queries is not None:
             q, lse = q[queries], lse[queries]
         capture = LayerCapture(
             tap.layer, wide(q), wide(k), wide(v), lse.to(index_weights.dtype), out,
-            index_q, index_k, index_weights, scale, key_start, key_end,
+            index_q, index_k, index_weights, form.softmax_scale, key_start, key_end, form.sinks, form.softcap,
         )  # fmt: skip
         self._seen.add(tap.layer)
-        if self._consumer is None:
+        replaced = None
+        if self._consumer is not None:
+            replaced = self._consumer(capture)
+        elif self.teachers == "shared" or tap.layer in self.layers:
             self._loss(capture)
-            return out
-        replaced = self._consumer(capture)
+        if tap.layer == max(self._served(source := self.sources[tap.layer])):
+            del self._shared[source]
         return out if replaced is None else replaced.to(out.dtype)
 
-    def _attend(self, q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None) -> tuple[Tensor, Tensor]:
-        assert self._packing is not None
-        return causal_attention(q, k, v, self._packing, softmax_scale=scale, window=window, parallel=self.parallel)
+    def _served(self, source: int) -> list[int]:
+        """The layers that use the indexer of layer `source`."""
+        return [layer for layer, other in self.sources.items() if other == source]
+
+    def _operands(self, tap: LayerTap, wide: Callable[[Tensor], Tensor], device: torch.device) -> Operands:
+        """The operands of the layer's indexer, made in this layer or in the earlier one that has it."""
+        source = self.sources[tap.layer]
+        if source == tap.layer:
+            assert self._packing is not None and self._positions is not None
+            with torch.set_grad_enabled(self._consumer is None and self.indexers.training):
+                made = tap.operands(self.indexers[str(source)], wide, self._positions, self._packing.queries)
+            teachers = len(self._served(source)) if self.teachers == "shared" else 1
+            self._shared[source] = SharedOperands(made, teachers)
+        return self._shared[source].for_layer(device)
+
+    def verify(self, layer: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        """After a layer's attention module: whether it computes without the attachment what it does with it."""
+        tap: LayerTap = module.__dict__[TAP]
+        self._verification.replay(layer, module, call_arguments(module, args, kwargs), tap.replay_arguments)
+        tap.forget()
 
     def _loss(self, capture: LayerCapture) -> None:
         """The default consumer: the layer's KL and, in train() mode, its backward."""
         if self.observer is not None:
             self.observer(capture)
+        source = self.sources[capture.layer]
+        shared = self._shared[source]
+        weight = self._weights(capture, shared.teachers)
         with torch.enable_grad():
             loss, kl, entropy = layer_kl(
-                capture, target=self.target, token_weight=self._weights(capture), parallel=self.parallel,
+                capture, target=self.target, token_weight=weight, parallel=self.parallel,
                 index_dtype=self.index_dtype, teacher_dtype=self.teacher_dtype,
             )  # fmt: skip
             if loss.requires_grad:
                 loss.backward()  # type: ignore[no-untyped-call]
         visible = (capture.key_end - capture.key_start).to(kl.dtype).log()
         uniform = visible.view(-1, *[1] * (kl.ndim - 1)) - entropy
-        self._losses[capture.layer] = LayerLoss(*(x.mean() if x.numel() else x.sum() for x in (kl, uniform)))
+        operands = capture.index_q, capture.index_k, capture.index_weights
+        found = LayerLoss(*(x.mean() if x.numel() else x.sum() for x in (kl, uniform)))
+        if (done := shared.add(operands, found)) is not None:
+            self._losses[source] = done
 
-    def _weights(self, capture: LayerCapture) -> Tensor:
-        """token_weight for each query, one tensor for all layers of a forward: the operators read it once."""
-        like, known = capture.index_weights, self._weight
+    def _weights(self, capture: LayerCapture, teachers: int) -> Tensor:
+        """token_weight / teachers for each query, one tensor for all such layers: the operators read it once."""
+        like, known = capture.index_weights, self._weight.get(teachers)
         if known is None or (known.device, known.dtype) != (like.device, like.dtype):
             T = like.shape[0]
             each = 1 / (max(T, 1) * self.parallel.cp) if self.token_weight is None else self.token_weight
-            self._weight = known = like.detach().new_full((T,), each)
+            self._weight[teachers] = known = like.detach().new_full((T,), each / teachers)
         return known
 
     def _checked_queries(self, positions: Tensor) -> Tensor | None:

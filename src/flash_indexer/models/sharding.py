@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
@@ -11,28 +12,38 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from transformers import PreTrainedModel
 
-from flash_indexer.models.families import FAMILIES, find_decoder, is_attachable
+from flash_indexer.models.families import FAMILIES, find_decoder, has_head_projections
+from flash_indexer.models.layers import decoder_blocks, decoder_layers
+from flash_indexer.models.own_indexers import has_own_indexers, own_indexer
 from flash_indexer.parallel.mesh import Parallel
 
 _COLUMNS = ("q_proj", "k_proj", "v_proj", "q_b_proj", "kv_b_proj")
 """Projections whose outputs are heads; MLA's latents (q_a_proj, kv_a_proj_with_mqa) stay whole on every process."""
+_WHOLE_HEADS = ("q_gate_proj", "g_proj", "gate_proj", "sinks", "softmax_scaling")
+"""What attentions of A.X-K2, Dots 3 Note, Hy4 and Mistral Large 4 have for each head beside these."""
 
 
 def shard_model(model: PreTrainedModel, parallel: Parallel, *, fsdp: bool) -> None:
     """Shares a frozen model's parameters out, in place, before `attach`. Every process calls it on the same weights.
 
     tp > 1: attention heads and the columns of dense MLPs over the tp processes; experts stay whole.
-    fsdp: each decoder layer, and what is left, over all processes (with tp > 1: over the dp · cp processes with
-    its heads). A layer's parameters are gathered for its forward alone. CPU weights move to their GPU layer by layer.
+    fsdp: each decoder layer, and what is left but indexers of the model's own, over all processes (with tp > 1: over
+        the dp · cp processes with its heads). A layer's parameters are gathered for its forward alone. CPU weights
+        move to their GPU layer by layer.
 
     Raises:
         ValueError: the heads can't be divided by tp, tp leaves fsdp no processes to share parameters out over, or the
             model is of no family that `attach` knows.
     """
     decoder: Any = find_decoder(model)
-    blocks = list(getattr(decoder, "layers", None) or [])
-    if not blocks or not all(is_attachable(getattr(block, "self_attn", None)) for block in blocks):
+    found, blocks = decoder_layers(decoder, model.config.get_text_config()), decoder_blocks(decoder)
+    if not found.attentions and not has_own_indexers(found):
         raise ValueError(f"shard_model: model must be one of the {FAMILIES}; got {type(model).__name__}")
+    if parallel.tp > 1 and not all(has_head_projections(getattr(block, "self_attn", None)) for block in blocks):
+        raise ValueError(
+            "shard_model: tp must be 1 unless every layer has a self_attn with q/k/v projections or MLA, got "
+            f"tp={parallel.tp} for {type(model).__name__}; share it out by FSDP and context parallelism"
+        )
     if fsdp and parallel.tp == parallel.world > 1:
         raise ValueError(
             f"shard_model: fsdp shares parameters out over dp * cp processes, got 1 with tp={parallel.tp}; start more "
@@ -40,6 +51,7 @@ def shard_model(model: PreTrainedModel, parallel: Parallel, *, fsdp: bool) -> No
         )
     if parallel.tp > 1:
         config = model.config.get_text_config()
+        _check_parts(blocks, parallel.tp)
         _check_heads(config, parallel.tp)
         assert parallel.mesh is not None
         for block in blocks:
@@ -66,6 +78,16 @@ def _check_heads(config: Any, tp: int) -> None:
             raise ValueError(f"shard_model: tp must divide {name} = {count}, got tp={tp}; possible here: {possible}")
 
 
+def _check_parts(blocks: list[nn.Module], tp: int) -> None:
+    for layer, block in enumerate(blocks):
+        attention: Any = getattr(block, "self_attn", None)
+        if name := next((name for name in _WHOLE_HEADS if hasattr(attention, name)), None):
+            raise ValueError(
+                f"shard_model: tp must be 1 for {type(attention).__name__}, got tp={tp}: {name} of layer {layer} has a "
+                "part for each head, which is not shared out; use cp or fsdp"
+            )
+
+
 def _has_one_key(config: Any) -> bool:
     """Multi-query attention, whose one key head every process holds."""
     return getattr(config, "kv_lora_rank", None) is None and config.num_key_value_heads == 1
@@ -85,10 +107,11 @@ def _plan(block: nn.Module, one_key: bool) -> dict[str, Any]:
 def _fully_shard(model: PreTrainedModel, decoder: Any, blocks: list[nn.Module], mesh: DeviceMesh) -> None:
     """The decoder is a root of its own, since the recipe runs it without the head; a tied head follows it."""
     tied = {id(parameter): name for name, parameter in decoder.named_parameters()}
+    whole = _own_indexers(blocks, mesh)
     for block in blocks:
-        fully_shard(block, mesh=mesh, reshard_after_forward=True)
+        fully_shard(block, mesh=mesh, reshard_after_forward=True, ignored_params=whole)
     beside = [(owner, name, tied[id(p)]) for owner, name, p in _outside(model, decoder) if id(p) in tied]
-    fully_shard(decoder, mesh=mesh, reshard_after_forward=True)
+    fully_shard(decoder, mesh=mesh, reshard_after_forward=True, ignored_params=whole)
     for owner, name, inside in beside:
         setattr(owner, name, decoder.get_parameter(inside))
     alone = {
@@ -96,6 +119,14 @@ def _fully_shard(model: PreTrainedModel, decoder: Any, blocks: list[nn.Module], 
     }
     for owner in alone.values():
         fully_shard(owner, mesh=mesh, reshard_after_forward=True)
+
+
+def _own_indexers(blocks: list[nn.Module], mesh: DeviceMesh) -> set[nn.Parameter]:
+    """Parameters of indexers that the model has of its own, which train and are on every process, whole."""
+    cpu = mesh.device_type == "cpu"
+    device = torch.device("cpu") if cpu else torch.device(mesh.device_type, torch.cuda.current_device())
+    own = [own_indexer(getattr(block, "self_attn", None)) for block in blocks]
+    return {parameter for module in own if module is not None for parameter in module.to(device).parameters()}
 
 
 def _outside(model: nn.Module, decoder: nn.Module) -> list[tuple[nn.Module, str, nn.Parameter]]:

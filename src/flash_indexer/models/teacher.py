@@ -39,4 +39,4 @@ def layer_kl(
         return context_parallel_indexer_kl(*tensors, group=group, layout=parallel.layout, **options)
     if tp is not None:
         return tensor_parallel_indexer_kl(*tensors, group=tp, **options)
-    return indexer_kl(*tensors, **options)
+    return indexer_kl(*tensors, softcap=capture.softcap, **options)

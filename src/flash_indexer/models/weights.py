@@ -61,6 +61,17 @@ def load_weights(directory: Path, dtype: torch.dtype, *, gguf_file: str | None =
     return model
 
 
+def restore_indexers(model: PreTrainedModel, directory: Path) -> None:
+    """Gives a model's own indexers the values that are stored, where loading has rounded them to a narrower dtype."""
+    parameters = {name: x for name, x in model.named_parameters() if ".self_attn.indexer." in name}
+    for shard in shards(directory):
+        with safe_open(shard, framework="pt") as file:
+            for name in parameters.keys() & set(file.keys()):
+                stored = file.get_tensor(name)
+                if stored.dtype.itemsize > parameters[name].dtype.itemsize:
+                    parameters[name].data = stored.to(parameters[name].device)
+
+
 def _load_fp8(directory: Path, quantised: Any, dtype: torch.dtype) -> Any:
     """The model and what was loaded, dequantised here: Transformers' CPU code takes the blocks of a weight that they
     don't divide for smaller ones, and on a GPU the model would compute in FP8.
@@ -105,12 +116,13 @@ def _check_keys(directory: Path, model: PreTrainedModel, info: dict[str, Any], n
 def _harmless_keys(config: Any) -> re.Pattern[str]:
     """Keys beside those that Transformers knows to be harmless, which the dense model computes without.
 
-    Indexers of DeepSeek-V3.2, and the layers behind the last that predict further tokens.
+    Indexers of DeepSeek-V3.2, where the model has none, and the layers behind the last that predict further tokens.
     """
     text = config.get_text_config()
     last, further = text.num_hidden_layers, getattr(text, "num_nextn_predict_layers", None) or 0
     layers = "|".join(str(n) for n in range(last, last + further)) or "(?!)"
-    return re.compile(rf"\.self_attn\.indexer\.|(^|\.)layers\.({layers})\.")
+    indexers = "(?!)" if hasattr(type(text), "index_n_heads") else r"\.self_attn\.indexer\."
+    return re.compile(rf"{indexers}|(^|\.)layers\.({layers})\.")
 
 
 def _narrow_weights(directory: Path, model: PreTrainedModel) -> dict[str, str]:

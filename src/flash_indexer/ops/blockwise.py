@@ -77,3 +77,8 @@ def local_intervals(key_start: Tensor, key_end: Tensor, rows: slice, chunk: Chun
     keys = chunk.last - chunk.first
     starts, ends = key_start[rows] - chunk.first, key_end[rows] - chunk.first
     return starts.clamp_(0, keys), ends.clamp_(0, keys)
+
+
+def cap_logits(logits: Tensor, softcap: float | None) -> Tensor:
+    """c * tanh(logits / c) in place; None leaves them."""
+    return logits if softcap is None else logits.div_(softcap).tanh_().mul_(softcap)

@@ -89,6 +89,26 @@ def check_teacher_and_index(
     return Sizes(T, S, H, G, D, I, E)
 
 
+def check_softcap(op: str, softcap: float | None, target: str = "mean") -> None:
+    """Raises ValueError unless softcap is None or a positive number, and the target one of softmax probabilities."""
+    if softcap is None:
+        return
+    if isinstance(softcap, bool) or not isinstance(softcap, int | float) or not 0 < softcap < math.inf:
+        raise ValueError(
+            f"{op}: softcap must be None or positive and finite (the model's attn_logit_softcapping), got {softcap!r}"
+        )
+    if target == "sum_logits":
+        raise ValueError(
+            f'{op}: softcap must be None with target="sum_logits", which sums logits before any function of them, got '
+            f'{softcap}; use target="mean"'
+        )
+
+
+def softcap_refusal(softcap: float | None) -> str | None:
+    """Why no kernel takes logits with a softcap; None where there is none."""
+    return None if softcap is None else "the kernels have no softcap of the logits"
+
+
 def check_workspace(op: str, workspace_bytes: int) -> None:
     """Raises ValueError unless workspace_bytes is positive, TypeError for a float."""
     if isinstance(workspace_bytes, float):

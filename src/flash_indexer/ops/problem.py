@@ -18,7 +18,8 @@ class Problem(NamedTuple):
     """Checked arguments of `indexer_kl`, shapes as there, in the order of the custom operator's arguments.
 
     token_weight: None means 1/n for the n queries that see a key. needs: whether the gradient of each of LEAVES is
-    wanted. q_scale, k_scale: of q and k in e4m3, [T, H] and [S, G]; None where they are not.
+    wanted. softcap: of the teacher's logits. q_scale, k_scale: of q and k in e4m3, [T, H] and [S, G]; None where they
+    are not.
     """
 
     q: Tensor
@@ -38,6 +39,7 @@ class Problem(NamedTuple):
     k_scale: Tensor | None = None
     index_dtype: str | None = None
     teacher_dtype: str | None = None
+    softcap: float | None = None
 
     @property
     def leaves(self) -> tuple[Tensor, Tensor, Tensor]:

@@ -20,10 +20,15 @@ from flash_indexer.recipe.judging import print_path
 def check_teacher(handle: IndexerHandle, batch: dict[str, Tensor], console: Console) -> None:
     """Prints a line a layer: how far from 1 the teacher's probabilities of any head and query sum to.
 
+    The forward also compares each layer's mask and attention with the teacher's (`models.verification`).
+
     Raises:
-        ValueError: above 1e-2, naming the layer.
+        ValueError: above 1e-2, or where the teacher is not the model's own attention, naming the layer.
     """
     errors = teacher_errors(handle, batch)
+    console.print(
+        f"{handle.description}: masks and attention are the model's own", highlight=False, soft_wrap=True, markup=False
+    )
     for layer, error in errors.items():
         console.print(f"layer {layer}: max |sum_s a[t,h,s] - 1| = {error:.2e}", highlight=False, markup=False)
     worst = max(errors, key=lambda layer: _nan_as_inf(errors[layer]))

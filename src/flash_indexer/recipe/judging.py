@@ -45,7 +45,8 @@ def load_trained(
     config = read_native(source).config
     name, run = model or config.base_name, read_run(folder)
     console.print(f"loading {name}", highlight=False, soft_wrap=True, markup=False)
-    base, tokenizer = load_model(name, dtype=getattr(torch, run.get("dtype", config.base_dtype)))
+    dtype = getattr(torch, run.get("dtype", config.base_dtype))
+    base, tokenizer = load_model(name, dtype=dtype, indexers=config.indexers)
     if torch.cuda.is_available():
         torch.nn.Module.cuda(base)
     handle = load_native(base, source, base_fingerprint=model_fingerprint(base))

@@ -68,7 +68,7 @@ def sizes_of_indexers(path: Path) -> dict[str, Any]:
     """The settings of a run that goes on from trained indexers: their layers, sizes and target."""
     config = read_native(indexer_folder(path)).config
     every = config.layers == tuple(range(config.base_num_layers))
-    names = ("num_heads", "head_dim", "rope_dim", "target")
+    names = ("num_heads", "head_dim", "rope_dim", "target", "indexers", "teachers")
     return {"layers": None if every else config.layers, **{name: getattr(config, name) for name in names}}
 
 

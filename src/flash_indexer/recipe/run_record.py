@@ -28,6 +28,8 @@ CHOICES = {
     "dtype": ("auto", "float32", "bfloat16"),
     "index_dtype": (None, "fp8", "fp8_unrotated"),
     "teacher_dtype": (None, "fp8"),
+    "indexers": ("fresh", "own"),
+    "teachers": ("shared", "own"),
 }
 
 
@@ -66,6 +68,10 @@ class WarmupSettings:
     """ "fp8" or "fp8_unrotated": indexers are trained in the arithmetic that they are served in."""
     teacher_dtype: str | None = None
     """ "fp8": the teacher's probabilities are those of e4m3 queries and keys."""
+    indexers: str = "fresh"
+    """ "own": those that the model has are trained, of their own sizes, instead of new ones."""
+    teachers: str = "shared"
+    """ "own": an indexer that serves several layers learns from the one that has it, else from all of them."""
     queries: float = 1.0
     """The part of a sequence's queries whose loss is computed, drawn anew for every sequence and step."""
 

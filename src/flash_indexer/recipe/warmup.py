@@ -147,7 +147,7 @@ def _prepare(
     micro_batches(settings, per_step, processes.parallel.dp)
     say(f"loading {settings.model}")
     with processes.refusing_together():
-        model, tokenizer = load_model(settings.model, dtype=getattr(torch, settings.dtype))
+        model, tokenizer = load_model(settings.model, dtype=getattr(torch, settings.dtype), indexers=settings.indexers)
         before = weights = model_fingerprint(model)
         vocab_size = embedding_rows(model)
     fsdp = processes.settings.fsdp and processes.count > 1
@@ -160,8 +160,13 @@ def _prepare(
     handle = attach(
         model, num_heads=settings.num_heads, head_dim=settings.head_dim, rope_dim=settings.rope_dim,
         target=settings.target, layers=settings.layers, parallel=processes.parallel,
-        index_dtype=settings.index_dtype, teacher_dtype=settings.teacher_dtype,
+        index_dtype=settings.index_dtype, teacher_dtype=settings.teacher_dtype, indexers=settings.indexers,
+        teachers=settings.teachers,
     )  # fmt: skip
+    if handle.trains_own:
+        settings = replace(settings, **_sizes_of(handle))
+        weights = model_fingerprint(model, without=handle.indexers)
+    say(handle.description)
     facts = dict(base_fingerprint=before)
     if settings.init_from is not None and not readable_directory(out / CHECKPOINT).exists():
         with processes.refusing_together():
@@ -210,6 +215,12 @@ def _prepare(
 
     loop = TrainingLoop(settings, steps, per_step, out, handle, data, processes, before, console, write_record)
     return loop, weights
+
+
+def _sizes_of(handle: IndexerHandle) -> dict[str, Any]:
+    """The sizes of a handle's indexers, by the names of the settings."""
+    first: Any = next(iter(handle.indexers.values()))
+    return {name: getattr(first, name) for name in ("num_heads", "head_dim", "rope_dim")}
 
 
 def default_dtype() -> torch.dtype:
@@ -299,5 +310,5 @@ def _audit(handle: IndexerHandle, before: str) -> None:
     with_gradient = [name for name, parameter in handle.model.named_parameters() if parameter.grad is not None]
     if with_gradient:
         raise RuntimeError(f"warmup: frozen parameters got gradients: {with_gradient[:3]}")
-    if model_fingerprint(handle.model) != before:
+    if model_fingerprint(handle.model, without=handle.indexers) != before:
         raise RuntimeError("warmup: the frozen model's parameters changed during training")

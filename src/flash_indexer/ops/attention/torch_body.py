@@ -5,11 +5,18 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from flash_indexer.ops.blockwise import compute_dtype, fill_unseen, local_intervals, plan_chunks
+from flash_indexer.ops.blockwise import cap_logits, compute_dtype, fill_unseen, local_intervals, plan_chunks
 
 
 def attention(
-    q: Tensor, k: Tensor, v: Tensor, key_start: Tensor, key_end: Tensor, softmax_scale: float, workspace_bytes: int
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    key_start: Tensor,
+    key_end: Tensor,
+    softmax_scale: float,
+    workspace_bytes: int,
+    softcap: float | None = None,
 ) -> tuple[Tensor, Tensor]:
     """out[t,h] = sum_s exp(scale * q[t,h]·k[s,g(h)] - lse[t,h]) * v[s,g(h)] and lse, over the visible keys.
 
@@ -29,7 +36,7 @@ def attention(
         unseen = (ends <= starts)[:, None]
         for h in range(H):
             query, key = q[rows, h].to(dtype) * softmax_scale, k[keys, h // per_group].to(dtype)
-            logits = fill_unseen(query @ key.T, starts, ends, torch.finfo(dtype).min)
+            logits = fill_unseen(cap_logits(query @ key.T, softcap), starts, ends, torch.finfo(dtype).min)
             row = logits.logsumexp(-1, keepdim=True)
             p = fill_unseen(logits.sub_(row).exp_(), starts, ends, 0.0)
             out[rows, h] = (p @ v[keys, h // per_group].to(dtype)).to(out.dtype)

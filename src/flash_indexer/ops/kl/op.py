@@ -12,7 +12,7 @@ from torch import Tensor
 from flash_indexer.ops import known, worklists
 from flash_indexer.ops.blockwise import compute_dtype
 from flash_indexer.ops.bodies import TORCH
-from flash_indexer.ops.checks import check_indexer_kl, check_workspace
+from flash_indexer.ops.checks import check_indexer_kl, check_softcap, check_workspace
 from flash_indexer.ops.kl import gpu_body
 from flash_indexer.ops.kl.arithmetic import check_arithmetic, parts, stand_in
 from flash_indexer.ops.kl.sums import body_of, indexer_kl_sums
@@ -48,6 +48,7 @@ def indexer_kl(
     workspace_bytes: int = 512 * 2**20,
     index_dtype: str | None = None,
     teacher_dtype: str | None = None,
+    softcap: float | None = None,
 ) -> IndexerKL:
     """loss = sum_t token_weight[t] * KL(p[t,:] || softmax(i[t,:])), in linear memory, with exact gradients.
 
@@ -66,8 +67,12 @@ def indexer_kl(
         index_q: [T, I, E]. index_k: [S, E]. index_weights: [T, I], the factors I^-0.5 and E^-0.5 included.
         softmax_scale: the model's own softmax scale.
         key_start, key_end: int32 [T], non-decreasing; an empty interval gives KL 0 and zero gradients.
-        lse: [T, H], natural log of the sum of exp(scale * q·k) over exactly the visible keys; None computes it. Not
-            read by the kernels of "per_head", whose one pass yields it with the loss.
+        lse: [T, H], natural log of the sum of exp(scale * q·k) over all that the head's softmax counts; None computes
+            it over the visible keys. More than these may be counted: a sink (log(exp(lse) + exp(sinks[h])) of gpt-oss),
+            or keys that no indexer ranks. DeepSeek-V4's head has one softmax over a sink, the keys of a window and the
+            compressed keys before it; with that softmax's lse and the compressed keys as k, p is what the heads give
+            these keys: a head is weighed by the part of its attention that falls on them, and p sums to 1 over them.
+            Not read by the kernels of "per_head", whose one pass yields it with the loss.
         target: "mean" (the paper's), "per_head" or "sum_logits".
         token_weight: [T]; None means 1/n for the n queries that see a key. Where a quarter of the rows or more have
             weight zero, these cost nothing: they are not read, and their kl, entropy and gradients are 0. The contents
@@ -80,6 +85,9 @@ def indexer_kl(
             handed over as `Quantized`. An lse is read as given: the model's own is that of its own logits, so
             sum_s a[t,h,s] is 1 only as far as these agree (`flash-indexer check --fp8` reports it); lse=None is the
             rounded logits' own.
+
+        softcap: c; the teacher's logits are c * tanh(scale * q·k / c) (Gemma 2's attn_logit_softcapping). Not in the
+            kernels: on a GPU the blockwise torch body runs.
 
     Products in e4m3 run on the tensor cores with target="mean" ("sum_logits": the indexer's alone) where the kernels
     run, at up to twice bfloat16's rate; elsewhere the rounded tensors are multiplied in the wider dtype, the same up to
@@ -116,12 +124,13 @@ def indexer_kl(
         token_weight=token_weight,
     )
     check_indexer_kl(tensors, key_start, key_end, target, softmax_scale)
+    check_softcap("indexer_kl", softcap, target)
     check_workspace("indexer_kl", workspace_bytes)
     grad = torch.is_grad_enabled()
     needs = [grad and x.requires_grad for x in (index_q, index_k, index_weights)]
     problem = Problem(
         q, k, index_q, index_k, index_weights, lse, key_start, key_end, token_weight, softmax_scale, target,
-        workspace_bytes, needs, q_scale, k_scale, index_dtype, teacher_dtype,
+        workspace_bytes, needs, q_scale, k_scale, index_dtype, teacher_dtype, softcap,
     )  # fmt: skip
     loss, kl, entropy, *_ = _indexer_kl(*problem)
     return IndexerKL(loss, kl, entropy)
@@ -145,11 +154,12 @@ def _op(
     k_scale: Tensor | None = None,
     index_dtype: str | None = None,
     teacher_dtype: str | None = None,
+    softcap: float | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The schema of the custom operator: Problem's fields -> loss, kl, entropy and a gradient for each of LEAVES."""
     problem = Problem(
         q, k, index_q, index_k, index_weights, lse, key_start, key_end, token_weight, softmax_scale, target,
-        workspace_bytes, needs, q_scale, k_scale, index_dtype, teacher_dtype,
+        workspace_bytes, needs, q_scale, k_scale, index_dtype, teacher_dtype, softcap,
     )  # fmt: skip
     return _compute(problem)
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 from flash_indexer.ops import bodies
 from flash_indexer.ops.attention import per_head_op
 from flash_indexer.ops.bodies import TORCH
+from flash_indexer.ops.checks import softcap_refusal
 from flash_indexer.ops.kl import gpu_body
 from flash_indexer.ops.kl.arithmetic import straight_through, with_wide_index, with_wide_teacher
 from flash_indexer.ops.kl.gpu_stages import GpuStages
@@ -22,9 +23,10 @@ def body_of(problem: Problem, op: str = "indexer_kl") -> str:
     Raises:
         ValueError: naming why no kernel takes it, on a GPU.
     """
-    if problem.target == "per_head":
+    if problem.target == "per_head" and problem.softcap is None:
         return per_head_op.body_of(op, problem.q, problem.k, problem.index_q)
-    return bodies.choose(op, problem.q.device, lambda: gpu_body.refusal(problem.q, problem.index_q))
+    refusal = softcap_refusal(problem.softcap)
+    return bodies.choose(op, problem.q.device, lambda: refusal or gpu_body.refusal(problem.q, problem.index_q))
 
 
 def indexer_kl_sums(problem: Problem, wait_for_keys: WaitForKeys | None = None) -> Sums:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from flash_indexer.ops.blockwise import compute_dtype, fill_unseen
+from flash_indexer.ops.blockwise import cap_logits, compute_dtype, fill_unseen
 
 
 def teacher_scores(
@@ -24,10 +24,13 @@ def teacher_scores(
     *,
     softmax_scale: float,
     target: str = "mean",
+    softcap: float | None = None,
     out: Tensor | None = None,
     scratch: Tensor | None = None,
 ) -> Tensor:
     """p[t,s] = sum_h exp(scale * q[t,h]·k[s,g(h)] - lse[t,h]) ("mean"), not yet divided by its row sum.
+
+    softcap c: c * tanh(scale * q·k / c) in the place of scale * q·k.
 
     "sum_logits": p[t,s] = exp(x - max_s x) with x = scale * sum_h q[t,h]·k[s,g(h)]; lse is not read.
 
@@ -52,6 +55,7 @@ def teacher_scores(
         scratch = torch.empty_like(out) if scratch is None else scratch
         for h in range(heads):
             torch.mm(q[:, h].to(dtype) * softmax_scale, k[:, h // per_group].to(dtype).T, out=scratch)
+            cap_logits(scratch, softcap)
             out.add_(scratch.sub_(lse[:, h : h + 1]).exp_())
     return fill_unseen(out, key_start, key_end, 0.0)
 
@@ -72,7 +76,14 @@ def exp_logits(logits: Tensor, key_start: Tensor, key_end: Tensor) -> None:
 
 
 def teacher_lse(
-    q: Tensor, k: Tensor, key_start: Tensor, key_end: Tensor, *, softmax_scale: float, scratch: Tensor | None = None
+    q: Tensor,
+    k: Tensor,
+    key_start: Tensor,
+    key_end: Tensor,
+    *,
+    softmax_scale: float,
+    softcap: float | None = None,
+    scratch: Tensor | None = None,
 ) -> Tensor:
     """lse[t,h] = log sum over visible s of exp(scale * q[t,h]·k[s,g(h)]): [R, H], very negative where none is.
 
@@ -83,6 +94,7 @@ def teacher_lse(
     lse = torch.empty(q.shape[:2], dtype=dtype, device=q.device)
     for h in range(q.shape[1]):
         logits = torch.mm(q[:, h].to(dtype) * softmax_scale, k[:, h // per_group].to(dtype).T, out=scratch)
+        cap_logits(logits, softcap)
         lse[:, h] = fill_unseen(logits, key_start, key_end, torch.finfo(dtype).min).logsumexp(-1)
     return lse
 

@@ -80,10 +80,14 @@ class TorchStages:
             return scores
         starts, ends = local_intervals(x.key_start, x.key_end, here, chunk)
         if x.lse is None:
-            lse = torch_body.teacher_lse(q, k, starts, ends, softmax_scale=x.softmax_scale, scratch=scratch)
+            lse = torch_body.teacher_lse(
+                q, k, starts, ends, softmax_scale=x.softmax_scale, softcap=x.softcap, scratch=scratch
+            )
         else:
             lse = x.lse[here, heads].to(self.dtype)
-        torch_body.teacher_scores(q, k, lse, starts, ends, softmax_scale=x.softmax_scale, out=p, scratch=scratch)
+        torch_body.teacher_scores(
+            q, k, lse, starts, ends, softmax_scale=x.softmax_scale, softcap=x.softcap, out=p, scratch=scratch
+        )
         return scores
 
     def index(self, n: int, p: Tensor) -> None:

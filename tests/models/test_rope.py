@@ -1,4 +1,4 @@
-"""What is read off a model's structure: the indexer's rope for every kind of rope of the model."""
+"""The rope of the indexers, for every kind of rope of a model."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from transformers import PreTrainedModel
 
 from flash_indexer.models.attach import attach
-from flash_indexer.models.families import default_rope_dim, resized_rotary
+from flash_indexer.models.rope import default_rope_dim, indexer_rotary, rope_parameters
 
 Tiny = Callable[..., PreTrainedModel]
 FACTORS = [1.0, 1.5, 2.0, 2.5, 3.0, 3.5, 4.0, 4.5, 5.0, 5.5, 6.0, 6.5]
@@ -23,15 +23,20 @@ LONG = dict(
 @pytest.mark.parametrize("rope_dim", [8, 12, 24])
 def test_longrope_takes_frequencies_of_the_models_own(tiny: Tiny, rope_dim: int) -> None:
     model = tiny("llama", head_dim=24, rope_parameters=LONG)
-    resized = resized_rotary(model.model, model.config, rope_dim)
+    resized = indexer_rotary(model.config, rope_parameters(model.config), rope_dim)
     own = model.model.rotary_emb.original_inv_freq
     torch.testing.assert_close(resized.original_inv_freq, own[:: 24 // rope_dim])
 
 
 def test_longrope_has_a_default_that_fits(tiny: Tiny) -> None:
     model = tiny("llama", head_dim=24, rope_parameters=LONG)
-    assert [default_rope_dim(model.config, head_dim) for head_dim in (64, 32, 16, 9)] == [24, 24, 12, 8]
-    assert default_rope_dim(tiny("llama").config, 64) == 32
+    assert [default_rope_dim(rope_parameters(model.config), head_dim) for head_dim in (64, 32, 16, 9)] == [
+        24,
+        24,
+        12,
+        8,
+    ]
+    assert default_rope_dim(rope_parameters(tiny("llama").config), 64) == 32
     for ids in (torch.arange(20), torch.arange(50)):  # short factors, long factors
         handle = attach(model, num_heads=2, head_dim=64)
         assert handle.indexers["0"].rope_dim == 24
