@@ -29,6 +29,8 @@ from flash_indexer.models.families import (
 )
 from flash_indexer.models.handle import IndexerHandle
 from flash_indexer.models.hooks import ATTENTION, TAP, LayerTap, uncompiled
+from flash_indexer.models.sparse import check_topk, sparse_handle
+from flash_indexer.models.sparse_hooks import SPARSE_TAP
 from flash_indexer.ops.quantization import check_rotation
 from flash_indexer.parallel.mesh import Parallel
 
@@ -46,6 +48,7 @@ def attach(
     parallel: Parallel | None = None,
     index_dtype: str | None = None,
     teacher_dtype: str | None = None,
+    topk: int | None = None,
 ) -> IndexerHandle:
     """Gives every layer of a dense model a fresh lightning indexer that learns from the layer's own attention.
 
@@ -67,6 +70,8 @@ def attach(
         index_dtype: "fp8" or "fp8_unrotated" trains the indexers in the arithmetic that they are served in, see
             `flash_indexer.indexer_kl`. teacher_dtype: "fp8" takes the teacher's probabilities from e4m3 queries and
             keys, with the logsumexp of these. Not with cp or tp.
+        topk: the layers attend to so many keys, those that their indexers rank highest, and the model may train: see
+            `flash_indexer.models.sparse.sparse_handle`, whose SparseHandle is returned. None: they stay dense.
 
     Raises:
         TypeError: the model is a wrapper around a Transformers model.
@@ -83,6 +88,8 @@ def attach(
             "torch.no_grad()"
         )
     check_sizes("attach", num_heads=num_heads, head_dim=head_dim)
+    if topk is not None:
+        check_topk("attach", topk)
     decoder = find_decoder(model)
     blocks = getattr(decoder, "layers", None)
     attentions: list[Any] = [getattr(block, "self_attn", None) for block in blocks] if blocks is not None else []
@@ -90,7 +97,7 @@ def attach(
         raise ValueError(f"attach: model must be one of the {FAMILIES}; got {type(model).__name__}")
     if any(hasattr(module, "indexer") for module in attentions):
         raise ValueError(f"attach: {type(model).__name__} has indexers of its own; attach to the dense model")
-    if any(TAP in module.__dict__ for module in attentions):
+    if any({TAP, SPARSE_TAP} & module.__dict__.keys() for module in attentions):
         raise ValueError("attach: the model has indexers attached already; call remove() on their handle first")
     chosen = chosen_layers(layers, len(attentions))
 
@@ -129,7 +136,7 @@ def attach(
     )
     rotary = None if mla else resized_rotary(decoder, config, rope_dim).to(layer_device(attentions[0]))
     _install(handle, decoder, attentions, rotary)
-    return handle
+    return handle if topk is None else sparse_handle(handle, topk)
 
 
 def _check_arithmetic(index_dtype: str | None, teacher_dtype: str | None, head_dim: int) -> None:
