@@ -13,15 +13,14 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
-from rich.console import Console
 
-from flash_indexer.recipe.progress import print_end, print_error
+from flash_indexer.commands.shell import console, plain_errors, say_that_imports_take_time, was_typed
+from flash_indexer.commands.sparse import app as sparse_app
 
 app = typer.Typer(
     no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
     help="Train and judge lightning indexers (DeepSeek Sparse Attention) for dense models.",
 )  # fmt: skip
-console = Console()
 
 Out = Annotated[Path, typer.Option(help="Folder of the run: settings, metrics, checkpoint, report.")]
 Run = Annotated[Path, typer.Option("--run", "--out", help="Folder of a run, or of a native indexer.")]
@@ -73,7 +72,7 @@ def warmup(
     timeout: Annotated[float, typer.Option(help="Seconds without an answer after which a process is given up.")] = 600,
 ) -> None:
     """Warm up a model's indexers; with a report at the end, on --held-out or, without --data, the embedded split."""
-    with _plain_errors():
+    with plain_errors():
         from flash_indexer.recipe.run_record import WarmupSettings, parse_layers, read_run, refuse_other_settings
 
         if evaluate_sequences < 0:
@@ -81,10 +80,10 @@ def warmup(
         values = {name: value for name, value in context.params.items() if name in WarmupSettings.__dataclass_fields__}
         values["layers"] = parse_layers(layers)
         settings, recorded = WarmupSettings(**values), read_run(out) if resume else {}
-        typed = [name for name in values if _was_typed(context, name)]
+        typed = [name for name in values if was_typed(context, name)]
         refuse_other_settings(recorded, {name: getattr(settings, name) for name in typed})
 
-        _say_that_imports_take_time()
+        say_that_imports_take_time()
         from dataclasses import asdict
 
         import torch
@@ -144,7 +143,7 @@ def evaluate(
     model: Annotated[str | None, typer.Option(help="Model; default: the one it was trained on.")] = None,
 ) -> None:
     """Judge indexers: those of a run, or a native indexer folder, on held-out text."""
-    with _plain_errors():
+    with plain_errors():
         from flash_indexer.recipe import judging
         from flash_indexer.recipe.held_out import held_out_batches
         from flash_indexer.recipe.run_folder import check_folder, check_report_folder
@@ -194,7 +193,7 @@ def check(
     ] = None,
 ) -> None:
     """Check the teacher: every head's probabilities must sum to 1 on real text (within 1e-2)."""
-    with _plain_errors():
+    with plain_errors():
         from flash_indexer.recipe import checking, judging
         from flash_indexer.recipe.held_out import held_out_batches
         from flash_indexer.recipe.run_folder import check_folder
@@ -231,7 +230,7 @@ def export(
     model: Annotated[str | None, typer.Option(help="Model; default: the one it was trained on.")] = None,
 ) -> None:
     """Write trained indexers as a checkpoint that Transformers loads as deepseek_v32, or in the native format."""
-    with _plain_errors():
+    with plain_errors():
         from flash_indexer.files.export import export as write
         from flash_indexer.files.native import check_replaceable
         from flash_indexer.models.load import model_fingerprint
@@ -271,7 +270,7 @@ def bench(
     def say(text: str) -> None:
         console.print(text, highlight=False, soft_wrap=True)
 
-    with _plain_errors():
+    with plain_errors():
         from flash_indexer.bench import attention as bench_attention
         from flash_indexer.bench import fp8 as bench_fp8
         from flash_indexer.bench import kl as benchmark
@@ -318,7 +317,7 @@ def tune(
     def say(text: str) -> None:
         console.print(text, highlight=False, soft_wrap=True, markup=False)
 
-    with _plain_errors():
+    with plain_errors():
         from flash_indexer.bench import tune as tuning
 
         if dry_run + show + reset > 1:
@@ -331,6 +330,9 @@ def tune(
         tuning.run(size, out=out, dry_run=dry_run, console=console)
 
 
+app.add_typer(sparse_app)
+
+
 def main() -> None:
     """Entry point of the command `flash-indexer`."""
     app()
@@ -338,17 +340,6 @@ def main() -> None:
 
 def _print_path(name: str, path: Path) -> None:
     console.print(f"{name:<9}{path}", highlight=False, soft_wrap=True, markup=False)
-
-
-def _say_that_imports_take_time() -> None:
-    """In one process: those of `torchrun -m flash_indexer` don't know yet which of them speaks."""
-    if not sys.argv[0].endswith("__main__.py"):
-        console.print("importing torch and transformers", highlight=False)
-
-
-def _was_typed(context: typer.Context, name: str) -> bool:
-    source = context.get_parameter_source(name)
-    return source is not None and source.name == "COMMANDLINE"
 
 
 @contextmanager
@@ -366,32 +357,3 @@ def _trained_and_saved(out: Path) -> Iterator[None]:
         ) from error
     except KeyboardInterrupt as error:
         raise KeyboardInterrupt(f"warmup: the evaluation was interrupted; {saved} for a report") from error
-
-
-@contextmanager
-def _plain_errors() -> Iterator[None]:
-    """Expected failures end with their message alone and exit code 1; bugs keep their traceback.
-
-    Ctrl-C ends with 130 and SIGTERM with 143, as shells expect of what they end.
-    """
-    try:
-        yield
-    except (ValueError, OSError, ArithmeticError) as error:
-        print_error(error)
-        if isinstance(error, ConnectionError):
-            _end_if_shared(1)
-        raise typer.Exit(1) from error
-    except KeyboardInterrupt as error:
-        code = 128 + int(getattr(error, "number", 2))
-        if getattr(error, "speaks", True):
-            print_end(str(error) or "interrupted")
-        _end_if_shared(code)
-        raise typer.Exit(code) from error
-
-
-def _end_if_shared(code: int) -> None:
-    """Interrupted before torch was imported, there is no group of processes."""
-    if "torch" in sys.modules:
-        from flash_indexer.recipe.processes import end_if_shared
-
-        end_if_shared(code)
