@@ -142,7 +142,10 @@ def evaluate(
     ] = None,
     model: Annotated[str | None, typer.Option(help="Model; default: the one it was trained on.")] = None,
 ) -> None:
-    """Judge indexers: those of a run, or a native indexer folder, on held-out text."""
+    """Judge indexers: those of a run, or a native indexer folder, on held-out text.
+
+    Of a sparse run also: dense attention, sparse before and sparse after the training.
+    """
     with plain_errors():
         from flash_indexer.recipe import judging
         from flash_indexer.recipe.held_out import held_out_batches
@@ -171,11 +174,17 @@ def evaluate(
         chosen = {"sequence_length": sequence_length, "column": column}
         run |= {name: value for name, value in chosen.items() if value is not None}
         batches = held_out_batches(run, data, sequences)
+        folder, command = report or run_folder / "report", shlex.join(["flash-indexer", *sys.argv[1:]])
         judging.judge_and_report(
-            handle, batches, run_folder, report or run_folder / "report", run, console=console,
-            command=shlex.join(["flash-indexer", *sys.argv[1:]]), min_visible=min_visible,
-            perplexity_ks=tuple(perplexity_k or (128,)), serve=serve or handle.index_dtype,
+            handle, batches, run_folder, folder, run, console=console, command=command, min_visible=min_visible,
+            perplexity_ks=tuple(perplexity_k or (run.get("topk", 128),)), serve=serve or handle.index_dtype,
         )  # fmt: skip
+        if "topk" in run:
+            from flash_indexer.recipe.comparing import compare_and_report
+
+            handle.remove()
+            del handle
+            compare_and_report(run_folder, run, batches, folder, console=console, command=command)
 
 
 @app.command()

@@ -343,6 +343,21 @@ def test_what_trained_loads_back_and_generates_sparsely(tmp_path: Path, run: Run
     assert torch.equal(sparse.model.generate(ids, **options), want)
 
 
+def test_evaluate_and_export_take_the_model_that_trained(tmp_path: Path, run: Run, texts: Path) -> None:
+    out = tmp_path / "run"
+    run(out, steps=6, lr=5e-3)
+    words = ["evaluate", "--run", str(out), "--data", str(texts), "--sequences", "3"]
+    said = CliRunner().invoke(app, words)
+    assert said.exit_code == 0, said.output
+    page = (out / "report" / "comparison.md").read_text()
+    assert "on selected keys" not in page and "| sparse after | all |" in page and "flash-indexer evaluate" in page
+    for line in ("sparse before: ", "sparse after: ", "dense after: ", "queries whose selection changed: "):
+        assert line in said.output
+    numbers = json.loads((out / "report" / "comparison.json").read_text())
+    loss = {x["variant"]: x["nats"] for x in numbers["losses"] if x["end"] is None}
+    assert loss["dense after"] < loss["dense"] and len(numbers["layers"]) == 3
+
+
 def test_adapters_without_their_package_are_refused(tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "peft", None)
     with pytest.raises(ValueError, match="adapters of rank 4 need the package peft, which can't be imported"):

@@ -7,6 +7,7 @@ that is frozen it goes backward inside the forward, as in the warm-up.
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from functools import partial
 from typing import Any, NoReturn
 
@@ -38,12 +39,14 @@ class SparseHandle(IndexerHandle):
         topk: K, keys that a query attends to. always: so many first and last keys are selected whatever their score.
         token_weight: weight of every token's KL in the indexers' loss; None means 1/T of each forward.
         kl_scale: a tensor of no dimension by which the indexers' loss is multiplied; None means 1.
+        on_selection: called with each layer's index and selection in forwards without gradients; None for none.
     """
 
     def __init__(self, dense: IndexerHandle, topk: int) -> None:
         vars(self).update(vars(dense))
         self.topk, self.always = topk, (0, 0)
         self.kl_scale: Tensor | None = None
+        self.on_selection: Callable[[int, Selection], None] | None = None
         self._undo = []
         self._last: SparseForward | None = None
 
@@ -107,6 +110,8 @@ class SparseHandle(IndexerHandle):
             selection = select_keys(
                 *leaves, key_start=visible[0], key_end=visible[1], topk=self.topk, always=self.always
             )
+            if self.on_selection is not None:
+                self.on_selection(tap.layer, selection)
             out, lse = sparse_attention(*tensors, selection, softmax_scale=scale, value_dim=width)
             kl = None
             if tap.cache is None and not torch.is_grad_enabled():
