@@ -230,10 +230,13 @@ def export(
     path: Annotated[Path, typer.Argument(help="Directory to write.")],
     format: Annotated[
         Literal["deepseek_v32", "native"],
-        typer.Option(help="A whole checkpoint, of an MLA model with q-LoRA, or the indexers alone, of any model."),
+        typer.Option(
+            help="A whole checkpoint, of an MLA model with q-LoRA, or the indexers, of any model; a sparse run's too."
+        ),
     ] = "deepseek_v32",
     topk: Annotated[
-        int | None, typer.Option(help="Keys that each query of a deepseek_v32 checkpoint attends to; default 2048.")
+        int | None,
+        typer.Option(help="Keys that each query of a deepseek_v32 checkpoint attends to; default the run's, or 2048."),
     ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier export at PATH.")] = False,
     model: Annotated[str | None, typer.Option(help="Model; default: the one it was trained on.")] = None,
@@ -244,7 +247,7 @@ def export(
         from flash_indexer.files.native import check_replaceable
         from flash_indexer.models.load import model_fingerprint
         from flash_indexer.recipe import judging
-        from flash_indexer.recipe.judgement import note_judgement
+        from flash_indexer.recipe.judgement import note_judgement, tied_rows
 
         if topk is not None and format == "native":
             raise ValueError(f"export: --topk belongs to --format deepseek_v32, got {topk} with native; leave it out")
@@ -252,8 +255,17 @@ def export(
             raise ValueError(f"export: --topk must be at least 1, got {topk}")
         check_replaceable(path, overwrite=overwrite)
         handle, tokenizer, run = judging.load_trained(run_folder, model, console)
+        if "topk" in run and format == "native":
+            from flash_indexer.files.trained import save_sparse
+            from flash_indexer.models.sparse import sparse_handle
+
+            sparse = sparse_handle(handle, run["topk"])
+            save_sparse(sparse, path, tokenizer=tokenizer, base_name=run["model"], overwrite=overwrite)
+            judging.print_path(console, "exported", path)
+            return
         options: dict[str, Any] = dict(tokenizer=tokenizer) if format == "deepseek_v32" else {}
-        options |= {} if topk is None else dict(index_topk=topk)
+        if format == "deepseek_v32" and (topk is not None or "topk" in run):
+            options |= dict(index_topk=topk or run["topk"], tied_rows=tied_rows(run_folder))
         fingerprint = model_fingerprint(handle.model)
         write(
             handle, path, format=format, base_name=run["model"], base_fingerprint=fingerprint, overwrite=overwrite,

@@ -14,11 +14,13 @@ import torch
 from rich.console import Console
 from safetensors.torch import load_file
 from torch import Tensor
+from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
 from flash_indexer.cli import app
+from flash_indexer.files.export import export
 from flash_indexer.files.native import load_native
-from flash_indexer.files.trained import read_sparse_config
+from flash_indexer.files.trained import load_sparse, read_sparse_config
 from flash_indexer.models.load import load_model
 from flash_indexer.models.sparse import SparseHandle
 from flash_indexer.recipe.judging import load_trained
@@ -78,6 +80,17 @@ def run(base: dict[str, Any]) -> Run:
             go.printed = console.file.getvalue()  # type: ignore[attr-defined]
 
     return go
+
+
+PROMPT = torch.arange(1, 21)[None]
+GENERATE: dict[str, Any] = dict(
+    attention_mask=torch.ones_like(PROMPT), max_new_tokens=8, do_sample=False, pad_token_id=0
+)  # fmt: skip
+
+
+def generated(handle: SparseHandle) -> Tensor:
+    tokens: Tensor = handle.model.eval().generate(PROMPT, **GENERATE)
+    return tokens
 
 
 def rows(out: Path) -> list[dict[str, Any]]:
@@ -337,10 +350,7 @@ def test_what_trained_loads_back_and_generates_sparsely(tmp_path: Path, run: Run
     found, _, settings = load_trained(tmp_path / "run", None, Console(file=io.StringIO()))
     found.remove()
     sparse = load_native(found.model, tmp_path / "run" / "checkpoint", topk=settings["topk"])
-    ids = torch.arange(1, 21)[None]
-    options = dict(attention_mask=torch.ones_like(ids), max_new_tokens=8, do_sample=False, pad_token_id=0)
-    want = handle.model.eval().generate(ids, **options)
-    assert torch.equal(sparse.model.generate(ids, **options), want)
+    assert torch.equal(generated(sparse), generated(handle))
 
 
 def test_evaluate_and_export_take_the_model_that_trained(tmp_path: Path, run: Run, texts: Path) -> None:
@@ -350,12 +360,52 @@ def test_evaluate_and_export_take_the_model_that_trained(tmp_path: Path, run: Ru
     said = CliRunner().invoke(app, words)
     assert said.exit_code == 0, said.output
     page = (out / "report" / "comparison.md").read_text()
-    assert "on selected keys" not in page and "| sparse after | all |" in page and "flash-indexer evaluate" in page
+    assert "| sparse after | all |" in page
     for line in ("sparse before: ", "sparse after: ", "dense after: ", "queries whose selection changed: "):
         assert line in said.output
     numbers = json.loads((out / "report" / "comparison.json").read_text())
     loss = {x["variant"]: x["nats"] for x in numbers["losses"] if x["end"] is None}
     assert loss["dense after"] < loss["dense"] and len(numbers["layers"]) == 3
+    handle, _, _ = load_trained(out, None, Console(file=io.StringIO()))
+    handle.remove()
+    exported = str(tmp_path / "exported")
+    said = CliRunner().invoke(app, ["export", "--run", str(out), exported, "--format", "native"])
+    assert said.exit_code == 0, said.output
+    sparse, tokenizer = load_sparse(exported)
+    assert sparse.topk == 8 and not sparse.indexers.training and len(tokenizer) == 61
+    want = load_native(handle.model, out / "checkpoint", topk=8)
+    assert torch.equal(generated(sparse), generated(want))
+    found, _, _ = load_trained(Path(exported), None, Console(file=io.StringIO()))
+    assert all(map(torch.equal, found.model.state_dict().values(), handle.model.state_dict().values()))
+    said = CliRunner().invoke(app, ["export", "--run", str(out), str(tmp_path / "v32")])
+    assert said.exit_code == 1 and "needs a model with q_lora_rank" in said.output.replace("\n", " ")
+    with pytest.raises(ValueError, match="load_sparse: .* must hold sparse_config.json and model/"):
+        load_sparse(out / "checkpoint")
+
+
+def test_a_deepseek_model_runs_sparse_in_transformers(
+    tmp_path: Path, tiny_settings: Callable[..., Any], mla_checkpoint: Path, run: Run
+) -> None:
+    """Warm-up, sparse stage, export; Transformers' own deepseek_v32 gives the logits and the tokens of our model."""
+    settings = tiny_settings(model=str(mla_checkpoint), rope_dim=None, lr=0.01, num_heads=16)
+    warm_up(settings, tmp_path / "warm", console=Console(file=io.StringIO()))
+    handle = run(tmp_path / "run", init_from=str(tmp_path / "warm"))
+    said = CliRunner().invoke(app, ["export", "--run", str(tmp_path / "run"), str(tmp_path / "v32")])
+    assert said.exit_code == 0, said.output
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "v32", dtype=torch.float32).eval()
+    assert model.config.model_type == "deepseek_v32" and model.config.index_topk == 8
+    ids = torch.randint(0, 60, (2, 31), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        got, want = model(ids, use_cache=False).logits, handle.model.eval()(ids, use_cache=False).logits
+        handle.topk = 31
+        dense = handle.model(ids, use_cache=False).logits
+        handle.topk = 8
+    torch.testing.assert_close(got, want, rtol=1e-3, atol=1e-3)
+    assert (want - dense).abs().max() > 0.1  # the selection counts
+    torch.testing.assert_close(generated(handle), model.generate(PROMPT, **GENERATE))
+    handle.always = (1, 1)
+    with pytest.raises(ValueError, match=r"selects by scores alone, always = \(0, 0\), got \(1, 1\)"):
+        export(handle, tmp_path / "other")
 
 
 def test_adapters_without_their_package_are_refused(tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:

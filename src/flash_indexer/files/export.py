@@ -27,6 +27,7 @@ from flash_indexer.files.native import (
     write_config,
 )
 from flash_indexer.models.attach import IndexerHandle
+from flash_indexer.models.sparse import SparseHandle
 
 EXPORT_FORMAT = "flash-indexer/deepseek_v32"
 """The format that indexer_config.json names in an exported model's folder."""
@@ -48,7 +49,7 @@ def export(
     path: str | os.PathLike[str],
     *,
     format: Literal["deepseek_v32", "native"] = "deepseek_v32",
-    index_topk: int = 2048,
+    index_topk: int | None = None,
     base_name: str | None = None,
     base_fingerprint: str | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
@@ -69,7 +70,8 @@ def export(
         handle: what `attach` returned.
         path: the directory to write; see `atomic_directory`.
         format: as above.
-        index_topk: keys that each query of the exported model attends to. The native format records none.
+        index_topk: keys that each query of the exported model attends to; None: the topk of a sparse handle, else 2048.
+            The native format records none.
         base_name: the base model's name, recorded; by default the one that it was loaded by.
         base_fingerprint: what `model_fingerprint` gave for the base, recorded.
         tokenizer: saved beside the exported model; deepseek_v32 only.
@@ -95,6 +97,13 @@ def export(
     if format != "deepseek_v32":
         raise ValueError(f"export: format must be 'deepseek_v32' or 'native', got {format!r}")
 
+    if isinstance(handle, SparseHandle) and handle.always != (0, 0):
+        raise ValueError(
+            f"export: format 'deepseek_v32' selects by scores alone, always = (0, 0), got {handle.always}; use "
+            "format='native'"
+        )
+    if index_topk is None:
+        index_topk = handle.topk if isinstance(handle, SparseHandle) else 2048
     described = describe(handle, base_name=name, base_fingerprint=base_fingerprint)
     converted = deepseek_v32_config(handle, index_topk=index_topk)
     _warn_of_ties(described, index_topk, tied_rows)

@@ -5,7 +5,8 @@
     trained.safetensors                         the model's parameters that trained, by name, float32
     optimizer.safetensors, training_state.json  AdamW's moments, and the step
 
-Written as a whole by `atomic_directory`.
+An exported sparse model has model/, a Transformers checkpoint, in the place of the last three. Both are written as a
+whole by `atomic_directory`.
 """
 
 from __future__ import annotations
@@ -20,15 +21,16 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from flash_indexer.files.atomic import atomic_directory, readable_directory
 from flash_indexer.files.checkpoint import OPTIMIZER_FILE, STATE_FILE, load_optimizer, optimizer_moments, read_step
-from flash_indexer.files.native import load_native, write_native
+from flash_indexer.files.native import check_replaceable, load_native, read_native, write_native
 from flash_indexer.models.adapters import add_adapters, merge_adapters
-from flash_indexer.models.sparse import SparseHandle
+from flash_indexer.models.load import load_model, model_fingerprint
+from flash_indexer.models.sparse import SparseHandle, sparse_handle
 
-TRAINED_FILE, SPARSE_FILE = "trained.safetensors", "sparse_config.json"
+TRAINED_FILE, SPARSE_FILE, MODEL_FOLDER = "trained.safetensors", "sparse_config.json", "model"
 
 
 class SparseConfig(NamedTuple):
@@ -104,13 +106,67 @@ def load_trained_parameters(folder: Path, model: nn.Module) -> None:
             own[name].copy_(value)
 
 
+def save_sparse(
+    handle: SparseHandle,
+    path: str | os.PathLike[str],
+    *,
+    tokenizer: PreTrainedTokenizerBase,
+    base_name: str,
+    overwrite: bool = False,
+) -> Path:
+    """Writes a sparse model whole, atomically: model/ by `save_pretrained`, its indexers, and its topk.
+
+    Args:
+        handle: of the model without adapters. tokenizer: saved beside the model. base_name: of the model that it was.
+        overwrite: replace an earlier checkpoint of ours at `path`.
+
+    Raises:
+        ValueError: a tensor holds NaN or infinity, adapters are not merged, or `path` may not be replaced.
+    """
+    check_replaceable(path, overwrite=overwrite)
+    if any("lora_" in name for name, _ in handle.model.named_parameters()):
+        raise ValueError("save_sparse: the model must be without adapters, got some; merge_adapters(model) first")
+    with atomic_directory(path) as folder:
+        write_native(handle, folder, base_name=base_name, base_fingerprint=model_fingerprint(handle.model))
+        write_sparse_config(folder, SparseConfig(handle.topk))
+        handle.model.save_pretrained(folder / MODEL_FOLDER)
+        tokenizer.save_pretrained(folder / MODEL_FOLDER)
+    return Path(path)
+
+
+def load_sparse(
+    path: str | os.PathLike[str], *, dtype: torch.dtype | None = None
+) -> tuple[SparseHandle, PreTrainedTokenizerBase]:
+    """The sparse model that `save_sparse` wrote, in eval mode and frozen, which generates; and its tokenizer.
+
+    Args:
+        dtype: of the model; None: the one it was saved in.
+
+    Raises:
+        FileNotFoundError, ValueError: read_native's and load_model's; the folder holds no sparse model.
+    """
+    folder = readable_directory(path)
+    config, sparse = read_native(folder).config, read_sparse_config(folder)
+    if sparse is None or not (folder / MODEL_FOLDER).is_dir():
+        raise ValueError(
+            f"load_sparse: {folder} must hold {SPARSE_FILE} and {MODEL_FOLDER}/, as `flash-indexer export --format "
+            "native` writes them of a sparse run; load indexers alone with load_native(model, path, topk=...)"
+        )
+    saved = getattr(torch, config.base_dtype)
+    model, tokenizer = load_model(folder / MODEL_FOLDER, dtype=saved if dtype is None else dtype)
+    fingerprint = model_fingerprint(model) if dtype in (None, saved) else None
+    handle = sparse_handle(load_native(model, folder, base_fingerprint=fingerprint), sparse.topk)
+    handle.indexers.train(False)
+    return handle, tokenizer
+
+
 def add_trained(model: PreTrainedModel, folder: Path, config: SparseConfig) -> None:
     """Gives the model that a run began with what the run's checkpoint in `folder` has trained; adapters are merged.
 
     Raises:
         FileNotFoundError, ValueError: as `load_trained_parameters` does.
     """
-    if not (folder / TRAINED_FILE).is_file() or config.lora is None:
+    if config.lora is None:
         load_trained_parameters(folder, model)
         return
     add_adapters(model, config.lora)

@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerBase
 from flash_indexer.files.atomic import readable_directory
 from flash_indexer.files.judged import indexer_fingerprint
 from flash_indexer.files.native import load_native, read_native
-from flash_indexer.files.trained import add_trained, read_sparse_config
+from flash_indexer.files.trained import MODEL_FOLDER, add_trained, read_sparse_config
 from flash_indexer.judge.evaluation import evaluate
 from flash_indexer.judge.report import write_report
 from flash_indexer.judge.scores import Evaluation
@@ -47,13 +47,15 @@ def load_trained(
     """
     source = indexer_folder(folder)
     config = read_native(source).config
-    name, run = model or config.base_name, read_any_run(folder)
+    held, run = readable_directory(source) / MODEL_FOLDER, read_any_run(folder)
+    name = model or (str(held) if held.is_dir() else config.base_name)
     console.print(f"loading {name}", highlight=False, soft_wrap=True, markup=False)
     base, tokenizer = load_model(name, dtype=getattr(torch, run.get("dtype", config.base_dtype)))
     if torch.cuda.is_available():
         torch.nn.Module.cuda(base)
-    if (sparse := read_sparse_config(readable_directory(source))) is not None:
-        add_trained(base, readable_directory(source), sparse)
+    sparse = read_sparse_config(held.parent)
+    if sparse is not None and not held.is_dir():
+        add_trained(base, held.parent, sparse)
     fingerprint = model_fingerprint(base) if sparse is None else None
     handle = load_native(base, source, base_fingerprint=fingerprint)
     return handle, tokenizer, {"sequence_length": WarmupSettings.sequence_length, **run, "model": name}
