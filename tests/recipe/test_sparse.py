@@ -19,8 +19,9 @@ from typer.testing import CliRunner
 
 from flash_indexer.cli import app
 from flash_indexer.files.export import export
-from flash_indexer.files.native import load_native
+from flash_indexer.files.native import load_native, save_native
 from flash_indexer.files.trained import load_sparse, read_sparse_config
+from flash_indexer.models.attach import attach
 from flash_indexer.models.load import load_model
 from flash_indexer.models.sparse import SparseHandle
 from flash_indexer.recipe.judging import load_trained
@@ -305,9 +306,15 @@ def test_what_does_not_fit_is_refused_before_anything_trains(
     tokenizer.save_pretrained(tmp_path / "small")
     with pytest.raises(ValueError, match="indexers of the model .*small: .*another base model: fingerprint"):
         run(out, model=str(tmp_path / "small"))
-    run(tmp_path / "subset", steps=1, layers=(0, 2))
+    run(tmp_path / "subset", steps=1, layers=(0, 2), indexers_alone=True)
     with pytest.raises(ValueError, match=r"--layers must be layers that have an indexer, got \[1\]"):
         run(out, init_from=str(tmp_path / "subset"), layers=(0, 1))
+    run(tmp_path / "trained", steps=1)
+    with pytest.raises(ValueError, match="must name indexers of an untouched model, got .*trained, a sparse run"):
+        run(out, init_from=str(tmp_path / "trained"))
+    save_native(attach(model, num_heads=4, head_dim=32), tmp_path / "unnamed", base_name=str(tmp_path / "small"))
+    with pytest.raises(ValueError, match="ids must be below the model's vocab_size = 50, got"):
+        run(out, init_from=str(tmp_path / "unnamed"))
     copied = tmp_path / "truncated"
     copied.mkdir()
     for file in ("indexer_config.json", "indexer.safetensors"):

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -173,6 +173,15 @@ def add_trained(model: PreTrainedModel, folder: Path, config: SparseConfig) -> N
     load_trained_parameters(folder, model)
     merge_adapters(model)
     model.requires_grad_(False)
+
+
+def has_trained(folder: Path) -> bool:
+    """Whether the checkpoint in `folder` holds parameters of the model that trained with the indexers."""
+    file = folder / TRAINED_FILE
+    if not file.is_file():
+        return False
+    with safe_open(file, framework="pt") as tensors:
+        return bool(tensors.keys())
 
 
 def trainable(model: nn.Module) -> dict[str, Tensor]:

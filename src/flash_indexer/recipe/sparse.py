@@ -24,6 +24,7 @@ from transformers import PreTrainedModel
 from flash_indexer.files.atomic import readable_directory
 from flash_indexer.files.checkpoint import write_json
 from flash_indexer.files.native import WEIGHTS_FILE, NativeCheckpoint, load_native, read_native
+from flash_indexer.files.trained import has_trained
 from flash_indexer.models.adapters import add_adapters
 from flash_indexer.models.attach import IndexerHandle, attach
 from flash_indexer.models.load import load_model, model_fingerprint
@@ -169,6 +170,11 @@ def _load(settings: SparseRunSettings, say: Any) -> tuple[Start, IndexerHandle, 
         indexers = read_native(folder)
     except (ValueError, FileNotFoundError) as error:
         raise type(error)(f"sparse: --init-from must name a warm-up's run or a native indexer: {error}") from error
+    if has_trained(folder):
+        raise ValueError(
+            f"sparse: --init-from must name indexers of an untouched model, got {settings.init_from}, a sparse run "
+            "whose model trained with them; go on with --resume, or export it and give the export's model/ as --model"
+        )
     name = settings.model or indexers.config.base_name
     say(f"loading {name}")
     model, tokenizer = load_model(name, dtype=getattr(torch, indexers.config.base_dtype))
