@@ -140,6 +140,7 @@ def evaluate(
         Literal["bf16", "fp8", "fp8_unrotated"] | None,
         typer.Option(help="Index scores as servers form them, beside the model's; default: as they were trained."),
     ] = None,
+    needles: Annotated[int, typer.Option(help="Of a sparse run: documents of a needle test at each of 3 depths.")] = 0,
     model: Annotated[str | None, typer.Option(help="Model; default: the one it was trained on.")] = None,
 ) -> None:
     """Judge indexers: those of a run, or a native indexer folder, on held-out text.
@@ -156,6 +157,8 @@ def evaluate(
             raise ValueError(f"evaluate: --sequences must be at least 1, got {sequences}")
         if sequence_length is not None and sequence_length < 2:
             raise ValueError(f"evaluate: --sequence-length must be at least 2, got {sequence_length}")
+        if needles < 0:
+            raise ValueError(f"evaluate: --needles must be 0 (none) or more, got {needles}")
         if min_visible < 0:
             raise ValueError(f"evaluate: --min-visible must be 0 or more, got {min_visible}")
         if any(k < 1 for k in perplexity_k or []):
@@ -184,7 +187,9 @@ def evaluate(
 
             handle.remove()
             del handle
-            compare_and_report(run_folder, run, batches, folder, console=console, command=command)
+            compare_and_report(
+                run_folder, run, batches, folder, console=console, command=command, needle_count=needles
+            )  # fmt: skip
 
 
 @app.command()

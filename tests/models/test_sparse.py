@@ -233,6 +233,16 @@ def test_generation_never_trains(tiny: Tiny) -> None:
     assert all(parameter.grad is None for parameter in handle.indexers.parameters()) and handle.losses() == {}
 
 
+def test_nothing_learns_inside_inference_mode(tiny: Tiny) -> None:
+    handle = sparsely(tiny("llama"))
+    with torch.inference_mode():
+        generated(handle.model, tokens(1, 12))
+        with pytest.raises(ValueError, match="must run outside of torch.inference_mode"):
+            handle.model(tokens(1, 12), use_cache=False)
+        handle.indexers.eval()
+        handle.model(tokens(1, 12), use_cache=False)
+
+
 def test_autocast_keeps_float32_weights_and_gradients(tiny: Tiny, family: str) -> None:
     handle, ids = (
         sparsely(without_experts(tiny, family), 64),

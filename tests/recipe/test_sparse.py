@@ -364,6 +364,7 @@ def test_evaluate_and_export_take_the_model_that_trained(tmp_path: Path, run: Ru
     out = tmp_path / "run"
     run(out, steps=6, lr=5e-3)
     words = ["evaluate", "--run", str(out), "--data", str(texts), "--sequences", "3"]
+    words += ["--sequence-length", "64", "--needles", "1"]
     said = CliRunner().invoke(app, words)
     assert said.exit_code == 0, said.output
     page = (out / "report" / "comparison.md").read_text()
@@ -371,6 +372,10 @@ def test_evaluate_and_export_take_the_model_that_trained(tmp_path: Path, run: Ru
     for line in ("sparse before: ", "sparse after: ", "dense after: ", "queries whose selection changed: "):
         assert line in said.output
     numbers = json.loads((out / "report" / "comparison.json").read_text())
+    assert "needles found, sparse after: " in said.output and "| sparse before | 0.5 | 1 |" in page
+    assert {name: len(x) for name, x in numbers["needles"].items()} == {
+        "dense": 3, "sparse before": 3, "sparse after": 3, "dense after": 3,
+    }  # fmt: skip
     loss = {x["variant"]: x["nats"] for x in numbers["losses"] if x["end"] is None}
     assert loss["dense after"] < loss["dense"] and len(numbers["layers"]) == 3
     handle, _, _ = load_trained(out, None, Console(file=io.StringIO()))

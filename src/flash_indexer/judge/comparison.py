@@ -13,7 +13,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
@@ -21,6 +21,7 @@ from torch import Tensor
 
 from flash_indexer.judge.batches import TokenLosses, batch_tensors, token_losses
 from flash_indexer.judge.metrics import MetricSums, layer_sums
+from flash_indexer.judge.needle import Needle, NeedleScore, needle_scores
 from flash_indexer.judge.selections import SINK
 from flash_indexer.models.attach import IndexerHandle
 from flash_indexer.models.capture import LayerCapture
@@ -46,6 +47,8 @@ class Measures:
     kl: Mapping[int, float]
     chosen: Sequence[Mapping[int, Tensor]]
     full: Sequence[Tensor]
+    needles: tuple[Sequence[NeedleScore], Sequence[NeedleScore]] = ((), ())
+    """Of the dense model and of the sparse one."""
 
 
 @dataclass(frozen=True)
@@ -91,6 +94,8 @@ class Comparison:
     losses: tuple[Loss, ...]
     layers: tuple[LayerChange, ...]
     mean: LayerChange
+    needles: Mapping[str, tuple[NeedleScore, ...]] = field(default_factory=dict)
+    """Of each variant; empty where none were asked for."""
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""
@@ -101,11 +106,14 @@ class Comparison:
         return next(x for x in self.losses if x.variant == variant and x.begin == 0 and x.end is None)
 
 
-def measure(dense: IndexerHandle, batches: Sequence[Mapping[str, Tensor]], topk: int) -> Measures:
+def measure(
+    dense: IndexerHandle, batches: Sequence[Mapping[str, Tensor]], topk: int, documents: Sequence[Needle] = ()
+) -> Measures:
     """Runs a model over the batches, dense and on `topk` keys a query. The handle is removed, and the model left dense.
 
     Args:
         dense: what `attach` or `load_native` gave. batches: as in `flash_indexer.judge.evaluation.evaluate`.
+        documents: those of `flash_indexer.judge.needle.needles` to be scored as well.
     """
     model = dense.model
     device = next(model.parameters()).device
@@ -121,6 +129,8 @@ def measure(dense: IndexerHandle, batches: Sequence[Mapping[str, Tensor]], topk:
     model.train(False)
     with dense.using(add):
         whole = _joined([token_losses(model, *pair) for pair in inputs])
+    with dense.using(lambda capture: None):
+        found_dense = needle_scores(model, documents)
     handle = sparse_handle(dense, topk)
     handle.indexers.train(False)
     kl, chosen, losses = dict.fromkeys(handle.layers, 0.0), list[dict[int, Tensor]](), []
@@ -129,9 +139,11 @@ def measure(dense: IndexerHandle, batches: Sequence[Mapping[str, Tensor]], topk:
         losses.append(token_losses(model, *pair))
         for layer, found in handle.losses().items():
             kl[layer] += float(found.kl) * pair[0].numel() / sum(ids.numel() for ids, _ in inputs)
+    handle.on_selection = None
+    found_sparse = needle_scores(model, documents)
     handle.remove()
     full = [(positions >= topk).flatten().cpu() for _, positions in inputs]
-    return Measures(topk, whole, _joined(losses), sums, kl, chosen, full)
+    return Measures(topk, whole, _joined(losses), sums, kl, chosen, full, (found_dense, found_sparse))
 
 
 def compare(before: Measures, after: Measures) -> Comparison:
@@ -147,7 +159,9 @@ def compare(before: Measures, after: Measures) -> Comparison:
     layers = tuple(_layer(layer, before, after) for layer in sorted(before.kl.keys() & after.kl.keys()))
     names = ("mass_before", "mass_after", "mass_oracle", "kl_before", "kl_after", "changed", "tied")
     mean = LayerChange(None, **{name: _mean([getattr(x, name) for x in layers]) for name in names})
-    return Comparison(before.topk, losses, layers, mean)
+    scores = dict(zip(variants, (*before.needles, after.needles[1], after.needles[0]), strict=True))
+    found = {name: tuple(score) for name, score in scores.items() if score}
+    return Comparison(before.topk, losses, layers, mean, found)
 
 
 def _watched(handle: SparseHandle) -> dict[int, Tensor]:

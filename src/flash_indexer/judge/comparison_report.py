@@ -23,6 +23,10 @@ LAYERS = (
     "| layer | mass at K before | after | best | KL before | after | selection changed | tied at rank K |",
     "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
 )
+NEEDLES = (
+    "| attention | where the fact stands | documents | nats a token of the answer | found |",
+    "| --- | ---: | ---: | ---: | ---: |",
+)
 ERRORS = (
     "Errors are standard errors of the paired difference over sequences. `dense after`: the trained model with dense "
     "attention."
@@ -58,6 +62,9 @@ def comparison_lines(found: Comparison) -> list[str]:
         lines.append(
             f"queries whose selection changed: {_percent(mean.changed)}; tied at rank K: {_percent(mean.tied)}"
         )
+    for variant, scores in found.needles.items():
+        parts = ", ".join(f"{_percent(x.found)} at {x.depth:g}" for x in scores)
+        lines.append(f"needles found, {variant}: {parts} of the document")
     return lines
 
 
@@ -87,8 +94,29 @@ def _page(found: Comparison, command: str | None) -> str:
         lines += ["```bash", command, "```", ""]
     lines += [f"![Nats above dense by place in the document]({PLOT})", "", *LOSSES]
     lines += [f"| {x.variant} | {_range(x)} | {x.tokens:,} | {x.perplexity:.3f} | {_paired(x)} |" for x in found.losses]
-    lines += ["", ERRORS, "", *LAYERS, *(_row(x) for x in (*found.layers, found.mean)), "", COUNTED, ""]
+    lines += [
+        "",
+        ERRORS,
+        "",
+        *_needles(found),
+        *LAYERS,
+        *(_row(x) for x in (*found.layers, found.mean)),
+        "",
+        COUNTED,
+        "",
+    ]
     return "\n".join(lines)
+
+
+def _needles(found: Comparison) -> list[str]:
+    """A table of the needle test, where there was one."""
+    if not found.needles:
+        return []
+    rows = [
+        f"| {variant} | {x.depth:g} | {x.documents} | {x.nats:.3f} | {_percent(x.found)} |"
+        for variant, scores in found.needles.items() for x in scores
+    ]  # fmt: skip
+    return [*NEEDLES, *rows, ""]
 
 
 def _row(x: LayerChange) -> str:

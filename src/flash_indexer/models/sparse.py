@@ -152,6 +152,11 @@ class SparseHandle(IndexerHandle):
         lse: Tensor,
     ) -> Tensor:
         """The KL [T] of a model that is frozen, and in train() mode its backward, at once."""
+        if torch.is_inference_mode_enabled() and self.indexers.training:
+            raise ValueError(
+                "attach: the forward must run outside of torch.inference_mode() while the indexers train, since no "
+                "gradient exists inside it; use torch.no_grad() around the model, or handle.indexers.eval()"
+            )
         weight = self._weights(leaves[2], qk[0])
         with torch.enable_grad():
             loss, kl, entropy = sparse_indexer_kl(
