@@ -76,8 +76,8 @@ class SparseTrainer(Trainer):
             lr = self.args.learning_rate if self.indexer_lr is None else self.indexer_lr
             group = dict(params=list(self.handle.indexers.parameters()), lr=lr, eps=ADAM_EPS, weight_decay=0.0)
             super().create_optimizer(model).add_param_group(group)
-        optimizer: torch.optim.Optimizer = self.optimizer
-        return optimizer
+        assert self.optimizer is not None
+        return self.optimizer
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
