@@ -89,7 +89,7 @@ class SparseHandle(IndexerHandle):
         self, tap: SparseTap, forward: SparseForward, q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None
     ) -> Tensor:
         """One layer's attention: [B, H, L, D] against [B, G, S, D] to [B * L, H, V]."""
-        if tap.inputs is None:
+        if not tap.is_attached:
             return _dense_attention(forward, q, k, v, scale, window)
         again = tap.layer in forward.seen  # in the backward of activation checkpointing
         forward.seen.add(tap.layer)
@@ -174,8 +174,6 @@ class SparseHandle(IndexerHandle):
 
     def _leaves(self, tap: SparseTap, forward: SparseForward, q: Tensor) -> Leaves:
         """index_q and index_weights of the new tokens, index_k of all keys of their rows."""
-        read = tap.inputs
-        assert read is not None and read.hidden is not None and read.rope is not None
         if forward.has_gradients and not torch.is_grad_enabled():
             raise ValueError(
                 "attach: activation checkpointing must be without reentrance, got a layer that runs without gradients "
@@ -187,12 +185,8 @@ class SparseHandle(IndexerHandle):
                 "call it under torch.autocast"
             )
         wide = (lambda x: x.to(q.dtype)) if q.device.type == "cuda" else at_least_float32
-        hidden = wide(read.hidden.flatten(0, -2))
-        residual = None if read.q_residual is None else wide(read.q_residual.flatten(0, -2))
-        cos, sin = (x.expand(*read.hidden.shape[:-1], -1).flatten(0, -2) for x in read.rope)
-        read.hidden = read.q_residual = read.rope = None
         with torch.set_grad_enabled(self._learns(tap, forward)):
-            index_q, index_k, weights = self.indexers[str(tap.layer)](hidden, residual, cos, sin)
+            index_q, index_k, weights = self.indexers[str(tap.layer)](*tap.take(wide))
         if tap.cache is not None:
             rows = torch.unflatten(index_k, 0, (forward.rows, -1))
             index_k = add_index_keys(tap.cache, tap.layer, rows).flatten(0, 1)
@@ -239,8 +233,12 @@ def sparse_handle(dense: IndexerHandle, topk: int) -> SparseHandle:
     _check(dense, topk)
     handle = SparseHandle(dense, topk)
     for module, tap in zip(modules, taps, strict=True):
-        read = tap if tap.layer in handle.layers else None
-        _install_layer(handle, module, SparseTap(handle.attend_sparsely, tap.layer, module, read))
+        is_attached = tap.layer in handle.layers
+        rotary = tap.rotary if is_attached else None
+        _install_layer(
+            handle,
+            SparseTap(handle.attend_sparsely, tap.layer, module, is_attached=is_attached, rotary=rotary),
+        )
     _install(handle)
     return handle
 
@@ -290,14 +288,15 @@ def _install(handle: SparseHandle) -> None:
     handle.undo_with(decoder.register_forward_hook(uncompiled(handle.end_sparsely), with_kwargs=True).remove)
 
 
-def _install_layer(handle: SparseHandle, module: nn.Module, tap: SparseTap) -> None:
+def _install_layer(handle: SparseHandle, tap: SparseTap) -> None:
+    module = tap.module
     module.__dict__[SPARSE_TAP] = tap
     handle.undo_with(partial(module.__dict__.pop, SPARSE_TAP, None))
-    if tap.inputs is None:
+    if not tap.is_attached:
         return
     handle.undo_with(module.register_forward_pre_hook(uncompiled(tap.read_inputs), with_kwargs=True).remove)
-    if (norm := getattr(module, "q_a_layernorm", None)) is not None:
-        handle.undo_with(norm.register_forward_hook(uncompiled(tap.inputs.read_residual)).remove)
+    if isinstance(norm := getattr(module, "q_a_layernorm", None), nn.Module):
+        handle.undo_with(norm.register_forward_hook(uncompiled(tap.read_residual)).remove)
     if is_absorbable(module):
         module.__dict__[EXPAND] = keep_latents
         handle.undo_with(partial(module.__dict__.pop, EXPAND, None))

@@ -11,7 +11,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 
 from flash_indexer.indexer import no_autocast
 from flash_indexer.models.families import FAMILIES
-from flash_indexer.models.hooks import LayerTap, uncompiled
+from flash_indexer.models.hooks import uncompiled
 from flash_indexer.models.index_cache import prepare_layer
 from flash_indexer.models.sparse_forward import SparseForward
 
@@ -28,26 +28,57 @@ Attend = Callable[["SparseTap", SparseForward, Tensor, Tensor, Tensor, float, "i
 
 
 class SparseTap:
-    """One layer's place in a sparse decoder.
+    """One layer's place in a sparse decoder, and what its hooks have read in the forward under way.
 
     Args:
         attend: called with this tap, the forward, query [B, H, L, D], key, value, scale and window in the place of the
             layer's attention; returns [B * L, H, V].
-        layer: the layer's index. module: its attention.
-        inputs: what reads the layer's hidden states for its indexer; None where it has none.
+        layer: the layer's index. module: its attention. is_attached: whether it has an indexer.
+        rotary: the indexer's own rotary embedding; None where it takes the cos and sin that the layer is given.
     """
 
-    def __init__(self, attend: Attend, layer: int, module: nn.Module, inputs: LayerTap | None) -> None:
-        self.attend, self.layer, self.module, self.inputs = attend, layer, module, inputs
+    def __init__(
+        self, attend: Attend, layer: int, module: nn.Module, *, is_attached: bool, rotary: nn.Module | None
+    ) -> None:
+        self.attend, self.layer, self.module, self.is_attached = attend, layer, module, is_attached
+        self.rotary = rotary
+        self.hidden: Tensor | None = None
+        self.q_residual: Tensor | None = None
+        self.rope: tuple[Tensor, Tensor] | None = None
         self.cache: Any = None
 
     def read_inputs(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Before the layer's self-attention, and so before it writes to its cache."""
-        assert self.inputs is not None
-        self.inputs.read_inputs(module, args, kwargs)
+        """Before the layer's self-attention, and so before it writes to its cache: hidden states, and cos and sin."""
+        self.hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
         self.cache = kwargs.get("past_key_values")
         if self.cache is not None:
             prepare_layer(self.cache, self.layer)
+        if self.rotary is None:
+            self.rope = kwargs["position_embeddings"]
+            if not isinstance(self.rope, tuple) or len(self.rope) != 2:
+                raise ValueError(f"attach: rope must come as (cos, sin), got {type(self.rope).__name__}; {FAMILIES}")
+            return
+        positions = kwargs.get("position_ids")
+        if positions is None:
+            past = 0 if self.cache is None else int(self.cache.get_seq_length(self.layer))
+            positions = torch.arange(past, past + self.hidden.shape[1], device=self.hidden.device)[None]
+        self.rope = self.rotary(self.hidden, positions)
+
+    def read_residual(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+        """After MLA's norm of the low-rank query residual."""
+        self.q_residual = output
+
+    def take(self, wide: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
+        """hidden, q_residual, cos and sin of the B * L tokens, as the indexer takes them, cast by `wide`; not kept."""
+        if self.hidden is None or self.rope is None:
+            raise ValueError(
+                f"attach: layer {self.layer} must call its attention function once in a forward, got a second call"
+            )
+        hidden, residual = wide(self.hidden.flatten(0, -2)), self.q_residual
+        residual = None if residual is None else wide(residual.flatten(0, -2))
+        cos, sin = (x.expand(*self.hidden.shape[:-1], -1).flatten(0, -2) for x in self.rope)
+        self.hidden = self.q_residual = self.rope = None
+        return hidden, residual, cos, sin
 
 
 def attention(
