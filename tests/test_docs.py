@@ -176,7 +176,9 @@ def check_command_line(arguments: list[str]) -> None:
     name, *rest = arguments
     assert name in group.commands, f"no command {name}"
     command = group.commands[name]
-    if name in ("warmup", "check", "evaluate", "export") and "--out" not in rest:  # prose may leave the folder out
+    if (
+        name in ("warmup", "sparse", "check", "evaluate", "export") and "--out" not in rest
+    ):  # prose may leave the folder out
         known = {option for parameter in command.params for option in parameter.opts}
         assert {word.split("=")[0] for word in rest if word.startswith("--")} <= known, arguments
     else:

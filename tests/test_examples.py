@@ -13,8 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
-from flash_indexer.files.native import read_native
+from flash_indexer.files.native import read_native, save_native
+from flash_indexer.models.attach import attach
+from flash_indexer.models.load import load_model
 from flash_indexer.recipe.run_record import read_metrics
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -40,6 +43,18 @@ def test_an_example_trains_and_leaves_an_indexer(
     runs.finish(runs.ranks(processes, None, out, **code))
     assert read_native(out).config.layers == (0, 1, 2)
     assert "step 12: KL 0." in printed.read_text() or "'train_loss':" in printed.read_text(), printed.read_text()
+
+
+def test_the_sparse_example_trains_and_generates(tmp_path: Path, runs: Any, checkpoint: Path, texts: Path) -> None:
+    model, _ = load_model(checkpoint, dtype=torch.float32)
+    save_native(attach(model, num_heads=2, head_dim=32), tmp_path / "warm", base_name=str(checkpoint))
+    out, printed = tmp_path / "out", tmp_path / "printed"
+    arguments = [f"{ROOT}/examples/sparse_loop.py", "--model", str(checkpoint), "--indexers", str(tmp_path / "warm")]
+    arguments += ["--data", str(texts), "--out", str(out), "--topk", "8", "--steps", "6", "--sequence-length", "64"]
+    runs.finish(runs.ranks(1, None, out, codes=[EXAMPLE], arguments=arguments, printed=str(printed)))
+    text = printed.read_text()
+    assert "step 6: loss " in text and "generated: w" in text, text
+    assert read_native(out).config.layers == (0, 1, 2) and (out / "model" / "config.json").is_file()
 
 
 def test_an_odd_number_of_processes_is_refused_by_the_launcher(tmp_path: Path) -> None:

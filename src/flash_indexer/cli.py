@@ -13,15 +13,14 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
-from rich.console import Console
 
-from flash_indexer.recipe.progress import print_end, print_error
+from flash_indexer.commands.shell import console, plain_errors, say_that_imports_take_time, was_typed
+from flash_indexer.commands.sparse import app as sparse_app
 
 app = typer.Typer(
     no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
     help="Train and judge lightning indexers (DeepSeek Sparse Attention) for dense models.",
 )  # fmt: skip
-console = Console()
 
 Out = Annotated[Path, typer.Option(help="Folder of the run: settings, metrics, checkpoint, report.")]
 Run = Annotated[Path, typer.Option("--run", "--out", help="Folder of a run, or of a native indexer.")]
@@ -76,7 +75,7 @@ def warmup(
     timeout: Annotated[float, typer.Option(help="Seconds without an answer after which a process is given up.")] = 600,
 ) -> None:
     """Warm up a model's indexers; with a report at the end, on --held-out or, without --data, the embedded split."""
-    with _plain_errors():
+    with plain_errors():
         from flash_indexer.recipe.run_record import WarmupSettings, parse_layers, read_run, refuse_other_settings
 
         if evaluate_sequences < 0:
@@ -84,10 +83,10 @@ def warmup(
         values = {name: value for name, value in context.params.items() if name in WarmupSettings.__dataclass_fields__}
         values["layers"] = parse_layers(layers)
         settings, recorded = WarmupSettings(**values), read_run(out) if resume else {}
-        typed = [name for name in values if _was_typed(context, name)]
+        typed = [name for name in values if was_typed(context, name)]
         refuse_other_settings(recorded, {name: getattr(settings, name) for name in typed})
 
-        _say_that_imports_take_time()
+        say_that_imports_take_time()
         from dataclasses import asdict
 
         import torch
@@ -144,10 +143,14 @@ def evaluate(
         Literal["bf16", "fp8", "fp8_unrotated"] | None,
         typer.Option(help="Index scores as servers form them, beside the model's; default: as they were trained."),
     ] = None,
+    needles: Annotated[int, typer.Option(help="Of a sparse run: documents of a needle test at each of 3 depths.")] = 0,
     model: Annotated[str | None, typer.Option(help="Model; default: the one it was trained on.")] = None,
 ) -> None:
-    """Judge indexers: those of a run, or a native indexer folder, on held-out text."""
-    with _plain_errors():
+    """Judge indexers: those of a run, or a native indexer folder, on held-out text.
+
+    Of a sparse run also: dense attention, sparse before and sparse after the training.
+    """
+    with plain_errors():
         from flash_indexer.recipe import judging
         from flash_indexer.recipe.held_out import held_out_batches
         from flash_indexer.recipe.run_folder import check_folder, check_report_folder
@@ -157,6 +160,8 @@ def evaluate(
             raise ValueError(f"evaluate: --sequences must be at least 1, got {sequences}")
         if sequence_length is not None and sequence_length < 2:
             raise ValueError(f"evaluate: --sequence-length must be at least 2, got {sequence_length}")
+        if needles < 0:
+            raise ValueError(f"evaluate: --needles must be 0 (none) or more, got {needles}")
         if min_visible < 0:
             raise ValueError(f"evaluate: --min-visible must be 0 or more, got {min_visible}")
         if any(k < 1 for k in perplexity_k or []):
@@ -175,11 +180,19 @@ def evaluate(
         chosen = {"sequence_length": sequence_length, "column": column}
         run |= {name: value for name, value in chosen.items() if value is not None}
         batches = held_out_batches(run, data, sequences)
+        folder, command = report or run_folder / "report", shlex.join(["flash-indexer", *sys.argv[1:]])
         judging.judge_and_report(
-            handle, batches, run_folder, report or run_folder / "report", run, console=console,
-            command=shlex.join(["flash-indexer", *sys.argv[1:]]), min_visible=min_visible,
-            perplexity_ks=tuple(perplexity_k or (128,)), serve=serve or handle.index_dtype,
+            handle, batches, run_folder, folder, run, console=console, command=command, min_visible=min_visible,
+            perplexity_ks=tuple(perplexity_k or (run.get("topk", 128),)), serve=serve or handle.index_dtype,
         )  # fmt: skip
+        if "topk" in run:
+            from flash_indexer.recipe.comparing import compare_and_report
+
+            handle.remove()
+            del handle
+            compare_and_report(
+                run_folder, run, batches, folder, console=console, command=command, needle_count=needles
+            )  # fmt: skip
 
 
 @app.command()
@@ -197,7 +210,7 @@ def check(
     ] = None,
 ) -> None:
     """Check the teacher: every head's probabilities must sum to 1 on real text (within 1e-2)."""
-    with _plain_errors():
+    with plain_errors():
         from flash_indexer.recipe import checking, judging
         from flash_indexer.recipe.held_out import held_out_batches
         from flash_indexer.recipe.run_folder import check_folder
@@ -227,16 +240,20 @@ def export(
         Literal["deepseek_v32", "native", "own"] | None,
         typer.Option(help="A checkpoint, of an MLA model with q-LoRA (default) or of own indexers; or they alone."),
     ] = None,
-    topk: Annotated[int | None, typer.Option(help="Keys per query of a deepseek_v32 checkpoint; default 2048.")] = None,
+    topk: Annotated[
+        int | None,
+        typer.Option(help="Keys that each query of a deepseek_v32 checkpoint attends to; default the run's, or 2048."),
+    ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier export at PATH.")] = False,
     model: Annotated[str | None, typer.Option(help="Model; default: the one it was trained on.")] = None,
 ) -> None:
     """Write trained indexers as a checkpoint that Transformers loads, or in the native format."""
-    with _plain_errors():
+    with plain_errors():
         from flash_indexer.files.export import export as write
         from flash_indexer.files.native import check_replaceable, read_native
+        from flash_indexer.models.load import model_fingerprint
         from flash_indexer.recipe import judging
-        from flash_indexer.recipe.judgement import note_judgement
+        from flash_indexer.recipe.judgement import note_judgement, tied_rows
         from flash_indexer.recipe.run_folder import indexer_folder
 
         if topk is not None and format in ("native", "own"):
@@ -246,9 +263,20 @@ def export(
         check_replaceable(path, overwrite=overwrite)
         handle, tokenizer, run = judging.load_trained(run_folder, model, console)
         format = format or ("own" if handle.trains_own else "deepseek_v32")
+        if "topk" in run and format == "native":
+            from flash_indexer.files.trained import save_sparse
+            from flash_indexer.models.sparse import sparse_handle
+
+            sparse = sparse_handle(handle, run["topk"])
+            save_sparse(sparse, path, tokenizer=tokenizer, base_name=run["model"], overwrite=overwrite)
+            judging.print_path(console, "exported", path)
+            return
         options: dict[str, Any] = {} if format == "native" else dict(tokenizer=tokenizer)
-        options |= {} if topk is None else dict(index_topk=topk)
-        recorded = read_native(indexer_folder(run_folder)).config.base_fingerprint
+        if format == "deepseek_v32" and (topk is not None or "topk" in run):
+            options |= dict(index_topk=topk or run["topk"], tied_rows=tied_rows(run_folder))
+        trained = "topk" in run  # the model, which then is no longer the one that is recorded
+        native = None if trained else read_native(indexer_folder(run_folder))
+        recorded = model_fingerprint(handle.model) if native is None else native.config.base_fingerprint
         write(
             handle, path, format=format, base_name=run["model"], base_fingerprint=recorded, overwrite=overwrite,
             **options,
@@ -273,7 +301,7 @@ def bench(
     def say(text: str) -> None:
         console.print(text, highlight=False, soft_wrap=True)
 
-    with _plain_errors():
+    with plain_errors():
         from flash_indexer.bench import attention as bench_attention
         from flash_indexer.bench import fp8 as bench_fp8
         from flash_indexer.bench import kl as benchmark
@@ -320,7 +348,7 @@ def tune(
     def say(text: str) -> None:
         console.print(text, highlight=False, soft_wrap=True, markup=False)
 
-    with _plain_errors():
+    with plain_errors():
         from flash_indexer.bench import tune as tuning
 
         if dry_run + show + reset > 1:
@@ -333,6 +361,9 @@ def tune(
         tuning.run(size, out=out, dry_run=dry_run, console=console)
 
 
+app.add_typer(sparse_app)
+
+
 def main() -> None:
     """Entry point of the command `flash-indexer`."""
     app()
@@ -340,17 +371,6 @@ def main() -> None:
 
 def _print_path(name: str, path: Path) -> None:
     console.print(f"{name:<9}{path}", highlight=False, soft_wrap=True, markup=False)
-
-
-def _say_that_imports_take_time() -> None:
-    """In one process: those of `torchrun -m flash_indexer` don't know yet which of them speaks."""
-    if not sys.argv[0].endswith("__main__.py"):
-        console.print("importing torch and transformers", highlight=False)
-
-
-def _was_typed(context: typer.Context, name: str) -> bool:
-    source = context.get_parameter_source(name)
-    return source is not None and source.name == "COMMANDLINE"
 
 
 @contextmanager
@@ -368,32 +388,3 @@ def _trained_and_saved(out: Path) -> Iterator[None]:
         ) from error
     except KeyboardInterrupt as error:
         raise KeyboardInterrupt(f"warmup: the evaluation was interrupted; {saved} for a report") from error
-
-
-@contextmanager
-def _plain_errors() -> Iterator[None]:
-    """Expected failures end with their message alone and exit code 1; bugs keep their traceback.
-
-    Ctrl-C ends with 130 and SIGTERM with 143, as shells expect of what they end.
-    """
-    try:
-        yield
-    except (ValueError, OSError, ArithmeticError) as error:
-        print_error(error)
-        if isinstance(error, ConnectionError):
-            _end_if_shared(1)
-        raise typer.Exit(1) from error
-    except KeyboardInterrupt as error:
-        code = 128 + int(getattr(error, "number", 2))
-        if getattr(error, "speaks", True):
-            print_end(str(error) or "interrupted")
-        _end_if_shared(code)
-        raise typer.Exit(code) from error
-
-
-def _end_if_shared(code: int) -> None:
-    """Interrupted before torch was imported, there is no group of processes."""
-    if "torch" in sys.modules:
-        from flash_indexer.recipe.processes import end_if_shared
-
-        end_if_shared(code)

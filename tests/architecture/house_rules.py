@@ -20,6 +20,7 @@ FLOORS = (
     ("models",),
     ("files", "judge"),
     ("recipe", "bench"),
+    ("commands",),
     ("cli",),
     ("__main__",),
 )
@@ -28,13 +29,13 @@ LEVEL = {part: level for level, floor in enumerate(FLOORS) for part in floor}
 ONLY_FOR = {"reference": ("testing",), "testing": ("bench",), "kernels": ("ops", "bench")}
 TORCH = frozenset({"torch"})
 FILES = frozenset({"datasets", "gguf", "matplotlib", "pyarrow", "safetensors"})
-WITH_MODELS = TORCH | FILES | {"accelerate", "numpy", "rich", "transformers"}
+WITH_MODELS = TORCH | FILES | {"accelerate", "numpy", "peft", "rich", "transformers"}
 LIBRARIES = {
     "kernels": frozenset({"tilelang", "tvm_ffi"}),
     **dict.fromkeys(("reference", "intervals", "ops", "indexer", "__init__", "parallel", "testing"), TORCH),
     **dict.fromkeys(("models", "files", "judge", "recipe"), WITH_MODELS),
     "bench": TORCH | {"rich"},
-    "cli": TORCH | {"rich", "typer"},
+    **dict.fromkeys(("commands", "cli"), TORCH | {"rich", "typer"}),
     "__main__": frozenset(),
 }
 FORBIDDEN_NAMES = {"ops": frozenset({"torch.distributed"})}
@@ -223,7 +224,7 @@ def parameters(sources: Sources) -> Iterator[Fault]:
         for node in ast.walk(tree):
             if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) or node.name in schemas:
                 continue
-            if node.decorator_list and part_of(file) in ("cli", "kernels"):
+            if node.decorator_list and part_of(file) in ("cli", "commands", "kernels"):
                 continue
             positional = [a for a in [*node.args.posonlyargs, *node.args.args] if a.arg not in ("self", "cls")]
             count = len(positional) + len(node.args.kwonlyargs)

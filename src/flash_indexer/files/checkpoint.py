@@ -33,15 +33,9 @@ def save_checkpoint(
     base_fingerprint: str,
 ) -> None:
     """Writes indexers, AdamW moments and step into the directory `path`, replacing the checkpoint there."""
-    moments = {
-        f"{index}.{name}": value.contiguous()
-        for index, entry in optimizer.state_dict()["state"].items()
-        for name, value in entry.items()
-        if isinstance(value, Tensor)
-    }
     with atomic_directory(path) as folder:
         write_native(handle, folder, base_name=base_name, base_fingerprint=base_fingerprint)
-        save_file(moments, folder / OPTIMIZER_FILE)
+        save_file(optimizer_moments(optimizer), folder / OPTIMIZER_FILE)
         (folder / STATE_FILE).write_text(json.dumps({"step": step}) + "\n", encoding="utf-8")
 
 
@@ -54,16 +48,41 @@ def load_checkpoint(
         FileNotFoundError: a file is missing. ValueError: it belongs to another model or other sizes, or is damaged.
     """
     folder = readable_directory(path)
+    step = read_step(folder)
+    load_native(handle, folder, base_fingerprint=base_fingerprint)
+    load_optimizer(folder, optimizer)
+    return step
+
+
+def optimizer_moments(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """The tensors of an optimizer's state, as "number of the parameter.name"."""
+    return {
+        f"{index}.{name}": value.contiguous()
+        for index, entry in optimizer.state_dict()["state"].items()
+        for name, value in entry.items()
+        if isinstance(value, Tensor)
+    }
+
+
+def read_step(folder: Path) -> int:
+    """The step after which a training checkpoint was written.
+
+    Raises:
+        FileNotFoundError: a file of a training checkpoint is missing. ValueError: it is damaged.
+    """
     for name in (OPTIMIZER_FILE, STATE_FILE):
         if not (folder / name).is_file():
             raise FileNotFoundError(
                 f"load_checkpoint: {folder / name} is missing: no training checkpoint; start a new run elsewhere"
             )
     try:
-        step = int(json.loads((folder / STATE_FILE).read_text(encoding="utf-8"))["step"])
+        return int(json.loads((folder / STATE_FILE).read_text(encoding="utf-8"))["step"])
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"load_checkpoint: {folder / STATE_FILE} is damaged ({error!r}); start a new run") from error
-    load_native(handle, folder, base_fingerprint=base_fingerprint)
+
+
+def load_optimizer(folder: Path, optimizer: torch.optim.Optimizer) -> None:
+    """Loads the moments that `optimizer_moments` gave. ValueError where the file is damaged."""
     try:
         moments = load_file(folder / OPTIMIZER_FILE)
     except SafetensorError as error:
@@ -74,7 +93,6 @@ def load_checkpoint(
         state.setdefault(int(index), {})[name] = value
     groups = optimizer.state_dict()["param_groups"]
     optimizer.load_state_dict({"state": state, "param_groups": groups})
-    return step
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:

@@ -28,6 +28,7 @@ from flash_indexer.files.native import (
     write_config,
 )
 from flash_indexer.models.attach import IndexerHandle
+from flash_indexer.models.sparse import SparseHandle
 
 EXPORT_FORMAT = "flash-indexer/deepseek_v32"
 """The format that indexer_config.json names in an exported model's folder."""
@@ -49,7 +50,7 @@ def export(
     path: str | os.PathLike[str],
     *,
     format: Literal["deepseek_v32", "native", "own"] = "deepseek_v32",
-    index_topk: int = 2048,
+    index_topk: int | None = None,
     base_name: str | None = None,
     base_fingerprint: str | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
@@ -71,7 +72,8 @@ def export(
         handle: what `attach` returned.
         path: the directory to write; see `atomic_directory`.
         format: as above.
-        index_topk: keys that each query of a deepseek_v32 model attends to. The others keep the model's, or have none.
+        index_topk: keys that each query of a deepseek_v32 model attends to; None: the topk of a sparse handle, else
+            2048. The others keep the model's, or have none.
         base_name: the base model's name, recorded; by default the one that it was loaded by.
         base_fingerprint: what `model_fingerprint` gave for the base, recorded.
         tokenizer: saved beside the exported model; not with "native".
@@ -95,7 +97,7 @@ def export(
             raise ValueError("export: tokenizer must be None for format 'native', which holds indexers alone")
         return save_native(handle, path, base_name=name, base_fingerprint=base_fingerprint, overwrite=overwrite)
     if format == "own":
-        if index_topk != 2048:
+        if index_topk is not None:
             raise ValueError(
                 f"export: index_topk must be left out with format 'own', got {index_topk}; the model's config has it"
             )
@@ -106,6 +108,13 @@ def export(
     if format != "deepseek_v32":
         raise ValueError(f"export: format must be 'deepseek_v32', 'native' or 'own', got {format!r}")
 
+    if isinstance(handle, SparseHandle) and handle.always != (0, 0):
+        raise ValueError(
+            f"export: format 'deepseek_v32' selects by scores alone, always = (0, 0), got {handle.always}; use "
+            "format='native'"
+        )
+    if index_topk is None:
+        index_topk = handle.topk if isinstance(handle, SparseHandle) else 2048
     described = describe(handle, base_name=name, base_fingerprint=base_fingerprint)
     converted = deepseek_v32_config(handle, index_topk=index_topk)
     _warn_of_ties(described, index_topk, tied_rows)

@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 from flash_indexer.files.atomic import atomic_directory, readable_directory
 from flash_indexer.indexer import LightningIndexer
 from flash_indexer.models.attach import IndexerHandle, attach
+from flash_indexer.models.sparse import check_topk, sparse_handle
 
 FORMAT = "flash-indexer/native"
 VERSION = 1
@@ -173,6 +174,7 @@ def load_native(
     path: str | os.PathLike[str],
     *,
     base_fingerprint: str | None = None,
+    topk: int | None = None,
 ) -> IndexerHandle:
     """Load a native checkpoint into a handle, or attach indexers of the recorded sizes to a model first.
 
@@ -180,6 +182,7 @@ def load_native(
         handle_or_model: a handle with the checkpoint's layers and sizes, or a model without indexers.
         path: the checkpoint's directory.
         base_fingerprint: `model_fingerprint(model)`; compared where given and where the checkpoint records one.
+        topk: the model then attends to so many keys, see `attach`; None: it stays dense. A handle is what it is.
 
     Returns:
         The handle. Where anything fails, a model given stays as it was, and so do a handle's weights.
@@ -196,6 +199,10 @@ def load_native(
             f"got {type(handle_or_model).__name__}; unwrap it: take merge_and_unload() of a PeftModel, .module of "
             "DistributedDataParallel"
         )
+    if topk is not None:
+        check_topk("load_native", topk)
+        if not is_model:
+            raise ValueError(f"load_native: topk must be None for a handle, got {topk}; pass the model")
     config, state_dict = read_native(path)
     model: Any = handle_or_model if isinstance(handle_or_model, PreTrainedModel) else handle_or_model.model
     _compare_base(config, model, base_fingerprint, path)
@@ -221,7 +228,7 @@ def load_native(
         if is_model:
             handle.remove()
         raise
-    return handle
+    return handle if topk is None else sparse_handle(handle, topk)
 
 
 def describe(handle: IndexerHandle, *, base_name: str, base_fingerprint: str | None = None) -> NativeConfig:

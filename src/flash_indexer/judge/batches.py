@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -25,6 +26,29 @@ def batch_tensors(batch: Mapping[str, Tensor], device: torch.device) -> tuple[Te
             "padding them"
         )
     return batch["input_ids"].to(device), batch["position_ids"].to(device)
+
+
+class TokenLosses(NamedTuple):
+    """-log probability (nats, float64), place in its document and sequence of each predicted token: [n] each."""
+
+    nats: Tensor
+    position: Tensor
+    sequence: Tensor
+
+
+@torch.no_grad()
+def token_losses(model: torch.nn.Module, input_ids: Tensor, position_ids: Tensor) -> TokenLosses:
+    """The losses that `loss_sum` adds up, on the CPU."""
+    logits = model(input_ids=input_ids, position_ids=position_ids, use_cache=False).logits
+    counted = position_ids[:, 1:] == position_ids[:, :-1] + 1
+    nats = torch.zeros(counted.shape, dtype=torch.float64)
+    for row, targets, out in zip(logits, input_ids[:, 1:], nats, strict=True):
+        for begin in range(0, len(targets), _LOGIT_ROWS):
+            part = slice(begin, min(begin + _LOGIT_ROWS, len(targets)))
+            out[part] = cross_entropy(row[part].float(), targets[part], reduction="none").double().cpu()
+    counted, position_ids = counted.cpu(), position_ids.cpu()
+    sequence = torch.arange(len(input_ids))[:, None].expand(counted.shape)
+    return TokenLosses(nats[counted], position_ids[:, 1:][counted], sequence[counted])
 
 
 @torch.no_grad()

@@ -25,6 +25,8 @@ from flash_indexer.models.options import check_arithmetic, check_target
 from flash_indexer.models.own_attach import OwnOptions, attach_own
 from flash_indexer.models.own_indexers import has_own_indexers
 from flash_indexer.models.rope import check_rope, default_rope_dim, indexer_rotary, rope_parameters
+from flash_indexer.models.sparse import check_topk, sparse_handle
+from flash_indexer.models.sparse_hooks import SPARSE_TAP
 from flash_indexer.parallel.mesh import Parallel
 
 __all__ = ["IndexerHandle", "LayerCapture", "attach"]
@@ -43,6 +45,7 @@ def attach(
     teacher_dtype: str | None = None,
     indexers: str = "fresh",
     teachers: str = "shared",
+    topk: int | None = None,
 ) -> IndexerHandle:
     """Gives layers of a dense model fresh lightning indexers, each of which learns from its layer's own attention.
 
@@ -75,6 +78,8 @@ def attach(
         indexers: "fresh" or "own"; own ones have the sizes and the rope of the model's family.
         teachers: where one layer's own indexer serves the next ones too, "shared": it learns from all of them, the loss
             being the mean of their KLs; "own": from its own layer alone.
+        topk: the layers attend to so many keys, those that their indexers rank highest, and the model may train: see
+            `flash_indexer.models.sparse.sparse_handle`, whose SparseHandle is returned. None: they stay dense.
 
     Raises:
         TypeError: the model is a wrapper around a Transformers model.
@@ -93,10 +98,14 @@ def attach(
     check_sizes("attach", num_heads=num_heads, head_dim=head_dim)
     if indexers not in ("fresh", "own"):
         raise ValueError(f'attach: indexers must be "fresh" or "own", got {indexers!r}')
+    if topk is not None:
+        check_topk("attach", topk)
+        if indexers == "own":
+            raise ValueError(f'attach: topk must be None with indexers="own", which attend densely, got {topk}')
     decoder = find_decoder(model)
     config = model.config.get_text_config()
     found = decoder_layers(decoder, config)
-    if any(TAP in module.__dict__ for _, module in found.callers):
+    if any({TAP, SPARSE_TAP} & module.__dict__.keys() for _, module in found.callers):
         raise ValueError("attach: the model has indexers attached already; call remove() on their handle first")
     if indexers == "own":
         options = OwnOptions(num_heads, head_dim, rope_dim, layers, target, teachers, index_dtype, teacher_dtype)
@@ -148,7 +157,7 @@ def attach(
         teacher_dtype=teacher_dtype,
     )  # fmt: skip
     install(handle, found, lambda layer, module: LayerTap(handle.attend, layer, rotaries.get(layer)), ATTENTION)
-    return handle
+    return handle if topk is None else sparse_handle(handle, topk)
 
 
 def _check_whole_sequences(

@@ -66,6 +66,7 @@ class IndexerHandle:
         teachers: str = "shared",
     ) -> None:
         self.model = model
+        self.found = found
         self.decoder: Any = find_decoder(model)
         self.indexers = indexers
         self.layers = tuple(int(name) for name in indexers)

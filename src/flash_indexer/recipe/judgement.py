@@ -10,6 +10,7 @@ from rich.console import Console
 
 from flash_indexer.files.judged import indexer_fingerprint, record_judgement
 from flash_indexer.files.native import read_native
+from flash_indexer.judge.comparison_report import NUMBERS
 from flash_indexer.judge.scores import Evaluation
 from flash_indexer.judge.verdict import arithmetic_name
 from flash_indexer.models.attach import IndexerHandle
@@ -69,3 +70,13 @@ def judgement(folder: Path, handle: IndexerHandle) -> dict[str, Any] | None:
         "perplexity": {"dense": dense}
         | {str(p.k): p.perplexity for p in judged.perplexities if p.selection == "indexer"},
     }
+
+
+def tied_rows(folder: Path) -> float | None:
+    """The part of the queries that a comparison in `folder`/report found tied at rank K; None where there is none."""
+    file = folder / "report" / NUMBERS
+    try:
+        tied = json.loads(file.read_text(encoding="utf-8"))["mean"]["tied"]
+        return None if tied is None else float(tied)
+    except (OSError, ValueError, KeyError, TypeError):
+        return None

@@ -14,8 +14,10 @@ from rich.progress import Progress
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from flash_indexer.files.atomic import readable_directory
 from flash_indexer.files.judged import indexer_fingerprint
 from flash_indexer.files.native import load_native, read_native
+from flash_indexer.files.trained import MODEL_FOLDER, add_trained, read_sparse_config
 from flash_indexer.judge.evaluation import evaluate
 from flash_indexer.judge.report import write_report
 from flash_indexer.judge.scores import Evaluation
@@ -23,7 +25,8 @@ from flash_indexer.judge.verdict import summary_lines
 from flash_indexer.models.attach import IndexerHandle
 from flash_indexer.models.load import load_model, model_fingerprint
 from flash_indexer.recipe.run_folder import indexer_folder
-from flash_indexer.recipe.run_record import METRICS_FILE, WarmupSettings, read_metrics, read_run, warmup_command
+from flash_indexer.recipe.run_record import METRICS_FILE, WarmupSettings, read_metrics, warmup_command
+from flash_indexer.recipe.sparse_record import read_any_run, sparse_command
 
 INDEXERS = "indexer_fingerprint"
 """What the settings in a report call the weights that it judges."""
@@ -36,6 +39,7 @@ def load_trained(
 ) -> tuple[IndexerHandle, PreTrainedTokenizerBase, dict[str, Any]]:
     """The handle and tokenizer of a run or a native indexer folder, and the settings it was trained with.
 
+    Of a sparse run the model is the one that trained, with dense attention; `sparse_handle` makes it sparse.
     A native folder records no sequence length: the settings then hold the default one, and `console` is told.
 
     Args:
@@ -43,13 +47,18 @@ def load_trained(
     """
     source = indexer_folder(folder)
     config = read_native(source).config
-    name, run = model or config.base_name, read_run(folder)
+    held, run = readable_directory(source) / MODEL_FOLDER, read_any_run(folder)
+    name = model or (str(held) if held.is_dir() else config.base_name)
     console.print(f"loading {name}", highlight=False, soft_wrap=True, markup=False)
     dtype = getattr(torch, run.get("dtype", config.base_dtype))
     base, tokenizer = load_model(name, dtype=dtype, indexers=config.indexers)
     if torch.cuda.is_available():
         torch.nn.Module.cuda(base)
-    handle = load_native(base, source, base_fingerprint=model_fingerprint(base))
+    sparse = read_sparse_config(held.parent)
+    if sparse is not None and not held.is_dir():
+        add_trained(base, held.parent, sparse)
+    fingerprint = model_fingerprint(base) if sparse is None else None
+    handle = load_native(base, source, base_fingerprint=fingerprint)
     return handle, tokenizer, {"sequence_length": WarmupSettings.sequence_length, **run, "model": name}
 
 
@@ -81,13 +90,15 @@ def judge_and_report(
         judged = evaluate(
             handle, batches, min_visible=min_visible, perplexity_ks=perplexity_ks, serve=serve, progress=advance
         )
-    trained = [warmup_command(run, folder)] if "steps" in run else []
+    is_sparse = "topk" in run
+    trained = [(sparse_command if is_sparse else warmup_command)(run, folder)] if "steps" in run else []
     run = {
         **run,
         INDEXERS: indexer_fingerprint(handle),
         "command": "\n".join([*trained, *([command] if command else [])]),
     }
-    path = write_report(report, evaluation=judged, metrics_log=read_metrics(folder / METRICS_FILE), run=run)
+    log = [] if is_sparse else read_metrics(folder / METRICS_FILE)
+    path = write_report(report, evaluation=judged, metrics_log=log, run=run)
     for line in summary_lines(judged):
         console.print(line, highlight=False, soft_wrap=True, markup=False)
     print_path(console, "plots", report)

@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, Protocol
 
 import torch
 from rich.console import Console
@@ -34,6 +34,17 @@ from flash_indexer.recipe.stopping import NAMES, Interrupted, StopSignals
 
 ADAM_EPS = 1e-12
 """Well below torch's 1e-8, which is as large as a fresh indexer's gradients where hidden states are small."""
+
+
+class Schedule(Protocol):
+    """The settings that a learning rate follows from."""
+
+    @property
+    def lr(self) -> float: ...
+    @property
+    def warmup_steps(self) -> int: ...
+    @property
+    def decay(self) -> str: ...
 
 
 @dataclass
@@ -170,7 +181,8 @@ class TrainingLoop:
         Ranks of one dp_rank get the same ones.
         """
         for sequences in self._sequences(step):
-            items = [self.data[self._index(number)] for number in sequences]
+            seed, count = self.settings.seed, len(self.data)
+            items = [self.data[sequence_drawn(number, count, seed)] for number in sequences]
             yield {
                 name: torch.stack([item[name] for item in items]).to(self.processes.device)
                 for name in ("input_ids", "position_ids")
@@ -202,12 +214,14 @@ class TrainingLoop:
             return self.per_step * self.settings.sequence_length
         return sum(len(self._draw(n)) for n in range((step - 1) * self.per_step, step * self.per_step))
 
-    def _index(self, drawn: int) -> int:
-        epoch, position = divmod(drawn, len(self.data))
-        if epoch == 0:
-            return position
-        generator = torch.Generator().manual_seed(self.settings.seed + epoch)
-        return int(torch.randperm(len(self.data), generator=generator)[position])
+
+def sequence_drawn(drawn: int, count: int, seed: int) -> int:
+    """Which of `count` sequences comes when `drawn` were drawn: in order at first, then in an order of each epoch."""
+    epoch, position = divmod(drawn, count)
+    if epoch == 0:
+        return position
+    generator = torch.Generator().manual_seed(seed + epoch)
+    return int(torch.randperm(count, generator=generator)[position])
 
 
 def micro_batches(settings: WarmupSettings, per_step: int, dp: int) -> tuple[int, int]:
@@ -237,7 +251,7 @@ def _ratio(kl: Tensor, uniform: Tensor) -> float | None:
     return float(kl.mean() / uniform.mean()) if float(uniform.mean()) > 0 else None
 
 
-def learning_rate(settings: WarmupSettings, step: int, steps: int) -> float:
+def learning_rate(settings: Schedule, step: int, steps: int) -> float:
     """lr · (linear from 1/warmup_steps to 1, then constant or half a cosine to zero after the last of `steps`)."""
     if step < settings.warmup_steps:
         return settings.lr * (step / settings.warmup_steps)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from types import TracebackType
 from typing import Any
 
@@ -12,13 +12,16 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 
 class StepProgress:
-    """A bar with KL, KL over the uniform prediction's and attention mass; plain lines where there is no terminal."""
+    """A bar with what `describe` says of a metrics row; plain lines where there is no terminal."""
 
-    def __init__(self, console: Console, steps: int, done: int, *, quiet: bool = False) -> None:
+    def __init__(
+        self, console: Console, steps: int, done: int, *, quiet: bool = False, name: str = "warm-up",
+        describe: Callable[[Mapping[str, Any]], str] | None = None,
+    ) -> None:  # fmt: skip
         self._console, self._steps, self._quiet = console, steps, quiet
-        self._mass = ""
+        self._mass, self._describe = "", describe or self._warm_up
         self._bar = Progress(
-            TextColumn("warm-up"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}"),
+            TextColumn(name), BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}"),
             TimeElapsedColumn(), TimeRemainingColumn(), console=console, disable=quiet or not console.is_terminal,
         )  # fmt: skip
         self._task = self._bar.add_task("", total=steps, completed=done)
@@ -34,14 +37,18 @@ class StepProgress:
 
     def step(self, row: Mapping[str, Any]) -> None:
         """Shows a metrics row."""
+        text = self._describe(row)
+        self._bar.update(self._task, completed=row["step"], description=text)
+        if not self._quiet and not self._console.is_terminal and (row["step"] % 10 == 0 or row["step"] == self._steps):
+            self._console.print(f"step {row['step']}/{self._steps}  {text}  {row['seconds']:.0f} s", highlight=False)
+
+    def _warm_up(self, row: Mapping[str, Any]) -> str:
+        """KL, KL over the uniform prediction's and attention mass, the last one that was measured."""
         if row["mass"] is not None:
             self._mass = f"mass@64 {row['mass']:.1%}"
         ratio = row["kl_over_uniform"]
         ratio = "none" if ratio is None else f"{ratio:.3f}"
-        text = f"KL {row['loss']:.3f}  KL/uniform {ratio}  {self._mass}"
-        self._bar.update(self._task, completed=row["step"], description=text)
-        if not self._quiet and not self._console.is_terminal and (row["step"] % 10 == 0 or row["step"] == self._steps):
-            self._console.print(f"step {row['step']}/{self._steps}  {text}  {row['seconds']:.0f} s", highlight=False)
+        return f"KL {row['loss']:.3f}  KL/uniform {ratio}  {self._mass}"
 
 
 def print_error(error: Exception) -> None:

@@ -23,14 +23,14 @@ REPORT_FILE = "report.json"
 NO_LOCKS = frozenset({errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EINVAL})
 
 
-def check_new(out: Path) -> None:
+def check_new(out: Path, command: str = "warmup") -> None:
     """Raises ValueError where a new run would write into a folder that holds another's files, or no folder can be."""
-    check_folder("warmup: --out", out)
+    check_folder(f"{command}: --out", out)
     others = sorted({path.name for path in out.iterdir()} - OWN_LEFTOVERS) if out.exists() else []
     if others:
         more = f" and {len(others) - 1} more" if len(others) > 1 else ""
         raise ValueError(
-            f"warmup: --out must be a new folder or that of a run, got {out}, which holds {others[0]}{more} and no "
+            f"{command}: --out must be a new folder or that of a run, got {out}, which holds {others[0]}{more} and no "
             f"{RUN_FILE}; nothing was written: choose another --out"
         )
 
@@ -73,7 +73,7 @@ def sizes_of_indexers(path: Path) -> dict[str, Any]:
 
 
 @contextmanager
-def locked_folder(out: Path, warn: Callable[[str], None]) -> Iterator[None]:
+def locked_folder(out: Path, warn: Callable[[str], None], command: str = "warmup") -> Iterator[None]:
     """Makes the folder `out`, and holds it for one run while the block runs.
 
     The lock is the kernel's (flock on a file in `out`), so it ends with the process, however that ends. Where the file
@@ -85,15 +85,15 @@ def locked_folder(out: Path, warn: Callable[[str], None]) -> Iterator[None]:
     """
     made = [path for path in (out, *out.parents) if not path.exists()]
     try:
-        descriptor = _take(out / LOCK_FILE)
+        descriptor = _take(out / LOCK_FILE, command)
     except PermissionError as error:
         raise PermissionError(
-            f"warmup: --out must be a folder that can be written, got {out} ({error.strerror}: {error.filename}); "
+            f"{command}: --out must be a folder that can be written, got {out} ({error.strerror}: {error.filename}); "
             "choose another --out"
         ) from error
     if descriptor is None:
         warn(
-            f"warmup: the file system of {out} has no locks, so a second run with this --out is not kept out: start "
+            f"{command}: the file system of {out} has no locks, so a second run with this --out is not kept out: start "
             "only one"
         )
     try:
@@ -107,7 +107,7 @@ def locked_folder(out: Path, warn: Callable[[str], None]) -> Iterator[None]:
                 folder.rmdir()
 
 
-def _take(file: Path) -> int | None:
+def _take(file: Path, command: str) -> int | None:
     """A descriptor that holds the lock as long as it is open; None where there are no locks."""
     while True:
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -125,7 +125,7 @@ def _take(file: Path) -> int | None:
             if not isinstance(error, BlockingIOError):
                 raise
             raise ValueError(
-                f"warmup: --out must be a folder that no other run writes into, got {file.parent}, which {holder} "
+                f"{command}: --out must be a folder that no other run writes into, got {file.parent}, which {holder} "
                 "writes into now; wait until it ends, end it, or choose another --out"
             ) from error
         if _is_at(descriptor, file):

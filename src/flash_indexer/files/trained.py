@@ -1,0 +1,211 @@
+"""Checkpoints of a model that trains with its indexers: a native indexer directory with what else has trained.
+
+    indexer_config.json, indexer.safetensors    the indexers (docs/format.md)
+    sparse_config.json                          topk, and the rank of adapters where these trained
+    trained.safetensors                         the model's parameters that trained, by name, float32
+    optimizer.safetensors, training_state.json  AdamW's moments, and the step
+
+An exported sparse model has model/, a Transformers checkpoint, in the place of the last three. Both are written as a
+whole by `atomic_directory`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from flash_indexer.files.atomic import atomic_directory, readable_directory
+from flash_indexer.files.checkpoint import OPTIMIZER_FILE, STATE_FILE, load_optimizer, optimizer_moments, read_step
+from flash_indexer.files.native import check_replaceable, load_native, read_native, write_native
+from flash_indexer.models.adapters import add_adapters, merge_adapters
+from flash_indexer.models.load import load_model, model_fingerprint
+from flash_indexer.models.sparse import SparseHandle, sparse_handle
+
+TRAINED_FILE, SPARSE_FILE, MODEL_FOLDER = "trained.safetensors", "sparse_config.json", "model"
+
+
+class SparseConfig(NamedTuple):
+    """What sparse_config.json says. lora: the rank of adapters; None: parameters of the model's own trained."""
+
+    topk: int
+    lora: int | None = None
+
+
+def save_trained(
+    path: str | os.PathLike[str],
+    handle: SparseHandle,
+    optimizer: torch.optim.Optimizer,
+    step: int,
+    *,
+    lora: int | None,
+    base_name: str,
+    base_fingerprint: str,
+) -> None:
+    """Writes indexers, parameters that require gradients, AdamW's moments and the step, replacing what is at `path`."""
+    trained = {name: value.detach().contiguous() for name, value in trainable(handle.model).items()}
+    with atomic_directory(path) as folder:
+        write_native(handle, folder, base_name=base_name, base_fingerprint=base_fingerprint)
+        write_sparse_config(folder, SparseConfig(handle.topk, lora))
+        save_file(trained, folder / TRAINED_FILE)
+        save_file(optimizer_moments(optimizer), folder / OPTIMIZER_FILE)
+        (folder / STATE_FILE).write_text(json.dumps({"step": step}) + "\n", encoding="utf-8")
+
+
+def load_trained_checkpoint(
+    path: str | os.PathLike[str], handle: SparseHandle, optimizer: torch.optim.Optimizer
+) -> int:
+    """Loads what `save_trained` wrote into a handle and an optimizer of the same run; returns the step.
+
+    Raises:
+        FileNotFoundError: a file is missing. ValueError: it belongs to another model or other sizes, or is damaged.
+    """
+    folder = readable_directory(path)
+    step = read_step(folder)
+    load_native(handle, folder)
+    load_trained_parameters(folder, handle.model)
+    load_optimizer(folder, optimizer)
+    return step
+
+
+def load_trained_parameters(folder: Path, model: nn.Module) -> None:
+    """Copies the parameters of trained.safetensors into those of the same names.
+
+    Raises:
+        FileNotFoundError: there is no such file. ValueError: it is damaged, or its names or shapes are not the model's.
+    """
+    file = folder / TRAINED_FILE
+    if not file.is_file():
+        raise FileNotFoundError(f"load_trained_parameters: {file} is missing; copy the whole checkpoint")
+    try:
+        tensors = load_file(file)
+    except SafetensorError as error:
+        raise ValueError(
+            f"load_trained_parameters: {file} is truncated or damaged ({error}); copy it again or use an earlier one"
+        ) from error
+    own = dict(model.named_parameters())
+    for name, value in tensors.items():
+        if name not in own or own[name].shape != value.shape:
+            found = list(own[name].shape) if name in own else "no such parameter"
+            raise ValueError(
+                f"load_trained_parameters: {name} of {file} must be {list(value.shape)} in the model, got {found}; "
+                "load the model that the run began with"
+            )
+        if not bool(torch.isfinite(value).all()):
+            raise ValueError(f"load_trained_parameters: {name} of {file} holds NaN or infinity; use an earlier one")
+    with torch.no_grad():
+        for name, value in tensors.items():
+            own[name].copy_(value)
+
+
+def save_sparse(
+    handle: SparseHandle,
+    path: str | os.PathLike[str],
+    *,
+    tokenizer: PreTrainedTokenizerBase,
+    base_name: str,
+    overwrite: bool = False,
+) -> Path:
+    """Writes a sparse model whole, atomically: model/ by `save_pretrained`, its indexers, and its topk.
+
+    Args:
+        handle: of the model without adapters. tokenizer: saved beside the model. base_name: of the model that it was.
+        overwrite: replace an earlier checkpoint of ours at `path`.
+
+    Raises:
+        ValueError: a tensor holds NaN or infinity, adapters are not merged, or `path` may not be replaced.
+    """
+    check_replaceable(path, overwrite=overwrite)
+    if any("lora_" in name for name, _ in handle.model.named_parameters()):
+        raise ValueError("save_sparse: the model must be without adapters, got some; merge_adapters(model) first")
+    with atomic_directory(path) as folder:
+        write_native(handle, folder, base_name=base_name, base_fingerprint=model_fingerprint(handle.model))
+        write_sparse_config(folder, SparseConfig(handle.topk))
+        handle.model.save_pretrained(folder / MODEL_FOLDER)
+        tokenizer.save_pretrained(folder / MODEL_FOLDER)
+    return Path(path)
+
+
+def load_sparse(
+    path: str | os.PathLike[str], *, dtype: torch.dtype | None = None
+) -> tuple[SparseHandle, PreTrainedTokenizerBase]:
+    """The sparse model that `save_sparse` wrote, in eval mode and frozen, which generates; and its tokenizer.
+
+    Args:
+        dtype: of the model; None: the one it was saved in.
+
+    Raises:
+        FileNotFoundError, ValueError: read_native's and load_model's; the folder holds no sparse model.
+    """
+    folder = readable_directory(path)
+    config, sparse = read_native(folder).config, read_sparse_config(folder)
+    if sparse is None or not (folder / MODEL_FOLDER).is_dir():
+        raise ValueError(
+            f"load_sparse: {folder} must hold {SPARSE_FILE} and {MODEL_FOLDER}/, as `flash-indexer export --format "
+            "native` writes them of a sparse run; load indexers alone with load_native(model, path, topk=...)"
+        )
+    saved = getattr(torch, config.base_dtype)
+    model, tokenizer = load_model(folder / MODEL_FOLDER, dtype=saved if dtype is None else dtype)
+    fingerprint = model_fingerprint(model) if dtype in (None, saved) else None
+    handle = sparse_handle(load_native(model, folder, base_fingerprint=fingerprint), sparse.topk)
+    handle.indexers.train(False)
+    return handle, tokenizer
+
+
+def add_trained(model: PreTrainedModel, folder: Path, config: SparseConfig) -> None:
+    """Gives the model that a run began with what the run's checkpoint in `folder` has trained; adapters are merged.
+
+    Raises:
+        FileNotFoundError, ValueError: as `load_trained_parameters` does.
+    """
+    if config.lora is None:
+        load_trained_parameters(folder, model)
+        return
+    add_adapters(model, config.lora)
+    load_trained_parameters(folder, model)
+    merge_adapters(model)
+    model.requires_grad_(False)
+
+
+def has_trained(folder: Path) -> bool:
+    """Whether the checkpoint in `folder` holds parameters of the model that trained with the indexers."""
+    file = folder / TRAINED_FILE
+    if not file.is_file():
+        return False
+    with safe_open(file, framework="pt") as tensors:
+        return bool(tensors.keys())
+
+
+def trainable(model: nn.Module) -> dict[str, Tensor]:
+    """The parameters that require gradients, by name; shared ones once."""
+    return {name: value for name, value in model.named_parameters() if value.requires_grad}
+
+
+def write_sparse_config(folder: Path, config: SparseConfig) -> None:
+    """Writes sparse_config.json."""
+    (folder / SPARSE_FILE).write_text(json.dumps(config._asdict(), indent=2) + "\n", encoding="utf-8")
+
+
+def read_sparse_config(folder: Path) -> SparseConfig | None:
+    """What sparse_config.json in `folder` says; None where there is none: the indexers were not trained sparsely.
+
+    Raises:
+        ValueError: the file is damaged.
+    """
+    file = folder / SPARSE_FILE
+    if not file.is_file():
+        return None
+    try:
+        record: Mapping[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        lora = record["lora"]
+        return SparseConfig(int(record["topk"]), None if lora is None else int(lora))
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"read_sparse_config: {file} is damaged ({error!r}); use an earlier checkpoint") from error

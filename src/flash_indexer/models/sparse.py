@@ -1,0 +1,315 @@
+"""DSA on a loaded Transformers model: attached layers attend to the keys that their indexers select.
+
+In training the indexers' loss rides on the backward of the attention, which forms the probabilities anyway; in a model
+that is frozen it goes backward inside the forward, as in the warm-up.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention
+
+from flash_indexer.indexer import LightningIndexer
+from flash_indexer.models.absorbed import EXPAND, absorbed_query, expanded_output, is_absorbable, keep_latents
+from flash_indexer.models.families import FAMILIES, call_arguments, check_call
+from flash_indexer.models.handle import IndexerHandle
+from flash_indexer.models.hooks import TAP, uncompiled
+from flash_indexer.models.index_cache import add_index_keys
+from flash_indexer.models.packing import at_least_float32
+from flash_indexer.models.shared_indexers import LayerLoss
+from flash_indexer.models.sparse_forward import SparseForward
+from flash_indexer.models.sparse_hooks import FORWARD, SPARSE_ATTENTION, SPARSE_TAP, SparseTap
+from flash_indexer.ops import Selection, dsa_attention, select_keys, sparse_attention, sparse_indexer_kl
+
+__all__ = ["SparseHandle", "sparse_handle"]
+
+Leaves = tuple[Tensor, Tensor, Tensor]
+"""index_q, index_k and index_weights."""
+
+
+class SparseHandle(IndexerHandle):
+    """Indexers that select what their layers attend to, in forward, training and generation. See `sparse_handle`.
+
+    Attributes:
+        topk: K, keys that a query attends to. always: so many first and last keys are selected whatever their score.
+        token_weight: weight of every token's KL in the indexers' loss; None means 1/T of each forward.
+        kl_scale: a tensor of no dimension by which the indexers' loss is multiplied; None means 1.
+        on_selection: called with each layer's index and selection in forwards without gradients; None for none.
+    """
+
+    def __init__(self, dense: IndexerHandle, topk: int) -> None:
+        vars(self).update(vars(dense))
+        self.topk, self.always = topk, (0, 0)
+        self.kl_scale: Tensor | None = None
+        self.on_selection: Callable[[int, Selection], None] | None = None
+        self._undo = []
+        self._last: SparseForward | None = None
+
+    def losses(self) -> dict[int, LayerLoss]:
+        """Each layer's mean KL over the selected keys in the last forward that learnt, NaN until its backward has run.
+
+        The uniform prediction's is known where the model is frozen, and NaN elsewhere.
+        """
+        if self._last is None:
+            return {}
+        unknown, found = self._last.uniform_kl, sorted(self._last.kl.items())
+        return {
+            n: LayerLoss(kl.mean(), unknown[n].mean() if n in unknown else kl.new_tensor(torch.nan)) for n, kl in found
+        }
+
+    def using(self, consumer: Any) -> NoReturn:
+        """A sparse model has no captures.
+
+        Raises:
+            ValueError: always; says what to do.
+        """
+        raise ValueError("using: captures are those of dense attention; remove() the handle and attach without topk")
+
+    def begin(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Before the decoder runs: finds each query's keys; the layers get them as an argument."""
+        inputs = call_arguments(module, args, kwargs)
+        tokens = inputs.get("input_ids")
+        tokens = inputs.get("inputs_embeds") if tokens is None else tokens
+        if tokens is None:
+            raise ValueError("attach: the decoder needs input_ids or inputs_embeds")
+        check_call(module, inputs)
+        forward = SparseForward(inputs, tokens)
+        if inputs.get("position_ids") is None and forward.is_packed:
+            inputs["position_ids"] = forward.positions
+        return (), inputs | {FORWARD: forward}
+
+    def attend_sparsely(
+        self, tap: SparseTap, forward: SparseForward, q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None
+    ) -> Tensor:
+        """One layer's attention: [B, H, L, D] against [B, G, S, D] to [B * L, H, V]."""
+        if not tap.is_attached:
+            return _dense_attention(forward, q, k, v, scale, window)
+        again = tap.layer in forward.seen  # in the backward of activation checkpointing
+        forward.seen.add(tap.layer)
+        leaves = self._leaves(tap, forward, q)
+        wide = (lambda x: x) if q.device.type == "cuda" else at_least_float32
+        query, key, value = (wide(x.transpose(1, 2).flatten(0, 1)) for x in (q, k, v))
+        tensors: tuple[Tensor, Tensor, Tensor | None] = query, key, value
+        w_v = None
+        if is_absorbable(tap.module):  # key: latents, value: the rotated part of the keys
+            query, w_v = absorbed_query(tap.module, query)
+            tensors = query, torch.cat([key, value], -1), None
+        width = None if w_v is None else w_v.shape[1]
+        visible = forward.visible(k.shape[2], window)
+        if self._learns(tap, forward) and torch.is_grad_enabled():
+            kl = None if again else leaves[2].new_full((len(query),), torch.nan)
+            out = self._learn_in_backward(tensors, leaves, visible, scale, width, kl)
+        else:
+            selection = select_keys(
+                *leaves, key_start=visible[0], key_end=visible[1], topk=self.topk, always=self.always
+            )
+            if self.on_selection is not None:
+                self.on_selection(tap.layer, selection)
+            out, lse = sparse_attention(*tensors, selection, softmax_scale=scale, value_dim=width)
+            kl = None
+            if tap.cache is None and not torch.is_grad_enabled():
+                kl = self._learn(tap, forward, (query, tensors[1]), leaves, selection, scale, lse)
+        if kl is not None:
+            forward.kl[tap.layer], self._last = kl, forward
+        return (out if w_v is None else expanded_output(out, w_v)).to(q.dtype)
+
+    def _learns(self, tap: SparseTap, forward: SparseForward) -> bool:
+        """Whether the indexers get gradients: generation, which has a cache and no gradients, never trains them."""
+        return self.indexers.training and forward.past == 0 and (torch.is_grad_enabled() or tap.cache is None)
+
+    def _learn_in_backward(
+        self,
+        tensors: tuple[Tensor, Tensor, Tensor | None],
+        leaves: Leaves,
+        visible: tuple[Tensor, Tensor],
+        scale: float,
+        width: int | None,
+        kl: Tensor | None,
+    ) -> Tensor:
+        """The attention's output, whose backward brings the indexer's gradients with it and writes to `kl`."""
+        q, k, v = tensors
+        return dsa_attention(
+            q, k, v, *leaves, softmax_scale=scale, key_start=visible[0], key_end=visible[1], topk=self.topk,
+            value_dim=width, always=self.always, token_weight=self._token_weights(leaves[2], q), kl="backward",
+            kl_scale=self.kl_scale, kl_out=kl,
+        ).out  # fmt: skip
+
+    def _learn(
+        self,
+        tap: SparseTap,
+        forward: SparseForward,
+        qk: tuple[Tensor, Tensor],
+        leaves: Leaves,
+        selection: Selection,
+        scale: float,
+        lse: Tensor,
+    ) -> Tensor:
+        """The KL [T] of a model that is frozen, and in train() mode its backward, at once."""
+        if torch.is_inference_mode_enabled() and self.indexers.training:
+            raise ValueError(
+                "attach: the forward must run outside of torch.inference_mode() while the indexers train, since no "
+                "gradient exists inside it; use torch.no_grad() around the model, or handle.indexers.eval()"
+            )
+        weight = self._token_weights(leaves[2], qk[0])
+        with torch.enable_grad():
+            loss, kl, entropy = sparse_indexer_kl(
+                *qk, *leaves, selection, softmax_scale=scale, lse=lse, token_weight=weight
+            )
+            if loss.requires_grad:
+                loss = loss if self.kl_scale is None else loss * self.kl_scale
+                loss.backward()  # type: ignore[no-untyped-call]
+        forward.uniform_kl[tap.layer] = selection.count.clamp_min(1).to(kl.dtype).log() - entropy
+        return kl
+
+    def _token_weights(self, index_weights: Tensor, q: Tensor) -> Tensor:
+        each = 1 / len(q) if self.token_weight is None else self.token_weight
+        return index_weights.new_full((len(q),), each)
+
+    def _leaves(self, tap: SparseTap, forward: SparseForward, q: Tensor) -> Leaves:
+        """index_q and index_weights of the new tokens, index_k of all keys of their rows."""
+        if forward.has_gradients and not torch.is_grad_enabled():
+            raise ValueError(
+                "attach: activation checkpointing must be without reentrance, got a layer that runs without gradients "
+                "in a forward that has them; pass gradient_checkpointing_kwargs={'use_reentrant': False}"
+            )
+        if q.device.type == "cuda" and q.dtype != torch.bfloat16:
+            raise ValueError(
+                f"attach: on CUDA attention must be in bfloat16, got {q.dtype}; load the model with that dtype or "
+                "call it under torch.autocast"
+            )
+        wide = (lambda x: x.to(q.dtype)) if q.device.type == "cuda" else at_least_float32
+        with torch.set_grad_enabled(self._learns(tap, forward)):
+            index_q, index_k, weights = self.indexers[str(tap.layer)](*tap.take(wide))
+        if tap.cache is not None:
+            rows = torch.unflatten(index_k, 0, (forward.rows, -1))
+            index_k = add_index_keys(tap.cache, tap.layer, rows).flatten(0, 1)
+        return index_q, index_k, weights
+
+    def end_sparsely(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        """After the decoder: every attached layer must have passed through the attention function."""
+        forward: SparseForward = kwargs[FORWARD]
+        if missing := [layer for layer in self.layers if layer not in forward.seen]:
+            raise RuntimeError(
+                f"attach: layers {missing[:5]} did not call the registered attention function; "
+                f"attachable are {FAMILIES}"
+            )
+
+
+def sparse_handle(dense: IndexerHandle, topk: int) -> SparseHandle:
+    """Makes the attached layers of a model attend to the `topk` keys that their indexers rank highest.
+
+        S_t      = the topk visible keys of largest i[t,s]
+        out[t,h] = sum_{s in S_t} softmax over S_t of (scale * q[t,h]·k[s,g(h)]) v[s,g(h)]
+
+    MLA runs absorbed, over the latents that it caches. Layers without an indexer stay dense. The model's parameters
+    require gradients as before it was attached.
+
+    Training: call the model in any mode with use_cache=False and run the backward of its own loss. Where the indexers
+    are in train() mode they get the gradients of kl_scale * token_weight * sum of KL over the selected keys, which are
+    formed in that backward; the model gets none of these. Under torch.no_grad() the indexers alone learn, inside the
+    forward. Batches are packed as for `attach`. Activation checkpointing: without reentrance.
+
+    Generation: index_k is cached with k and v in a DynamicCache; batches may be padded on the left.
+
+    Args:
+        dense: what `attach` returned, without context or tensor parallelism, target "mean". It is removed.
+        topk: K, 1 or more; at or above the model's context nothing is selected away, which warns.
+
+    Raises:
+        ValueError: another topk, target or kind of indexer, or a model shared out over processes.
+
+    Source: DeepSeek-V3.2-Exp technical report (2025), section 2.1.
+    """
+    modules: list[nn.Module] = [module for module in dense.decoder.modules() if TAP in module.__dict__]
+    taps = [module.__dict__[TAP] for module in modules]
+    dense.remove()
+    _check(dense, topk)
+    handle = SparseHandle(dense, topk)
+    for module, tap in zip(modules, taps, strict=True):
+        is_attached = tap.layer in handle.layers
+        rotary = tap.rotary if is_attached else None
+        _install_layer(
+            handle,
+            SparseTap(handle.attend_sparsely, tap.layer, module, is_attached=is_attached, rotary=rotary),
+        )
+    _install(handle)
+    return handle
+
+
+def _dense_attention(
+    forward: SparseForward, q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None
+) -> Tensor:
+    """A layer without an indexer: [B, H, L, D] against [B, G, S, D] to [B * L, H, V]."""
+    is_plain = window is None and forward.past == 0 and forward.positions is not None and not forward.is_packed
+    mask = None if is_plain else forward.mask(k.shape[2], window)
+    out = scaled_dot_product_attention(q, k, v, mask, is_causal=is_plain, scale=scale, enable_gqa=True)
+    return out.transpose(1, 2).flatten(0, 1)
+
+
+def _check(dense: IndexerHandle, topk: int) -> None:
+    check_topk("attach", topk)
+    parallel = dense.parallel
+    if parallel.cp * parallel.tp > 1:
+        raise ValueError(
+            f"attach: a sparse model must be whole in one process, got cp={parallel.cp}, tp={parallel.tp}; leave topk "
+            "or parallel out"
+        )
+    if dense.target != "mean":
+        raise ValueError(f'attach: with topk, target must be "mean", got {dense.target!r}')
+    if dense.found.refused:
+        raise ValueError(
+            "attach: with topk, every layer must have softmax attention, got a model some of whose layers have none; "
+            "leave topk out"
+        )
+    softcap = getattr(dense.model.config.get_text_config(), "attn_logit_softcapping", None)
+    sinks = [module for _, module in dense.found.callers if getattr(module, "sinks", None) is not None]
+    if softcap is not None or sinks:
+        raise ValueError(
+            "attach: with topk, attention must have neither softcap nor sinks, got "
+            f"{'sinks' if sinks else f'attn_logit_softcapping={softcap}'}; leave topk out"
+        )
+    if not all(type(indexer) is LightningIndexer for indexer in dense.indexers.values()):
+        raise ValueError("attach: with topk, indexers must be LightningIndexers of ours; leave topk out")
+    context = getattr(dense.model.config.get_text_config(), "max_position_embeddings", None)
+    if context is not None and topk >= context:
+        warnings.warn(
+            f"attach: topk = {topk} covers the model's context of {context} tokens: no key is ever left out",
+            stacklevel=4,
+        )
+
+
+def check_topk(op: str, topk: object) -> None:
+    """Raises ValueError, in the name of `op`, for a number of keys that no query can attend to."""
+    if isinstance(topk, bool) or not isinstance(topk, int) or topk < 1:
+        raise ValueError(f"{op}: topk must be a whole number of keys, 1 or more, got {topk!r}; DeepSeek-V3.2 has 2048")
+
+
+def _install(handle: SparseHandle) -> None:
+    model, decoder = handle.model, handle.decoder
+    before = model.config._attn_implementation
+    model.set_attn_implementation(SPARSE_ATTENTION)
+    handle.undo_with(lambda: model.set_attn_implementation(before))
+    handle.undo_with(decoder.register_forward_pre_hook(uncompiled(handle.begin), with_kwargs=True).remove)
+    handle.undo_with(decoder.register_forward_hook(uncompiled(handle.end_sparsely), with_kwargs=True).remove)
+
+
+def _install_layer(handle: SparseHandle, tap: SparseTap) -> None:
+    module = tap.module
+    module.__dict__[SPARSE_TAP] = tap
+    handle.undo_with(partial(module.__dict__.pop, SPARSE_TAP, None))
+    if not tap.is_attached:
+        return
+    handle.undo_with(module.register_forward_pre_hook(uncompiled(tap.read_inputs), with_kwargs=True).remove)
+    if isinstance(norm := getattr(module, "q_a_layernorm", None), nn.Module):
+        handle.undo_with(norm.register_forward_hook(uncompiled(tap.read_residual)).remove)
+    if is_absorbable(module):
+        module.__dict__[EXPAND] = keep_latents
+        handle.undo_with(partial(module.__dict__.pop, EXPAND, None))

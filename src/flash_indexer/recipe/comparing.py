@@ -1,0 +1,75 @@
+"""A sparse run's model and indexers beside those it began with, on held-out text."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from torch import Tensor
+
+from flash_indexer.files.native import load_native, read_native
+from flash_indexer.judge.comparison import Comparison, compare, measure
+from flash_indexer.judge.comparison_report import comparison_lines, write_comparison
+from flash_indexer.judge.needle import Needle, needles
+from flash_indexer.models.attach import IndexerHandle, attach
+from flash_indexer.models.load import load_model, load_tokenizer
+from flash_indexer.recipe.judging import load_trained, print_path
+from flash_indexer.recipe.run_folder import indexer_folder
+
+
+def compare_and_report(
+    folder: Path,
+    run: Mapping[str, Any],
+    batches: Sequence[Mapping[str, Tensor]],
+    report: Path,
+    *,
+    console: Console,
+    command: str | None = None,
+    needle_count: int = 0,
+) -> Comparison:
+    """Dense, sparse before and sparse after, at the run's K; writes comparison.md into `report` and prints the numbers.
+
+    Args:
+        folder: of the sparse run. run: its settings, as `load_trained` gives them.
+        needle_count: documents of the needle test at each depth, as long as the batches' sequences; 0: none.
+    """
+    say = partial(console.print, highlight=False, soft_wrap=True, markup=False)
+    topk = int(run["topk"])
+    say(f"comparing with {run['init_from']}, {topk} keys a query")
+    documents = _documents(run, batches, needle_count) if needle_count else []
+    before = measure(_begun_with(run), batches, topk, documents)
+    after = measure(load_trained(folder, str(run["model"]), console)[0], batches, topk, documents)
+    found = compare(before, after)
+    page = write_comparison(report, found, command)
+    for line in comparison_lines(found):
+        say(line)
+    print_path(console, "compared", page)
+    return found
+
+
+def _documents(run: Mapping[str, Any], batches: Sequence[Mapping[str, Tensor]], count: int) -> list[Needle]:
+    filler = torch.cat([batch["input_ids"].flatten() for batch in batches]).cpu()
+    tokenizer = load_tokenizer(run["model"])
+    return needles(tokenizer, filler, length=batches[0]["input_ids"].shape[1], count=count, seed=int(run["seed"]))
+
+
+def _begun_with(run: Mapping[str, Any]) -> IndexerHandle:
+    """The model and the indexers that the run began with, on the layers that it made sparse, in its dtype."""
+    model, _ = load_model(run["model"], dtype=getattr(torch, run["dtype"]))
+    if torch.cuda.is_available():
+        torch.nn.Module.cuda(model)
+    source = indexer_folder(Path(run["init_from"]))
+    every = load_native(model, source)
+    if run.get("layers") is None:
+        return every
+    every.remove()
+    config, weights = read_native(source)
+    some = attach(
+        model, num_heads=config.num_heads, head_dim=config.head_dim, rope_dim=config.rope_dim, layers=run["layers"]
+    )
+    some.load_state_dict({key: value for key, value in weights.items() if key in some.state_dict()})
+    return some

@@ -1,0 +1,53 @@
+"""The model's own loss on packed documents, without [T, vocabulary] logits in memory at once."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedModel
+
+ROWS = 1024  # rows of logits at a time
+SCALED = ("final_logit_softcapping", "logits_scaling", "logit_scale", "lm_head_multiplier")
+"""What a config calls a change of the logits behind the output layer."""
+
+
+def labels(input_ids: Tensor, position_ids: Tensor) -> Tensor:
+    """[B, L - 1]: the token that each position predicts, -100 where the next one begins another document."""
+    following = position_ids[:, 1:] == position_ids[:, :-1] + 1
+    return input_ids[:, 1:].masked_fill(~following, -100)
+
+
+def language_loss(model: PreTrainedModel, hidden: Tensor, targets: Tensor) -> Tensor:
+    """sum of -log softmax(W hidden[b,t])[targets[b,t]] over the targets that are not -100, nats, float32.
+
+    Logits are formed ROWS at a time, and again in the backward.
+
+    Args:
+        hidden: [B, L, width], the decoder's output. targets: [B, L - 1], as `labels` gives them.
+    """
+    rows, wanted = hidden[:, :-1].flatten(0, 1), targets.flatten()
+    total = torch.zeros((), device=hidden.device)
+    untyped: Any = model
+    head = untyped.get_output_embeddings()
+    for begin in range(0, len(rows), ROWS):
+        part = slice(begin, begin + ROWS)
+        total = total + checkpoint(_nats, head, rows[part], wanted[part], use_reentrant=False)
+    return total
+
+
+def check_logits(config: Any) -> None:
+    """Raises ValueError for a model whose logits are not those of its output layer."""
+    for name in SCALED:
+        if (value := getattr(config, name, None)) not in (None, 1, 1.0):
+            raise ValueError(
+                f"sparse: the model's logits must be those of its output layer, got {name}={value}; train it with a "
+                "loop of your own on attach(model, topk=...)"
+            )
+
+
+def _nats(head: Any, rows: Tensor, wanted: Tensor) -> Tensor:
+    return cross_entropy(head(rows).float(), wanted, reduction="sum", ignore_index=-100)

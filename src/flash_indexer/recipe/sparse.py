@@ -1,0 +1,260 @@
+"""The sparse stage: a model and its warmed-up indexers train on, each query attending to the keys that are selected.
+
+Source: DeepSeek-V3.2-Exp technical report (2025), section 2.1: topk 2048, lr 7.3e-6, the model on its own loss, the
+indexers on the KL over the selected keys, their inputs detached.
+
+The data's order is a function of seed and step, and nothing else is random after the adapters' initialisation, so a
+resumed run repeats an uninterrupted one bit for bit on the same machine.
+"""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from dataclasses import asdict, replace
+from functools import partial
+from hashlib import sha256
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from rich.console import Console
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from flash_indexer.files.atomic import readable_directory
+from flash_indexer.files.checkpoint import write_json
+from flash_indexer.files.native import WEIGHTS_FILE, NativeCheckpoint, load_native, read_native
+from flash_indexer.files.trained import has_trained
+from flash_indexer.models.adapters import add_adapters
+from flash_indexer.models.attach import IndexerHandle, attach
+from flash_indexer.models.load import load_model, model_fingerprint
+from flash_indexer.models.sparse import SparseHandle, sparse_handle
+from flash_indexer.recipe.data import (
+    PackedDataset,
+    describe,
+    embedding_rows,
+    length_warning,
+    longest_context,
+    pack,
+    training_documents,
+)
+from flash_indexer.recipe.language_loss import check_logits
+from flash_indexer.recipe.processes import ParallelSettings, Processes
+from flash_indexer.recipe.run_folder import check_folder, check_new, indexer_folder, locked_folder
+from flash_indexer.recipe.run_record import RUN_FILE
+from flash_indexer.recipe.sparse_loop import SparseLoop
+from flash_indexer.recipe.sparse_record import STAGE, SparseRunSettings, read_sparse_record, sparse_settings_from
+from flash_indexer.recipe.warmup import default_dtype
+
+WARMED_UP = 0.3
+"""KL over the uniform prediction's, above which an indexer would learn little but its own ranking."""
+
+
+class Start(NamedTuple):
+    """What a run begins with: the model's name and fingerprint, the indexers, and the fingerprint of their file."""
+
+    name: str
+    fingerprint: str
+    indexers: NativeCheckpoint
+    init_fingerprint: str
+
+
+def train_sparsely(
+    settings: SparseRunSettings | None, out: str | Path, *, resume: bool = False, console: Console | None = None
+) -> SparseHandle:
+    """Trains a model whose layers attend to `topk` selected keys, and the indexers that select them.
+
+        model      mean over the label tokens of an optimizer step of -log p(token); no label across a document's end
+        indexers   mean over tokens, sum over layers, of KL(attention over the selected keys || indexer)
+
+    Writes into `out`: run.json (settings), metrics.jsonl (a row a step), checkpoint/ (indexers, what trained of the
+    model, AdamW's state). Nothing is written before the first step was computed. With `resume`, a run found there goes
+    on from its checkpoint, with its own settings.
+
+    Args:
+        settings: None where `out` holds a run to resume.
+
+    Returns:
+        The handle of the trained model, sparse.
+
+    Raises:
+        ValueError, FileNotFoundError: for unusable settings, data or checkpoints; more than one process; where another
+            run writes into `out`.
+        FloatingPointError: a loss or a gradient is not finite. No step is taken, the last checkpoint stays.
+        Interrupted: a KeyboardInterrupt, after Ctrl-C or SIGTERM: the step under way was finished and saved.
+        RuntimeError: a frozen parameter changed or got a gradient.
+    """
+    out, console = Path(out), console or Console()
+    check_folder("sparse: --out", out)
+    processes = Processes(ParallelSettings())
+    if processes.count > 1:
+        raise ValueError(
+            f"sparse: a model that trains must be whole in one process, got {processes.count} processes; start one, "
+            "without torchrun"
+        )
+    say = partial(console.print, highlight=False, soft_wrap=True, markup=False)
+    with ExitStack() as held:
+        held.enter_context(locked_folder(out, say, "sparse"))
+        record = read_sparse_record(out, resume)
+        if record is not None:
+            settings = sparse_settings_from(record["settings"])
+        elif settings is None:
+            raise ValueError(f"sparse: {out} holds no run to resume; give --init-from, the warmed-up indexers")
+        else:
+            check_new(out, "sparse")
+        if settings.dtype == "auto":
+            settings = replace(settings, dtype=str(default_dtype()).removeprefix("torch."))
+        loop = _prepare(settings, out, record, processes.device, console)
+        before = model_fingerprint(loop.handle.model) if settings.indexers_alone else None
+        loop.train(*loop.load())
+        _audit(loop.handle.model, before)
+        return loop.handle
+
+
+def _prepare(
+    settings: SparseRunSettings, out: Path, record: dict[str, Any] | None, device: torch.device, console: Console
+) -> SparseLoop:
+    """The loop. Writes nothing; says what takes time."""
+    say = partial(console.print, highlight=False, soft_wrap=True, markup=False)
+    start, dense, tokenizer = _load(settings, say)
+    model = dense.model
+    layers = _chosen_layers(settings, dense)
+    check_logits(model.config.get_text_config())
+    say("reading the text")
+    documents, warnings = training_documents(settings.data, settings.column)
+    if (warning := length_warning(settings.sequence_length, longest_context(model.config))) is not None:
+        warnings.append(warning)
+    if settings.topk >= settings.sequence_length:
+        warnings.append(
+            f"topk = {settings.topk} covers the {settings.sequence_length} tokens of a sequence: no key is ever left "
+            "out, and the run is one of dense attention"
+        )
+    needed = settings.steps * settings.batch_size * settings.accumulation
+    say(f"packing {needed} sequences of {settings.sequence_length} tokens")
+    data = pack(
+        documents, tokenizer, sequence_length=settings.sequence_length, seed=settings.seed, max_sequences=needed,
+        vocab_size=embedding_rows(model), progress=True,
+    )  # fmt: skip
+    facts = dict(
+        base_fingerprint=start.fingerprint, init_fingerprint=start.init_fingerprint, data_fingerprint=data.fingerprint
+    )
+    if record is not None:
+        _check_same(record, facts)
+    else:
+        torch.nn.Module.to(model, device)
+        warnings += not_warmed_up(dense, data, layers)
+    for warning in warnings:
+        say(f"warning: {warning}")
+    say(describe(summary := data.summary(needed)))
+    dense.remove()
+    handle = _sparse(settings, model, start, layers, device)
+    del dense, model
+
+    def write_record() -> None:
+        content = dict(
+            stage=STAGE, settings=asdict(settings) | dict(model=start.name), **facts, torch=torch.__version__,
+            text=asdict(summary), warnings=warnings,
+        )  # fmt: skip
+        write_json(out / RUN_FILE, content)
+
+    return SparseLoop(
+        settings, out, handle, data, device, (start.name, start.fingerprint), console,
+        (lambda: None) if record is not None else write_record,
+    )  # fmt: skip
+
+
+def _load(settings: SparseRunSettings, say: Any) -> tuple[Start, IndexerHandle, Any]:
+    """The model as it was warmed up, with its indexers attached, dense."""
+    folder = readable_directory(indexer_folder(Path(settings.init_from)))
+    try:
+        indexers = read_native(folder)
+    except (ValueError, FileNotFoundError) as error:
+        raise type(error)(f"sparse: --init-from must name a warm-up's run or a native indexer: {error}") from error
+    if has_trained(folder):
+        raise ValueError(
+            f"sparse: --init-from must name indexers of an untouched model, got {settings.init_from}, a sparse run "
+            "whose model trained with them; go on with --resume, or export it and give the export's model/ as --model"
+        )
+    name = settings.model or indexers.config.base_name
+    say(f"loading {name}")
+    model, tokenizer = load_model(name, dtype=getattr(torch, indexers.config.base_dtype))
+    fingerprint = model_fingerprint(model)
+    try:
+        dense = load_native(model, folder, base_fingerprint=fingerprint)
+    except ValueError as error:
+        raise ValueError(f"sparse: --init-from must hold indexers of the model {name}: {error}") from error
+    init = sha256((folder / WEIGHTS_FILE).read_bytes()).hexdigest()
+    return Start(name, fingerprint, indexers, init), dense, tokenizer
+
+
+def _chosen_layers(settings: SparseRunSettings, dense: IndexerHandle) -> tuple[int, ...]:
+    missing = sorted(set(settings.layers or ()) - set(dense.layers))
+    if missing:
+        raise ValueError(
+            f"sparse: --layers must be layers that have an indexer, got {missing}, but {settings.init_from} has them "
+            f"for {list(dense.layers)}; leave out the others, or warm them up first"
+        )
+    return settings.layers or dense.layers
+
+
+@torch.no_grad()
+def not_warmed_up(dense: IndexerHandle, data: PackedDataset, layers: tuple[int, ...]) -> list[str]:
+    """A warning that names the layers whose KL over the uniform prediction's is above WARMED_UP on one sequence."""
+    device = next(dense.model.parameters()).device
+    if device.type == "cuda":
+        torch.nn.Module.to(dense.model, torch.bfloat16)
+    batch: dict[str, Tensor] = {name: value[None].to(device) for name, value in data[0].items()}
+    dense.indexers.train(False)
+    dense.decoder(**batch, use_cache=False)
+    dense.indexers.train(True)
+    ratios = {n: float(x.kl / x.uniform_kl) for n, x in dense.losses().items() if float(x.uniform_kl) > 0}
+    if not (bad := {n: ratio for n, ratio in ratios.items() if n in layers and not ratio <= WARMED_UP}):
+        return []
+    named = ", ".join(f"{n} ({ratio:.2f})" for n, ratio in bad.items())
+    return [
+        f"the indexers of layers {named} are not warmed up: their KL over the uniform prediction's is above "
+        f"{WARMED_UP}, and the loss over selected keys would confirm their own ranking; run `flash-indexer warmup` for "
+        "longer first"
+    ]
+
+
+def _sparse(
+    settings: SparseRunSettings, model: PreTrainedModel, start: Start, layers: tuple[int, ...], device: torch.device
+) -> SparseHandle:
+    """The model in the dtypes of the training, with sparse layers; what trains requires gradients."""
+    trains_all = settings.lora is None and not settings.indexers_alone
+    dtype = torch.float32 if trains_all else getattr(torch, settings.dtype)
+    if model.dtype != dtype:  # a checkpoint may hold more bits than the warm-up's dtype
+        model, _ = load_model(start.name, dtype=dtype)
+    torch.nn.Module.to(model, device)
+    torch.manual_seed(settings.seed)
+    if settings.lora is not None:
+        add_adapters(model, settings.lora)
+    elif trains_all:
+        model.requires_grad_(True)
+    if settings.activation_checkpointing and not settings.indexers_alone:
+        model.activation_checkpointing_enable({"use_reentrant": False})
+    model.train(not settings.indexers_alone)
+    config = start.indexers.config
+    dense = attach(model, num_heads=config.num_heads, head_dim=config.head_dim, rope_dim=config.rope_dim, layers=layers)
+    weights = {key: value for key, value in start.indexers.state_dict.items() if key in dense.state_dict()}
+    dense.load_state_dict(weights)
+    return sparse_handle(dense, settings.topk)
+
+
+def _check_same(record: dict[str, Any], facts: dict[str, Any]) -> None:
+    """A resumed run must see the model, the indexers and the data it began with."""
+    for name, value in facts.items():
+        if record[name] != value:
+            raise ValueError(
+                f"sparse: {name} must be {record[name]} as when the run began, got {value}; resume with the same "
+                "model, indexers and data, or start a new run in another --out"
+            )
+
+
+def _audit(model: PreTrainedModel, before: str | None) -> None:
+    """Frozen means frozen."""
+    if with_gradient := [name for name, p in model.named_parameters() if not p.requires_grad and p.grad is not None]:
+        raise RuntimeError(f"sparse: frozen parameters got gradients: {with_gradient[:3]}")
+    if before is not None and model_fingerprint(model) != before:
+        raise RuntimeError("sparse: the frozen model's parameters changed during training")

@@ -1,0 +1,317 @@
+"""A sparse model: it computes what the definition says, trains as it says, generates from its cache, and is undone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache, PreTrainedModel, StaticCache
+from transformers.cache_utils import DynamicIndexedLayer
+
+from flash_indexer import reference
+from flash_indexer.models import sparse
+from flash_indexer.models.attach import attach
+from flash_indexer.models.sparse import SparseHandle
+from flash_indexer.models.sparse_hooks import SPARSE_TAP
+from flash_indexer.parallel.mesh import Parallel
+from flash_indexer.testing.sparse import selection_mask
+
+Tiny = Callable[..., PreTrainedModel]
+K = 5
+LENGTHS = (12, 7, 11)  # a row of packed documents
+DEFINITION = "definition_of_sparse_attention"
+MASKS: dict[int, Tensor] = {}
+
+
+def tokens(*shape: int, seed: int = 2) -> Tensor:
+    return torch.randint(1, 61, shape, generator=torch.Generator().manual_seed(seed))
+
+
+def sparsely(model: PreTrainedModel, topk: int = K, **options: Any) -> SparseHandle:
+    """Every parameter of the indexers random."""
+    every = list(range(model.config.num_hidden_layers))  # those with a window as well
+    handle = attach(model, **(dict(num_heads=3, head_dim=32, layers=every) | options), topk=topk)
+    generator = torch.Generator().manual_seed(5)
+    for parameter in handle.indexers.parameters():
+        parameter.data.copy_(torch.randn(parameter.shape, generator=generator, dtype=torch.float64) * 0.3)
+    assert isinstance(handle, SparseHandle)
+    return handle
+
+
+def without_experts(tiny: Tiny, family: str) -> PreTrainedModel:
+    """Experts have no float64, and a rounding chooses others of them."""
+    return tiny(family, **(dict(first_k_dense_replace=3) if family.startswith("deepseek") else {}))
+
+
+@torch.no_grad()
+def logits(model: PreTrainedModel, ids: Tensor, **inputs: Any) -> Tensor:
+    return model(ids, use_cache=False, **inputs).logits
+
+
+def packed(lengths: tuple[int, ...] = LENGTHS) -> dict[str, Tensor]:
+    return dict(position_ids=torch.cat([torch.arange(n) for n in lengths])[None])
+
+
+def defined_attention(module: Any, q: Tensor, k: Tensor, v: Tensor, mask: Any, *, scaling: float, **kwargs: Any) -> Any:
+    """The reference on the selection in MASKS."""
+    rows = (x.transpose(1, 2).flatten(0, 1) for x in (q, k, v))
+    return reference.sparse_attention(*rows, MASKS[module.layer_idx], scaling)[0][None], None
+
+
+AttentionInterface.register(DEFINITION, defined_attention)
+AttentionMaskInterface.register(DEFINITION, lambda *args, **kwargs: None)
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
+    """What the layers gave to `dsa_attention` and got, in order; the index tensors keep their gradients."""
+    made: list[dict[str, Any]] = []
+    real = sparse.dsa_attention
+
+    def spy(*args: Any, **kwargs: Any) -> Any:
+        for leaf in args[3:6]:
+            leaf.retain_grad()
+        result = real(*args, **kwargs)
+        made.append(dict(zip(("q", "k", "v", "index_q", "index_k", "weights"), args, strict=True)) | kwargs)
+        made[-1]["selected"] = selection_mask(result.selection, len(args[1]))
+        return result
+
+    monkeypatch.setattr(sparse, "dsa_attention", spy)
+    return made
+
+
+def test_training_is_the_definitions(tiny: Tiny, family: str, calls: list[dict[str, Any]]) -> None:
+    """Selection, logits, the gradients of every parameter of the model, and of the index tensors, in float64."""
+    model, ids = without_experts(tiny, family).double(), tokens(1, sum(LENGTHS))
+    handle = sparsely(model)
+    handle.indexers.double()
+    handle.token_weight, handle.kl_scale = 0.01, torch.tensor(3.0, dtype=torch.float64)
+    upstream = torch.randn(1, len(ids[0]), 61, generator=torch.Generator().manual_seed(7), dtype=torch.float64)
+    got = model(ids, use_cache=False, **packed()).logits
+    (got * upstream).sum().backward()
+    gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
+    for layer, call in enumerate(calls):
+        start, end = call["key_start"], call["key_end"]
+        index = [call[name].detach().requires_grad_() for name in ("index_q", "index_k", "weights")]
+        scores = reference.indexer_scores(*index, start, end)
+        assert torch.equal(call["selected"], reference.selected_keys(scores, start, end, K))
+        MASKS[layer] = call["selected"]
+        weight = torch.full((len(start),), 0.03, dtype=torch.float64)
+        q, k, scale = call["q"].detach(), call["k"].detach(), call["softmax_scale"]
+        loss, kl = reference.sparse_indexer_kl(
+            q, k, *index, MASKS[layer], softmax_scale=scale, token_weight=weight
+        )  # fmt: skip
+        loss.backward()
+        for name, leaf in zip(("index_q", "index_k", "weights"), index, strict=True):
+            torch.testing.assert_close(call[name].grad, leaf.grad, rtol=1e-9, atol=1e-13)
+        assert float(handle.losses()[layer].kl) == pytest.approx(float(kl.mean()), rel=1e-9)
+    assert len(calls) == 3 and any(bool((mask.sum(-1) == K).any()) for mask in MASKS.values())
+    handle.remove()
+    model.zero_grad()
+    model.set_attn_implementation(DEFINITION)
+    want = model(ids, use_cache=False, **packed()).logits
+    torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-11)
+    (want * upstream).sum().backward()
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(gradients[name], parameter.grad, rtol=1e-8, atol=1e-10, msg=name)
+
+
+def test_it_is_dense_where_k_covers_all_keys_and_undone_to_the_bit(tiny: Tiny, family: str) -> None:
+    model, ids = tiny(family), tokens(2, 29)
+    model.get_input_embeddings().weight.requires_grad_(False)
+    flags = [parameter.requires_grad for parameter in model.parameters()]
+    before, names = logits(model, ids), list(model.state_dict())
+    handle = sparsely(model, 29)
+    torch.testing.assert_close(logits(model, ids), before, rtol=1e-4, atol=1e-4)
+    assert [parameter.requires_grad for parameter in model.parameters()] == flags
+    handle.topk = K
+    assert not torch.allclose(logits(model, ids), before, rtol=1e-2, atol=1e-2)
+    handle.remove()
+    handle.remove()
+    assert torch.equal(logits(model, ids), before) and list(model.state_dict()) == names
+    assert not any(SPARSE_TAP in m.__dict__ or "expand_kv" in m.__dict__ or m._forward_hooks for m in model.modules())
+    attach(model, num_heads=3, head_dim=32).remove()
+
+
+def test_layers_without_an_indexer_stay_dense(tiny: Tiny, family: str) -> None:
+    model, ids = tiny(family), tokens(1, sum(LENGTHS))
+    documents = [logits(model, part) for part in ids.split(LENGTHS, 1)]
+    handle = sparsely(model, 40, layers=[1])
+    torch.testing.assert_close(logits(model, ids, **packed()), torch.cat(documents, 1), rtol=1e-4, atol=1e-4)
+    handle.topk = K
+    with torch.no_grad():
+        got = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=8, do_sample=False)
+        want = model.generate(
+            ids, attention_mask=torch.ones_like(ids), max_new_tokens=8, do_sample=False, use_cache=False
+        )  # fmt: skip
+    assert torch.equal(got, want) and list(handle.losses()) == [1]
+
+
+def generated(model: PreTrainedModel, ids: Tensor, mask: Tensor | None = None, **options: Any) -> Tensor:
+    mask = torch.ones_like(ids) if mask is None else mask
+    options = dict(max_new_tokens=8, do_sample=False, pad_token_id=0) | options
+    out: Tensor = model.generate(ids, attention_mask=mask, **options)
+    return out[:, ids.shape[1] :]
+
+
+def test_cached_generation_is_the_uncached(tiny: Tiny, family: str) -> None:
+    """Greedy, by beams (the cache is reordered), and in a batch that is padded on the left."""
+    model, ids = tiny(family), tokens(2, 17)
+    sparsely(model)
+    assert torch.equal(generated(model, ids), generated(model, ids, use_cache=False))
+    beams = [generated(model, ids, num_beams=2, use_cache=cached) for cached in (True, False)]
+    assert torch.equal(*beams)
+    padded, mask = ids.clone(), torch.ones_like(ids)
+    padded[0, :6] = mask[0, :6] = 0
+    got = generated(model, padded, mask)
+    assert torch.equal(got[:1], generated(model, ids[:1, 6:])) and torch.equal(got[1:], generated(model, ids[1:]))
+
+
+@torch.no_grad()
+def test_index_keys_are_cropped_with_the_cache(tiny: Tiny, family: str) -> None:
+    model, ids, other = tiny(family), tokens(2, 19), tokens(2, 6, seed=9)
+    sparsely(model)
+    cache = DynamicCache(config=model.config)
+    model(ids, past_key_values=cache, use_cache=True)
+    assert all(isinstance(layer, DynamicIndexedLayer) for layer in cache.layers)
+    cache.crop(-7)
+    got = model(other, past_key_values=cache, use_cache=True).logits
+    want = logits(model, torch.cat([ids[:, :12], other], 1))[:, 12:]
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
+
+
+def gradients_of(handle: SparseHandle, ids: Tensor) -> list[Tensor]:
+    model = handle.model
+    model.zero_grad()
+    handle.indexers.zero_grad()
+    model(ids, labels=ids, use_cache=False).loss.backward()
+    found = [*model.parameters(), *handle.indexers.parameters()]
+    return [parameter.grad.clone() for parameter in found if parameter.grad is not None]
+
+
+@pytest.mark.parametrize("name", ["llama", "deepseek_v3"])
+def test_activation_checkpointing_changes_no_bit(tiny: Tiny, name: str) -> None:
+    model, ids = tiny(name).train(), tokens(2, 21)
+    handle = sparsely(model)
+    want, kl = gradients_of(handle, ids), handle.losses()
+    model.activation_checkpointing_enable({"use_reentrant": False})
+    got = gradients_of(handle, ids)
+    assert len(got) == len(want) and all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+    for layer, loss in handle.losses().items():
+        assert torch.equal(loss.kl, kl[layer].kl) and float(loss.kl) > 0 and loss.uniform_kl.isnan()
+    model.activation_checkpointing_enable({"use_reentrant": True})
+    with pytest.raises(ValueError, match="activation checkpointing must be without reentrance"):
+        gradients_of(handle, ids)
+
+
+@pytest.mark.parametrize("name", ["llama", "deepseek_v3"])
+def test_a_frozen_models_indexers_learn_the_same_in_the_forward(tiny: Tiny, name: str) -> None:
+    handle, ids = sparsely(without_experts(tiny, name).double()), tokens(2, 21)
+    handle.indexers.double()
+    gradients_of(handle, ids)
+    want, kl = [parameter.grad.clone() for parameter in handle.indexers.parameters()], handle.losses()
+    handle.model.zero_grad()
+    handle.indexers.zero_grad()
+    logits(handle.model, ids)
+    for parameter, gradient in zip(handle.indexers.parameters(), want, strict=True):
+        torch.testing.assert_close(parameter.grad, gradient, rtol=1e-8, atol=1e-13)
+    assert all(parameter.grad is None for parameter in handle.model.parameters())
+    for layer, loss in handle.losses().items():
+        assert float(loss.kl) == pytest.approx(float(kl[layer].kl)) and float(loss.uniform_kl) > 0
+    handle.indexers.zero_grad()
+    handle.indexers.eval()
+    logits(handle.model, ids)
+    assert all(parameter.grad is None for parameter in handle.indexers.parameters()) and len(handle.losses()) == 3
+
+
+def test_generation_never_trains(tiny: Tiny) -> None:
+    handle = sparsely(tiny("llama"))
+    assert handle.indexers.training
+    generated(handle.model, tokens(1, 12))
+    assert all(parameter.grad is None for parameter in handle.indexers.parameters()) and handle.losses() == {}
+
+
+def test_nothing_learns_inside_inference_mode(tiny: Tiny) -> None:
+    handle = sparsely(tiny("llama"))
+    with torch.inference_mode():
+        generated(handle.model, tokens(1, 12))
+        with pytest.raises(ValueError, match="must run outside of torch.inference_mode"):
+            handle.model(tokens(1, 12), use_cache=False)
+        handle.indexers.eval()
+        handle.model(tokens(1, 12), use_cache=False)
+
+
+def test_autocast_keeps_float32_weights_and_gradients(tiny: Tiny, family: str) -> None:
+    handle, ids = (
+        sparsely(without_experts(tiny, family), 64),
+        tokens(2, 21),
+    )  # all keys: a selection would differ by rounding
+    want = gradients_of(handle, ids)
+    with torch.autocast("cpu", torch.bfloat16):
+        got = gradients_of(handle, ids)
+    for a, b in zip(got, want, strict=True):
+        assert a.dtype == torch.float32 and (a - b).norm() < 0.2 * b.norm() + 1e-3
+
+
+def test_a_frozen_part_gets_no_gradient(tiny: Tiny) -> None:
+    model = tiny("llama").requires_grad_(False)
+    model.model.layers[1].mlp.up_proj.weight.requires_grad_(True)
+    handle = sparsely(model)
+    assert len(gradients_of(handle, tokens(1, 21))) == 1 + len(list(handle.indexers.parameters()))
+
+
+@pytest.mark.parametrize("topk", [0, -3, 2.5, True, "8"])
+def test_a_k_that_is_none_is_refused(tiny: Tiny, topk: Any) -> None:
+    with pytest.raises(ValueError, match=f"attach: topk must be a whole number of keys, 1 or more, got {topk!r}"):
+        attach(tiny("llama"), topk=topk)
+
+
+def test_what_can_not_be_sparse_is_refused_and_left_as_it_was(tiny: Tiny) -> None:
+    model = tiny("llama")
+    with pytest.raises(ValueError, match="with topk, target must be \"mean\", got 'sum_logits'"):
+        attach(model, target="sum_logits", topk=4)
+    with pytest.raises(ValueError, match="must be whole in one process, got cp=2, tp=1"):
+        attach(model, parallel=Parallel(cp=2), topk=4)
+    handle = sparsely(model)
+    with pytest.raises(ValueError, match="has indexers attached already"):
+        attach(model)
+    with pytest.raises(ValueError, match="using: captures are those of dense attention"):
+        handle.using(lambda capture: None)
+    handle.remove()
+    with pytest.warns(UserWarning, match="topk = 256 covers the model's context of 256 tokens"):
+        sparsely(model, 256).remove()
+
+
+def test_calls_that_can_not_be_sparse_are_refused(tiny: Tiny) -> None:
+    model, ids = tiny("llama"), tokens(2, 12)
+    full = DynamicCache(config=model.config)
+    model(ids, past_key_values=full)
+    sparsely(model)
+    holes = torch.ones_like(ids)
+    holes[0, 3] = 0
+    four = torch.ones(2, 1, 12, 12)
+    refused: list[tuple[str, dict[str, Any]]] = [
+        ("attention_mask must be zeros, then ones", dict(attention_mask=holes)),
+        ("attention_mask must be [B, L], got [2, 1, 12, 12]", dict(attention_mask=four)),
+        ("attention_mask must be [B, tokens in the cache and new ones] = [2, 24]",
+         dict(past_key_values=full, attention_mask=torch.ones_like(ids))),
+        ("layer 0 of the cache holds keys without index keys", dict(past_key_values=full)),
+        ("past_key_values must be a DynamicCache",
+         dict(past_key_values=StaticCache(config=model.config, max_cache_len=32))),
+        ("output_attentions must be False", dict(output_attentions=True)),
+    ]  # fmt: skip
+    for message, inputs in refused:
+        with pytest.raises(ValueError, match=message.replace("[", r"\[")), torch.no_grad():
+            model(ids, **inputs)
+    padded = torch.ones_like(ids)
+    padded[0, :2] = 0
+    with pytest.raises(ValueError, match="position_ids must go on by one"), torch.no_grad():
+        model(ids, attention_mask=padded, position_ids=packed((5, 7))["position_ids"].expand(2, -1))
+    model.train()
+    model.config.attention_dropout = 0.1
+    model.model.layers[0].self_attn.attention_dropout = 0.1
+    with pytest.raises(ValueError, match="dropout must be 0, got 0.1"):
+        model(ids, use_cache=False)
