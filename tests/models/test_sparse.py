@@ -8,7 +8,17 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache, PreTrainedModel, StaticCache
+from transformers import (
+    AttentionInterface,
+    AttentionMaskInterface,
+    AutoModelForCausalLM,
+    DynamicCache,
+    Gemma2Config,
+    GptOssConfig,
+    PreTrainedModel,
+    Qwen3NextConfig,
+    StaticCache,
+)
 from transformers.cache_utils import DynamicIndexedLayer
 
 from flash_indexer import reference
@@ -315,3 +325,40 @@ def test_calls_that_can_not_be_sparse_are_refused(tiny: Tiny) -> None:
     model.model.layers[0].self_attn.attention_dropout = 0.1
     with pytest.raises(ValueError, match="dropout must be 0, got 0.1"):
         model(ids, use_cache=False)
+
+
+SIZES: dict[str, Any] = dict(
+    vocab_size=61, hidden_size=48, intermediate_size=64, num_attention_heads=4, num_key_value_heads=2, head_dim=12,
+    bos_token_id=None, eos_token_id=None, pad_token_id=None,
+)  # fmt: skip
+LINEAR = dict(linear_num_key_heads=2, linear_num_value_heads=4, linear_key_head_dim=12, linear_value_head_dim=12)
+EXPERTS = dict(num_experts_per_tok=2, moe_intermediate_size=32)
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (
+            Qwen3NextConfig(
+                **SIZES, **LINEAR, **EXPERTS, num_hidden_layers=4, num_experts=4, shared_expert_intermediate_size=32
+            ),
+            "with topk, every layer must have softmax attention",
+        ),
+        (Gemma2Config(**SIZES, num_hidden_layers=2, attn_logit_softcapping=50.0), "got attn_logit_softcapping=50.0"),
+        (GptOssConfig(**SIZES, num_hidden_layers=2, num_local_experts=4, num_experts_per_tok=2), "got sinks"),
+    ],
+    ids=["hybrid", "softcap", "sinks"],
+)
+def test_attention_that_would_be_another_is_refused_and_undone(config: Any, message: str) -> None:
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    expected = logits(model, tokens(1, 9))
+    with pytest.raises(ValueError, match=message):
+        attach(model, num_heads=2, head_dim=32, topk=4)
+    assert torch.equal(logits(model, tokens(1, 9)), expected)
+    assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_own_indexers_attend_densely(tiny: Tiny) -> None:
+    with pytest.raises(ValueError, match='topk must be None with indexers="own"'):
+        attach(tiny("llama"), indexers="own", topk=4)
