@@ -18,7 +18,7 @@ EXPONENTIALS = 64  # of one thread for a 128 x 128 tile
 MOST_REGISTERS = {
     "rows": 64, "gradients_reduce": 128, "finish": 64, "scale": 64, "sparse_delta": 64, "quantize": 96, "rotate": 64
 }  # fmt: skip
-MANY = 6  # sizes of a kernel, of which every third is inspected by CI where there are more
+MANY = 3  # sizes of a kernel, of which every fourth is inspected by CI where there are more
 LATENT = ("attention_mla", "sparse_attention_mla")
 GATHERED = ("sparse_gradients_mla",)  # no tile comes by the copy engine
 HEADS = ("attention", *LATENT, "head_gradients_query", "head_gradients_key", "head_gradients_once", *GATHERED)
@@ -32,7 +32,7 @@ def sampled() -> list[object]:
     for name in catalog.names():
         kernels = [kernel for kernel in KERNELS if kernel[0] == name]
         for n, kernel in enumerate(kernels):
-            left = len(kernels) > MANY and n % 3 > 0
+            left = len(kernels) > MANY and n % 4 > 0
             found.append(pytest.param(kernel, marks=pytest.mark.every_size if left else (), id=title(kernel)))
     return found
 

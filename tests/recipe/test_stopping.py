@@ -98,7 +98,9 @@ def test_a_second_signal_ends_at_once(
     same_bits(tmp_path / "whole", out)
 
 
-@pytest.mark.parametrize(("rank", "name", "code"), [(0, "SIGTERM", 143), (1, "SIGINT", 130)])
+@pytest.mark.parametrize(
+    ("rank", "name", "code"), [pytest.param(0, "SIGTERM", 143, marks=pytest.mark.slow), (1, "SIGINT", 130)]
+)
 def test_a_signal_to_one_process_ends_all_after_the_same_step(
     tmp_path: Path, runs: Any, checkpoint: Path, texts: Path, metrics: Any, rank: int, name: str, code: int
 ) -> None:

@@ -125,6 +125,7 @@ def test_when_one_process_hangs_the_other_ends_within_the_timeout(
     assert "or did not answer for 8 s" in said and "no checkpoint was written" in said, said
 
 
+@pytest.mark.slow
 def test_when_one_process_dies_the_other_ends_though_its_main_thread_is_stuck(
     tmp_path: Path, runs: Any, checkpoint: Path, texts: Path
 ) -> None:

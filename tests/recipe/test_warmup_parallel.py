@@ -113,7 +113,7 @@ def assert_same_training(one: Path, other: Path) -> None:
     ("before", "after"),
     [
         pytest.param(dict(count=2), dict(count=4), marks=pytest.mark.slow),
-        (dict(count=4, cp=2, tp=2), dict(count=1)),
+        pytest.param(dict(count=4, cp=2, tp=2), dict(count=1), marks=pytest.mark.slow),
         (dict(count=1), dict(count=4, cp=2)),
     ],
     ids=["2-4", "4 as cp x tp-1", "1-4 as dp x cp"],
