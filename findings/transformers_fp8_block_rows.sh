@@ -3,8 +3,7 @@
 #
 # A weight of 192 rows and 96 columns has two blocks: rows 0 to 127 and rows 128 to 191, with a scale each. Reading it with
 # the quantization_config of DeepSeek-V3's format should give values times the scale of their block. Seen: no error and no
-# warning, but 96 rows a block, so that rows 96 to 127 are multiplied by the scale of the second block. A weight of 576
-# rows (five blocks, the last of 64 rows) raises an error instead, for 5 does not divide 576.
+# warning, but 96 rows a block, so that rows 96 to 127 are multiplied by the scale of the second block.
 #
 # Exits with 0 while this is so, and with 1 when it changes.
 set -euo pipefail
