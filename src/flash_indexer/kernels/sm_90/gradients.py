@@ -143,13 +143,14 @@ def _template(E, IP, function):
     return mainloop, release_x
 
 
-def build_query(E, IP):
+def build_query(E, IP, rotation=0):
     """Gradients of index_q and of the weights, summed over the keys of each query token.
 
         DQ[t,j] = w[t,j] · sum_s di[t,s]·[logit[t,j,s] > 0]·index_k[s]
         DW[t,j] = index_q[t,j] · sum_s di[t,s]·[logit[t,j,s] > 0]·index_k[s]
 
-    E: index head width, 32, 64 or 128. IP: padded number of index heads, 8, 16, 32 or 64. Run-time arguments:
+    E: index head width, 32, 64 or 128. IP: padded number of index heads, 8, 16, 32 or 64. rotation: 1 (E = 128 alone)
+    rotates DQ's rows (`ops.quantization`) before they are rounded. Run-time arguments:
 
         IQ     [n·IP, E] bfloat16     index_q, row (t - q_base)·IP + j, zeros in padded heads
         IK     [S, E] bfloat16        index_k
@@ -223,7 +224,7 @@ def build_query(E, IP):
                     T.reduce_sum(XO, dw, dim=1)
                     release_x(x, v, tx)
                     T.call_extern(
-                        "handle", f"gd_store_query<{E}, {IP}>", O.access_ptr("r"), w.access_ptr("r"),
+                        "handle", f"gd_store_query<{E}, {IP}, {rotation}>", O.access_ptr("rw"), w.access_ptr("r"),
                         dw.access_ptr("r"), T.address_of(DQ[0, 0]), T.address_of(DW[0]), item[TOKEN], I, ntok,
                     )  # fmt: skip
             else:

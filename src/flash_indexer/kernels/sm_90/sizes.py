@@ -26,6 +26,7 @@ EXP, RELU, SUM = 0, 1, 2  # modes of `score`
 SCORE_STAGES = {32: (8, 4), 64: (8, 4), 96: (7, 6), 128: (8, 4), 192: (7, 6), 256: (8, 5), 576: (5, 9)}  # Q, K rings
 # of e4m3 rows, twice as many columns a stage, and up to two more arrays for what is left of a row (`macros.Chunks`)
 SCORE_FP8 = {32: (8, 4), 64: (8, 4), 96: (8, 6), 128: (8, 4), 192: (5, 4), 256: (8, 5), 576: (6, 5)}
+ROTATED_QUERIES = ((128, 64),)  # E and padded heads whose d_index_q is rotated where it is made: measured there
 LSE_STAGES = {64: (2, 6), 96: (6, 9), 128: (4, 8), 192: (6, 7), 256: (4, 8), 576: (9, 4)}  # of the Q and K rings
 LSE_FP8 = {64: (2, 6), 96: (2, 6), 128: (2, 8), 192: (2, 6), 256: (4, 8), 576: (6, 5)}
 X_STAGES, Y_STAGES = 2, {32: 10, 64: 8, 128: 4}  # of `gradients`; Y by E: about as many bytes in flight
@@ -202,7 +203,9 @@ BUILDERS = {
         tuple({"E": E, "wide": wide} for E in INDEX_WIDTHS for wide in (0, 1)),
         streamed=False,
     ),
-    "gradients_query": Kernel("gradients", "build_query", INDEX_HEADS),
+    "gradients_query": Kernel(
+        "gradients", "build_query", (*INDEX_HEADS, *({"E": E, "IP": IP, "rotation": 1} for E, IP in ROTATED_QUERIES))
+    ),
     "gradients_key": Kernel("gradients", "build_key", INDEX_HEADS),
     "gradients_reduce": Kernel("gradients_reduce", "build", INDEX, streamed=False),
     "finish": Kernel("finish", "build_finish", INDEX, streamed=False),

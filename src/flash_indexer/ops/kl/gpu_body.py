@@ -20,10 +20,12 @@ from flash_indexer.kernels.sm_90.sizes import (
     MAX_INDEX_HEADS,
     PADDED_HEADS,
     RELU,
+    ROTATED_QUERIES,
     SUM,
 )
 from flash_indexer.ops import launch
 from flash_indexer.ops.kl import gpu_fp8
+from flash_indexer.ops.kl.arithmetic import FP8
 from flash_indexer.ops.kl.plan import Plan, PlanSizes, TileChunk
 from flash_indexer.ops.problem import Problem
 from flash_indexer.ops.worklists import TILE
@@ -33,11 +35,16 @@ _TERMS = 3  # bfloat16 terms that hold a float32 sum of queries exactly enough: 
 
 
 class IndexGradients(NamedTuple):
-    """Outputs of `index_gradients`: index_q's and the weights' (None: not wanted) and index_k's sum in float32."""
+    """Outputs of `index_gradients`: index_q's and the weights' (None: not wanted) and index_k's sum in float32.
+
+    rotation: whether index_q's is to be rotated (`ops.quantization`) before it is rounded, which a kernel of
+    `rotates` does.
+    """
 
     index_q: Tensor | None
     index_k: Tensor | None
     weights: Tensor | None
+    rotation: bool = False
 
 
 class Rows(NamedTuple):
@@ -82,7 +89,7 @@ def prepare(problem: Problem) -> None:
     if problem.index_dtype is None:
         wanted.append(("score", dict(D=E, mode=RELU)))
     if needs[0] or needs[2]:
-        wanted.append(("gradients_query", index))
+        wanted.append(query_gradient(**index, rotation=problem.index_dtype == FP8 and rotates(E, I)))
     if needs[1]:
         wanted += [("gradients_key", index), ("gradients_reduce", dict(E=E))]
     wanted.append(("finish", dict(E=E)))
@@ -180,7 +187,8 @@ def index_gradients(
     queries, weights, ctas = queries.view(-1, E), weights.view(-1), launch.processors(di.device)
     if out.index_q is not None and out.weights is not None:
         count = chunk.query.numel() // 4
-        launch.load("gradients_query", E=E, IP=padded)(
+        name, static = query_gradient(E, padded, out.rotation)
+        launch.load(name, **static)(
             queries, index_k, weights, di, out.index_q.view(-1, E), out.weights.view(-1), chunk.query,
             I, base, T, count, min(count, ctas),
         )  # fmt: skip
@@ -218,6 +226,16 @@ def _score(
         q.view(q.shape[0], -1), k.view(k.shape[0], -1), low.view(-1), out, chunk.score,
         H, H // k.shape[1], scale, first_row, count, min(count, launch.processors(q.device)),
     )  # fmt: skip
+
+
+def rotates(E: int, heads: int) -> bool:
+    """Whether the kernel of index_q's gradient can rotate it."""
+    return (E, padded_heads(heads)) in ROTATED_QUERIES
+
+
+def query_gradient(E: int, IP: int, rotation: bool) -> launch.Wanted:
+    """The kernel of index_q's gradient and of the weights'."""
+    return "gradients_query", dict(E=E, IP=IP) | (dict(rotation=1) if rotation else {})
 
 
 def padded_heads(heads: int) -> int:
