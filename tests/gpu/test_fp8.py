@@ -12,9 +12,9 @@ import torch
 from fp8_problems import truth, worst_eager
 
 from flash_indexer import indexer_kl, quantize
-from flash_indexer.kernels.sm_90.sizes import HEAD_WIDTHS, INDEX_WIDTHS
+from flash_indexer.kernels.sm_90.sizes import HEAD_WIDTHS, INDEX_WIDTHS, SHARED_KEY_SCALES
 from flash_indexer.ops.quantization import dequantize, rotate
-from flash_indexer.ops.quantization_gpu import quantize_rows, rotate_rows
+from flash_indexer.ops.quantization_gpu import quantize_keys, quantize_rows, rotate_rows
 from flash_indexer.testing import KERNEL_CLASSES, KernelClass, Result, assert_close
 
 pytestmark = pytest.mark.gpu
@@ -67,6 +67,64 @@ def test_the_rotation_in_place(width, dtype):
     expected = rotate(x.float().cpu()).to(dtype)
     rotate_rows(x)
     assert torch.equal(x.cpu(), expected)
+
+
+def keys(S, G, D, seed=0):
+    """Within a tile rows differ in size by up to 16, but tile 2 of head 1, whose rows differ by more; zeros, NaN."""
+    generator = torch.Generator("cuda").manual_seed(seed)
+    x = torch.randn(S, G, D, device="cuda", generator=generator)
+    x *= 2.0 ** torch.randint(-1, 2, (S, G, 1), device="cuda", generator=generator)
+    x[5], x[300, 1], x[17, 0, 3], x[64, 1, 2] = 0, 1e6 * x[300, 1], torch.nan, -torch.inf
+    return x.bfloat16()
+
+
+@pytest.mark.parametrize("S", [1003, 384, 301])
+@pytest.mark.parametrize("width", SHARED_KEY_SCALES)
+def test_keys_share_a_scale_where_theirs_are_near(width, S):
+    x, G = keys(S, 3, width), 3
+    expected = quantize(x.cpu())
+    values, scale = quantize_keys(x, None)
+    scale, tiles = scale.view(G, -1).cpu(), -(-S // 128)
+    shared = (scale.view(G, tiles, 128) < 0).all(-1)
+    assert shared.tolist() == [[(g, n) != (1, 2) for n in range(tiles)] for g in range(G)]
+    assert (scale.view(G, tiles, 128)[shared] == scale.view(G, tiles, 128)[shared][:, :1]).all()
+    got = values.cpu().float() * scale.T[:S, :, None].abs()
+    right = dequantize(expected, torch.float32)
+    same_numbers(got[256:384, 1], right[256:384, 1])
+    assert scale.isfinite().all(), "a row of NaN in a tile leaves the others"
+    assert torch.equal(got.isnan(), right.isnan())
+    lost = (got - right).abs().nan_to_num()
+    assert (lost <= 2.0**-10 * scale.T[:S, :, None].abs().nan_to_num(1.0)).all(), "half of e4m3's smallest number"
+    assert (lost <= 2.0**-13 * right.abs().amax(-1, keepdim=True).nan_to_num(1.0)).all()
+    assert 0 < (lost > 0).float().mean() < 0.01
+
+
+@pytest.mark.parametrize("width", SHARED_KEY_SCALES)
+def test_keys_that_are_handed_over_share_the_same_scales(width):
+    x = keys(1003, 3, width, seed=1)
+    expected, row = quantize_keys(x, None), quantize(x)
+    got = quantize_keys(row.values, row.scale)
+    assert torch.equal(got[0].view(torch.uint8), expected[0].view(torch.uint8))
+    same_numbers(got[1], expected[1])
+    alike = quantize_keys(row.values, torch.full_like(row.scale, 0.3))  # no power of two, but one for all
+    assert (alike[1] == torch.tensor(-0.3)).all() and torch.equal(
+        alike[0].view(torch.uint8), row.values.view(torch.uint8)
+    )
+    signs = row.scale * torch.tensor([1.0, -1.0, 0.0], device="cuda").repeat(335)[:1003, None]
+    values, scale = quantize_keys(row.values, signs)
+    found, wanted = values.float() * scale.view(3, 1024).T[:1003, :, None].abs(), row.values.float() * signs[..., None]
+    assert torch.equal(found.isnan(), wanted.isnan())
+    assert ((found - wanted).abs().nan_to_num() <= 2.0**-13 * wanted.abs().amax(-1, keepdim=True).nan_to_num()).all()
+    apart = quantize_keys(row.values, torch.rand_like(row.scale) + 0.5)
+    assert (apart[1].view(3, 1024)[:, :1003] > 0).all() and (apart[1].view(3, 1024)[:, 1003:] == 0).all()
+
+
+def test_keys_of_any_size_beside_each_other(problem):
+    """Tiles whose keys keep their own scales, by the ruler: a row 2^12 times as large as its neighbours."""
+    x = problem("sizes of keys", KernelClass(192, 64, 32), "documents", H=6, G=3)
+    k = x.k.clone()
+    k[::97] *= 2.0**-12
+    judge("sizes of keys", replace(x, k=k), ("fp8", "fp8"), with_lse=False)
 
 
 def call(x, *, weight, d_loss, **options):

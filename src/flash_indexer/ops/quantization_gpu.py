@@ -67,6 +67,31 @@ def scales_by_head(scale: Tensor) -> Tensor:
     return out.view(-1)
 
 
+def wanted_keys(width: int, narrow: bool) -> launch.Wanted:
+    """The kernel that `quantize_keys` launches; narrow: for keys that are in e4m3."""
+    return "quantize_keys", dict(D=width, narrow=int(narrow))
+
+
+def quantize_keys(k: Tensor, scale: Tensor | None) -> tuple[Tensor, Tensor]:
+    """A teacher's keys in e4m3, and their scales by head, flat: [G, keys], keys a multiple of 128.
+
+    128 keys of a head share a scale where theirs are near enough, and then all have it with a minus sign: the kernel
+    says when, and what that costs.
+
+    Args:
+        k: [S, G, D], contiguous, aligned; bfloat16 without a scale, e4m3 with one, float32 [S, G].
+    """
+    S, G, D = k.shape
+    stride = padded_keys(S)
+    values = torch.empty(k.shape, dtype=E4M3, device=k.device)
+    scales = torch.empty(G * stride, device=k.device)
+    if k.numel():
+        name, static = wanted_keys(D, scale is not None)
+        own = scales if scale is None else scale.reshape(-1)
+        launch.load(name, **static)(k.view(-1, D), own, values.view(-1, D), scales, S, G, stride, stride // TILE * G)
+    return values, scales
+
+
 def rotate_rows(x: Tensor) -> None:
     """x = its rotation, in place: bfloat16 or float32 [..., E], contiguous."""
     E = x.shape[-1]

@@ -27,6 +27,11 @@ static __device__ __forceinline__ float load_shared_bfloat16(int address) {
   asm volatile("ld.shared.u16 %0, [%1];" : "=h"(v) : "r"(address));
   return __uint_as_float((unsigned)v << 16);
 }
+static __device__ __forceinline__ float load_shared_float_once(int address) {
+  float v;
+  asm volatile("ld.shared.f32 %0, [%1];" : "=f"(v) : "r"(address));
+  return v;
+}
 static __device__ __forceinline__ float2 load_shared_float2(int address) {
   float2 v;
   asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];" : "=f"(v.x), "=f"(v.y) : "r"(address));

@@ -31,6 +31,18 @@ static __device__ __forceinline__ void wg_product(float* d, int a, int b) {
   warpgroup_commit_batch();
   warpgroup_fence_operand(d, N / 2);
 }
+// d = A B^T, or added to it, of e4m3 tiles [128, W], which lie as bfloat16 tiles of half as many columns do; W is 64 or 128.
+// The caller fences d, and begins and commits the group
+template <int W>
+static __device__ __forceinline__ void wg_e4m3_products(float* d, int a, int b, bool add) {
+  using namespace tl;
+  using Narrow = Tile<W / 2, 128>;
+#pragma unroll
+  for (int k = 0; k < W / 32; ++k)
+    wgmma_ss<DataType::kFloat8_e4m3, DataType::kFloat8_e4m3, DataType::kFloat32, 64, 128, 32, false, false, 1, 1>(
+        Narrow::descriptor(a + Narrow::along_row(k)), Narrow::descriptor(b + Narrow::along_row(k)), (uint32_t*)d,
+        add || k > 0);
+}
 // d += P B: P [64, N] in registers, B [N, V] from b on
 template <int N, int V>
 static __device__ __forceinline__ void wg_accumulate(float* d, unsigned* p, int b) {

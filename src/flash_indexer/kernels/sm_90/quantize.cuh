@@ -102,6 +102,110 @@ static __device__ __forceinline__ void quantize(
           make_uint4(from_e4m3(e[0], scale), from_e4m3(e[1], scale), from_e4m3(e[2], scale), from_e4m3(e[3], scale));
   }
 }
+static constexpr int SMALLEST_SCALE = 27 << 23;  // 2^-100, by its bits
+static __device__ __forceinline__ uint2 eight_to_e4m3(const float* x, float inverse) {
+  unsigned short e[4];
+#pragma unroll
+  for (int j = 0; j < 4; ++j) e[j] = to_e4m3(x[2 * j] * inverse, x[2 * j + 1] * inverse);
+  return make_uint2(e[0] | e[1] << 16, e[2] | e[3] << 16);
+}
+// four numbers of a word times 2^-shift, 0 <= shift <= 4, rounded to nearest
+static __device__ __forceinline__ unsigned shift_e4m3(unsigned v, int shift) {
+  const unsigned half = (15 - shift) << 10, factor = half | half << 16;  // 2^-shift, twice, in float16
+  unsigned low, high;
+  unsigned short e0, e1;
+  asm("cvt.rn.f16x2.e4m3x2 %0, %1;" : "=r"(low) : "h"((unsigned short)v));
+  asm("cvt.rn.f16x2.e4m3x2 %0, %1;" : "=r"(high) : "h"((unsigned short)(v >> 16)));
+  asm("mul.rn.f16x2 %0, %0, %1;" : "+r"(low) : "r"(factor));
+  asm("mul.rn.f16x2 %0, %0, %1;" : "+r"(high) : "r"(factor));
+  asm("cvt.rn.satfinite.e4m3x2.f16x2 %0, %1;" : "=h"(e0) : "r"(low));
+  asm("cvt.rn.satfinite.e4m3x2.f16x2 %0, %1;" : "=h"(e1) : "r"(high));
+  return e0 | e1 << 16;
+}
+// 128 keys of a head by a block: V, SC = those of X [S * G, D], bfloat16, or with NARROW e4m3 with the scales SX. Where the
+// scales of all rows with a number in them lie within 2^SHARED and differ by powers of two, all rows are brought to the
+// largest, which is written with a minus sign for all 128. Block b: tile b / G of head b % G; its scales begin at
+// SC[head * stride + 128 * tile]
+static constexpr int SHARED = 4;
+template <int D, int NARROW>
+static __device__ __forceinline__ void quantize_keys(
+    const void* X, const float* SX, void* V, float* SC, int S, int G, int stride) {
+  using Lanes = RowLanes<D>;
+  constexpr int PASSES = 128 / Lanes::ROWS;
+  __shared__ int largest_scales[8];
+  uint2 e[PASSES][Lanes::VECTORS];
+  int bits[PASSES];  // of the row's scale; 0 where the row needs none: zeros and NaN
+  float scales[PASSES];
+  const int head = blockIdx.x % G, tile = blockIdx.x / G, first = tile * 128 + threadIdx.x / Lanes::LANES;
+  int common = SMALLEST_SCALE;
+#pragma unroll
+  for (int n = 0; n < PASSES; ++n) {
+    const int key = first + n * Lanes::ROWS;
+    const long long row = (long long)min(key, S - 1) * G + head;
+    const long long at = row * D + 8 * Lanes::lane();
+    if constexpr (NARROW) {
+      // a scale's sign goes to the numbers, for here it says something else, and so does a zero
+      const float scale = SX[row];
+      const unsigned flip = scale < 0.0f ? 0x80808080u : 0u, keep = scale == 0.0f ? 0u : ~0u;
+      scales[n] = fabsf(scale);
+#pragma unroll
+      for (int v = 0; v < Lanes::VECTORS; ++v) {
+        const uint2 raw = *(const uint2*)((const unsigned char*)X + at + 8 * v * Lanes::LANES);
+        e[n][v] = make_uint2((raw.x ^ flip) & keep, (raw.y ^ flip) & keep);
+      }
+    } else {
+      float x[Lanes::VECTORS][8], largest = 0.0f;
+#pragma unroll
+      for (int v = 0; v < Lanes::VECTORS; ++v) {
+        load_bfloat16((const unsigned short*)X + at + 8 * v * Lanes::LANES, x[v]);
+#pragma unroll
+        for (int j = 0; j < 8; ++j) largest = max_or_nan(largest, fabsf(x[v][j]));
+      }
+#pragma unroll
+      for (int step = 1; step < Lanes::LANES; step *= 2)
+        largest = max_or_nan(largest, __shfl_xor_sync(0xffffffffu, largest, step));
+      scales[n] = power_of_two(largest);
+      const float inverse =
+          isnan(scales[n]) ? scales[n] : __int_as_float((254 << 23) - __float_as_int(scales[n]));
+#pragma unroll
+      for (int v = 0; v < Lanes::VECTORS; ++v) e[n][v] = eight_to_e4m3(x[v], inverse);
+    }
+    unsigned any = 0;
+#pragma unroll
+    for (int v = 0; v < Lanes::VECTORS; ++v) any |= (e[n][v].x | e[n][v].y) & 0x7f7f7f7fu;
+#pragma unroll
+    for (int step = 1; step < Lanes::LANES; step *= 2) any |= __shfl_xor_sync(0xffffffffu, any, step);
+    const bool needs = key < S && any && !isnan(scales[n]);
+    bits[n] = needs ? __float_as_int(scales[n]) : 0;
+    common = max(common, bits[n]);
+  }
+  common = __reduce_max_sync(0xffffffffu, common);
+  if (threadIdx.x % 32 == 0) largest_scales[threadIdx.x / 32] = common;
+  __syncthreads();
+#pragma unroll
+  for (int n = 0; n < 8; ++n) common = max(common, largest_scales[n]);
+  bool alike = true;
+#pragma unroll
+  for (int n = 0; n < PASSES; ++n) {
+    const int below = common - bits[n];
+    alike = alike && (bits[n] == 0 || (bits[n] >= SMALLEST_SCALE && (below & 0x7fffff) == 0 && below >> 23 <= SHARED));
+  }
+  const bool shared = __syncthreads_and(alike);
+#pragma unroll
+  for (int n = 0; n < PASSES; ++n) {
+    const int key = first + n * Lanes::ROWS, shift = shared && bits[n] ? (common - bits[n]) >> 23 : 0;
+    const bool inside = key < S, nan = isnan(scales[n]);
+    if (Lanes::lane() == 0)
+      SC[(long long)head * stride + key] = shared ? -__int_as_float(common) : inside && !nan ? scales[n] : 0.0f;
+    const long long at = ((long long)key * G + head) * D + 8 * Lanes::lane();
+#pragma unroll
+    for (int v = 0; v < Lanes::VECTORS; ++v) {
+      uint2 out = make_uint2(shift_e4m3(e[n][v].x, shift), shift_e4m3(e[n][v].y, shift));
+      if (nan) out = make_uint2(0x7f7f7f7fu, 0x7f7f7f7fu);
+      if (inside) *(uint2*)((unsigned char*)V + at + 8 * v * Lanes::LANES) = out;
+    }
+  }
+}
 // rows of X rotated, in place; WIDE: float32, else bfloat16
 template <int D, int WIDE>
 static __device__ __forceinline__ void rotate_rows(void* X, int rows) {

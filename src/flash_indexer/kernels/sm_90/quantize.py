@@ -12,7 +12,7 @@ import tilelang.language as T
 
 from flash_indexer.kernels.device.sources import source
 
-__all__ = ["PASS_CONFIGS", "build", "build_rotate"]
+__all__ = ["PASS_CONFIGS", "build", "build_keys", "build_rotate"]
 PASS_CONFIGS = {
     tilelang.PassConfigKey.TL_ENABLE_FAST_MATH: True,
     tilelang.PassConfigKey.TL_DISABLE_SAFE_MEMORY_ACCESS: True,
@@ -45,6 +45,38 @@ def build(D, rotation, copy):
             )  # fmt: skip
 
     return flash_indexer_quantize
+
+
+def build_keys(D, narrow):
+    """The kernel for a teacher's keys, rows of D numbers: as above, and then 128 keys of a head share a scale.
+
+        c = max over the 128 keys of SC,   V[r] = e4m3(V[r] * SC[r] / c),   SC[r] = -c
+
+    c is a power of two times every SC[r], 16 times the smallest at most; otherwise the rows keep their own scales,
+    which are positive. Rows of zeros and of NaN don't count. What a row loses lies below e4m3's smallest normal number:
+    less than 2^-13 of its largest entry, where tensor cores cut off the terms of a sum.
+
+    Run-time arguments: X [S·G, D] bfloat16, or e4m3 (narrow: 1) with scales SX [S·G] float32 (not read otherwise);
+    V [S·G, D] e4m3; SC [G·stride] float32, stride a multiple of 128, at least S; a block of 256 threads for 128 keys of
+    a head.
+    """
+    nx, nr, nv, ns = T.dynamic("nx"), T.dynamic("nr"), T.dynamic("nv"), T.dynamic("ns")
+
+    @T.prim_func
+    def flash_indexer_quantize_keys(
+        X: T.Tensor((nx, D), "float8_e4m3fn" if narrow else "bfloat16"), SX: T.Tensor((nr,), "float32"),
+        V: T.Tensor((nv, D), "float8_e4m3fn"), SC: T.Tensor((ns,), "float32"),
+        S: T.int32, G: T.int32, stride: T.int32, blocks: T.int32,
+    ):  # fmt: skip
+        with T.Kernel(blocks, threads=THREADS):
+            T.import_source(SOURCE)
+            # V, SC = quantize(X), a scale for 128 keys of a head
+            T.call_extern(
+                "handle", f"quantize_keys<{D}, {narrow}>", T.address_of(X[0, 0]), T.address_of(SX[0]),
+                T.address_of(V[0, 0]), T.address_of(SC[0]), S, G, stride,
+            )  # fmt: skip
+
+    return flash_indexer_quantize_keys
 
 
 def build_rotate(E, wide):

@@ -1,5 +1,6 @@
 #pragma once
 #include "../device/accumulator.cuh"
+#include "../device/wgmma.cuh"
 // exp(x - lse) = 2^(x·c - n)·2^(n - lse·log2(e)) with n = lse·log2(e) rounded: n's rounding error would be common to
 // all keys of a head, so the second factor, 1 plus a few 1e-7, multiplies each term in the addition
 struct Normalizer {
@@ -43,6 +44,30 @@ static __device__ __forceinline__ void sc_add_scaled(const float* s, float* a, c
     a[i + 2] = fmaf(exp2_approximate(fmaf(s[i + 2] * k.x, cl, lower.n)), lower.f, a[i + 2]);
     a[i + 3] = fmaf(exp2_approximate(fmaf(s[i + 3] * k.y, cl, lower.n)), lower.f, a[i + 3]);
   }
+}
+// the same where the columns share a scale, l[4] with a minus sign: these logits are good to 14 bits, so that n's rounding
+// error doesn't count
+template <int FIRST, int LAST>
+static __device__ __forceinline__ void sc_add_shared(const float* s, float* a, const float* l, float c) {
+  const float k = -l[4], cu = c * l[2] * k, cl = c * l[3] * k;
+  const Normalizer upper(l[0]), lower(l[1]);
+#pragma unroll
+  for (int g = FIRST; g < LAST; ++g)
+#pragma unroll
+    for (int i = 4 * g; i < 4 * g + 4; ++i)
+      a[i] += exp2_approximate(fmaf(s[i], (i & 2) ? cl : cu, (i & 2) ? lower.n : upper.n));
+}
+// s = Q K^T of a chunk of BK columns and TAIL more, or added to s: e4m3, addresses as in Tile
+template <int BK, int TAIL, int ADD>
+static __device__ __forceinline__ void sc_product(float* s, int q, int k, int q_tail, int k_tail) {
+  q = wg_uniform(q), k = wg_uniform(k);
+  if (TAIL) q_tail = wg_uniform(q_tail), k_tail = wg_uniform(k_tail);
+  tl::warpgroup_fence_operand(s, 64);
+  tl::warpgroup_arrive();
+  wg_e4m3_products<BK>(s, q, k, ADD);
+  if constexpr (TAIL > 0) wg_e4m3_products<TAIL>(s, q_tail, k_tail, true);
+  tl::warpgroup_commit_batch();
+  tl::warpgroup_fence_operand(s, 64);
 }
 // a *= the scales of its columns
 static __device__ __forceinline__ void sc_scale(float* a, int scales) {

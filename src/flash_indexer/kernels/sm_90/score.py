@@ -12,17 +12,17 @@ any number of heads, and of heads a key head, runs the same code, and a score le
     tensor cores     | S1 = Q[h+1] K^T | S0 = Q[h+2] K^T | S1 = Q[h+3] K^T | ...
     everything else  | A += f(S0)      | A += f(S1)      | A += f(S0)      | ...
 
-The stream of (tile, head) steps runs on across tiles: a tile is stored while the next one's first product is under
-way. For wide heads (D = 576) the step is split into chunks: a chunk's stage is handed back as soon as its product is
-done, and a slice of f runs under each chunk.
+The steps run on across tiles: a tile is stored while the next one's first product is under way. At D = 576 a chunk's
+stage is handed back as soon as its product is done, and a slice of f runs under each chunk.
 
 Of e4m3 rows (`build_fp8`) the chunks hold twice as many columns, and each row of Q and K has a scale. The query's is
-read beside L. The key's comes with the first chunk of its K tile, into one of SLOTS arrays of 128 numbers: the sum
-over a head lags its product by a step, so an array is written again only when two groups more than the ring holds have
-begun.
+read beside L, the keys' come with the first chunk of their tile, into one of SLOTS arrays: two more than the ring
+holds, for a sum lags its product. Where 128 keys may share a scale, it has a minus sign (`quantize.build_keys`); if
+they don't, logits are multiplied by their keys' scales before f.
 """
 
 import tilelang.language as T
+from tilelang.layout import make_swizzled_layout
 
 from flash_indexer.kernels.device.items import SHORT_ITEM, ScoreItem
 from flash_indexer.kernels.device.sources import source
@@ -43,7 +43,7 @@ from flash_indexer.kernels.sm_90.macros import (
     turn,
     wait_for_turn,
 )
-from flash_indexer.kernels.sm_90.sizes import EXP, RELU, SCORE_FP8, SCORE_STAGES, SUM
+from flash_indexer.kernels.sm_90.sizes import EXP, RELU, SCORE_FP8, SCORE_STAGES, SHARED_KEY_SCALES, SUM, UNIFORM_FP8
 
 __all__ = ["PASS_CONFIGS", "build", "build_fp8"]
 SOURCE = source(__file__)
@@ -56,7 +56,10 @@ Q_STAGE, Q_PARITY, K_STAGE, K_PARITY, Q_RELEASE, Q_UNUSED, K_RELEASE, K_UNUSED, 
 )  # fmt: skip
 STATE = 12
 SLOT, SLOT_BEFORE, Q_TAIL, K_TAIL = range(12, 16)
-# of the accumulator: its item, head, first token; rows of L of the thread's two rows
+# where in shared memory, in units of 16 bytes, the warpgroup's rows of Q begin, those of K, and their tails
+Q_ROWS, K_ROWS, Q_TAIL_ROWS, K_TAIL_ROWS = range(4)
+KEY_SCALE = 4  # of the row scalars: L of two rows, scales of two rows, and the scale of the tile's first key
+# of the accumulator: its item, head, first token; rows of L of the thread's two
 ITEM, HEAD, TOKEN, ROW_0, ROW_1 = range(5)
 
 
@@ -88,29 +91,51 @@ def _build(row, D, mode, stages):
     QST, KST = stages
     BK, NK, TAIL, FP8, dtype, EARLY = row.width, row.count, row.tail, row.fp8, row.dtype, row.early
     TURNS = FP8 and EARLY  # the two warpgroups issue products one after the other: faster here, slower where D is small
+    SHARED = FP8 and mode == EXP and D in SHARED_KEY_SCALES
+    UNIFORM = FP8 and (D, mode) in UNIFORM_FP8
     QTAILS, KTAILS, SLOTS = row.tails(QST), row.tails(KST), row.slots(KST)
     chunks = list(range(NK))
     slices = [(c * 16 // NK, (c + 1) * 16 // NK) for c in chunks]
     tq, hd, tk, gd = T.dynamic("tq"), T.dynamic("hd"), T.dynamic("tk"), T.dynamic("gd")
     nl, nr, ni, nq, nk = T.dynamic("nl"), T.dynamic("nr"), T.dynamic("ni"), T.dynamic("nq"), T.dynamic("nk")
 
-    # the scales of the head that is summed
     def before(v):
-        return v[SLOT_BEFORE] if FP8 else 0
+        return v[SLOT_BEFORE] if FP8 else 0  # the scales of the head that is summed
 
     @T.macro
     def add(S, sums, first, last, slot):
-        A, low, scale, columns = sums
-        if FP8 and mode == EXP:
+        A, low, scale, columns = sums[:4]
+        if FP8 and mode == EXP and not SHARED:
             T.call_extern(
                 "handle", f"sc_add_scaled<{first}, {last}>",
                 S.access_ptr("r"), A.access_ptr("rw"), low.access_ptr("r"), scale, columns + slot * 512,
             )  # fmt: skip
         else:
             T.call_extern(
-                "handle", f"sc_add<{mode}, {first}, {last}>",
+                "handle", f"sc_add_shared<{first}, {last}>" if SHARED else f"sc_add<{mode}, {first}, {last}>",
                 S.access_ptr("r"), A.access_ptr("rw"), low.access_ptr("r"), scale,
             )  # fmt: skip
+
+    # a chunk of S = Q[t, h] @ K[s, h // HG].T, the last one with the tail
+    @T.macro
+    def multiply(q, k, v, S, at, c):
+        if UNIFORM:
+            T.call_extern(
+                "handle", f"sc_product<{BK}, {TAIL if c == NK - 1 else 0}, {int(c > 0)}>", S.access_ptr("rw"),
+                at[Q_ROWS] + v[Q_STAGE] * (8 * BK), at[K_ROWS] + v[K_STAGE] * (8 * BK),
+                at[Q_TAIL_ROWS] + v[Q_TAIL] * (8 * TAIL) if TAIL else 0,
+                at[K_TAIL_ROWS] + v[K_TAIL] * (8 * TAIL) if TAIL else 0,
+            )  # fmt: skip
+        else:
+            T.wgmma_gemm(
+                q.stages[v[Q_STAGE], :, :], k.stages[v[K_STAGE], :, :], S, transpose_B=True, clear_accum=(c == 0),
+                policy=FULL_ROW,
+            )  # fmt: skip
+            if TAIL and c == NK - 1:
+                T.wgmma_gemm(
+                    q.tails[v[Q_TAIL], :, :], k.tails[v[K_TAIL], :, :], S, transpose_B=True, clear_accum=False,
+                    policy=FULL_ROW,
+                )  # fmt: skip
 
     # one arrival a warpgroup; K chunks go back with the last head of their group
     @T.macro
@@ -137,21 +162,12 @@ def _build(row, D, mode, stages):
         if v[DONE] == HG:
             v[DONE] = 0
             v[LAST] = 1
-        # S = Q[t, h] @ K[s, h // HG].T
         if TURNS:
             wait_for_turn(tx)
         for c in chunks:
             T.barrier_wait(k.full[v[K_STAGE]], v[K_PARITY])
             T.barrier_wait(q.full[v[Q_STAGE]], v[Q_PARITY])
-            T.wgmma_gemm(
-                q.stages[v[Q_STAGE], :, :], k.stages[v[K_STAGE], :, :], S, transpose_B=True, clear_accum=(c == 0),
-                policy=FULL_ROW,
-            )  # fmt: skip
-            if TAIL and c == NK - 1:
-                T.wgmma_gemm(
-                    q.tails[v[Q_TAIL], :, :], k.tails[v[K_TAIL], :, :], S, transpose_B=True, clear_accum=False,
-                    policy=FULL_ROW,
-                )  # fmt: skip
+            multiply(q, k, v, S, sums[4], c)
             advance(v[Q_STAGE], v[Q_PARITY], QST)
             advance(v[K_STAGE], v[K_PARITY], KST)
             if EARLY:
@@ -166,9 +182,13 @@ def _build(row, D, mode, stages):
             add(SP, sums, 0, 16, before(v))
 
     @T.macro
-    def finish(q, k, v, S, tx):
+    def finish(q, k, v, S, sums, tx):
         T.wait_wgmma(0)
         T.warpgroup_fence_operand(S, num_regs=64)
+        if SHARED:
+            if sums[1][KEY_SCALE] >= 0.0:
+                T.call_extern("handle", "sc_scale", S.access_ptr("rw"), sums[3] + v[SLOT] * 512)
+                sums[1][KEY_SCALE] = -1.0
         for _ in chunks if not EARLY else [NK - 1]:
             release_chunk(q, k, v, tx)
         if TAIL:
@@ -179,10 +199,12 @@ def _build(row, D, mode, stages):
             if TAIL:
                 turn(v[K_TAIL], KTAILS)
 
-    # row scalars of the head that is summed
     @T.macro
-    def load_low(low, rows, w, H, last, tx):
+    def load_low(sums, rows, v, w, H, last, tx):
+        low = sums[1]
         L, QS = rows
+        if SHARED:
+            low[KEY_SCALE] = T.call_extern("float32", "load_shared_float_once", sums[3] + v[SLOT] * 512)
         if mode != SUM:
             w[ROW_0] = T.min(w[TOKEN] + (tx // 32) * 16 + (tx % 32) // 4, last) * H + w[HEAD]
             w[ROW_1] = T.min(w[TOKEN] + (tx // 32) * 16 + (tx % 32) // 4 + 8, last) * H + w[HEAD]
@@ -204,7 +226,6 @@ def _build(row, D, mode, stages):
 
     @T.macro
     def next_head(sums, v, w, tensors, sizes, tx):
-        low = sums[1]
         rows, OUT, ITEMS = tensors
         H, qbase, nitems, grid = sizes
         w[HEAD] = w[HEAD] + 1
@@ -213,7 +234,7 @@ def _build(row, D, mode, stages):
             w[HEAD] = 0
             w[ITEM] = T.min(w[ITEM] + grid, nitems - 1)
             w[TOKEN] = number(ITEMS, w[ITEM] * SHORT_ITEM + ScoreItem.TOKEN) - qbase
-        load_low(low, rows, w, H, tq - 1, tx)
+        load_low(sums, rows, v, w, H, tq - 1, tx)
 
     @T.macro
     def body(bx, operands, rows, KS, OUT, ITEMS, sizes):
@@ -229,10 +250,12 @@ def _build(row, D, mode, stages):
             Qt, Kt = None, None
         if FP8:
             Ss = T.alloc_shared((SLOTS * 128,), "float32")
-        S0 = T.alloc_fragment((128, 128), "float32")
-        S1 = T.alloc_fragment((128, 128), "float32")
+        if UNIFORM:
+            T.annotate_layout({x: make_swizzled_layout(x) for x in ((Qs, Ks, Qt, Kt) if TAIL else (Qs, Ks))})
+        S0 = T.alloc_local((64,), "float32") if UNIFORM else T.alloc_fragment((128, 128), "float32")
+        S1 = T.alloc_local((64,), "float32") if UNIFORM else T.alloc_fragment((128, 128), "float32")
         A = T.alloc_local((64,), "float32")
-        low = T.alloc_local((4 if FP8 else 2,), "float32")
+        low = T.alloc_local((5 if UNIFORM else 4 if FP8 else 2,), "float32")
         fullq = T.alloc_barrier([1] * QST)
         emptyq = T.alloc_barrier([2] * QST)
         fullk = T.alloc_barrier([1] * KST)
@@ -245,7 +268,7 @@ def _build(row, D, mode, stages):
             w = T.alloc_local((5,), "int32")
             steps = T.alloc_var("int32")
             factor = T.alloc_var("float32")
-            for i in list(range(STATE)):
+            for i in list(range(STATE + 4 if FP8 else STATE)):
                 v[i] = 0
             for i in T.unroll(64):
                 A[i] = 0.0
@@ -254,31 +277,41 @@ def _build(row, D, mode, stages):
                 columns = T.alloc_var("int32")  # where the thread's first column is in the first array of scales
                 columns = shared_address(Ss) + (tx % 4) * 8
                 v[SLOT] = SLOTS - 1
-                v[Q_TAIL] = 0
-                v[K_TAIL] = 0
-                sums = (A, low, factor, columns)
+                if UNIFORM:
+                    at = T.alloc_local((4,), "int32")
+                    at[Q_ROWS] = (shared_address(Qs) + tx // 128 % 2 * (64 * BK)) // 16
+                    at[K_ROWS] = shared_address(Ks) // 16
+                    if TAIL:
+                        at[Q_TAIL_ROWS] = (shared_address(Qt) + tx // 128 % 2 * (64 * TAIL)) // 16
+                        at[K_TAIL_ROWS] = shared_address(Kt) // 16
+                    sums = (A, low, factor, columns, at)
+                else:
+                    sums = (A, low, factor, columns, None)
             else:
-                sums = (A, low, factor, 0)
+                sums = (A, low, factor, 0, None)
             tensors, counts = (rows, OUT, ITEMS), (H, qbase, nitems, grid)
             w[ITEM] = bx
             w[HEAD] = 0
             w[TOKEN] = number(ITEMS, bx * SHORT_ITEM + ScoreItem.TOKEN) - qbase
             steps = count_items(nitems, bx, grid) * H
-            load_low(low, rows, w, H, tq - 1, tx)
+            if not UNIFORM:  # otherwise when the keys' scales have come
+                load_low(sums, rows, v, w, H, tq - 1, tx)
             if TURNS:
                 begin_turns(tx)
             issue(q, k, v, S0, S1, sums, HG, tx, True)
-            finish(q, k, v, S0, tx)
+            if UNIFORM:
+                load_low(sums, rows, v, w, H, tq - 1, tx)
+            finish(q, k, v, S0, sums, tx)
             # for tile, head: A += f(S)
             for _ in T.serial((steps - 1) // 2):
                 for S, SP in [(S1, S0), (S0, S1)]:
                     issue(q, k, v, S, SP, sums, HG, tx, False)
                     next_head(sums, v, w, tensors, counts, tx)
-                    finish(q, k, v, S, tx)
+                    finish(q, k, v, S, sums, tx)
             if steps % 2 == 0:
                 issue(q, k, v, S1, S0, sums, HG, tx, False)
                 next_head(sums, v, w, tensors, counts, tx)
-                finish(q, k, v, S1, tx)
+                finish(q, k, v, S1, sums, tx)
                 add(S1, sums, 0, 16, v[SLOT] if FP8 else 0)
             else:
                 add(S0, sums, 0, 16, v[SLOT] if FP8 else 0)

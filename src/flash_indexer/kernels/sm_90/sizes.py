@@ -27,6 +27,8 @@ SCORE_STAGES = {32: (8, 4), 64: (8, 4), 96: (7, 6), 128: (8, 4), 192: (7, 6), 25
 # of e4m3 rows, twice as many columns a stage, and up to two more arrays for what is left of a row (`macros.Chunks`)
 SCORE_FP8 = {32: (8, 4), 64: (8, 4), 96: (8, 6), 128: (8, 4), 192: (5, 4), 256: (8, 5), 576: (6, 5)}
 ROTATED_QUERIES = ((128, 64),)  # E and padded heads whose d_index_q is rotated where it is made: measured there
+SHARED_KEY_SCALES = (192,)  # widths of heads where 128 keys share a scale: measured there
+UNIFORM_FP8 = ((192, EXP), (128, RELU))  # of e4m3: width and mode whose descriptors lie in uniform registers: faster
 LSE_STAGES = {64: (2, 6), 96: (6, 9), 128: (4, 8), 192: (6, 7), 256: (4, 8), 576: (9, 4)}  # of the Q and K rings
 LSE_FP8 = {64: (2, 6), 96: (2, 6), 128: (2, 8), 192: (2, 6), 256: (4, 8), 576: (6, 5)}
 X_STAGES, Y_STAGES = 2, {32: 10, 64: 8, 128: 4}  # of `gradients`; Y by E: about as many bytes in flight
@@ -195,6 +197,12 @@ BUILDERS = {
             *({"D": D, "rotation": 0, "copy": 0} for D in HEAD_WIDTHS),
             *({"D": E, "rotation": rotation, "copy": 1} for E in INDEX_WIDTHS for rotation in (0, 1)),
         ),
+        streamed=False,
+    ),
+    "quantize_keys": Kernel(
+        "quantize",
+        "build_keys",
+        tuple({"D": D, "narrow": narrow} for D in SHARED_KEY_SCALES for narrow in (0, 1)),
         streamed=False,
     ),
     "rotate": Kernel(

@@ -1,7 +1,8 @@
 """The teacher and the indexer in e4m3 on GPUs with kernels: what is quantised when, and the launches of their scores.
 
-Keys are quantised once a call, the teacher's queries a chunk of rows at a time. The index queries are quantised once,
-together with their rounded values in bfloat16, from which the gradients are formed by the same kernels as ever.
+Keys are quantised once a call, the teacher's queries a chunk of rows at a time, or all for their logsumexp. The index
+queries are quantised once, together with their rounded values in bfloat16, from which the gradients are formed by the
+same kernels as ever.
 """
 
 from __future__ import annotations
@@ -9,12 +10,20 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from flash_indexer.kernels.sm_90.sizes import EXP, RELU
+from flash_indexer.kernels.sm_90.sizes import EXP, RELU, SHARED_KEY_SCALES
 from flash_indexer.ops import launch
 from flash_indexer.ops.kl.arithmetic import FP8
 from flash_indexer.ops.kl.plan import TileChunk
 from flash_indexer.ops.problem import Problem
-from flash_indexer.ops.quantization_gpu import Rows, padded_keys, quantize_rows, scales_by_head, wanted
+from flash_indexer.ops.quantization_gpu import (
+    Rows,
+    padded_keys,
+    quantize_keys,
+    quantize_rows,
+    scales_by_head,
+    wanted,
+    wanted_keys,
+)
 
 
 def kernels(problem: Problem) -> list[launch.Wanted]:
@@ -23,6 +32,8 @@ def kernels(problem: Problem) -> list[launch.Wanted]:
     found: list[launch.Wanted] = []
     if has_fp8_teacher(problem):
         found.append(("score_fp8", dict(D=D, mode=EXP)))
+        if D in SHARED_KEY_SCALES:
+            found.append(wanted_keys(D, problem.k_scale is not None))
         if problem.lse is None:
             found.append(("lse_fp8", dict(D=D)))
         if problem.q_scale is None:
@@ -47,7 +58,9 @@ class Fp8Teacher:
         self.scale = problem.softmax_scale
         self.q, self.q_scale = launch.aligned(problem.q), problem.q_scale
         k = launch.aligned(problem.k)
-        if problem.k_scale is None:
+        if k.shape[2] in SHARED_KEY_SCALES:
+            self.k, self.k_scale = quantize_keys(k, problem.k_scale)
+        elif problem.k_scale is None:
             self.k, self.k_scale, _ = quantize_rows(k, by_head=True)
         else:
             self.k, self.k_scale = k, scales_by_head(problem.k_scale)
@@ -66,14 +79,18 @@ class Fp8Teacher:
         _score(EXP, values, scale, (self.k, self.k_scale), lse[rows], chunk, out, self.scale, chunk.begin)
 
     def lse(self, key_start: Tensor, key_end: Tensor) -> Tensor:
-        """lse[t,h] = log sum over visible s of exp(scale * q̂[t,h]·k̂[s,g(h)]): float32 [T, H]."""
+        """lse[t,h] = log sum over visible s of exp(scale * q̂[t,h]·k̂[s,g(h)]): float32 [T, H].
+
+        All queries are quantised for it, and kept so for the scores.
+        """
         T, H, D = self.q.shape
         lse = torch.empty(T, H, device=self.q.device)
         values, scale = self.queries(slice(0, T))
+        self.q, self.q_scale = values, scale.view(T, H)
         S, G = self.k.shape[:2]
         grid = min(padded_keys(T) // 128 * H, launch.processors(self.q.device))
         launch.load("lse_fp8", D=D)(
-            values.view(T, -1), self.k.view(S, -1), scale, self.k_scale, key_start, key_end, lse.view(-1),
+            values.view(T, -1), self.k.view(S, -1), scale, self.k_scale.abs(), key_start, key_end, lse.view(-1),
             H, H // G, self.scale, grid, padded_keys(S),
         )  # fmt: skip
         return lse

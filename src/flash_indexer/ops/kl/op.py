@@ -92,7 +92,7 @@ def indexer_kl(
     Products in e4m3 run on the tensor cores with target="mean" ("sum_logits": the indexer's alone) where the kernels
     run, at up to twice bfloat16's rate; elsewhere the rounded tensors are multiplied in the wider dtype, the same up to
     the order of sums. Memory beside the workspace: index_q and index_k once more and a half, k's and a chunk of q's
-    e4m3.
+    e4m3, all of q's with lse=None.
 
     Dtypes: on CUDA q, k, index_q, index_k bfloat16 and the rest float32; on the CPU float32 or float64 throughout.
     Kernels run on GPUs of compute capability 9.0 with tilelang installed, where D is 64, 96, 128, 192, 256 or 576, E is
