@@ -39,6 +39,8 @@ SLOT_BYTES = ITEM_BYTES + 128 * ROW_BYTES  # an item in shared memory, with the 
 BACKUP_BYTES, BACKUP_BYTES_ENTROPY = 256 * 16, 256 * 24  # sums before a tile, of each thread that computes
 NUMBERS_BYTES = 24  # of a query of `head_gradients_key`
 ONCE_WIDTHS = (128, 64)  # the widest D and E of `head_gradients_once`
+BITS_WIDTHS, BITS_KEYS = (64, 128), 128  # of the bit form: columns of a row, keys of a tile
+BITS_STREAMED = {64: 64, 128: 64}  # rows of what streams by in its gradients, by width
 KERNELS = ("attention", "head_gradients_query", "head_gradients_key")  # of which tiles can be chosen
 
 
@@ -156,6 +158,7 @@ ATTENTION = (  # D, V, E, heads of a key head: common sizes, and those of the te
 )  # fmt: skip
 INDEX = tuple({"E": E} for E in INDEX_WIDTHS)
 INDEX_HEADS = tuple({"E": E, "IP": IP} for E, IP in product(INDEX_WIDTHS, PADDED_HEADS))
+BITS_SIZES = tuple({"D": D} for D in BITS_WIDTHS)
 GRADIENTS = tuple({"D": D, "E": E, "HG": HG} for D, _, E, HG in ATTENTION)
 
 
@@ -212,6 +215,13 @@ BUILDERS = {
     "sparse_attention_mla": Kernel("sparse_attention_mla", "build", ({},)),
     "sparse_delta": Kernel("sparse_delta", "build", ({},), streamed=False),
     "sparse_gradients_mla": Kernel("sparse_gradients_mla", "build", ({},), streamed=False),
+    "bits": Kernel("bits_tables", "build_bits", ({},), streamed=False),
+    "bits_lists": Kernel("bits_tables", "build_lists", ({},), streamed=False),
+    "bits_numbers": Kernel("bits_tables", "build_numbers", BITS_SIZES, streamed=False),
+    "bits_slots": Kernel("bits_tables", "build_slots", ({},), streamed=False),
+    "bits_attention": Kernel("bits_attention", "build", BITS_SIZES),
+    "bits_gradients_query": Kernel("bits_gradients_query", "build", BITS_SIZES),
+    "bits_gradients_key": Kernel("bits_gradients_key", "build", BITS_SIZES),
     "head_gradients_query": Kernel(
         "head_gradients_query", "build", tuple(x | head_gradients_query(x["D"], x["E"]) for x in GRADIENTS)
     ),

@@ -1,0 +1,117 @@
+"""What the kernels of the bit form read besides q, k and v: bits, lists of tiles that hold one, numbers of queries.
+
+    bit[t,s] = 1 where query t selected key s. They are held twice, in words of 32:
+
+    BITS    [words, rows]           word w of query t: keys 32w .. 32w + 31      queries beside one another
+    TURNED  [rows / 32, words·32]   word b of key s: queries 32b .. 32b + 31     keys beside one another
+    FLAGS   [rows / 32, words / 2]  whether 32 queries select any of 64 keys
+
+so that the words of a tile are a few runs of 512 bytes, whichever of queries and keys its rows are. `rows` is T and
+`words` ceil(S / 32), filled up so that whole tiles can be copied: multiples of 128 and of 4.
+"""
+
+import tilelang.language as T
+
+from flash_indexer.kernels.device.sources import source
+from flash_indexer.kernels.sm_90.macros import PASS_CONFIGS
+
+__all__ = ["PASS_CONFIGS", "build_bits", "build_lists", "build_numbers", "build_slots"]
+SOURCE = source(__file__)
+THREADS = 256
+SHARED_WORDS = 32 * 513  # BT_STRIDE of the .cuh, for 32 queries
+
+
+def build_bits():
+    """BITS, TURNED and FLAGS of `rows` queries, all written; BAD [T] float32: NaN where a query's score is, else 0.
+
+    IDX [T·K] int32: keys in the first COUNT[t] slots, in any order; one outside 0 .. S - 1 sets no bit. SCORES [T·K]
+    float32.
+    """
+    n = [T.dynamic(f"n{i}") for i in range(8)]
+
+    @T.prim_func
+    def flash_indexer_bits(
+        IDX: T.Tensor((n[0],), "int32"), COUNT: T.Tensor((n[1],), "int32"), SCORES: T.Tensor((n[2],), "float32"),
+        BITS: T.Tensor((n[3],), "int32"), TURNED: T.Tensor((n[4],), "int32"), FLAGS: T.Tensor((n[5],), "int32"),
+        BAD: T.Tensor((n[6],), "float32"), queries: T.int32, K: T.int32, S: T.int32, rows: T.int32, words: T.int32,
+    ):  # fmt: skip
+        with T.Kernel(rows // 32, threads=THREADS) as bx:
+            T.import_source(SOURCE)
+            shared = T.alloc_shared((SHARED_WORDS,), "uint32")
+            T.call_extern(
+                "handle", "bt_bits", T.address_of(shared[0]), T.address_of(IDX[0]), T.address_of(COUNT[0]),
+                T.address_of(SCORES[0]), T.address_of(BITS[0]), T.address_of(TURNED[0]), T.address_of(FLAGS[0]),
+                T.address_of(BAD[0]), queries, K, S, rows, words, bx,
+            )  # fmt: skip
+
+    return flash_indexer_bits
+
+
+def build_lists():
+    """LIST [A, tiles + 1]: of each tile a the number of tiles b that hold a bit together with it, and which, ascending.
+
+    A tile a is na flags along an axis of end_a flags that are step_a apart, a tile b likewise along the other axis.
+    """
+    nf, nl = T.dynamic("nf"), T.dynamic("nl")
+
+    @T.prim_func
+    def flash_indexer_bits_lists(
+        FLAGS: T.Tensor((nf,), "int32"), LIST: T.Tensor((nl,), "int32"), A: T.int32, tiles: T.int32, na: T.int32,
+        step_a: T.int32, end_a: T.int32, nb: T.int32, step_b: T.int32, end_b: T.int32,
+    ):  # fmt: skip
+        with T.Kernel(A, threads=32) as bx:
+            T.import_source(SOURCE)
+            T.call_extern(
+                "handle", "bt_list", T.address_of(FLAGS[0]), T.address_of(LIST[0]), tiles, na, step_a, end_a, nb,
+                step_b, end_b, bx,
+            )  # fmt: skip
+
+    return flash_indexer_bits_lists
+
+
+def build_numbers(D):
+    """NUMBERS [H·rows·2] float32: of head h and query t lse·log2(e) and delta = out·G, zeros behind the last query.
+
+    OUT, G [T·H, D] bfloat16; LSE [T·H] float32.
+    """
+    nq, nl, nn = T.dynamic("nq"), T.dynamic("nl"), T.dynamic("nn")
+    per_block = THREADS // (D // 8)
+
+    @T.prim_func
+    def flash_indexer_bits_numbers(
+        OUT: T.Tensor((nq, D), "bfloat16"), G: T.Tensor((nq, D), "bfloat16"), LSE: T.Tensor((nl,), "float32"),
+        NUMBERS: T.Tensor((nn,), "float32"), queries: T.int32, H: T.int32, rows: T.int32,
+    ):  # fmt: skip
+        with T.Kernel((rows * H + per_block - 1) // per_block, threads=THREADS) as bx:
+            T.import_source(SOURCE)
+            T.call_extern(
+                "handle", f"bt_numbers<{D}>", T.address_of(OUT[0, 0]), T.address_of(G[0, 0]), T.address_of(LSE[0]),
+                T.address_of(NUMBERS[0]), queries, H, rows, bx,
+            )  # fmt: skip
+
+    return flash_indexer_bits_numbers
+
+
+def build_slots():
+    """P_SUM [T·K] float32 = the selected keys' numbers out of tiles of scores, zeros behind them.
+
+    SCORES [n·128, 128] float32, as `score` writes it. PLACE [ceil(T / 128), tiles] int32: which of the n tiles. IDX,
+    COUNT as above.
+    """
+    ns, np, ni, nc = T.dynamic("ns"), T.dynamic("np"), T.dynamic("ni"), T.dynamic("nc")
+
+    @T.prim_func
+    def flash_indexer_bits_slots(
+        SCORES: T.Tensor((ns, 128), "float32"), PLACE: T.Tensor((np,), "int32"), IDX: T.Tensor((ni,), "int32"),
+        COUNT: T.Tensor((nc,), "int32"), P_SUM: T.Tensor((ni,), "float32"), queries: T.int32, K: T.int32, S: T.int32,
+        tiles: T.int32,
+    ):  # fmt: skip
+        with T.Kernel((ni + THREADS - 1) // THREADS, threads=THREADS) as bx:
+            T.import_source(SOURCE)
+            T.call_extern(
+                "handle", "bt_slots", T.address_of(SCORES[0, 0]), T.address_of(PLACE[0]), T.address_of(IDX[0]),
+                T.address_of(COUNT[0]), T.address_of(P_SUM[0]), queries, K, S, tiles,
+                T.cast(bx, "int64") * THREADS,
+            )  # fmt: skip
+
+    return flash_indexer_bits_slots
