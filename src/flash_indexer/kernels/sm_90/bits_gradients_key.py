@@ -101,12 +101,8 @@ def build(D):
                     for _ in T.serial(steps):
                         T.barrier_wait(full[stage], parity)
                         # S = K @ Q.T; Z = V @ G.T
-                        T.wgmma_gemm(
-                            Ks, Qs[stage, :, :], S, transpose_B=True, clear_accum=True, policy=FULL_ROW
-                        )
-                        T.wgmma_gemm(
-                            Vs, Gs[stage, :, :], Z, transpose_B=True, clear_accum=True, policy=FULL_ROW
-                        )
+                        T.wgmma_gemm(Ks, Qs[stage, :, :], S, transpose_B=True, clear_accum=True, policy=FULL_ROW)
+                        T.wgmma_gemm(Vs, Gs[stage, :, :], Z, transpose_B=True, clear_accum=True, policy=FULL_ROW)
                         T.wait_wgmma(1)
                         T.warpgroup_fence_operand(S, num_regs=N // 2)
                         T.call_extern(

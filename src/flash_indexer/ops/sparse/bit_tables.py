@@ -49,9 +49,7 @@ class Bits(NamedTuple):
         flags = self.flags.view(self.rows // TILE, TILE // _BLOCK, -1, TILE // _FLAG)
         return flags.amax((1, 3)) > 0
 
-    def _list(
-        self, count: int, tiles: int, a: tuple[int, int, int], b: tuple[int, int, int]
-    ) -> tuple[Tensor, int]:
+    def _list(self, count: int, tiles: int, a: tuple[int, int, int], b: tuple[int, int, int]) -> tuple[Tensor, int]:
         found = torch.empty(count * (tiles + 1), dtype=torch.int32, device=self.flags.device)
         launch.load("bits_lists")(self.flags, found, count, tiles, *a, *b)
         return found, tiles

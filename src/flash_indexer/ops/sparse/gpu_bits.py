@@ -4,8 +4,8 @@ For models with several key heads, and for narrow heads: gathering would read a 
 and few query heads share them. `forward`, `target` and `backward` are steps as `stages` describes them, for the
 problems that `refusal` lets pass; all are the same to the bit in every run.
 
-A value, key, query or gradient that is not finite would reach, multiplied by the zero of an unselected key, rows that it
-has no part in: such problems run in torch (one look at the sums of the tensors, which waits for the GPU).
+A value, key, query or gradient that is not finite would reach rows that it has no part in, multiplied by the zero of an
+unselected key: such problems run in torch (one look at the sums of the tensors, which waits for the GPU).
 
 Shape legend: T queries, S keys, K slots of a query, H heads, G key heads; W the width that all rows are filled up to.
 """
@@ -118,9 +118,7 @@ def backward(
     return None if dq is None else dq if D == W else dq[..., :D].contiguous(), p_sum
 
 
-def _add_key_gradients(
-    problem: SparseProblem, operands: tuple[Tensor, ...], bits: Bits, H: int, sums: KeySums
-) -> None:
+def _add_key_gradients(problem: SparseProblem, operands: tuple[Tensor, ...], bits: Bits, H: int, sums: KeySums) -> None:
     """sums.dk, sums.dv += those of these queries; without v both to sums.dk."""
     (S, G, D), V, W = problem.k.shape, problem.value_dim, operands[2].shape[1] // problem.k.shape[1]
     device = operands[0].device

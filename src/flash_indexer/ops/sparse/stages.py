@@ -18,7 +18,8 @@ Contract of slots: only the first count[t] slots of a row are read. Behind them 
 and di = 0. Keys and values that a query did not select have no part in its results, finite or not. In torch, on any
 device, the contents of a selection are checked; a kernel skips a slot whose index is not from 0 to S - 1.
 
-A GPU body (gpu_body.py gathers keys, gpu_bits.py takes dense tiles) has some of these functions, as torch_select, torch_attention and torch_index have them:
+A GPU body (gpu_body.py gathers keys, gpu_bits.py takes dense tiles) has some of these functions, as torch_select,
+torch_attention and torch_index have them:
 
     select(index_q, index_k, index_weights, key_start, key_end, topk, always, workspace_bytes) -> Selection
     forward(problem) -> out, lse
