@@ -3,7 +3,7 @@
     python benchmarks/bench_sparse_bits.py --commit $(git rev-parse HEAD)
 
 Two models' heads, causal, two selections: keys at random, and clustered (half the last keys, the rest in runs of 16
-that 64 neighbouring queries share). Results are first held to those of the torch body; then each contestant takes turns.
+that 64 neighbouring queries share). Results are first held to those of the torch body; then the contestants take turns.
 `--gather` times the last 512 queries of ever more keys beside torch, which gathers. Appends a line for each problem
 to benchmarks/results/sparse_bits.jsonl. FlexAttention takes half a minute to compile: `--without-flex` leaves it out.
 """

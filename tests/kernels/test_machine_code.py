@@ -17,7 +17,7 @@ LAUNCH_REGISTERS = 168  # 65,536 / 384 threads: what setmaxnreg starts from
 EXPONENTIALS = 64  # of one thread for a 128 x 128 tile
 MOST_REGISTERS = {
     "rows": 64, "gradients_reduce": 128, "finish": 64, "scale": 64, "sparse_delta": 64, "quantize": 96, "rotate": 64,
-    "bits": 64, "bits_lists": 64, "bits_numbers": 64, "bits_slots": 64,
+    "bits": 64, "bits_keys": 64, "bits_lists": 64, "bits_numbers": 64, "bits_slots": 64,
 }  # fmt: skip
 MANY = 3  # sizes of a kernel, of which every fourth is inspected by CI where there are more
 LATENT = ("attention_mla", "sparse_attention_mla")
@@ -65,9 +65,9 @@ def products(name: str, static: dict[str, int]) -> int:
     if name == "bits_attention":
         return 2 * static["D"] // 16 + 2 * sizes.BITS_KEYS // 16
     if name == "bits_gradients_query":
-        return 4 * static["D"] // 16 + 2 * sizes.BITS_STREAMED[static["D"]] // 16
+        return 4 * static["D"] // 16 + 2 * sizes.BITS_QUERY[static["D"]] // 16
     if name == "bits_gradients_key":
-        return 2 * static["D"] // 16 + 2 * sizes.BITS_STREAMED[static["D"]] // 16
+        return 2 * static["D"] // 16 + 2 * sizes.BITS_KEY[static["D"]] // 16
     if name == "head_gradients_once":
         return 3 * (static["D"] + static["E"]) // 16 + 3 * 2 * 128 // 16
     return 0

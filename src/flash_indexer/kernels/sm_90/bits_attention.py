@@ -12,7 +12,7 @@ A CTA takes 128 queries of a head and walks over the tiles of N keys that hold a
     everything else  |               | P of tile i+1      |        is at its P
 
 An unselected key's logit is -inf before anything is taken of it, so that NaN in k has no part; a value multiplies
-P = 0 there, so that values must be finite (the operator looks).
+P = 0 there, so that values must be finite: `bits_tables.build_keys` sees to it.
 """
 
 import tilelang.language as T
@@ -46,7 +46,7 @@ def build(D):
     Q     [T, H·D], K, V [S, G·D] bfloat16
     BITS  [words·rows] int32            see `bits_tables`
     LIST  [row tiles · (tiles + 1)]     of each tile of 128 queries: how many tiles of keys, and which; int32
-    BAD   [T] float32                   added to every result of a query
+    BAD   [T] float32                   added to every result of a query: NaN, or 0
     OUT   [T, H·D] bfloat16, LSE [T·H] float32        written: zeros and -inf for a query without keys
     H, HG, rows, row_tiles, tiles int32; scale float32, positive, times log2(e)
     """

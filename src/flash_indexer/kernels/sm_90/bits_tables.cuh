@@ -4,49 +4,128 @@
 // What the kernels of the bit form read besides q, k and v: see bits_tables.py.
 static constexpr int BT_SEGMENT = 512;             // words of a row in shared memory at a time: 16,384 keys
 static constexpr int BT_STRIDE = BT_SEGMENT + 1;   // of a row, so that 32 rows lie in 32 banks
-// Bits of 32 queries, from t0 on; `sm` points to 32 rows of BT_STRIDE words. 256 threads.
+// bits[t, s] = 1, of keys in any order; of four ascending ones mostly one word is written
+static __device__ __forceinline__ void bt_set(unsigned* row, int s, int w0, int n, int S, int& word, unsigned& bits) {
+  const int w = (unsigned)s < (unsigned)S ? (s >> 5) - w0 : -1;
+  if (w != word) {
+    if ((unsigned)word < (unsigned)n) atomicOr(row + word, bits);
+    word = w, bits = 0;
+  }
+  bits |= 1u << (s & 31);
+}
+// Bits of 32 queries, from t0 on; `sm` points to 32 rows of BT_STRIDE words and 32 words more. 512 threads.
 static __device__ __forceinline__ void bt_bits(
-    unsigned* sm, const int* IDX, const int* COUNT, const float* SCORES, int* BITS, int* TURNED, int* FLAGS, float* BAD,
-    int T, int K, int S, int rows, int words, int block) {
+    unsigned* sm, const int* IDX, const int* COUNT, const float* SCORES, const int* ODD, int* BITS, int* TURNED,
+    int* FLAGS, float* BAD, int T, int K, int S, int rows, int words, int block) {
   const int t0 = block * 32, warp = threadIdx.x >> 5, lane = threadIdx.x & 31;
+  unsigned* odd_rows = sm + 32 * BT_STRIDE;
+  if (warp == 0) odd_rows[lane] = 0;
   for (int w0 = 0; w0 < words; w0 += BT_SEGMENT) {
     const int n = min(BT_SEGMENT, words - w0);
-    for (int i = threadIdx.x; i < 32 * BT_STRIDE; i += 256) sm[i] = 0;
+    for (int i = threadIdx.x; i < 32 * BT_STRIDE; i += 512) sm[i] = 0;
     __syncthreads();
-    // bits[t, s] = 1
-    for (int r = warp; r < 32; r += 8) {
+    for (int r = warp; r < 32; r += 16) {
       const int t = t0 + r, count = t < T ? min(COUNT[t], K) : 0;
-      bool nan = false;
-      for (int i = lane; i < count; i += 32) {
-        const int s = IDX[(int64_t)t * K + i], w = (s >> 5) - w0;
-        if ((unsigned)s < (unsigned)S && (unsigned)w < (unsigned)n) atomicOr(sm + r * BT_STRIDE + w, 1u << (s & 31));
-        if (w0 == 0) nan |= isnan(SCORES[(int64_t)t * K + i]);
+      const int* keys = IDX + (int64_t)t * K;
+      unsigned* row = sm + r * BT_STRIDE;
+      const bool whole = ((long long)keys & 15) == 0;
+#pragma unroll 2
+      for (int i = lane * 4; i < count; i += 128) {
+        int4 s;
+        if (whole && i + 4 <= K) s = __ldg((const int4*)(keys + i));
+        else s = make_int4(keys[i], i + 1 < count ? keys[i + 1] : -1, i + 2 < count ? keys[i + 2] : -1, -1);
+        if (!(whole && i + 4 <= K) && i + 3 < count) s.w = keys[i + 3];
+        int word = -1;
+        unsigned bits = 0;
+        bt_set(row, s.x, w0, n, S, word, bits);
+        bt_set(row, i + 1 < count ? s.y : -1, w0, n, S, word, bits);
+        bt_set(row, i + 2 < count ? s.z : -1, w0, n, S, word, bits);
+        bt_set(row, i + 3 < count ? s.w : -1, w0, n, S, word, bits);
+        if ((unsigned)word < (unsigned)n) atomicOr(row + word, bits);
       }
-      nan = __any_sync(0xffffffffu, nan);
-      if (w0 == 0 && lane == 0 && t < T) BAD[t] = nan ? __int_as_float(0x7fffffff) : 0.f;
     }
     __syncthreads();
     // lane: a query; a warp takes the two words of 64 keys
-    for (int p = warp * 2; p < n; p += 16) {
-      bool some = false;
-#pragma unroll
+    for (int p = warp * 2; p < n; p += 32) {
+      bool some = false, odd = false;
+#pragma unroll 1
       for (int j = 0; j < 2; ++j) {
         const unsigned x = sm[lane * BT_STRIDE + p + j];
         BITS[(int64_t)(w0 + p + j) * rows + t0 + lane] = x;
         some |= x != 0;
+        odd |= (x & (unsigned)ODD[w0 + p + j]) != 0;
         unsigned turned = 0;
-#pragma unroll
+#pragma unroll 8
         for (int key = 0; key < 32; ++key) {
           const unsigned column = __ballot_sync(0xffffffffu, x >> key & 1);
           turned = lane == key ? column : turned;
         }
         TURNED[(int64_t)block * words * 32 + (w0 + p + j) * 32 + lane] = turned;
       }
+      if (odd) atomicOr(odd_rows + lane, 1u);
       some = __any_sync(0xffffffffu, some);
       if (lane == 0) FLAGS[(int64_t)block * (words / 2) + (w0 + p) / 2] = some;
     }
     __syncthreads();
   }
+  const int t = t0 + lane;
+  if (warp == 0 && t < T)
+    BAD[t] = odd_rows[lane] || isnan(SCORES[(int64_t)t * K]) ? __int_as_float(0x7fffffff) : 0.f;
+}
+// whether one of eight bfloat16 is NaN or infinite: all bits of an exponent are set
+static __device__ __forceinline__ bool bt_odd(uint4 x) {
+  const unsigned w[4] = {x.x, x.y, x.z, x.w};
+  bool odd = false;
+#pragma unroll
+  for (int i = 0; i < 4; ++i) odd |= (w[i] & 0x7f80u) == 0x7f80u || (w[i] & 0x7f800000u) == 0x7f800000u;
+  return odd;
+}
+// A key's rows [G, W] = those of X, [G, stride] of which `columns` count; the rest is zero. A warp. Returns whether one
+// of the numbers of the lane is not finite.
+template <int W>
+static __device__ __forceinline__ bool bt_fill(void* TO, const unsigned short* X, int64_t s, int G, int stride, int columns) {
+  bool odd = false;
+  for (int i = threadIdx.x & 31; i < G * (W / 8); i += 32) {
+    const int g = i / (W / 8), column = i % (W / 8) * 8;
+    const unsigned short* from = X + (s * G + g) * stride + column;
+    uint4 x;
+    if (column + 8 <= columns && ((long long)from & 15) == 0) {
+      x = __ldg((const uint4*)from);
+    } else {
+      unsigned w[4];
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        const unsigned low = column + 2 * j < columns ? from[2 * j] : 0;
+        w[j] = low | (column + 2 * j + 1 < columns ? (unsigned)from[2 * j + 1] << 16 : 0);
+      }
+      x = make_uint4(w[0], w[1], w[2], w[3]);
+    }
+    odd |= bt_odd(x);
+    ((uint4*)TO)[s * G * (W / 8) + i] = x;
+  }
+  return odd;
+}
+// 32 keys, a warp each: k and v as wide as the kernels' tiles, zero where one of a key's numbers is not finite; ODD has
+// a bit for such a key
+template <int W>
+static __device__ __forceinline__ void bt_keys(
+    unsigned* sm, const void* K, const void* V, void* K_TO, void* V_TO, int* ODD, int S, int G, int k_stride,
+    int k_columns, int v_stride, int v_columns, int block) {
+  const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31;
+  const int64_t s = (int64_t)block * 32 + warp;
+  bool odd = false;
+  if (s < S) {
+    odd = bt_fill<W>(K_TO, (const unsigned short*)K, s, G, k_stride, k_columns);
+    odd |= bt_fill<W>(V_TO, (const unsigned short*)V, s, G, v_stride, v_columns);
+    odd = __any_sync(0xffffffffu, odd);
+    if (odd)
+      for (int i = lane; i < G * (W / 8); i += 32)
+        ((uint4*)K_TO)[s * G * (W / 8) + i] = ((uint4*)V_TO)[s * G * (W / 8) + i] = make_uint4(0, 0, 0, 0);
+  }
+  if (lane == 0) sm[warp] = odd;
+  __syncthreads();
+  const unsigned word = __ballot_sync(0xffffffffu, sm[lane] != 0);
+  if (threadIdx.x == 0) ODD[block] = word;
 }
 // The tiles b of tile a that hold a bit: LIST[a, 0] their number, then they themselves. One warp; tile (a, b) has the
 // flags (a · na + i) · step_a + (b · nb + j) · step_b, i < na, j < nb; those beyond end_a, end_b are none.
@@ -87,18 +166,20 @@ static __device__ __forceinline__ void bt_numbers(
   if (part == 0 && t < rows)
     ((float2*)NUMBERS)[(int64_t)h * rows + t] = t < T ? make_float2(__ldg(LSE + n) * LOG2E, sum) : make_float2(0.f, 0.f);
 }
-// P_SUM[t, slot] = the score of the slot's key, in the tile of 128 queries and keys that PLACE[t / 128, key / 128] names
+// P_SUM[t, slot] = the score of the slot's key, in the tile of 128 queries and keys that PLACE[t / 128, key / 128] names.
+// 256 threads take 1,024 slots of a query.
 static __device__ __forceinline__ void bt_slots(
-    const float* SCORES, const int* PLACE, const int* IDX, const int* COUNT, float* P_SUM, int T, int K, int S, int tiles,
-    int64_t first) {
-  const int64_t n = first + threadIdx.x;
-  if (n >= (int64_t)T * K) return;
-  const int t = (int)(n / K), slot = (int)(n % K);
-  float p = 0.f;
-  if (slot < COUNT[t]) {
-    const int s = IDX[n];
-    if ((unsigned)s < (unsigned)S)
-      p = SCORES[((int64_t)PLACE[(int64_t)(t / 128) * tiles + s / 128] * 128 + t % 128) * 128 + s % 128];
+    const float* SCORES, const int* PLACE, const int* IDX, const int* COUNT, float* P_SUM, int K, int S, int tiles, int t,
+    int part) {
+  const int count = COUNT[t], *place = PLACE + (int64_t)(t / 128) * tiles;
+  const int64_t row = (int64_t)t * K;
+#pragma unroll
+  for (int j = 0; j < 4; ++j) {
+    const int slot = part * 1024 + j * 256 + threadIdx.x;
+    if (slot >= K) return;
+    const int s = slot < count ? IDX[row + slot] : -1;
+    float p = 0.f;
+    if ((unsigned)s < (unsigned)S) p = SCORES[((int64_t)place[s / 128] * 128 + t % 128) * 128 + s % 128];
+    P_SUM[row + slot] = p;
   }
-  P_SUM[n] = p;
 }

@@ -15,33 +15,64 @@ import tilelang.language as T
 from flash_indexer.kernels.device.sources import source
 from flash_indexer.kernels.sm_90.macros import PASS_CONFIGS
 
-__all__ = ["PASS_CONFIGS", "build_bits", "build_lists", "build_numbers", "build_slots"]
+__all__ = ["PASS_CONFIGS", "build_bits", "build_keys", "build_lists", "build_numbers", "build_slots"]
 SOURCE = source(__file__)
 THREADS = 256
-SHARED_WORDS = 32 * 513  # BT_STRIDE of the .cuh, for 32 queries
+BITS_THREADS, SHARED_WORDS = 512, 32 * 513 + 32  # BT_STRIDE of the .cuh, for 32 queries, and a word each
+KEYS_THREADS = 1024
+SLOTS = 1024  # of a block
+
+
+def build_keys(W):
+    """Keys and values in rows of W columns, zeros where a key holds NaN or infinity: a product with the zero of an
+    unselected key must be zero. ODD [words] int32 has the bits of such keys: who selects one gets NaN instead.
+
+    K, V bfloat16: of S keys and G heads rows of k_columns, v_columns numbers, strides apart. K_TO, V_TO [S·G, W]
+    bfloat16; all of S words·32 keys. blocks: `words`.
+    """
+    n = [T.dynamic(f"n{i}") for i in range(4)]
+
+    @T.prim_func
+    def flash_indexer_bits_keys(
+        K: T.Tensor((n[0],), "bfloat16"), V: T.Tensor((n[1],), "bfloat16"), K_TO: T.Tensor((n[2], W), "bfloat16"),
+        V_TO: T.Tensor((n[2], W), "bfloat16"), ODD: T.Tensor((n[3],), "int32"), S: T.int32, G: T.int32,
+        k_stride: T.int32, k_columns: T.int32, v_stride: T.int32, v_columns: T.int32,
+    ):  # fmt: skip
+        with T.Kernel(n[3], threads=KEYS_THREADS) as bx:
+            T.import_source(SOURCE)
+            shared = T.alloc_shared((32,), "uint32")
+            T.call_extern(
+                "handle", f"bt_keys<{W}>", T.address_of(shared[0]), T.address_of(K[0]), T.address_of(V[0]),
+                T.address_of(K_TO[0, 0]), T.address_of(V_TO[0, 0]), T.address_of(ODD[0]), S, G, k_stride, k_columns,
+                v_stride, v_columns, bx,
+            )  # fmt: skip
+
+    return flash_indexer_bits_keys
 
 
 def build_bits():
-    """BITS, TURNED and FLAGS of `rows` queries, all written; BAD [T] float32: NaN where a query's score is, else 0.
+    """BITS, TURNED and FLAGS of `rows` queries, all written; BAD [T] float32: NaN where a query's scores are or where a
+    key that it selected is among ODD, else 0.
 
     IDX [T·K] int32: keys in the first COUNT[t] slots, in any order; one outside 0 .. S - 1 sets no bit. SCORES [T·K]
-    float32.
+    float32: of a query with NaN the first is one.
     """
     n = [T.dynamic(f"n{i}") for i in range(8)]
 
     @T.prim_func
     def flash_indexer_bits(
         IDX: T.Tensor((n[0],), "int32"), COUNT: T.Tensor((n[1],), "int32"), SCORES: T.Tensor((n[2],), "float32"),
-        BITS: T.Tensor((n[3],), "int32"), TURNED: T.Tensor((n[4],), "int32"), FLAGS: T.Tensor((n[5],), "int32"),
-        BAD: T.Tensor((n[6],), "float32"), queries: T.int32, K: T.int32, S: T.int32, rows: T.int32, words: T.int32,
+        ODD: T.Tensor((n[3],), "int32"), BITS: T.Tensor((n[4],), "int32"), TURNED: T.Tensor((n[5],), "int32"),
+        FLAGS: T.Tensor((n[6],), "int32"), BAD: T.Tensor((n[7],), "float32"), queries: T.int32, K: T.int32, S: T.int32,
+        rows: T.int32, words: T.int32,
     ):  # fmt: skip
-        with T.Kernel(rows // 32, threads=THREADS) as bx:
+        with T.Kernel(rows // 32, threads=BITS_THREADS) as bx:
             T.import_source(SOURCE)
             shared = T.alloc_shared((SHARED_WORDS,), "uint32")
             T.call_extern(
                 "handle", "bt_bits", T.address_of(shared[0]), T.address_of(IDX[0]), T.address_of(COUNT[0]),
-                T.address_of(SCORES[0]), T.address_of(BITS[0]), T.address_of(TURNED[0]), T.address_of(FLAGS[0]),
-                T.address_of(BAD[0]), queries, K, S, rows, words, bx,
+                T.address_of(SCORES[0]), T.address_of(ODD[0]), T.address_of(BITS[0]), T.address_of(TURNED[0]),
+                T.address_of(FLAGS[0]), T.address_of(BAD[0]), queries, K, S, rows, words, bx,
             )  # fmt: skip
 
     return flash_indexer_bits
@@ -96,22 +127,21 @@ def build_slots():
     """P_SUM [T·K] float32 = the selected keys' numbers out of tiles of scores, zeros behind them.
 
     SCORES [n·128, 128] float32, as `score` writes it. PLACE [ceil(T / 128), tiles] int32: which of the n tiles. IDX,
-    COUNT as above.
+    COUNT as above. parts: ceil(K / SLOTS) blocks take a query.
     """
     ns, np, ni, nc = T.dynamic("ns"), T.dynamic("np"), T.dynamic("ni"), T.dynamic("nc")
 
     @T.prim_func
     def flash_indexer_bits_slots(
         SCORES: T.Tensor((ns, 128), "float32"), PLACE: T.Tensor((np,), "int32"), IDX: T.Tensor((ni,), "int32"),
-        COUNT: T.Tensor((nc,), "int32"), P_SUM: T.Tensor((ni,), "float32"), queries: T.int32, K: T.int32, S: T.int32,
-        tiles: T.int32,
+        COUNT: T.Tensor((nc,), "int32"), P_SUM: T.Tensor((ni,), "float32"), K: T.int32, S: T.int32, tiles: T.int32,
+        parts: T.int32,
     ):  # fmt: skip
-        with T.Kernel((ni + THREADS - 1) // THREADS, threads=THREADS) as bx:
+        with T.Kernel(nc * parts, threads=THREADS) as bx:
             T.import_source(SOURCE)
             T.call_extern(
                 "handle", "bt_slots", T.address_of(SCORES[0, 0]), T.address_of(PLACE[0]), T.address_of(IDX[0]),
-                T.address_of(COUNT[0]), T.address_of(P_SUM[0]), queries, K, S, tiles,
-                T.cast(bx, "int64") * THREADS,
+                T.address_of(COUNT[0]), T.address_of(P_SUM[0]), K, S, tiles, bx // parts, bx % parts,
             )  # fmt: skip
 
     return flash_indexer_bits_slots

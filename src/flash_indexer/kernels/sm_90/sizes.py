@@ -40,7 +40,7 @@ BACKUP_BYTES, BACKUP_BYTES_ENTROPY = 256 * 16, 256 * 24  # sums before a tile, o
 NUMBERS_BYTES = 24  # of a query of `head_gradients_key`
 ONCE_WIDTHS = (128, 64)  # the widest D and E of `head_gradients_once`
 BITS_WIDTHS, BITS_KEYS = (64, 128), 128  # of the bit form: columns of a row, keys of a tile
-BITS_STREAMED = {64: 64, 128: 64}  # rows of what streams by in its gradients, by width
+BITS_QUERY, BITS_KEY = {64: 128, 128: 64}, {64: 64, 128: 64}  # rows of what streams by in its gradients, by width
 KERNELS = ("attention", "head_gradients_query", "head_gradients_key")  # of which tiles can be chosen
 
 
@@ -216,6 +216,7 @@ BUILDERS = {
     "sparse_delta": Kernel("sparse_delta", "build", ({},), streamed=False),
     "sparse_gradients_mla": Kernel("sparse_gradients_mla", "build", ({},), streamed=False),
     "bits": Kernel("bits_tables", "build_bits", ({},), streamed=False),
+    "bits_keys": Kernel("bits_tables", "build_keys", tuple({"W": W} for W in BITS_WIDTHS), streamed=False),
     "bits_lists": Kernel("bits_tables", "build_lists", ({},), streamed=False),
     "bits_numbers": Kernel("bits_tables", "build_numbers", BITS_SIZES, streamed=False),
     "bits_slots": Kernel("bits_tables", "build_slots", ({},), streamed=False),

@@ -15,11 +15,23 @@ TILE = 128  # queries, or keys, of a tile that stays
 _BLOCK, _WORD, _FLAG = 32, 32, 64  # queries that are made together, keys of a word, keys of a flag
 
 
+class Keys(NamedTuple):
+    """k and v [S, G, W] for products: filled up to W columns, and zero where a key holds NaN or infinity.
+
+    odd: a bit for each such key, int32 [words], ceil(S / 32) filled up to a multiple of 4.
+    """
+
+    k: Tensor
+    v: Tensor
+    odd: Tensor
+
+
 class Bits(NamedTuple):
     """Bit tables of T queries and S keys, as kernels/sm_90/bits_tables.py lays them out.
 
     bits [words·rows], turned [rows / 32 · words·32], flags [rows / 32 · words / 2]: int32. bad [T]: NaN where a query's
-    scores have one, else 0. rows, words: T and ceil(S / 32), filled up to multiples of 128 and 4.
+    scores are, and where it selected an odd key, else 0. rows, words: T and ceil(S / 32), filled up to multiples of 128
+    and 4.
     """
 
     bits: Tensor
@@ -55,17 +67,30 @@ class Bits(NamedTuple):
         return found, tiles
 
 
-def make_bits(selection: Selection, num_keys: int) -> Bits:
-    """The tables of a selection. One key at least, K at least 1; an index outside 0 .. S - 1 sets no bit."""
+def make_keys(k: Tensor, v: Tensor | None, value_dim: int, W: int) -> Keys:
+    """Of k [S, G, D] and v [S, G, V], or the first value_dim columns of k."""
+    S, G, D = k.shape
+    k = k.contiguous()
+    v = k if v is None else v.contiguous()
+    k_filled, v_filled = (torch.empty(S, G, W, dtype=k.dtype, device=k.device) for _ in "kv")
+    odd = torch.empty(_filled(-(-S // _WORD), TILE // _WORD), dtype=torch.int32, device=k.device)
+    launch.load("bits_keys", W=W)(
+        k.view(-1), v.view(-1), k_filled.view(-1, W), v_filled.view(-1, W), odd, S, G, D, D, v.shape[2], value_dim
+    )
+    return Keys(k_filled, v_filled, odd)
+
+
+def make_bits(selection: Selection, keys: Keys) -> Bits:
+    """The tables of a selection. K is 1 at least; an index outside 0 .. S - 1 sets no bit."""
     indices, count, scores = selection
     (T, K), device = indices.shape, indices.device
-    rows, words = _filled(T, TILE), _filled(-(-num_keys // _WORD), TILE // _WORD)
+    rows, words, num_keys = _filled(T, TILE), len(keys.odd), len(keys.k)
     bits, turned = (torch.empty(rows * words, dtype=torch.int32, device=device) for _ in range(2))
     flags = torch.empty(rows // _BLOCK * words // 2, dtype=torch.int32, device=device)
     bad = torch.empty(T, device=device)
     launch.load("bits")(
-        as_int32(indices, num_keys), as_int32(count, K), scores.float().reshape(-1), bits, turned, flags, bad, T, K,
-        num_keys, rows, words,
+        as_int32(indices, num_keys), as_int32(count, K), scores.float().reshape(-1), keys.odd, bits, turned, flags,
+        bad, T, K, num_keys, rows, words,
     )  # fmt: skip
     return Bits(bits, turned, flags, bad, rows, words)
 
