@@ -1,4 +1,4 @@
-"""ops.sparse.gpu_bits refuses what its kernels don't take, before it looks at the device; runs of rows in bit_tables."""
+"""ops.sparse.gpu_bits refuses what its kernels do not take, before it looks at the device; bit_tables cuts rows."""
 
 from __future__ import annotations
 

@@ -44,7 +44,7 @@ def build(D):
     """The kernel for queries, keys and values of D columns, 64 or 128. Run-time arguments:
 
     Q     [T, H·D], K, V [S, G·D] bfloat16
-    BITS  [words·rows] int32            see `bits_tables`
+    BITS  [words·rows] int32            see `bits`
     LIST  [row tiles · (tiles + 1)]     of each tile of 128 queries: how many tiles of keys, and which; int32
     BAD   [T] float32                   added to every result of a query: NaN, or 0
     OUT   [T, H·D] bfloat16, LSE [T·H] float32        written: zeros and -inf for a query without keys

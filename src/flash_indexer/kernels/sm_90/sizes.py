@@ -215,7 +215,7 @@ BUILDERS = {
     "sparse_attention_mla": Kernel("sparse_attention_mla", "build", ({},)),
     "sparse_delta": Kernel("sparse_delta", "build", ({},), streamed=False),
     "sparse_gradients_mla": Kernel("sparse_gradients_mla", "build", ({},), streamed=False),
-    "bits": Kernel("bits_tables", "build_bits", ({},), streamed=False),
+    "bits": Kernel("bits", "build", ({},), streamed=False),
     "bits_keys": Kernel("bits_tables", "build_keys", tuple({"W": W} for W in BITS_WIDTHS), streamed=False),
     "bits_lists": Kernel("bits_tables", "build_lists", ({},), streamed=False),
     "bits_numbers": Kernel("bits_tables", "build_numbers", BITS_SIZES, streamed=False),

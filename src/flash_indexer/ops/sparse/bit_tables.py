@@ -27,7 +27,7 @@ class Keys(NamedTuple):
 
 
 class Bits(NamedTuple):
-    """Bit tables of T queries and S keys, as kernels/sm_90/bits_tables.py lays them out.
+    """Bit tables of T queries and S keys, as kernels/sm_90/bits.py lays them out.
 
     bits [words·rows], turned [rows / 32 · words·32], flags [rows / 32 · words / 2]: int32. bad [T]: NaN where a query's
     scores are, and where it selected an odd key, else 0. rows, words: T and ceil(S / 32), filled up to multiples of 128
