@@ -63,11 +63,11 @@ def products(name: str, static: dict[str, int]) -> int:
     if name in ("head_gradients_query", "head_gradients_key"):
         return 3 * (static["D"] + static["E"]) // 16 + 3 * static["N"] // 16
     if name == "bits_attention":
-        return 2 * static["D"] // 16 + 2 * sizes.BITS_KEYS // 16
+        return 2 * static["D"] // 16 + 2 * static["N"] // 16
     if name == "bits_gradients_query":
-        return 4 * static["D"] // 16 + 2 * sizes.BITS_QUERY[static["D"]] // 16
+        return 4 * static["D"] // 16 + 2 * static["N"] // 16
     if name == "bits_gradients_key":
-        return 2 * static["D"] // 16 + 2 * sizes.BITS_KEY[static["D"]] // 16
+        return 2 * static["D"] // 16 + 2 * static["N"] // 16
     if name == "head_gradients_once":
         return 3 * (static["D"] + static["E"]) // 16 + 3 * 2 * 128 // 16
     return 0

@@ -31,7 +31,6 @@ from flash_indexer.kernels.sm_90.macros import (
     shared_address,
     wait_for_turn,
 )
-from flash_indexer.kernels.sm_90.sizes import BITS_KEYS
 
 __all__ = ["PASS_CONFIGS", "build"]
 SOURCE = source(__file__)
@@ -40,8 +39,8 @@ STATE = 5  # of a thread that computes: stage and parity of K, of V, and the sta
 K_STAGE, K_PARITY, V_STAGE, V_PARITY, V_BEFORE = range(STATE)
 
 
-def build(D):
-    """The kernel for queries, keys and values of D columns, 64 or 128. Run-time arguments:
+def build(D, N):
+    """The kernel for queries, keys and values of D columns, 64 or 128, and tiles of N keys. Run-time arguments:
 
     Q     [T, H·D], K, V [S, G·D] bfloat16
     BITS  [words·rows] int32            see `bits`
@@ -50,7 +49,6 @@ def build(D):
     OUT   [T, H·D] bfloat16, LSE [T·H] float32        written: zeros and -inf for a query without keys
     H, HG, rows, row_tiles, tiles int32; scale float32, positive, times log2(e)
     """
-    N = BITS_KEYS
     WORDS = N // 32 * 128  # of a tile
     tq, tk, hd, gd = (T.dynamic(x) for x in ("tq", "tk", "hd", "gd"))
     nb, nl, nx = (T.dynamic(x) for x in ("nb", "nl", "nx"))

@@ -30,25 +30,23 @@ from flash_indexer.kernels.sm_90.macros import (
     release,
     shared_address,
 )
-from flash_indexer.kernels.sm_90.sizes import BITS_KEY
 
 __all__ = ["PASS_CONFIGS", "build"]
 SOURCE = source(__file__)
 STAGES = 4
 
 
-def build(D):
-    """The kernel for queries, keys and values of D columns, 64 or 128. Run-time arguments:
+def build(D, N):
+    """The kernel for queries, keys and values of D columns, 64 or 128, and N rows that stream by. Run-time arguments:
 
     Q, G  [T, H·D], K, V [S, G·D] bfloat16           G: the gradient of out
     NUMBERS [H·rows·2] float32                       lse and delta, see `bits_tables`
     TURNED [rows / 32 · columns] int32               the bits of keys by queries
-    LIST  [key tiles · (tiles + 1)] int32            of tiles of `sizes.BITS_KEY` queries
+    LIST  [key tiles · (tiles + 1)] int32            of tiles of N queries
     DK, DV [parts·S·G·D] float32                     added to; part p takes the p-th of `parts` equal runs of a key
                                                      tile's steps (heads, and tiles of each), so parts never meet
     H, HG, rows, columns, key_tiles, tiles, parts int32; scale float32
     """
-    N = BITS_KEY[D]
     WORDS = N // 32 * 128
     tq, tk, hd, gd = (T.dynamic(x) for x in ("tq", "tk", "hd", "gd"))
     nb, nl, nn, nd = (T.dynamic(x) for x in ("nb", "nl", "nn", "nd"))

@@ -22,24 +22,22 @@ from flash_indexer.kernels.sm_90.macros import (
     number,
     shared_address,
 )
-from flash_indexer.kernels.sm_90.sizes import BITS_QUERY
 
 __all__ = ["PASS_CONFIGS", "build"]
 SOURCE = source(__file__)
 Y1S, Y2S = 2, 3  # of the rings of values and keys; the first is the template's
 
 
-def build(D):
-    """The kernel for queries, keys and values of D columns, 64 or 128. Run-time arguments:
+def build(D, N):
+    """The kernel for queries, keys and values of D columns, 64 or 128, and N rows that stream by. Run-time arguments:
 
     Q, G  [T, H·D], K, V [S, G·D] bfloat16           G: the gradient of out
     NUMBERS [H·rows·2] float32                       lse and delta, see `bits_tables`
     BITS  [words·rows] int32
-    LIST  [row tiles · (tiles + 1)] int32            of tiles of `sizes.BITS_QUERY` keys
+    LIST  [row tiles · (tiles + 1)] int32            of tiles of N keys
     DQ    [T, H·D] bfloat16                          written
     H, HG, rows, row_tiles, tiles int32; scale float32
     """
-    N = BITS_QUERY[D]
     WORDS = N // 32 * 128
     tq, tk, hd, gd = (T.dynamic(x) for x in ("tq", "tk", "hd", "gd"))
     nb, nl, nn = (T.dynamic(x) for x in ("nb", "nl", "nn"))

@@ -39,8 +39,9 @@ SLOT_BYTES = ITEM_BYTES + 128 * ROW_BYTES  # an item in shared memory, with the 
 BACKUP_BYTES, BACKUP_BYTES_ENTROPY = 256 * 16, 256 * 24  # sums before a tile, of each thread that computes
 NUMBERS_BYTES = 24  # of a query of `head_gradients_key`
 ONCE_WIDTHS = (128, 64)  # the widest D and E of `head_gradients_once`
-BITS_WIDTHS, BITS_KEYS = (64, 128), 128  # of the bit form: columns of a row, keys of a tile
-BITS_QUERY, BITS_KEY = {64: 128, 128: 64}, {64: 64, 128: 64}  # rows of what streams by in its gradients, by width
+# The bit form: columns of a row; by these, of each kernel the rows of what streams by, which registers bound
+BITS_WIDTHS = (64, 128)
+BITS_ATTENTION, BITS_QUERY, BITS_KEY = {64: 128, 128: 128}, {64: 128, 128: 64}, {64: 64, 128: 64}
 KERNELS = ("attention", "head_gradients_query", "head_gradients_key")  # of which tiles can be chosen
 
 
@@ -158,7 +159,6 @@ ATTENTION = (  # D, V, E, heads of a key head: common sizes, and those of the te
 )  # fmt: skip
 INDEX = tuple({"E": E} for E in INDEX_WIDTHS)
 INDEX_HEADS = tuple({"E": E, "IP": IP} for E, IP in product(INDEX_WIDTHS, PADDED_HEADS))
-BITS_SIZES = tuple({"D": D} for D in BITS_WIDTHS)
 GRADIENTS = tuple({"D": D, "E": E, "HG": HG} for D, _, E, HG in ATTENTION)
 
 
@@ -168,6 +168,11 @@ def attention_sizes() -> Iterator[Sizes]:
         for value_width, index_width in ((V, 0), (V, E), (0, E)):
             shape = {"D": D, "V": value_width, "E": index_width, "HG": HG}
             yield shape | attention(**shape)
+
+
+def bits_sizes(rows: Mapping[int, int]) -> tuple[Sizes, ...]:
+    """Of a kernel of the bit form, from the rows that it has by width."""
+    return tuple({"D": D, "N": N} for D, N in rows.items())
 
 
 BUILDERS = {
@@ -218,11 +223,11 @@ BUILDERS = {
     "bits": Kernel("bits", "build", ({},), streamed=False),
     "bits_keys": Kernel("bits_tables", "build_keys", tuple({"W": W} for W in BITS_WIDTHS), streamed=False),
     "bits_lists": Kernel("bits_tables", "build_lists", ({},), streamed=False),
-    "bits_numbers": Kernel("bits_tables", "build_numbers", BITS_SIZES, streamed=False),
+    "bits_numbers": Kernel("bits_tables", "build_numbers", tuple({"D": W} for W in BITS_WIDTHS), streamed=False),
     "bits_slots": Kernel("bits_tables", "build_slots", ({},), streamed=False),
-    "bits_attention": Kernel("bits_attention", "build", BITS_SIZES),
-    "bits_gradients_query": Kernel("bits_gradients_query", "build", BITS_SIZES),
-    "bits_gradients_key": Kernel("bits_gradients_key", "build", BITS_SIZES),
+    "bits_attention": Kernel("bits_attention", "build", bits_sizes(BITS_ATTENTION)),
+    "bits_gradients_query": Kernel("bits_gradients_query", "build", bits_sizes(BITS_QUERY)),
+    "bits_gradients_key": Kernel("bits_gradients_key", "build", bits_sizes(BITS_KEY)),
     "head_gradients_query": Kernel(
         "head_gradients_query", "build", tuple(x | head_gradients_query(x["D"], x["E"]) for x in GRADIENTS)
     ),

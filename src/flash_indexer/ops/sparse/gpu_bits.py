@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from flash_indexer.kernels.sm_90.sizes import BITS_KEY, BITS_KEYS, BITS_QUERY, BITS_WIDTHS, EXP, MAX_HEADS
+from flash_indexer.kernels.sm_90.sizes import BITS_ATTENTION, BITS_KEY, BITS_QUERY, BITS_WIDTHS, EXP, MAX_HEADS
 from flash_indexer.ops import launch
 from flash_indexer.ops.sparse import torch_attention
 from flash_indexer.ops.sparse.bit_tables import TILE, Bits, Keys, as_int32, make_bits, make_keys, row_runs
@@ -92,7 +92,7 @@ def backward(
             )  # fmt: skip
             if dq is not None:
                 found, tiles = bits.of_queries(BITS_QUERY[W])
-                launch.load("bits_gradients_query", D=W)(
+                launch.load("bits_gradients_query", D=W, N=BITS_QUERY[W])(
                     *operands, bits.bits, found, dq[rows].view(-1, H * W), H, H // G, bits.rows, bits.rows // TILE,
                     tiles, problem.softmax_scale,
                 )  # fmt: skip
@@ -109,8 +109,8 @@ def _forward(problem: SparseProblem, keys: Keys) -> tuple[Tensor, Tensor]:
     out, lse = torch.empty_like(q), torch.empty(T, H, device=q.device)
     for rows in row_runs(T, S, problem.workspace_bytes):
         bits = make_bits(problem.selection.rows(rows), keys)
-        found, tiles = bits.of_queries(BITS_KEYS)
-        launch.load("bits_attention", D=W)(
+        found, tiles = bits.of_queries(BITS_ATTENTION[W])
+        launch.load("bits_attention", D=W, N=BITS_ATTENTION[W])(
             q[rows].view(-1, H * W), keys.k.view(S, G * W), keys.v.view(S, G * W), bits.bits, found, bits.bad,
             out[rows].view(-1, H * W), lse[rows].view(-1), H, H // G, bits.rows, bits.rows // TILE, tiles,
             problem.softmax_scale * _LOG2E,
@@ -133,7 +133,7 @@ def _add_key_gradients(problem: SparseProblem, operands: tuple[Tensor, ...], bit
         else torch.zeros(parts, S, G, W, device=device)
         for x in targets
     ]  # fmt: skip
-    launch.load("bits_gradients_key", D=W)(
+    launch.load("bits_gradients_key", D=W, N=BITS_KEY[W])(
         *operands, bits.turned, found, totals[0].view(-1), totals[1].view(-1), H, H // G, bits.rows, bits.words * 32,
         key_tiles, tiles, parts, problem.softmax_scale,
     )  # fmt: skip
