@@ -1,16 +1,22 @@
-"""ops.sparse.gpu_bits refuses what its kernels do not take, before it looks at the device; bit_tables cuts rows."""
+"""ops.sparse.gpu_bits: what it refuses; runs of rows; and its steps, their kernels in torch, beside the torch body."""
 
 from __future__ import annotations
 
+import contextlib
 import re
+from types import SimpleNamespace
 from typing import Any
 
+import bits_in_torch
 import pytest
 import torch
+from torch import Tensor
 
+from flash_indexer.ops import launch
+from flash_indexer.ops.sparse import gpu_bits, torch_attention
 from flash_indexer.ops.sparse.bit_tables import TILE, as_int32, row_runs
 from flash_indexer.ops.sparse.gpu_bits import refusal
-from flash_indexer.ops.sparse.problem import SparseProblem
+from flash_indexer.ops.sparse.problem import KeySums, Needs, SparseProblem, new_key_sums
 from flash_indexer.ops.sparse.selection import Selection
 
 
@@ -58,3 +64,77 @@ def test_wide_integers_stay_out_of_range() -> None:
     assert as_int32(x, 100).tolist() == [-1, -1, 0, 7, 100, 100]
     narrow = x.clamp(-1, 50).int()
     assert as_int32(narrow, 3).tolist() == narrow.flatten().tolist()
+
+
+EVERYTHING = Needs(True, True, True, True)
+
+
+@pytest.fixture
+def without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launch, "load", bits_in_torch.load)
+    monkeypatch.setattr(launch, "processors", lambda device: 4)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
+    monkeypatch.setattr(gpu_bits, "_on_its_way", lambda x: (x, SimpleNamespace(synchronize=lambda: None)))
+
+
+def some_problem(
+    T: int, S: int, H: int, G: int, D: int, V: int, workspace: int = 2**29, with_v: bool = True
+) -> tuple[SparseProblem, Tensor]:
+    """Float32 numbers, which the torch body works in: what differs is order alone. Queries select 0 to 9 keys."""
+    generator = torch.Generator().manual_seed(T + S)
+    q, d_out, k, v = (
+        torch.randn(*shape, generator=generator) for shape in ((T, H, D), (T, H, V), (S, G, D), (S, G, V))
+    )
+    count = torch.randint(0, min(S, 9) + 1, (T,), generator=generator).int()
+    keys = torch.rand(T, S, generator=generator).argsort(-1)[:, :9]
+    absent = torch.arange(keys.shape[1]) >= count[:, None]
+    keys = keys.masked_fill(absent, S).sort(-1).values
+    indices = torch.where(keys == S, -1, keys).int()
+    selection = Selection(indices, count, torch.zeros(indices.shape))
+    return SparseProblem(q, k, v if with_v else None, selection, 0.3, V, True, workspace), d_out
+
+
+@pytest.mark.usefixtures("without_a_gpu")
+@pytest.mark.parametrize("with_v", [True, False])
+@pytest.mark.parametrize("workspace", [1, 2**29])
+@pytest.mark.parametrize(
+    "sizes", [(1, 1, 1, 1, 64, 64), (130, 300, 4, 2, 40, 33), (270, 140, 3, 3, 128, 128), (300, 300, 6, 2, 64, 64)]
+)
+def test_steps_are_the_torch_bodys(sizes: tuple[int, ...], workspace: int, with_v: bool) -> None:
+    """Runs of rows, parts of a key tile's queries, padded widths, sums over heads: all but the kernels themselves."""
+    problem, d_out = some_problem(*sizes, workspace=workspace, with_v=with_v)
+    out, lse = gpu_bits.forward(problem)
+    expected_out, expected_lse = torch_attention.forward(problem)
+    torch.testing.assert_close(out, expected_out, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(lse, expected_lse, rtol=1e-4, atol=1e-5)
+    sums, expected_sums = (new_key_sums(problem, EVERYTHING) for _ in range(2))
+    dq, p_sum = gpu_bits.backward(problem, d_out, out, lse, EVERYTHING, sums)
+    expected = torch_attention.backward(problem, d_out, out, lse, EVERYTHING, expected_sums)
+    for got, right in zip((dq, p_sum, *sums), (*expected, *expected_sums), strict=True):
+        if right is None:
+            assert got is None
+            continue
+        torch.testing.assert_close(got, right, rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(gpu_bits.target(problem, lse), p_sum)
+    torch.testing.assert_close(gpu_bits.target(problem, None), p_sum)
+
+
+@pytest.mark.usefixtures("without_a_gpu")
+def test_only_what_is_needed_is_made() -> None:
+    problem, d_out = some_problem(130, 140, 4, 2, 64, 64)
+    out, lse = gpu_bits.forward(problem)
+    dq, p_sum = gpu_bits.backward(problem, d_out, out, lse, Needs(True, False, False, False), KeySums(None, None))
+    assert dq is not None and p_sum is None
+    sums = new_key_sums(problem, Needs(False, False, True, False))
+    assert gpu_bits.backward(problem, d_out, out, lse, Needs(False, False, True, False), sums) == (None, None)
+    assert sums.dk is None and sums.dv is not None and bool((sums.dv != 0).any())
+
+
+@pytest.mark.usefixtures("without_a_gpu")
+def test_nothing_to_select_from() -> None:
+    for T, S in ((0, 5), (3, 0)):
+        problem, d_out = some_problem(T, S, 4, 2, 64, 64)
+        out, lse = gpu_bits.forward(problem)
+        assert out.shape == (T, 4, 64) and bool((lse == -torch.inf).all())
+        dq, p_sum = gpu_bits.backward(problem, d_out, out, lse, EVERYTHING, new_key_sums(problem, EVERYTHING))
+        assert dq is not None and p_sum is not None and not bool(dq.any()) and not bool(p_sum.any())
