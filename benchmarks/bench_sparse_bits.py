@@ -195,7 +195,7 @@ def flex_contestants(problem: SparseProblem, d_out: Tensor) -> dict[str, Callabl
         return compiled(q, k, v, block_mask=mask, scale=scale, enable_gqa=True)
 
     expected = sparse_forward(problem)[0].transpose(0, 1)[None].double()
-    difference = float((forward().double() - expected).norm() / expected.norm())
+    difference = float((forward().detach().double() - expected).norm() / expected.norm())
     if not difference <= CLOSE[0]:
         raise RuntimeError(f"bench_sparse_bits: FlexAttention's out differs from ours by {difference:.1e}")
     return {

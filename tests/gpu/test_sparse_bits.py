@@ -184,6 +184,19 @@ def test_against_float64(seed: int, layout: str, monkeypatch: pytest.MonkeyPatch
     assert (got.dq[nothing] == 0).all() and (got.p_sum[problem.selection.indices < 0] == 0).all()
 
 
+@pytest.mark.parametrize("S", [16384, 16385, 40_000])
+def test_more_keys_than_bits_are_made_at_once(S: int) -> None:
+    """Beyond what `refusal` lets pass as well."""
+    problem, d_out = make(0, "causal", **(FIXED | dict(T=70, S=S, K=300)))
+    truth = truth_of(problem, d_out)
+    eager, got = worst_of_four(problem, d_out, truth), run(problem, d_out, truth)
+    several = problem.selection.count > 1
+    keys = selection_mask(problem.selection, S)[several].any(0)
+    some = dict(dq=several, dk=keys)
+    for name, *each in zip(Answer._fields, got, truth, eager, strict=True):
+        assert_close(name, *(whole(x[some[name]] if name in some else x) for x in each))
+
+
 @pytest.mark.parametrize("seed", range(6))
 def test_the_target_alone(seed: int) -> None:
     problem, d_out = make(seed, "causal", **(FIXED | dict(D=WIDTHS[seed][0], V=WIDTHS[seed][1])))

@@ -12,6 +12,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from flash_indexer.kernels import catalog
+from flash_indexer.kernels.sm_90 import sizes
 from flash_indexer.ops import launch
 from flash_indexer.ops.sparse import gpu_bits, torch_attention
 from flash_indexer.ops.sparse.bit_tables import TILE, as_int32, row_runs
@@ -21,15 +23,16 @@ from flash_indexer.ops.sparse.selection import Selection
 
 
 def problem(
-    H: int = 8, G: int = 2, D: int = 128, V: int = 128, dtype: torch.dtype = torch.bfloat16, scale: float = 0.1
-) -> SparseProblem:
-    q, k, v = (torch.zeros(*shape, dtype=dtype) for shape in ((2, H, D), (5, G, D), (5, G, V)))
+    H: int = 8, G: int = 2, D: int = 128, V: int = 128, S: int = 5, dtype: torch.dtype = torch.bfloat16,
+    scale: float = 0.1,
+) -> SparseProblem:  # fmt: skip
+    q, k, v = (torch.zeros(*shape, dtype=dtype) for shape in ((2, H, D), (S, G, D), (S, G, V)))
     selection = Selection(torch.zeros(2, 3, dtype=torch.int32), torch.ones(2, dtype=torch.int32), torch.zeros(2, 3))
     return SparseProblem(q, k, v, selection, scale, V, True, 2**20)
 
 
 @pytest.mark.parametrize(
-    ("sizes", "reason"),
+    ("fields", "reason"),
     [
         (dict(), None),
         (dict(H=128, G=128), None),
@@ -39,12 +42,14 @@ def problem(
         (dict(V=129), "got D=128, V=129"),
         (dict(dtype=torch.float16), r"kernels for bfloat16, got torch\.float16"),
         (dict(H=129, G=129), "takes 1 to 128 heads, got H=129; split the heads"),
+        (dict(S=16384), None),
+        (dict(S=16385), "tested for up to 16384 keys, got S=16385; pack fewer documents"),
         (dict(scale=0.0), "takes a positive softmax_scale, got 0.0"),
         (dict(scale=float("nan")), "takes a positive softmax_scale, got nan"),
     ],
 )
-def test_which_problems_the_kernels_take(sizes: dict[str, Any], reason: str | None) -> None:
-    found = refusal(problem(**sizes))
+def test_which_problems_the_kernels_take(fields: dict[str, Any], reason: str | None) -> None:
+    found = refusal(problem(**fields))
     assert found is None if reason is None else found is not None and re.search(reason, found)
 
 
@@ -66,12 +71,18 @@ def test_wide_integers_stay_out_of_range() -> None:
     assert as_int32(narrow, 3).tolist() == narrow.flatten().tolist()
 
 
+@pytest.mark.parametrize("W", sizes.BITS_WIDTHS)
+def test_its_kernels_are_compiled_with_the_package(W: int) -> None:
+    assert {catalog.kernel(name, **static) for name, static in gpu_bits.kernels(W)} <= set(catalog.every_kernel())
+
+
 EVERYTHING = Needs(True, True, True, True)
 
 
 @pytest.fixture
 def without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(launch, "load", bits_in_torch.load)
+    monkeypatch.setattr(launch, "prepare", lambda kernels: None)
     monkeypatch.setattr(launch, "processors", lambda device: 4)
     monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
     monkeypatch.setattr(gpu_bits, "_on_its_way", lambda x: (x, SimpleNamespace(synchronize=lambda: None)))
@@ -98,11 +109,11 @@ def some_problem(
 @pytest.mark.parametrize("with_v", [True, False])
 @pytest.mark.parametrize("workspace", [1, 2**29])
 @pytest.mark.parametrize(
-    "sizes", [(1, 1, 1, 1, 64, 64), (130, 300, 4, 2, 40, 33), (270, 140, 3, 3, 128, 128), (300, 300, 6, 2, 64, 64)]
+    "numbers", [(1, 1, 1, 1, 64, 64), (130, 300, 4, 2, 40, 33), (270, 140, 3, 3, 128, 128), (300, 300, 6, 2, 64, 64)]
 )
-def test_steps_are_the_torch_bodys(sizes: tuple[int, ...], workspace: int, with_v: bool) -> None:
+def test_steps_are_the_torch_bodys(numbers: tuple[int, ...], workspace: int, with_v: bool) -> None:
     """Runs of rows, parts of a key tile's queries, padded widths, sums over heads: all but the kernels themselves."""
-    problem, d_out = some_problem(*sizes, workspace=workspace, with_v=with_v)
+    problem, d_out = some_problem(*numbers, workspace=workspace, with_v=with_v)
     out, lse = gpu_bits.forward(problem)
     expected_out, expected_lse = torch_attention.forward(problem)
     torch.testing.assert_close(out, expected_out, rtol=1e-4, atol=1e-5)

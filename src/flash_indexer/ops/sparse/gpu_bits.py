@@ -16,7 +16,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from flash_indexer.kernels.sm_90.sizes import BITS_ATTENTION, BITS_KEY, BITS_QUERY, BITS_WIDTHS, EXP, MAX_HEADS
+from flash_indexer.kernels.sm_90.sizes import (
+    BITS_ATTENTION,
+    BITS_KEY,
+    BITS_MAX_KEYS,
+    BITS_QUERY,
+    BITS_WIDTHS,
+    EXP,
+    MAX_HEADS,
+)
 from flash_indexer.ops import launch
 from flash_indexer.ops.sparse import torch_attention
 from flash_indexer.ops.sparse.bit_tables import TILE, Bits, Keys, as_int32, make_bits, make_keys, row_runs
@@ -40,9 +48,24 @@ def refusal(problem: SparseProblem) -> str | None:
         return f"attention over selected keys has kernels for bfloat16, got {q.dtype}"
     if not 1 <= q.shape[1] <= MAX_HEADS:
         return f"attention over selected keys takes 1 to {MAX_HEADS} heads, got H={q.shape[1]}; split the heads"
+    if problem.k.shape[0] > BITS_MAX_KEYS:
+        return (
+            f"attention over selected keys in tiles is tested for up to {BITS_MAX_KEYS} keys, got "
+            f"S={problem.k.shape[0]}; pack fewer documents together"
+        )
     if not problem.softmax_scale > 0:
         return f"attention over selected keys takes a positive softmax_scale, got {problem.softmax_scale}"
     return None
+
+
+def kernels(W: int) -> list[launch.Wanted]:
+    """Every kernel of the three steps for rows of W columns."""
+    width = dict(D=W)
+    return [
+        ("bits", {}), ("bits_keys", dict(W=W)), ("bits_lists", {}), ("bits_numbers", width), ("bits_slots", {}),
+        ("bits_attention", width | dict(N=BITS_ATTENTION[W])), ("bits_gradients_query", width | dict(N=BITS_QUERY[W])),
+        ("bits_gradients_key", width | dict(N=BITS_KEY[W])), ("score", width | dict(mode=EXP)),
+    ]  # fmt: skip
 
 
 def forward(problem: SparseProblem) -> tuple[Tensor, Tensor]:
@@ -194,6 +217,8 @@ def _on_its_way(x: Tensor) -> tuple[Tensor, torch.Event]:
 
 
 def _keys(problem: SparseProblem) -> Keys:
+    """The first thing that each step needs; a process's first step has all kernels compiled, side by side."""
+    launch.prepare(kernels(_width(problem)))
     return make_keys(problem.k, problem.v, problem.value_dim, _width(problem))
 
 
