@@ -43,7 +43,7 @@ def problem(
         (dict(dtype=torch.float16), r"kernels for bfloat16, got torch\.float16"),
         (dict(H=129, G=129), "takes 1 to 128 heads, got H=129; split the heads"),
         (dict(S=16384), None),
-        (dict(S=16385), "tested for up to 16384 keys, got S=16385; pack fewer documents"),
+        (dict(S=16385), "takes up to 16384 keys so far, got S=16385; pack fewer documents"),
         (dict(scale=0.0), "takes a positive softmax_scale, got 0.0"),
         (dict(scale=float("nan")), "takes a positive softmax_scale, got nan"),
     ],
