@@ -28,6 +28,7 @@ STREAMED = [kernel for kernel in SAMPLES if sizes.BUILDERS[kernel[0]].streamed]
 GATHERED = ("sparse_gradients_mla",)  # tensor cores that no copy engine feeds
 OTHERS = [kernel for kernel in SAMPLES if kernel not in STREAMED and kernel[0] not in GATHERED]
 ADDING = ("head_gradients_once", *GATHERED)
+UNITING = ("bits",)  # by OR, the same in any order
 
 
 def each(kernels: list[Kernel]) -> pytest.MarkDecorator:
@@ -78,7 +79,8 @@ def test_without_values_the_output_is_the_entropy(V, source):
 def test_nothing_is_atomic_but_what_says_so(kernel, source):
     name, static = kernel[0], dict(kernel[1])
     additions = set(ATOMIC.findall(source(name, **static)))
-    assert additions == ({"red.relaxed.gpu.global.add.v4.f32"} if name in ADDING else set())
+    uniting = {"atomicOr("} if name in UNITING else set()
+    assert additions == ({"red.relaxed.gpu.global.add.v4.f32"} if name in ADDING else uniting)
 
 
 @pytest.mark.parametrize("name", GATHERED)

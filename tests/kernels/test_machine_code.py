@@ -16,12 +16,14 @@ KERNELS = list(catalog.every_kernel())
 LAUNCH_REGISTERS = 168  # 65,536 / 384 threads: what setmaxnreg starts from
 EXPONENTIALS = 64  # of one thread for a 128 x 128 tile
 MOST_REGISTERS = {
-    "rows": 64, "gradients_reduce": 128, "finish": 64, "scale": 64, "sparse_delta": 64, "quantize": 96, "rotate": 64
+    "rows": 64, "gradients_reduce": 128, "finish": 64, "scale": 64, "sparse_delta": 64, "quantize": 96, "rotate": 64,
+    "bits": 64, "bits_keys": 64, "bits_lists": 64, "bits_numbers": 64, "bits_slots": 64,
 }  # fmt: skip
 MANY = 3  # sizes of a kernel, of which every fourth is inspected by CI where there are more
 LATENT = ("attention_mla", "sparse_attention_mla")
 GATHERED = ("sparse_gradients_mla",)  # no tile comes by the copy engine
-HEADS = ("attention", *LATENT, "head_gradients_query", "head_gradients_key", "head_gradients_once", *GATHERED)
+BITS = ("bits_attention", "bits_gradients_query", "bits_gradients_key")
+HEADS = ("attention", *BITS, *LATENT, "head_gradients_query", "head_gradients_key", "head_gradients_once", *GATHERED)
 # bytes that producers spill, who have 24 or 40 registers and wait for memory anyway, or that are used once an item
 MOST_SPILLED = {"attention": 500, "head_gradients_query": 64, "head_gradients_key": 1200, "sparse_gradients_mla": 500}
 
@@ -60,6 +62,12 @@ def products(name: str, static: dict[str, int]) -> int:
         return 2 * (18 + 16 + 2 * 4) + 4 * 16 + 8
     if name in ("head_gradients_query", "head_gradients_key"):
         return 3 * (static["D"] + static["E"]) // 16 + 3 * static["N"] // 16
+    if name == "bits_attention":
+        return 2 * static["D"] // 16 + 2 * static["N"] // 16
+    if name == "bits_gradients_query":
+        return 4 * static["D"] // 16 + 2 * static["N"] // 16
+    if name == "bits_gradients_key":
+        return 2 * static["D"] // 16 + 2 * static["N"] // 16
     if name == "head_gradients_once":
         return 3 * (static["D"] + static["E"]) // 16 + 3 * 2 * 128 // 16
     return 0

@@ -39,6 +39,10 @@ SLOT_BYTES = ITEM_BYTES + 128 * ROW_BYTES  # an item in shared memory, with the 
 BACKUP_BYTES, BACKUP_BYTES_ENTROPY = 256 * 16, 256 * 24  # sums before a tile, of each thread that computes
 NUMBERS_BYTES = 24  # of a query of `head_gradients_key`
 ONCE_WIDTHS = (128, 64)  # the widest D and E of `head_gradients_once`
+# The bit form: columns of a row; by these, of each kernel the rows of what streams by, which registers bound
+BITS_WIDTHS = (64, 128)
+BITS_MAX_KEYS = 16384  # of one segment of `bits`; what takes several has not run on a GPU yet
+BITS_ATTENTION, BITS_QUERY, BITS_KEY = {64: 128, 128: 128}, {64: 128, 128: 64}, {64: 64, 128: 64}
 KERNELS = ("attention", "head_gradients_query", "head_gradients_key")  # of which tiles can be chosen
 
 
@@ -167,6 +171,11 @@ def attention_sizes() -> Iterator[Sizes]:
             yield shape | attention(**shape)
 
 
+def bits_sizes(rows: Mapping[int, int]) -> tuple[Sizes, ...]:
+    """Of a kernel of the bit form, from the rows that it has by width."""
+    return tuple({"D": D, "N": N} for D, N in rows.items())
+
+
 BUILDERS = {
     "score": Kernel(
         "score",
@@ -212,6 +221,14 @@ BUILDERS = {
     "sparse_attention_mla": Kernel("sparse_attention_mla", "build", ({},)),
     "sparse_delta": Kernel("sparse_delta", "build", ({},), streamed=False),
     "sparse_gradients_mla": Kernel("sparse_gradients_mla", "build", ({},), streamed=False),
+    "bits": Kernel("bits", "build", ({},), streamed=False),
+    "bits_keys": Kernel("bits_tables", "build_keys", tuple({"W": W} for W in BITS_WIDTHS), streamed=False),
+    "bits_lists": Kernel("bits_tables", "build_lists", ({},), streamed=False),
+    "bits_numbers": Kernel("bits_tables", "build_numbers", tuple({"D": W} for W in BITS_WIDTHS), streamed=False),
+    "bits_slots": Kernel("bits_tables", "build_slots", ({},), streamed=False),
+    "bits_attention": Kernel("bits_attention", "build", bits_sizes(BITS_ATTENTION)),
+    "bits_gradients_query": Kernel("bits_gradients_query", "build", bits_sizes(BITS_QUERY)),
+    "bits_gradients_key": Kernel("bits_gradients_key", "build", bits_sizes(BITS_KEY)),
     "head_gradients_query": Kernel(
         "head_gradients_query", "build", tuple(x | head_gradients_query(x["D"], x["E"]) for x in GRADIENTS)
     ),

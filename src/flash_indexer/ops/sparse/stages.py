@@ -18,7 +18,8 @@ Contract of slots: only the first count[t] slots of a row are read. Behind them 
 and di = 0. Keys and values that a query did not select have no part in its results, finite or not. In torch, on any
 device, the contents of a selection are checked; a kernel skips a slot whose index is not from 0 to S - 1.
 
-A GPU body (gpu_body.py) has these functions, as torch_select, torch_attention and torch_index have them:
+A GPU body (gpu_body.py gathers keys, gpu_bits.py takes dense tiles) has some of these functions, as torch_select,
+torch_attention and torch_index have them:
 
     select(index_q, index_k, index_weights, key_start, key_end, topk, always, workspace_bytes) -> Selection
     forward(problem) -> out, lse
@@ -39,10 +40,11 @@ import torch
 from torch import Tensor
 
 from flash_indexer.intervals import check_intervals
+from flash_indexer.kernels.sm_90.sizes import BITS_WIDTHS
 from flash_indexer.ops import bodies
 from flash_indexer.ops.blockwise import compute_dtype
 from flash_indexer.ops.bodies import TORCH
-from flash_indexer.ops.sparse import gpu_body, torch_attention, torch_index, torch_select
+from flash_indexer.ops.sparse import gpu_bits, gpu_body, torch_attention, torch_index, torch_select
 from flash_indexer.ops.sparse.problem import KeySums, Leaves, Needs, SparseProblem, new_key_sums
 from flash_indexer.ops.sparse.selection import Selection, check_selection
 
@@ -84,9 +86,11 @@ def select_rows(
 
 def sparse_forward(problem: SparseProblem) -> tuple[Tensor, Tensor]:
     """out [T, H, V] in q's dtype and lse [T, H]: zeros and -inf for a query without keys, NaN where its scores are."""
-    body = _choose(problem, lambda: gpu_body.forward_refusal(problem))
+    bits = _in_tiles(problem)
+    body = _choose(problem, lambda: gpu_bits.refusal(problem) if bits else gpu_body.forward_refusal(problem))
+    step = torch_attention.forward if body == TORCH else gpu_bits.forward if bits else gpu_body.forward
     with torch.autocast(problem.q.device.type, enabled=False):
-        return torch_attention.forward(problem) if body == TORCH else gpu_body.forward(problem)
+        return step(problem)
 
 
 def sparse_target(problem: SparseProblem, lse: Tensor | None) -> Tensor:
@@ -94,9 +98,10 @@ def sparse_target(problem: SparseProblem, lse: Tensor | None) -> Tensor:
 
     lse: [T, H], over the selected keys; None computes it.
     """
-    _choose(problem, gpu_body.refusal)
+    bits = _in_tiles(problem)
+    body = _choose(problem, lambda: gpu_bits.refusal(problem) if bits else gpu_body.refusal())
     with torch.autocast(problem.q.device.type, enabled=False):
-        return torch_attention.target(problem, lse)
+        return torch_attention.target(problem, lse) if body == TORCH else gpu_bits.target(problem, lse)
 
 
 def sparse_backward(
@@ -107,9 +112,10 @@ def sparse_backward(
     Args:
         out, lse: what `sparse_forward` returned. sums: buffers to add dk and dv to; None makes zeros.
     """
-    body = _choose(problem, lambda: gpu_body.backward_refusal(problem, needs))
+    bits = _in_tiles(problem)
+    body = _choose(problem, lambda: gpu_bits.refusal(problem) if bits else gpu_body.backward_refusal(problem, needs))
     sums = new_key_sums(problem, needs) if sums is None else sums
-    step = torch_attention.backward if body == TORCH else gpu_body.backward
+    step = torch_attention.backward if body == TORCH else gpu_bits.backward if bits else gpu_body.backward
     with torch.autocast(problem.q.device.type, enabled=False):
         dq, p_sum = step(problem, d_out, out, lse, needs, sums)
     return SparseGradients(dq, sums.dk, sums.dv, p_sum)
@@ -156,6 +162,12 @@ def sparse_index_gradients(
             di, leaves, selection, needs, d_index_k, deterministic, workspace_bytes
         )
     return IndexGradients(d_index_q, d_index_k, d_weights)
+
+
+def _in_tiles(problem: SparseProblem) -> bool:
+    """Whether kernels take dense tiles with a bit per (query, key), rather than gather keys: MLA's absorbed form alone
+    has heads wide enough, and enough of them, for a gathered key."""
+    return problem.v is not None or problem.k.shape[1] > 1 or problem.q.shape[2] <= BITS_WIDTHS[-1]
 
 
 def _choose(problem: SparseProblem, refusal: Callable[[], str | None]) -> str:
