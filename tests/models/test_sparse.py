@@ -295,6 +295,19 @@ def test_what_can_not_be_sparse_is_refused_and_left_as_it_was(tiny: Tiny) -> Non
         sparsely(model, 256).remove()
 
 
+def test_a_part_of_a_sequence_generates_nothing(tiny: Tiny) -> None:
+    model, ids = tiny("llama"), tokens(2, 12)
+    attach(model, parallel=Parallel(cp=2), topk=4)
+    with pytest.raises(ValueError, match="with cp=2 there must be neither padding nor a cache .*, got padding"):
+        model(ids, attention_mask=torch.tensor([[0] * 3 + [1] * 9, [1] * 12]))
+    full = DynamicCache(config=model.config)
+    full.update(torch.zeros(2, 2, 5, 8), torch.zeros(2, 2, 5, 8), 0)
+    with pytest.raises(ValueError, match="neither padding nor a cache that holds keys, got 5 keys; generate in one"):
+        model(ids, past_key_values=full, use_cache=True)
+    with pytest.raises(ValueError, match="with cp=2 the forward needs position_ids and no other form"):
+        model(ids, use_cache=False)
+
+
 def test_calls_that_can_not_be_sparse_are_refused(tiny: Tiny) -> None:
     model, ids = tiny("llama"), tokens(2, 12)
     full = DynamicCache(config=model.config)

@@ -84,6 +84,8 @@ def shard_for_training(root: nn.Module, model: PreTrainedModel, parallel: Parall
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)  # gloo multiplies nowhere
+            if hasattr(module, "set_reduce_scatter_unused_params"):  # torch 2.13: experts that got no tokens here
+                module.set_reduce_scatter_unused_params(True)
 
 
 def _everyone(mesh: DeviceMesh) -> DeviceMesh:
