@@ -29,9 +29,10 @@ def all_sum(x: Tensor, *, timeout: float = 600.0) -> Tensor:
 
 
 def sum_gradients(parameters: Iterable[Tensor], *, replicas: int = 1, timeout: float = 600.0) -> None:
-    """gradient = sum over all processes of gradient / replicas, for every parameter, in flat float32 all-reduces.
+    """gradient = sum over all processes of gradient / replicas, for every parameter, in flat all-reduces.
 
-    Every process ends with the same bits, so parameters that began equal stay equal. The copies take as many numbers as
+    Sums are taken in float32 at least. Every process ends with the same bits, so parameters that began equal stay
+    equal. The copies take as many numbers as
     BUCKET or the largest gradient has.
 
     Args:
@@ -55,7 +56,8 @@ def sum_gradients(parameters: Iterable[Tensor], *, replicas: int = 1, timeout: f
 
 
 def _sum_bucket(gradients: list[Tensor], replicas: int, timeout: float) -> None:
-    flat = all_sum(torch.cat([g.flatten().float() for g in gradients]), timeout=timeout).div_(replicas)
+    wide = [g.flatten().to(torch.promote_types(g.dtype, torch.float32)) for g in gradients]
+    flat = all_sum(torch.cat(wide), timeout=timeout).div_(replicas)
     for gradient, part in zip(gradients, torch.split(flat, [g.numel() for g in gradients]), strict=True):
         gradient.copy_(part.view_as(gradient))
 
