@@ -25,12 +25,16 @@ EXACT = """
 import torch
 from flash_indexer.recipe import sparse as stage
 load, attach, prepare = stage.load_model, stage.attach, stage._sparse
+def load_in_float64(name, dtype):
+    model, tokenizer = load(name, dtype=torch.float64)
+    model.set_experts_implementation("eager")  # torch's grouped products know no float64
+    return model, tokenizer
 def attach_in_float64(model, **options):
     handle = attach(model, **options)
     handle.indexers.double()
     return handle
 def prepare_in_float64(settings, model, *rest):
-    stage.load_model, stage.attach = (lambda name, dtype: load(name, dtype=torch.float64)), attach_in_float64
+    stage.load_model, stage.attach = load_in_float64, attach_in_float64
     return prepare(settings, model.double(), *rest)
 stage._sparse = prepare_in_float64
 """
@@ -58,9 +62,11 @@ SparseLoop._clip = clip_and_save
 sys.stderr = open(f"{out}.{environment.get('RANK', 0)}", "a")  # an error that ends the process is read there too
 console = Console(file=sys.stderr, width=500)
 try:
-    stage.train_sparsely(
+    handle = stage.train_sparsely(
         SparseRunSettings(**chosen), out, resume=True, console=console, parallel=ParallelSettings(**parallel)
     )
+    local = [x.to_local() if hasattr(x, "to_local") else x for x in handle.model.parameters()]
+    Path(f"{out}.held.{environment.get('RANK', 0)}").write_text(str(sum(x.numel() for x in local)))
 except (ValueError, ConnectionError) as error:
     console.print(str(error), markup=False)
     console.file.flush()
@@ -228,6 +234,10 @@ def test_many_processes_train_what_one_does(
     out = start.train(tmp_path / "run", count, parallel=parallel, code=EXACT, **(changes | sizes))
     settings = {name: x for name, x in changes.items() if name != "activation_checkpointing"}  # which changes no bit
     assert_same_training(alone(**settings), out, tied, near=1e-3 if "lora" in changes else 1e-5)  # adapters are float32
+    held = [int(Path(f"{out}.held.{rank}").read_text()) for rank in range(count)]
+    whole = int(Path(f"{alone(**settings)}.held.0").read_text())
+    assert sum(held) == whole if parallel.get("fsdp") else held == [whole] * count
+    assert max(held) <= 1.1 * whole / count or not parallel.get("fsdp")
     assert json.loads((out / "run.json").read_text())["sequences_per_step"] == 4
     assert f"--accumulation {4 // sizes['batch_size']}" in sparse_command(read_any_run(out), "x") + " --accumulation 1"
 
@@ -357,3 +367,49 @@ def test_what_can_not_be_shared_out_is_refused_on_every_process(tmp_path: Path, 
     start.runs.finish(start(out, 3), exitcode=2)
     for rank in range(3):
         assert "must divide the 4 sequences of an optimizer step" in (tmp_path / f"run.{rank}").read_text()
+
+
+COMMAND = """
+import os, sys
+os.environ.update(environment)
+sys.argv, sys.stdout = arguments, open(f"{out}.{environment['RANK']}", "a")
+sys.stderr = sys.stdout
+from flash_indexer.cli import main
+main()
+"""
+ASKED_TO_END = """
+import os, signal
+from flash_indexer.recipe.sparse_loop import SparseLoop
+parts = SparseLoop._parts
+def asked(self, step):
+    if step == 3:
+        os.kill(os.getpid(), signal.SIGTERM)
+    return parts(self, step)
+SparseLoop._parts = asked
+"""
+
+
+@pytest.mark.slow
+def test_the_command_trains_on_two_processes_ends_when_one_is_asked_to_and_goes_on(
+    tmp_path: Path, runs: Any, base: dict[str, Any]
+) -> None:
+    out = tmp_path / "run"
+    words = ["flash-indexer", "sparse", "--out", str(out), "--cp", "2", "--fsdp", "--resume"]
+    for name, value in (base | dict(steps=6)).items():
+        words += [f"--{name.replace('_', '-')}", str(value)]
+    codes = [COMMAND, ASKED_TO_END + COMMAND]
+    started = runs.ranks(2, None, out, codes=codes, arguments=words)
+    for process in started:
+        process.join(60)
+    assert [process.exitcode for process in started] == [130, 143]
+    assert [row["step"] for row in rows(out)] == [1, 2, 3]
+    assert "after step 3 of 6, which is saved in" in Path(f"{out}.0").read_text().replace("\n", " ")
+    runs.finish(runs.ranks(2, None, out, codes=[COMMAND] * 2, arguments=words))
+    assert [row["step"] for row in rows(out)] == [*range(1, 7)]
+    said = [Path(f"{out}.{rank}").read_text() for rank in range(2)]
+    assert "trained" in said[0] and "trained" not in said[1]
+    started = runs.ranks(2, None, tmp_path / "tp", codes=[COMMAND] * 2, arguments=[*words, "--tp", "2"])
+    for process in started:
+        process.join(60)
+    assert [process.exitcode for process in started] == [1, 1]
+    assert "sparse: tp must be 1, got 2" in Path(f"{tmp_path / 'tp'}.1").read_text()
