@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -30,6 +31,7 @@ from flash_indexer.recipe.run_record import read_metrics
 from flash_indexer.recipe.sparse import train_sparsely
 from flash_indexer.recipe.sparse_loop import SparseLoop
 from flash_indexer.recipe.sparse_record import SparseRunSettings, read_any_run, sparse_command
+from flash_indexer.recipe.stopping import Interrupted
 from flash_indexer.recipe.warmup import warm_up
 
 RUN = """
@@ -324,6 +326,30 @@ def test_a_damaged_checkpoint_is_refused(tmp_path: Path, run: Run) -> None:
     (out / "run.json").write_text(json.dumps(record | dict(stage="warm-up")))
     with pytest.raises(ValueError, match="is no sparse run's record"):
         run(out, resume=True)
+
+
+@pytest.mark.parametrize(("name", "step"), [("_clip", 3), ("_save", 6)], ids=["in a step", "in the last save"])
+def test_a_run_that_is_asked_to_end_saves_and_goes_on(
+    tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch, name: str, step: int
+) -> None:
+    """After the step under way, or the next where this one was nearly over; after the last one too."""
+    run(tmp_path / "whole")
+    function = getattr(SparseLoop, name)
+
+    def asked(self: SparseLoop, *arguments: Any) -> Any:
+        if arguments[-1] == step:
+            signal.raise_signal(signal.SIGTERM)
+        return function(self, *arguments)
+
+    with (
+        monkeypatch.context() as patch,
+        pytest.raises(Interrupted, match=f"ended by SIGTERM after step {min(6, step + 1)}"),
+    ):
+        patch.setattr(SparseLoop, name, asked)
+        run(tmp_path / "cut")
+    assert len(rows(tmp_path / "cut")) == min(6, step + 1)
+    run(tmp_path / "cut", resume=True)
+    assert_same_bits(tmp_path / "whole", tmp_path / "cut")
 
 
 def test_a_loss_that_is_not_finite_ends_the_run(tmp_path: Path, run: Run) -> None:

@@ -115,6 +115,9 @@ class SparseLoop:
                 if losses.stopping:
                     self.processes.wait()
                     raise self._interrupted(step, stop)
+            late = torch.tensor([float(bool(stop.number))], device=self.processes.device)
+            if self.processes.sum(late).item() > 0:  # while the last step was saved
+                raise self._interrupted(steps, stop)
 
     def _gradients(self, step: int, stop: StopSignals) -> StepLosses:
         """Gradients of an optimizer step: the model's of nats a label token, the indexers' of KL a token."""
