@@ -6,6 +6,7 @@ import io
 import json
 import signal
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,10 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from flash_indexer.models.load import load_model
+from flash_indexer.recipe.processes import ParallelSettings, Processes
 from flash_indexer.recipe.run_record import read_metrics
-from flash_indexer.recipe.sparse_record import read_any_run, sparse_command
+from flash_indexer.recipe.sparse import notes
+from flash_indexer.recipe.sparse_record import SparseRunSettings, read_any_run, sparse_command
 from flash_indexer.recipe.warmup import warm_up
 
 STEPS = 20
@@ -210,7 +213,7 @@ def assert_same_bits(one: Path, other: Path) -> None:
     [
         (2, dict(), dict()),
         pytest.param(2, dict(fsdp=True), dict(), marks=pytest.mark.slow),
-        (2, dict(cp=2), dict()),
+        pytest.param(2, dict(cp=2), dict(), marks=pytest.mark.slow),
         (2, dict(cp=2, layout="contiguous", fsdp=True), dict(activation_checkpointing=True)),
         pytest.param(2, dict(cp=2), dict(layers=[1]), marks=pytest.mark.slow),
         pytest.param(2, dict(fsdp=True), dict(indexers_alone=True), marks=pytest.mark.slow),
@@ -367,6 +370,18 @@ def test_what_can_not_be_shared_out_is_refused_on_every_process(tmp_path: Path, 
     start.runs.finish(start(out, 3), exitcode=2)
     for rank in range(3):
         assert "must divide the 4 sequences of an optimizer step" in (tmp_path / f"run.{rank}").read_text()
+
+
+def test_a_run_on_gpus_says_that_nobody_has_compared_it(base: dict[str, Any]) -> None:
+    settings, processes = SparseRunSettings(**base, dtype="bfloat16"), Processes(ParallelSettings(fsdp=True))
+    (said,) = notes(settings, processes, False)
+    assert "--fsdp does nothing in one process" in said
+    processes.count, processes.device = 2, torch.device("cuda")
+    first, second = notes(settings, processes, False)
+    assert "not yet on GPUs; compare the losses of a few steps" in first
+    assert "--fsdp without --activation-checkpointing keeps the bfloat16 weights of all layers" in second
+    (first,) = notes(replace(settings, activation_checkpointing=True), processes, False)
+    assert "not yet on GPUs" in first
 
 
 COMMAND = """

@@ -128,7 +128,7 @@ def train_sparsely(
                 settings = replace(settings, dtype=str(default_dtype()).removeprefix("torch."))
         processes.agree(out, -1 if record is None else crc32(json.dumps(record, sort_keys=True).encode()))
         processes.check_length(settings.sequence_length)
-        for note in _notes(settings, parallel, processes.count, record is not None or resume):
+        for note in notes(settings, processes, record is not None or resume):
             say(note)
         loop = _prepare(settings, out, record, processes, console)
         before = model_fingerprint(loop.handle.model) if settings.indexers_alone else None
@@ -137,10 +137,15 @@ def train_sparsely(
         return loop.handle
 
 
-def _notes(settings: SparseRunSettings, parallel: ParallelSettings, processes: int, resume: bool) -> list[str]:
-    """What a person should know of options that do nothing, or less than they could."""
-    said = []
-    if parallel.fsdp and processes == 1:
+def notes(settings: SparseRunSettings, processes: Processes, resume: bool) -> list[str]:
+    """What a person should know of options that do nothing, or less than they could, and of what was never tried."""
+    said, parallel = [], processes.settings
+    if processes.count > 1 and processes.device.type == "cuda":
+        said.append(
+            "sparse: training on several processes was compared with one process on CPUs, by gloo, and not yet on "
+            "GPUs; compare the losses of a few steps with those of one GPU"
+        )
+    if parallel.fsdp and processes.count == 1:
         said.append(
             "sparse: --fsdp does nothing in one process, which holds the whole model; start several with torchrun"
         )
