@@ -26,6 +26,7 @@ from flash_indexer.models.shared_indexers import LayerLoss
 from flash_indexer.models.sparse_forward import SparseForward
 from flash_indexer.models.sparse_hooks import FORWARD, SPARSE_ATTENTION, SPARSE_TAP, SparseTap
 from flash_indexer.ops import Selection, dsa_attention, select_keys, sparse_attention, sparse_indexer_kl
+from flash_indexer.parallel.sparse import context_parallel_dsa_attention
 
 __all__ = ["SparseHandle", "sparse_handle"]
 
@@ -38,7 +39,8 @@ class SparseHandle(IndexerHandle):
 
     Attributes:
         topk: K, keys that a query attends to. always: so many first and last keys are selected whatever their score.
-        token_weight: weight of every token's KL in the indexers' loss; None means 1/T of each forward.
+        token_weight: weight of every token's KL in the indexers' loss; None means 1/T of each forward, T over all
+            processes that share the sequence.
         kl_scale: a tensor of no dimension by which the indexers' loss is multiplied; None means 1.
         on_selection: called with each layer's index and selection in forwards without gradients; None for none.
     """
@@ -54,7 +56,8 @@ class SparseHandle(IndexerHandle):
     def losses(self) -> dict[int, LayerLoss]:
         """Each layer's mean KL over the selected keys in the last forward that learnt, NaN until its backward has run.
 
-        The uniform prediction's is known where the model is frozen, and NaN elsewhere.
+        The uniform prediction's is known where the model is frozen and whole in one process, and NaN elsewhere. With
+        context parallelism the means are over this process's tokens.
         """
         if self._last is None:
             return {}
@@ -81,7 +84,7 @@ class SparseHandle(IndexerHandle):
         if tokens is None:
             raise ValueError("attach: the decoder needs input_ids or inputs_embeds")
         check_call(module, inputs)
-        forward = SparseForward(inputs, tokens)
+        forward = SparseForward(inputs, tokens, self.parallel)
         if inputs.get("position_ids") is None and forward.is_packed:
             inputs["position_ids"] = forward.positions
         return (), inputs | {FORWARD: forward}
@@ -104,7 +107,9 @@ class SparseHandle(IndexerHandle):
             tensors = query, torch.cat([key, value], -1), None
         width = None if w_v is None else w_v.shape[1]
         visible = forward.visible(k.shape[2], window)
-        if self._learns(tap, forward) and torch.is_grad_enabled():
+        if forward.packing is not None:
+            out, kl = self._attend_in_part(tap, forward, tensors, leaves, visible, scale, width, again)
+        elif self._learns(tap, forward) and torch.is_grad_enabled():
             kl = None if again else leaves[2].new_full((len(query),), torch.nan)
             out = self._learn_in_backward(tensors, leaves, visible, scale, width, kl)
         else:
@@ -142,6 +147,39 @@ class SparseHandle(IndexerHandle):
             kl_scale=self.kl_scale, kl_out=kl,
         ).out  # fmt: skip
 
+    def _attend_in_part(
+        self,
+        tap: SparseTap,
+        forward: SparseForward,
+        tensors: tuple[Tensor, Tensor, Tensor | None],
+        leaves: Leaves,
+        visible: tuple[Tensor, Tensor],
+        scale: float,
+        width: int | None,
+        again: bool,
+    ) -> tuple[Tensor, Tensor | None]:
+        """The output and the KL of this process's tokens, over the keys of all processes; learns as in one process."""
+        learns, with_gradients = self._learns(tap, forward), torch.is_grad_enabled()
+        now = learns and not with_gradients
+        if now:
+            _check_learns()
+        weights, group = self._token_weights(leaves[2], tensors[0]), forward.parallel.group("cp")
+        assert group is not None
+        kl = leaves[2].new_full(weights.shape, torch.nan) if learns and with_gradients and not again else None
+        with torch.set_grad_enabled(with_gradients or now):
+            made = context_parallel_dsa_attention(
+                *tensors, *(leaves if learns else (x.detach() for x in leaves)), group=group,
+                layout=forward.parallel.layout, softmax_scale=scale, key_start=visible[0], key_end=visible[1],
+                topk=self.topk, value_dim=width, always=self.always, token_weight=weights,
+                kl="forward" if now else "backward", kl_scale=None if now else self.kl_scale, kl_out=kl,
+            )  # fmt: skip
+            if made.loss is not None and made.loss.requires_grad:
+                loss = made.loss if self.kl_scale is None else made.loss * self.kl_scale
+                loss.backward()  # type: ignore[no-untyped-call]
+        if not with_gradients and self.on_selection is not None:
+            self.on_selection(tap.layer, made.selection)
+        return made.out, made.kl if now else kl
+
     def _learn(
         self,
         tap: SparseTap,
@@ -153,11 +191,8 @@ class SparseHandle(IndexerHandle):
         lse: Tensor,
     ) -> Tensor:
         """The KL [T] of a model that is frozen, and in train() mode its backward, at once."""
-        if torch.is_inference_mode_enabled() and self.indexers.training:
-            raise ValueError(
-                "attach: the forward must run outside of torch.inference_mode() while the indexers train, since no "
-                "gradient exists inside it; use torch.no_grad() around the model, or handle.indexers.eval()"
-            )
+        if self.indexers.training:
+            _check_learns()
         weight = self._token_weights(leaves[2], qk[0])
         with torch.enable_grad():
             loss, kl, entropy = sparse_indexer_kl(
@@ -170,7 +205,7 @@ class SparseHandle(IndexerHandle):
         return kl
 
     def _token_weights(self, index_weights: Tensor, q: Tensor) -> Tensor:
-        each = 1 / len(q) if self.token_weight is None else self.token_weight
+        each = 1 / (len(q) * self.parallel.cp) if self.token_weight is None else self.token_weight
         return index_weights.new_full((len(q),), each)
 
     def _leaves(self, tap: SparseTap, forward: SparseForward, q: Tensor) -> Leaves:
@@ -219,12 +254,16 @@ def sparse_handle(dense: IndexerHandle, topk: int) -> SparseHandle:
 
     Generation: index_k is cached with k and v in a DynamicCache; batches may be padded on the left.
 
+    Context parallelism: the model is given this process's part of input_ids and position_ids, as for `attach`, every
+    process runs forward and backward, and the gradients of the model's and the indexers' parameters are each process's
+    part of one sum. Not for generation.
+
     Args:
-        dense: what `attach` returned, without context or tensor parallelism, target "mean". It is removed.
+        dense: what `attach` returned, without tensor parallelism, target "mean". It is removed.
         topk: K, 1 or more; at or above the model's context nothing is selected away, which warns.
 
     Raises:
-        ValueError: another topk, target or kind of indexer, or a model shared out over processes.
+        ValueError: another topk, target or kind of indexer, or heads shared out over processes.
 
     Source: DeepSeek-V3.2-Exp technical report (2025), section 2.1.
     """
@@ -248,7 +287,12 @@ def _dense_attention(
     forward: SparseForward, q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None
 ) -> Tensor:
     """A layer without an indexer: [B, H, L, D] against [B, G, S, D] to [B * L, H, V]."""
-    is_plain = window is None and forward.past == 0 and forward.positions is not None and not forward.is_packed
+    k, v = forward.all_keys(k), forward.all_keys(v)
+    is_whole = forward.packing is None
+    if not is_whole:
+        q = q.transpose(1, 2).flatten(0, 1).transpose(0, 1)[None]
+    is_first = forward.past == 0 and forward.positions is not None
+    is_plain = window is None and is_whole and is_first and not forward.is_packed
     mask = None if is_plain else forward.mask(k.shape[2], window)
     out = scaled_dot_product_attention(q, k, v, mask, is_causal=is_plain, scale=scale, enable_gqa=True)
     return out.transpose(1, 2).flatten(0, 1)
@@ -256,11 +300,10 @@ def _dense_attention(
 
 def _check(dense: IndexerHandle, topk: int) -> None:
     check_topk("attach", topk)
-    parallel = dense.parallel
-    if parallel.cp * parallel.tp > 1:
+    if dense.parallel.tp > 1:
         raise ValueError(
-            f"attach: a sparse model must be whole in one process, got cp={parallel.cp}, tp={parallel.tp}; leave topk "
-            "or parallel out"
+            f"attach: with topk, tp must be 1, got {dense.parallel.tp}: a sparse model's heads are not shared out; "
+            "share the sequence out by cp, and parameters by FSDP"
         )
     if dense.target != "mean":
         raise ValueError(f'attach: with topk, target must be "mean", got {dense.target!r}')
@@ -283,6 +326,14 @@ def _check(dense: IndexerHandle, topk: int) -> None:
         warnings.warn(
             f"attach: topk = {topk} covers the model's context of {context} tokens: no key is ever left out",
             stacklevel=4,
+        )
+
+
+def _check_learns() -> None:
+    if torch.is_inference_mode_enabled():
+        raise ValueError(
+            "attach: the forward must run outside of torch.inference_mode() while the indexers train, since no "
+            "gradient exists inside it; use torch.no_grad() around the model, or handle.indexers.eval()"
         )
 
 
