@@ -6,6 +6,8 @@ static __device__ __forceinline__ float exp2_approximate(float x) {
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;
 }
+// whether x is NaN, by its bits: fast arithmetic may take comparisons with NaN as it likes
+static __device__ __forceinline__ bool isnan_bits(float x) { return (__float_as_uint(x) & 0x7fffffffu) > 0x7f800000u; }
 // max(x, y), NaN where one is: fmaxf would hide it
 static __device__ __forceinline__ float max_or_nan(float x, float y) {
   float z;

@@ -42,7 +42,7 @@ from flash_indexer.intervals import check_intervals
 from flash_indexer.ops import bodies
 from flash_indexer.ops.blockwise import compute_dtype
 from flash_indexer.ops.bodies import TORCH
-from flash_indexer.ops.sparse import gpu_body, torch_attention, torch_index, torch_select
+from flash_indexer.ops.sparse import gpu_body, gpu_index, gpu_select, torch_attention, torch_index, torch_select
 from flash_indexer.ops.sparse.problem import KeySums, Leaves, Needs, SparseProblem, new_key_sums
 from flash_indexer.ops.sparse.selection import Selection, check_selection
 
@@ -76,10 +76,12 @@ def select_rows(
     leaves: Leaves, key_start: Tensor, key_end: Tensor, topk: int, always: tuple[int, int], workspace_bytes: int
 ) -> Selection:
     """S_t of the queries, among the keys key_start[t] <= s < key_end[t]: see `select_keys`."""
-    bodies.choose("select_keys", leaves[0].device, gpu_body.refusal)
-    check_intervals(key_start, key_end, leaves[1].shape[0])
+    body = bodies.choose("select_keys", leaves[0].device, lambda: gpu_select.refusal(leaves))
+    if body == TORCH:
+        check_intervals(key_start, key_end, leaves[1].shape[0])
+    step = torch_select.select if body == TORCH else gpu_select.select
     with torch.autocast(leaves[0].device.type, enabled=False):
-        return torch_select.select(*leaves, key_start, key_end, topk, always, workspace_bytes)
+        return step(*leaves, key_start, key_end, topk, always, workspace_bytes)
 
 
 def sparse_forward(problem: SparseProblem) -> tuple[Tensor, Tensor]:
@@ -129,8 +131,9 @@ def sparse_kl_rows(p_sum: Tensor, scores: Tensor, count: Tensor, token_weight: T
     Args:
         p_sum, scores: [T, K]. count: [T]. token_weight: [T].
     """
-    bodies.choose("sparse_indexer_kl", p_sum.device, gpu_body.refusal)
-    return KLRows(*torch_index.kl_rows(p_sum, scores, count, token_weight.to(p_sum.dtype)))
+    body = bodies.choose("sparse_indexer_kl", p_sum.device, lambda: None)
+    step = torch_index.kl_rows if body == TORCH else gpu_index.kl_rows
+    return KLRows(*step(p_sum, scores, count, token_weight.to(p_sum.dtype)))
 
 
 def sparse_index_gradients(
