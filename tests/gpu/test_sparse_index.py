@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import pytest
 import torch
 from torch import Tensor
 
+from flash_indexer.ops import Selection
 from flash_indexer.ops.sparse import gpu_index, torch_index
+from flash_indexer.ops.sparse.problem import Leaves
 from flash_indexer.testing import assert_close
 
 pytestmark = pytest.mark.gpu
@@ -59,3 +63,132 @@ def test_kl_rows_of_nothing_and_of_what_is_no_distribution() -> None:
     assert kl[wrong].isnan().all() and di[wrong].isnan().all()
     right = torch.tensor([0, 1, 3, 5], device="cuda")
     assert kl[right].isfinite().all() and di[right].isfinite().all()
+
+
+class Problem(NamedTuple):
+    """di [T, K] of a selection: NaN behind the slots, as -1 is behind the keys."""
+
+    di: Tensor
+    leaves: Leaves
+    selection: Selection
+
+
+def make(T: int, S: int, K: int, I: int, E: int, kind: str = "plain") -> Problem:
+    generator = torch.Generator("cuda").manual_seed(T + S + K + I + E)
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(*shape, device="cuda", generator=generator)
+
+    index_q, index_k, weights = random(T, I, E).bfloat16(), random(S, E).bfloat16(), random(T, I)
+    most = min(K, S)
+    count = torch.randint(most + 1, (T,), device="cuda", generator=generator, dtype=torch.int32)
+    count[: min(3, T)] = torch.tensor([most, 0, 1][: min(3, T)], dtype=torch.int32, device="cuda")
+    keys = torch.rand(T, S, device="cuda", generator=generator).argsort(-1)[:, :most]
+    behind = torch.arange(most, device="cuda") >= count[:, None]
+    keys = keys.masked_fill(behind, S).sort(-1).values
+    indices = torch.full((T, K), -1, dtype=torch.int32, device="cuda")
+    indices[:, :most] = torch.where(keys == S, -1, keys)
+    di = random(T, K) / T
+    if kind == "wide":  # magnitudes of di, queries and weights far apart
+        di = di * (8 * random(T, K)).exp()
+        weights = weights * (4 * random(T, 1)).exp()
+        index_k = (index_k * (random(S, 1) * 2).exp()).bfloat16()
+    behind = torch.arange(K, device="cuda") >= count[:, None]
+    selection = Selection(indices, count, torch.zeros(T, K, device="cuda"))
+    return Problem(di.masked_fill(behind, torch.nan), (index_q, index_k, weights), selection)
+
+
+def dense(x: Problem, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    """The three gradients by whole matrices: in float64, or in float32 with dS rounded as tensor cores read it."""
+    index_q, index_k, w = (y.to(dtype) for y in x.leaves)
+    T, S = len(index_q), len(index_k)
+    slots = x.selection.indices.long().masked_fill(x.selection.indices < 0, S)
+    di = torch.zeros(T, S + 1, dtype=dtype, device="cuda")
+    di.scatter_(1, slots, x.di.to(dtype).masked_fill(x.selection.indices < 0, 0.0))
+    masked = di[:, None, :S] * (torch.einsum("tie,se->tis", index_q, index_k) > 0)
+    ds = masked * w[..., None]
+    if dtype == torch.float32:
+        masked, ds = masked.bfloat16().float(), ds.bfloat16().float()
+    unscaled = torch.einsum("tis,se->tie", masked, index_k)
+    d_index_k = torch.einsum("tis,tie->se", ds, index_q)
+    d_index_q = unscaled * w[..., None]
+    return d_index_q if dtype == torch.float64 else d_index_q.bfloat16(), d_index_k, (index_q * unscaled).sum(-1)
+
+
+def run(x: Problem, needs: tuple[bool, bool, bool] = (True, True, True)) -> tuple[Tensor | None, ...]:
+    d_index_k = torch.zeros(x.leaves[1].shape, device="cuda")
+    d_index_q, d_weights = gpu_index.index_gradients(*x, needs, d_index_k, True, 2**29)
+    return d_index_q, d_index_k, d_weights
+
+
+SIZES = [(1, 1, 1), (5, 3, 64), (70, 300, 128), (140, 1000, 200), (300, 900, 513), (64, 2500, 2048)]  # T, S, K
+
+
+@pytest.mark.parametrize("kind", ["plain", "wide"])
+@pytest.mark.parametrize("I, E", [(64, 128), (64, 64), (33, 32), (8, 128), (1, 64), (50, 128)])
+@pytest.mark.parametrize("T, S, K", SIZES)
+def test_gradients_against_float64(T: int, S: int, K: int, I: int, E: int, kind: str) -> None:
+    x = make(T, S, K, I, E, kind)
+    got, truth, eager = run(x), dense(x, torch.float64), dense(x, torch.float32)
+    for name, *each in zip(("d_index_q", "d_index_k", "d_index_weights"), got, truth, eager, strict=True):
+        assert_close(name, *(y.flatten(0, -2) for y in each))
+    nothing = x.selection.count == 0
+    assert (got[0][nothing] == 0).all() and (got[2][nothing] == 0).all()
+
+
+def test_the_same_bits_every_time_in_any_order() -> None:
+    x = make(600, 900, 400, 64, 128, "wide")
+    first = run(x)
+    for _ in range(100):
+        assert all(torch.equal(a, b) for a, b in zip(first, run(x), strict=True))
+    order = torch.randperm(600, device="cuda")
+    leaves = x.leaves[0][order], x.leaves[1], x.leaves[2][order]
+    other = run(Problem(x.di[order], leaves, Selection(*(y[order] for y in x.selection))))
+    assert torch.equal(first[1], other[1]) and torch.equal(first[0][order], other[0])
+
+
+@pytest.mark.parametrize("needs", [(a, b, c) for a in (0, 1) for b in (0, 1) for c in (0, 1)])
+def test_what_is_not_wanted_changes_nothing(needs: tuple[bool, bool, bool]) -> None:
+    x = make(70, 300, 128, 20, 64)
+    whole, part = run(x), run(x, needs)
+    assert (part[0] is not None, part[2] is not None) == (bool(needs[0]), bool(needs[2]))
+    assert all(torch.equal(part[n], whole[n]) for n in (0, 2) if needs[n])
+    assert torch.equal(part[1], whole[1]) if needs[1] else (part[1] == 0).all()
+
+
+def test_it_adds_and_unselected_keys_have_no_part() -> None:
+    x = make(40, 900, 100, 64, 128)
+    used = torch.zeros(901, dtype=torch.bool, device="cuda")
+    used[x.selection.indices.long()] = True
+    used = used[:900]
+    index_k = x.leaves[1].masked_fill(~used[:, None], torch.nan)
+    poisoned = x._replace(leaves=(x.leaves[0], index_k, x.leaves[2]))
+    clean, got = run(x), run(poisoned)
+    assert all(torch.equal(a, b) for a, b in zip(clean, got, strict=True))
+    sums = torch.full_like(clean[1], 3.0)
+    gpu_index.index_gradients(*x, (False, True, False), sums, True, 2**29)
+    torch.testing.assert_close(sums, clean[1] + 3.0)
+
+
+@pytest.mark.parametrize("key", [-1, 900, 2**31 - 1, -(2**31)])
+def test_a_key_that_is_none_is_neither_read_nor_added_to(key: int) -> None:
+    x = make(40, 900, 100, 64, 128)
+    without = x._replace(di=x.di.clone())
+    without.di[0, 5] = 0
+    x.selection.indices[0, 5] = key
+    x.di[0, 5] = 3.0
+    expected = dense(without, torch.float64)
+    x.selection.indices[0, 5] = key
+    got = run(x)
+    for a, b in zip(got, expected, strict=True):
+        torch.testing.assert_close(a.double(), b, rtol=2e-2, atol=2e-2 * float(b.abs().max()))
+
+
+def test_nan_reaches_what_it_is_part_of_and_nothing_else() -> None:
+    x = make(40, 900, 100, 64, 128)
+    x.di[0, 7] = torch.nan
+    d_index_q, d_index_k, d_weights = run(x)
+    key = int(x.selection.indices[0, 7])
+    assert d_index_q[0].isnan().any() and d_weights[0].isnan().any() and d_index_k[key].isnan().all()
+    others = torch.arange(900, device="cuda") != key
+    assert d_index_q[1:].isfinite().all() and d_weights[1:].isfinite().all() and d_index_k[others].isfinite().all()

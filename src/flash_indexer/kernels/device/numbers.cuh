@@ -28,3 +28,9 @@ static __device__ __forceinline__ unsigned pack(float low, float high) {
 }
 static __device__ __forceinline__ float low_half(unsigned v) { return __uint_as_float(v << 16); }
 static __device__ __forceinline__ float high_half(unsigned v) { return __uint_as_float(v & 0xffff0000u); }
+// 0xffff in each half where s > 0 (bfloat16 has the exponents of float32: the sign survives the rounding)
+static __device__ __forceinline__ unsigned mask_positive(float lo, float hi) {
+  unsigned m;
+  asm("set.gt.u32.bf16x2 %0, %1, %2;" : "=r"(m) : "r"(pack(lo, hi)), "r"(0u));
+  return m;
+}

@@ -55,6 +55,13 @@ class Kernel(NamedTuple):
     streamed: bool = True
 
 
+def sparse_index_bytes(E: int) -> int:
+    """Shared memory of `sparse_index_gradients`: keys, tokens, sums, weights, numbers of keys, barriers."""
+    stages, tokens = 3 if E == 128 else 4, 2
+    sums = 2 * 64 * (4 * E + 16)
+    return stages * (256 * E + 128 * 14 + 16) + tokens * (128 * E + 64 * 4 + 16) + sums
+
+
 def quantized_rows(D: int) -> int:
     """Rows that a block of `quantize` or `rotate` takes: 4 to 32 lanes hold one."""
     vectors = D // 8
@@ -205,6 +212,10 @@ BUILDERS = {
         tuple({"E": E, "wide": wide} for E in INDEX_WIDTHS for wide in (0, 1)),
         streamed=False,
     ),
+    "sparse_index_gradients": Kernel("sparse_index_gradients", "build", INDEX, streamed=False),
+    "sparse_index_largest": Kernel("sparse_index_sums", "build_largest", INDEX, streamed=False),
+    "sparse_index_bounds": Kernel("sparse_index_sums", "build_bounds", ({},), streamed=False),
+    "sparse_index_finish": Kernel("sparse_index_sums", "build_finish", INDEX, streamed=False),
     "gradients_query": Kernel("gradients", "build_query", INDEX_HEADS),
     "gradients_key": Kernel("gradients", "build_key", INDEX_HEADS),
     "gradients_reduce": Kernel("gradients_reduce", "build", INDEX, streamed=False),

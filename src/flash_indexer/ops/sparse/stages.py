@@ -150,14 +150,14 @@ def sparse_index_gradients(
 
     d_index_k: the buffer [S, E] to add to; None makes zeros where `needs` wants it.
     """
-    bodies.choose("sparse_indexer_kl", di.device, gpu_body.refusal)
-    check_selection(selection, leaves[1].shape[0])
+    body = bodies.choose("sparse_indexer_kl", di.device, lambda: gpu_index.refusal(leaves))
+    if body == TORCH:
+        check_selection(selection, leaves[1].shape[0])
+    step = torch_index.index_gradients if body == TORCH else gpu_index.index_gradients
     if d_index_k is None and needs[1]:
         d_index_k = torch.zeros(leaves[1].shape, dtype=compute_dtype(leaves[1]), device=di.device)
     with torch.autocast(di.device.type, enabled=False):
-        d_index_q, d_weights = torch_index.index_gradients(
-            di, leaves, selection, needs, d_index_k, deterministic, workspace_bytes
-        )
+        d_index_q, d_weights = step(di, leaves, selection, needs, d_index_k, deterministic, workspace_bytes)
     return IndexGradients(d_index_q, d_index_k, d_weights)
 
 
