@@ -51,7 +51,9 @@ def test_kl_rows_against_float64(T: int, K: int, kind: str) -> None:
 
 def test_kl_rows_of_nothing_and_of_what_is_no_distribution() -> None:
     empty = torch.zeros(4, 0, device="cuda")
-    kl, entropy, di = gpu_index.kl_rows(empty, empty, torch.zeros(4, dtype=torch.int32, device="cuda"), torch.ones(4, device="cuda"))
+    kl, entropy, di = gpu_index.kl_rows(
+        empty, empty, torch.zeros(4, dtype=torch.int32, device="cuda"), torch.ones(4, device="cuda")
+    )
     assert (kl == 0).all() and (entropy == 0).all() and di.shape == (4, 0)
     p, scores, count, weight = rows(6, 40, "broad")
     count[:] = 40
@@ -134,6 +136,20 @@ def test_gradients_against_float64(T: int, S: int, K: int, I: int, E: int, kind:
         assert_close(name, *(y.flatten(0, -2) for y in each))
     nothing = x.selection.count == 0
     assert (got[0][nothing] == 0).all() and (got[2][nothing] == 0).all()
+
+
+@pytest.mark.parametrize("I, E", [(64, 128), (64, 64), (33, 32), (8, 128), (1, 64)])
+@pytest.mark.parametrize("T, S, K", SIZES)
+def test_scores_against_float64(T: int, S: int, K: int, I: int, E: int) -> None:
+    x = make(T, S, K, I, E)
+    got = gpu_index.index_scores(x.leaves, x.selection, 2**29)
+    index_q, index_k, w = (y.double() for y in x.leaves)
+    scores = (w[..., None] * torch.einsum("tie,se->tis", index_q, index_k).relu()).sum(1)
+    behind = torch.arange(K, device="cuda") >= x.selection.count[:, None]
+    truth = scores.gather(1, x.selection.indices.long().clamp_min(0))
+    assert (got[behind] == -torch.inf).all()
+    error = (got.double() - truth).masked_fill(behind, 0.0).abs().max()
+    assert error <= 2e-6 * I**0.5 * E**0.5 * scores.abs().max()
 
 
 def test_the_same_bits_every_time_in_any_order() -> None:

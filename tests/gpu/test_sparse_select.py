@@ -63,7 +63,8 @@ def selected(scores: Tensor, start: Tensor, end: Tensor, topk: int, always: tupl
     plan = score_plan(start, end, S, 5 * TILE_BYTES * -(-S // TILE))
     padded = torch.full((-(-T // TILE) * TILE, -(-S // TILE) * TILE), torch.nan)
     padded[:T, :S] = scores
-    seen = (torch.arange(padded.shape[1]) >= start.cpu()[:, None]) & (torch.arange(padded.shape[1]) < end.cpu()[:, None])
+    columns = torch.arange(padded.shape[1])
+    seen = (columns >= start.cpu()[:, None]) & (columns < end.cpu()[:, None])
     padded[:T].masked_fill_(~seen, torch.nan)
     padded[T:] = torch.nan
     K = min(topk, S)

@@ -65,10 +65,6 @@ static __device__ __forceinline__ void store_shared(int address, int a, int b) {
 static __device__ __forceinline__ void store_shared(int address, int a, int b, int c, int d) {
   asm volatile("st.shared.v4.s32 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(a), "r"(b), "r"(c), "r"(d) : "memory");
 }
-// one more in a counter of shared memory
-static __device__ __forceinline__ void count_shared(int address) {
-  asm volatile("red.shared.add.u32 [%0], 1;" ::"r"(address) : "memory");
-}
 // four 8 x 8 matrices of bfloat16, of which a lane gives the address of one row and holds two elements of each
 static __device__ __forceinline__ void store_shared_matrices(int address, const unsigned* v) {
   asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(v[0]), "r"(v[1]),

@@ -18,6 +18,10 @@ static __device__ __forceinline__ unsigned rank_of(float x) {
 static __device__ __forceinline__ float score_of(unsigned r) {
   return __uint_as_float((int)r < 0 ? r & 0x7fffffffu : ~r);
 }
+// one more in a counter of shared memory
+static __device__ __forceinline__ void count_shared(int address) {
+  asm volatile("red.shared.add.u32 [%0], 1;" ::"r"(address) : "memory");
+}
 // What a CTA shares: numbers of ranks by their digit, sums of warps, what one thread found
 struct SelectShared {
   int histogram[2048];

@@ -54,10 +54,7 @@ def build(LIST):
         with T.Kernel(nrows, threads=THREADS) as bx:
             T.import_source(SOURCE)
             T.annotate_min_blocks_per_sm(1)
-            if LIST:
-                room = shared_address(T.alloc_shared((LIST * 8,), "uint8"))
-            else:
-                room = 0
+            room = shared_address(T.alloc_shared((LIST * 8,), "uint8")) if LIST else 0
             # for t in rows: IDX[t], COUNT[t], SC[t] = topk(X[t, KS[t] : KE[t]], width)
             T.call_extern(
                 "handle", f"select_row<{LIST}>", T.address_of(X[0, 0]), T.address_of(BLOCKS[0]), T.address_of(KS[0]),

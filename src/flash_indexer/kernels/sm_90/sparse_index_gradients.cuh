@@ -3,7 +3,7 @@
 #include "../device/cluster.cuh"
 #include "../device/fixed_point.cuh"
 #include "../device/wgmma.cuh"
-// Gradients of the indexer at the selected keys: tiles of 128 gathered keys of one token after the other.
+// The indexer at the selected keys, gradients and scores: tiles of 128 gathered keys of one token after the other.
 namespace sparse_index {
 constexpr int KEYS = 128, HEADS = 64, TOKENS = 2, ADDERS = 2;  // stages of tokens, warpgroups that add
 // shared memory, in bytes
@@ -29,9 +29,10 @@ struct Problem {
   char* dq;
   float* dw;
   int* sums;
+  float* scores;  // [T, width]
   int T, I, S, width, wants;
 };
-constexpr int WANTS_QUERY = 1, WANTS_KEY = 2;
+constexpr int WANTS_QUERY = 1, WANTS_KEY = 2, WANTS_SCORES = 4;
 static __device__ __forceinline__ void copy_row(int to, const char* from, int bytes) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(bytes) : "memory");
 }
@@ -80,14 +81,15 @@ struct Work {
   __device__ __forceinline__ void feed() const {
     constexpr int PIECES = E / 8, ROWS = 32 / PIECES;  // of a row, rows that an instruction copies
     const int tid = threadIdx.x & 127, c = lane % PIECES, r = lane / PIECES;
-    const float largest = *x.largest;
+    const float largest = x.wants & WANTS_KEY ? *x.largest : 0.f;
     Stage y, z;
     for (int t = blockIdx.x; t < x.T; t += gridDim.x) {
       const int count = count_of(t), tiles = tiles_of(count);
       if (!tiles) continue;
       const long long slots = (long long)t * x.width;
       int key = tid < count ? load_int(x.indices, slots + tid) : -1;
-      float di = tid < count ? load_float(x.di, slots + tid) : 0.f;
+      const bool has_di = !(x.wants & WANTS_SCORES);
+      float di = has_di && tid < count ? load_float(x.di, slots + tid) : 0.f;
       barrier_wait(token_empty(z.n), z.parity ^ 1);
 #pragma unroll
       for (int i = 0; i < HEADS / (4 * ROWS); ++i) {
@@ -109,7 +111,7 @@ struct Work {
             is_key && (x.wants & WANTS_KEY) ? *(const volatile unsigned long long*)(x.bound + key) : 0ull;
         const int next = (i + 1) * KEYS + tid;
         key = next < count ? load_int(x.indices, slots + next) : -1;
-        di = next < count ? load_float(x.di, slots + next) : 0.f;
+        di = has_di && next < count ? load_float(x.di, slots + next) : 0.f;
         barrier_wait(key_empty(y.n), y.parity ^ 1);
 #pragma unroll
         for (int j = 0; j < 32 / ROWS; ++j) {
@@ -252,6 +254,43 @@ struct Work {
     }
     if (lane < 16) wait_bulk();
   }
+  // the same warps: scores of 64 keys of each tile
+  //   scores[t, slot] = sum_j w_j ReLU(Y X^T)
+  __device__ __forceinline__ void score_keys(int half) const {
+    Stage y, z;
+    const int slot = half * 64 + warpgroup_row();
+    for (int t = blockIdx.x; t < x.T; t += gridDim.x) {
+      const int count = count_of(t), tiles = tiles_of(count);
+      if (!tiles) continue;
+      barrier_wait(token_full(z.n), z.parity);
+      fence_shared();
+      const int token = wg_uniform(sm + L::X + z.n * L::TOKEN);
+      const int weights = sm + L::W + z.n * HEADS * 4 + (lane & 3) * 8;
+      for (int i = 0; i < tiles; ++i) {
+        barrier_wait(key_full(y.n), y.parity);
+        fence_shared();
+        const int keys = wg_uniform(sm + L::Y + y.n * L::KEY);
+        float s[32], first = 0.f, second = 0.f;
+        wg_product<HEADS, E, KEYS>(s, (keys >> 4) + half * Tile<E, KEYS>::HALF, token >> 4);
+        tl::wait_wgmma<0>();
+        tl::warpgroup_fence_operand(s, 32);
+        release(key_empty(y.n));
+        y.next(L::STAGES);
+#pragma unroll
+        for (int g = 0; g < 8; ++g) {
+          const float2 w = load_shared_float2(weights + g * 32);
+          first = fmaf(w.x, relu(s[4 * g]), fmaf(w.y, relu(s[4 * g + 1]), first));
+          second = fmaf(w.x, relu(s[4 * g + 2]), fmaf(w.y, relu(s[4 * g + 3]), second));
+        }
+        first = quad_sum(first), second = quad_sum(second);
+        float* to = x.scores + (long long)t * x.width + i * KEYS;
+        if ((lane & 3) == 0 && i * KEYS + slot < count) to[slot] = first;
+        if ((lane & 3) == 0 && i * KEYS + slot + 8 < count) to[slot + 8] = second;
+      }
+      release(token_empty(z.n));
+      z.next(TOKENS);
+    }
+  }
   // who has nothing to do lets the others go on
   __device__ __forceinline__ void pass() const {
     Stage y, z;
@@ -270,14 +309,10 @@ struct Work {
 };
 }  // namespace sparse_index
 
-// The whole kernel, for 512 threads; `sm` the address of BYTES of shared memory, a multiple of 1,024.
-template <int E>
-static __device__ __forceinline__ void sparse_index_gradients(
-    int sm, const void* q, const void* k, const float* w, const float* di, const int* indices, const int* count,
-    const void* bound, const float* largest, void* dq, float* dw, int* sums, int T, int I, int S, int width, int wants) {
+// Barriers, then each warpgroup to its work, for 512 threads; `sm` the address of BYTES of shared memory, a multiple of 1,024
+template <int E, bool SCORES>
+static __device__ __forceinline__ void work_on_selected_keys(int sm, const sparse_index::Problem& x) {
   using namespace sparse_index;
-  const Problem x{(const char*)q, (const char*)k, w, di, indices, count, (const unsigned long long*)bound, largest,
-                  (char*)dq, dw, sums, T, I, S, width, wants};
   const Work<E> work(x, sm);
   const int warpgroup = __shfl_sync(0xffffffffu, (int)threadIdx.x >> 7, 0);
   if (threadIdx.x == 0) {
@@ -288,13 +323,33 @@ static __device__ __forceinline__ void sparse_index_gradients(
   }
   __syncthreads();
   if (warpgroup == 3) {
-    asm volatile("setmaxnreg.dec.sync.aligned.u32 56;");
+    asm volatile("setmaxnreg.dec.sync.aligned.u32 72;");
     work.feed();
   } else if (warpgroup == 2) {
-    asm volatile("setmaxnreg.inc.sync.aligned.u32 208;");
-    if (wants & WANTS_QUERY) work.sum_queries(); else work.pass();
+    asm volatile("setmaxnreg.inc.sync.aligned.u32 200;");
+    if (!SCORES && (x.wants & WANTS_QUERY)) work.sum_queries(); else work.pass();
   } else {
     asm volatile("setmaxnreg.dec.sync.aligned.u32 120;");
-    if (wants & WANTS_KEY) work.add_keys(warpgroup); else work.pass();
+    if constexpr (SCORES) work.score_keys(warpgroup);
+    else if (x.wants & WANTS_KEY) work.add_keys(warpgroup);
+    else work.pass();
   }
+}
+template <int E>
+static __device__ __forceinline__ void sparse_index_gradients(
+    int sm, const void* q, const void* k, const float* w, const float* di, const int* indices, const int* count,
+    const void* bound, const float* largest, void* dq, float* dw, int* sums, int T, int I, int S, int width, int wants) {
+  const sparse_index::Problem x{
+      (const char*)q, (const char*)k, w, di, indices, count, (const unsigned long long*)bound, largest, (char*)dq, dw,
+      sums, nullptr, T, I, S, width, wants};
+  work_on_selected_keys<E, false>(sm, x);
+}
+template <int E>
+static __device__ __forceinline__ void sparse_index_scores(
+    int sm, const void* q, const void* k, const float* w, const int* indices, const int* count, float* scores, int T,
+    int I, int S, int width) {
+  const sparse_index::Problem x{
+      (const char*)q, (const char*)k, w, nullptr, indices, count, nullptr, nullptr, nullptr, nullptr, nullptr, scores, T,
+      I, S, width, sparse_index::WANTS_SCORES};
+  work_on_selected_keys<E, true>(sm, x);
 }

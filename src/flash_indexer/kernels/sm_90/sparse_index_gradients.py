@@ -26,7 +26,7 @@ from flash_indexer.kernels.device.sources import source
 from flash_indexer.kernels.sm_90.macros import PASS_CONFIGS, shared_address
 from flash_indexer.kernels.sm_90.sizes import sparse_index_bytes
 
-__all__ = ["PASS_CONFIGS", "build"]
+__all__ = ["PASS_CONFIGS", "build", "build_scores"]
 SOURCE = source(__file__)
 
 
@@ -64,3 +64,29 @@ def build(E):
             )  # fmt: skip
 
     return flash_indexer_sparse_index_gradients
+
+
+def build_scores(E):
+    """SC[t,slot] = sum_j w[t,j] · max(logit[t,j,s], 0) at the selected keys, by warpgroups 0 and 1 from the same rings.
+
+    Run-time arguments: IQ, IK, W, IDX, COUNT as above; SC [T·width] float32, written in the first COUNT[t] slots of a
+    row; tokens, I, S, width, grid.
+    """
+    nq, nk, nw, ns, nt = (T.dynamic(name) for name in ("nq", "nk", "nw", "ns", "nt"))
+
+    @T.prim_func
+    def flash_indexer_sparse_index_scores(
+        IQ: T.Tensor((nq, E), "bfloat16"), IK: T.Tensor((nk, E), "bfloat16"), W: T.Tensor((nw,), "float32"),
+        IDX: T.Tensor((ns,), "int32"), COUNT: T.Tensor((nt,), "int32"), SC: T.Tensor((ns,), "float32"),
+        tokens: T.int32, I: T.int32, S: T.int32, width: T.int32, grid: T.int32,
+    ):  # fmt: skip
+        with T.Kernel(grid, threads=512):
+            T.import_source(SOURCE)
+            shared = T.alloc_shared((sparse_index_bytes(E),), "uint8")
+            T.call_extern(
+                "handle", f"sparse_index_scores<{E}>", shared_address(shared), T.address_of(IQ[0, 0]),
+                T.address_of(IK[0, 0]), T.address_of(W[0]), T.address_of(IDX[0]), T.address_of(COUNT[0]),
+                T.address_of(SC[0]), tokens, I, S, width,
+            )  # fmt: skip
+
+    return flash_indexer_sparse_index_scores

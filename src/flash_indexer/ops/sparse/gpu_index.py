@@ -17,7 +17,7 @@ _FINISH = 1024  # numbers that a block of `sparse_index_finish` takes
 
 
 def refusal(leaves: Leaves) -> str | None:
-    """Why `index_gradients` doesn't take an indexer; None where it does."""
+    """Why `index_scores` and `index_gradients` don't take an indexer; None where they do."""
     I, E = leaves[0].shape[1:]
     if E not in INDEX_WIDTHS:
         choice = ", ".join(map(str, INDEX_WIDTHS))
@@ -28,6 +28,21 @@ def refusal(leaves: Leaves) -> str | None:
     if not 1 <= I <= MAX_INDEX_HEADS:
         return f"index_q must have 1 to {MAX_INDEX_HEADS} heads (I) on CUDA, got I={I}"
     return None
+
+
+@torch.no_grad()
+def index_scores(leaves: Leaves, selection: Selection, workspace_bytes: int) -> Tensor:
+    """i[t,s] at the selected keys, -inf behind them: [T, K]."""
+    index_q, index_k, weights = map(launch.aligned, leaves)
+    (T, I, E), S, K = index_q.shape, index_k.shape[0], selection.indices.shape[1]
+    out = torch.full((T, K), -torch.inf, device=index_q.device)
+    if T and S and K:
+        with torch.cuda.device(index_q.device):
+            launch.load("sparse_index_scores", E=E)(
+                index_q.view(T * I, E), index_k, weights.view(-1), selection.indices.contiguous().view(-1),
+                selection.count.contiguous(), out.view(-1), T, I, S, K, min(T, launch.processors(index_q.device)),
+            )  # fmt: skip
+    return out
 
 
 @torch.no_grad()
@@ -75,8 +90,8 @@ def index_gradients(
             sizes = S, E, I, K
             sums = _KeySums.new(rows, slots, sizes) if want_key else _KeySums.none(index_k)
             launch.load("sparse_index_gradients", E=E)(
-                *rows, *slots, sums.bound, sums.most, d_index_q.view(T * I, E), d_weights.view(-1), sums.total, T, I, S, K,
-                _WANTS_QUERY * want_query + _WANTS_KEY * want_key, min(T, launch.processors(di.device)),
+                *rows, *slots, sums.bound, sums.most, d_index_q.view(T * I, E), d_weights.view(-1), sums.total, T, I,
+                S, K, _WANTS_QUERY * want_query + _WANTS_KEY * want_key, min(T, launch.processors(di.device)),
             )  # fmt: skip
             if want_key and d_index_k is not None:
                 sums.add_to(d_index_k)
@@ -106,8 +121,8 @@ class _KeySums(NamedTuple):
     @staticmethod
     def none(like: Tensor) -> _KeySums:
         """Of a call that makes no sums: nobody reads them."""
-        integers = [torch.empty(1, dtype=dtype, device=like.device) for dtype in (torch.int32, torch.int64)]
-        return _KeySums(*integers, torch.zeros(1, device=like.device))
+        total, bound = (torch.empty(1, dtype=dtype, device=like.device) for dtype in (torch.int32, torch.int64))
+        return _KeySums(total, bound, torch.zeros(1, device=like.device))
 
     def add_to(self, out: Tensor) -> None:
         """out [S, E] += the sums, in float32."""

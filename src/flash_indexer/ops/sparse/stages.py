@@ -119,10 +119,12 @@ def sparse_backward(
 
 def sparse_index_scores(leaves: Leaves, selection: Selection, workspace_bytes: int) -> Tensor:
     """i[t,s] = sum_j w[t,j] * ReLU(index_q[t,j]·index_k[s]) at the selected keys, -inf behind them: [T, K]."""
-    bodies.choose("sparse_indexer_kl", leaves[0].device, gpu_body.refusal)
-    check_selection(selection, leaves[1].shape[0])
+    body = bodies.choose("sparse_indexer_kl", leaves[0].device, lambda: gpu_index.refusal(leaves))
+    if body == TORCH:
+        check_selection(selection, leaves[1].shape[0])
+    step = torch_index.index_scores if body == TORCH else gpu_index.index_scores
     with torch.autocast(leaves[0].device.type, enabled=False):
-        return torch_index.index_scores(leaves, selection, workspace_bytes)
+        return step(leaves, selection, workspace_bytes)
 
 
 def sparse_kl_rows(p_sum: Tensor, scores: Tensor, count: Tensor, token_weight: Tensor) -> KLRows:
