@@ -44,6 +44,10 @@ def test_kl_rows_against_float64(T: int, K: int, kind: str) -> None:
     truth = torch_index.kl_rows(p.double(), scores.double(), count, weight.double())
     eager = torch_index.kl_rows(p, scores, count, weight)
     for name, *each in zip(("kl", "entropy", "di"), got, truth, eager, strict=True):
+        if kind == "alike" and name != "entropy":  # a difference of what nearly agrees: as exact as its terms
+            unit = 1.0 if name == "kl" else truth[2].abs().amax() + weight.abs()[:, None]
+            assert ((each[0] - each[1]).abs() <= 2e-6 * unit).all()
+            continue
         assert_close(name, *(x.reshape(1, -1) if x.ndim == 1 else x for x in each))
     behind = torch.arange(K, device="cuda") >= count[:, None]
     assert (got[2][behind] == 0).all() and (got[0][count == 0] == 0).all()

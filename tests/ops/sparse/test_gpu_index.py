@@ -7,7 +7,6 @@ import re
 import pytest
 import torch
 
-from flash_indexer.kernels.sm_90.sizes import SELECT_LIST
 from flash_indexer.ops.sparse import gpu_index, gpu_select
 
 
@@ -25,7 +24,3 @@ def test_more_heads_are_refused_where_they_do_not_fit() -> None:
     assert "1 to 64 heads (I) on CUDA, got I=65" in str(gpu_index.refusal(leaves(65, 64)))
     assert gpu_index.refusal(leaves(64, 128)) is None
     assert gpu_select.refusal(leaves(65, 64)) is None
-
-
-def test_which_rows_registers_hold() -> None:
-    assert gpu_select.list_length(128) == 0 and gpu_select.list_length(129) == SELECT_LIST

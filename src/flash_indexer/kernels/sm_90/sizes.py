@@ -28,7 +28,7 @@ SCORE_STAGES = {32: (8, 4), 64: (8, 4), 96: (7, 6), 128: (8, 4), 192: (7, 6), 25
 SCORE_FP8 = {32: (8, 4), 64: (8, 4), 96: (8, 6), 128: (8, 4), 192: (5, 4), 256: (8, 5), 576: (6, 5)}
 LSE_STAGES = {64: (2, 6), 96: (6, 9), 128: (4, 8), 192: (6, 7), 256: (4, 8), 576: (9, 4)}  # of the Q and K rings
 LSE_FP8 = {64: (2, 6), 96: (2, 6), 128: (2, 8), 192: (2, 6), 256: (4, 8), 576: (6, 5)}
-SELECT_ROW, SELECT_LIST = 16384, 8192  # keys of a row that `select` holds in registers; of a longer row's list
+SELECT_ROW = 16384  # keys of a row that `select` holds in shared memory; half as many of a longer row's list
 X_STAGES, Y_STAGES = 2, {32: 10, 64: 8, 128: 4}  # of `gradients`; Y by E: about as many bytes in flight
 
 # Attention: widths of queries, keys and values (others are padded with zeros), keys of a tile at most
@@ -194,7 +194,7 @@ BUILDERS = {
     ),
     "lse": Kernel("lse", "build", tuple({"D": D} for D in HEAD_WIDTHS)),
     "lse_fp8": Kernel("lse", "build_fp8", tuple({"D": D} for D in HEAD_WIDTHS)),
-    "select": Kernel("select", "build", ({"LIST": 0}, {"LIST": SELECT_LIST}), streamed=False),
+    "select": Kernel("select", "build", ({},), streamed=False),
     "sparse_rows": Kernel("sparse_rows", "build", ({},), streamed=False),
     "rows": Kernel("rows", "build", ({"logits": 0}, {"logits": 1}), streamed=False),
     "quantize": Kernel(

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from flash_indexer.kernels.sm_90.sizes import INDEX_WIDTHS, RELU, SELECT_LIST, SELECT_ROW
+from flash_indexer.kernels.sm_90.sizes import INDEX_WIDTHS, RELU
 from flash_indexer.ops import launch
 from flash_indexer.ops.sparse.plan import ScoreChunk, ScorePlan, score_plan
 from flash_indexer.ops.sparse.problem import Leaves
@@ -57,8 +57,7 @@ def select(
         if not out.indices.numel():
             return out._replace(count=out.count.zero_())
         leaves = launch.aligned(index_q), launch.aligned(index_k), index_weights.contiguous()
-        E, longest = index_q.shape[2], max(chunk.row_tiles for chunk in plan.chunks)
-        launch.prepare([("score", dict(D=E, mode=RELU)), ("select", dict(LIST=list_length(longest)))])
+        launch.prepare([("score", dict(D=index_q.shape[2], mode=RELU)), ("select", {})])
         tiles = max(chunk.tiles for chunk in plan.chunks)
         scores = torch.empty(max(tiles, 1) * TILE, TILE, device=device)
         intervals = key_start.contiguous(), key_end.contiguous()
@@ -66,11 +65,6 @@ def select(
             index_scores(leaves, chunk, scores)
             top_rows(scores, plan, chunk, intervals, always, out)
     return out
-
-
-def list_length(row_tiles: int) -> int:
-    """The size LIST of `select` for rows of so many tiles: 0 where registers hold them."""
-    return 0 if row_tiles * TILE <= SELECT_ROW else SELECT_LIST
 
 
 def index_scores(leaves: Leaves, chunk: ScoreChunk, out: Tensor) -> None:
@@ -94,8 +88,7 @@ def top_rows(
     out: Selection,
 ) -> None:
     """The chunk's rows of `out`, all of them written, from its score tiles."""
-    kernel = launch.load("select", LIST=list_length(chunk.row_tiles))
-    kernel(
+    launch.load("select")(
         scores, plan.blocks, *intervals, out.indices.view(-1), out.count, out.scores.view(-1), chunk.begin,
         chunk.end - chunk.begin, out.indices.shape[1], *always,
     )  # fmt: skip

@@ -19,13 +19,12 @@ TILE_BYTES = TILE * TILE * 4
 class ScoreChunk(NamedTuple):
     """Rows begin .. end - 1 (begin a multiple of 128) and their `tiles` score tiles.
 
-    row_tiles: the most that a row has. score: int32 [tiles * 4], (token, key, tile, 0) of each.
+    score: int32 [tiles * 4], (token, key, tile, 0) of each.
     """
 
     begin: int
     end: int
     tiles: int
-    row_tiles: int
     score: Tensor
 
 
@@ -66,7 +65,7 @@ def make_plan(key_start: Tensor, key_end: Tensor, workspace_bytes: int, device: 
     flat = to_device(torch.cat([*(x.reshape(-1) for x in lists), blocks.reshape(-1)]).to(torch.int32), device)
     pieces = torch.split(flat, [*(x.numel() for x in lists), blocks.numel()])
     chunks = tuple(
-        ScoreChunk(b * TILE, min(e * TILE, len(key_start)), len(items), int(counts[b:e].max()), piece)
+        ScoreChunk(b * TILE, min(e * TILE, len(key_start)), len(items), piece)
         for (b, e), items, piece in zip(spans, lists, pieces[:-1], strict=True)
     )
     return ScorePlan(chunks, pieces[-1])
