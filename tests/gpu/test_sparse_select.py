@@ -104,7 +104,9 @@ def test_bitwise_on_given_scores(layout: str, kind: str, topk: int, always: tupl
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("S", [SELECT_ROW - 5, SELECT_ROW + 1, 3 * SELECT_ROW + 77])
-@pytest.mark.parametrize("topk, always", [(1, (0, 0)), (2048, (0, 0)), (2048, (10, 1000)), (SELECT_ROW // 2 + 9, (0, 0))])
+@pytest.mark.parametrize(
+    "topk, always", [(1, (0, 0)), (2048, (0, 0)), (2048, (10, 1000)), (SELECT_ROW // 2 + 9, (0, 0))]
+)
 def test_long_rows(S: int, kind: str, topk: int, always: tuple[int, int]) -> None:
     """Beyond what shared memory holds; plateaus and many keys overflow the list as well."""
     T = 20

@@ -213,6 +213,7 @@ BUILDERS = {
         streamed=False,
     ),
     "sparse_index_gradients": Kernel("sparse_index_gradients", "build", INDEX, streamed=False),
+    "sparse_scatter": Kernel("sparse_scatter", "build", ({},), streamed=False),
     "sparse_index_scores": Kernel("sparse_index_gradients", "build_scores", INDEX, streamed=False),
     "sparse_index_largest": Kernel("sparse_index_sums", "build_largest", INDEX, streamed=False),
     "sparse_index_bounds": Kernel("sparse_index_sums", "build_bounds", ({},), streamed=False),

@@ -9,10 +9,14 @@ from torch import Tensor
 
 from flash_indexer.kernels.sm_90.sizes import INDEX_WIDTHS, MAX_INDEX_HEADS
 from flash_indexer.ops import launch
+from flash_indexer.ops.sparse import gpu_index_tiles
 from flash_indexer.ops.sparse.problem import Leaves
 from flash_indexer.ops.sparse.selection import Selection
+from flash_indexer.ops.worklists import TILE
 
 _WANTS_QUERY, _WANTS_KEY = 1, 2
+_DENSE_PRODUCT, _DENSE_PAIR = 1.05e-5, 2e-3  # ns of a pair: for each head and column, and beside them
+_SLOT, _SUM = 0.06, 1.5e-3  # ns of a slot: beside the additions, and for each column
 _FINISH = 1024  # numbers that a block of `sparse_index_finish` takes
 
 
@@ -75,27 +79,60 @@ def index_gradients(
 ) -> tuple[Tensor | None, Tensor | None]:
     """See `torch_index.index_gradients`. The same bits every time, whether asked for or not.
 
-    Beside the results it holds an integer sum of as many numbers as d_index_k, and 8 bytes a key.
+    From gathered tiles or from dense ones (`gpu_index_tiles`), whichever takes less time by `dense_is_faster`.
     """
     index_q, index_k, weights = map(launch.aligned, leaves)
+    leaves = index_q, index_k, weights
+    T, S, K = index_q.shape[0], index_k.shape[0], di.shape[1]
+    with torch.cuda.device(di.device):
+        queries = (torch.empty_like(index_q), torch.empty_like(weights)) if needs[0] or needs[2] else (None, None)
+        out = queries[0], d_index_k if needs[1] else None, queries[1]
+        selection = Selection(selection.indices.contiguous(), selection.count.contiguous(), selection.scores)
+        if not (T and S and K):
+            for x in queries:
+                if x is not None:
+                    x.zero_()
+        elif any(x is not None for x in out):
+            tiles = gpu_index_tiles.spans(selection, S, TILE)
+            dense = dense_is_faster(int((tiles.end - tiles.first).sum()), leaves, K)
+            step = gpu_index_tiles.index_gradients if dense else gathered_gradients
+            step(di.contiguous(), leaves, selection, out, workspace_bytes)
+    return out[0] if needs[0] else None, out[2] if needs[2] else None
+
+
+def dense_is_faster(tiles: int, leaves: Leaves, K: int) -> bool:
+    """Whether dense tiles, so many of 128 tokens by 128 keys, take less time than gathering T * K keys.
+
+    Dense tiles take four products of every pair at the tensor cores' rate and two bytes of di; gathering is bound by
+    additions to d_index_k, of E numbers a slot. Nanoseconds of an H100, docs/kernels.md.
+    """
+    T, I, E = leaves[0].shape
+    pairs = tiles * TILE * TILE
+    return pairs * (gpu_index_tiles.padded_heads(I) * E * _DENSE_PRODUCT + _DENSE_PAIR) < T * K * (_SLOT + E * _SUM)
+
+
+def gathered_gradients(
+    di: Tensor,
+    leaves: Leaves,
+    selection: Selection,
+    out: tuple[Tensor | None, Tensor | None, Tensor | None],
+    workspace_bytes: int,
+) -> None:
+    """As `gpu_index_tiles.index_gradients`. Beside the results it holds d_index_k's sum in integers, and 8 bytes a key."""
+    (index_q, index_k, weights), (d_index_q, d_index_k, d_weights) = leaves, out
     (T, I, E), S, K = index_q.shape, index_k.shape[0], di.shape[1]
-    want_query, want_key = needs[0] or needs[2], needs[1] and d_index_k is not None
-    d_index_q, d_weights = torch.empty_like(index_q), torch.empty_like(weights)
-    if not (T and S and K):
-        d_index_q.zero_(), d_weights.zero_()
-    elif want_query or want_key:
-        with torch.cuda.device(di.device):
-            rows = index_q.view(T * I, E), index_k, weights.view(-1)
-            slots = di.contiguous().view(-1), selection.indices.contiguous().view(-1), selection.count.contiguous()
-            sizes = S, E, I, K
-            sums = _KeySums.new(rows, slots, sizes) if want_key else _KeySums.none(index_k)
-            launch.load("sparse_index_gradients", E=E)(
-                *rows, *slots, sums.bound, sums.most, d_index_q.view(T * I, E), d_weights.view(-1), sums.total, T, I,
-                S, K, _WANTS_QUERY * want_query + _WANTS_KEY * want_key, min(T, launch.processors(di.device)),
-            )  # fmt: skip
-            if want_key and d_index_k is not None:
-                sums.add_to(d_index_k)
-    return d_index_q if needs[0] else None, d_weights if needs[2] else None
+    rows = index_q.view(T * I, E), index_k, weights.view(-1)
+    slots = di.view(-1), selection.indices.view(-1), selection.count
+    sums = _KeySums.none(index_k) if d_index_k is None else _KeySums.new(rows, slots, (S, E, I, K))
+    wants = _WANTS_QUERY * (d_index_q is not None) + _WANTS_KEY * (d_index_k is not None)
+    d_index_q = index_q if d_index_q is None else d_index_q  # not written where not wanted
+    d_weights = weights if d_weights is None else d_weights
+    launch.load("sparse_index_gradients", E=E)(
+        *rows, *slots, sums.bound, sums.most, d_index_q.view(T * I, E), d_weights.view(-1), sums.total, T, I, S, K,
+        wants, min(T, launch.processors(di.device)),
+    )  # fmt: skip
+    if d_index_k is not None:
+        sums.add_to(d_index_k)
 
 
 class _KeySums(NamedTuple):
