@@ -133,7 +133,7 @@ def leaves(T: int, S: int, I: int, E: int, seed: int = 0) -> tuple[Tensor, Tenso
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("I, E", [(1, 32), (9, 64), (64, 128), (80, 128)])
+@pytest.mark.parametrize("I, E", [(1, 64), (9, 64), (64, 128), (80, 128)])
 @pytest.mark.parametrize("topk, always", [(50, (0, 0)), (333, (4, 64))])
 def test_select_keys_is_right_for_its_scores_and_they_for_the_inputs(
     layout: str, I: int, E: int, topk: int, always: tuple[int, int]
@@ -184,7 +184,7 @@ def test_nan_of_a_key_stays_with_those_who_see_it() -> None:
 
 
 def test_intervals_are_checked() -> None:
-    x = leaves(3, 5, 4, 32)
+    x = leaves(3, 5, 4, 64)
     start, end = (torch.tensor(y, dtype=torch.int32, device="cuda") for y in ([0, 0, 0], [1, 2, LARGE]))
     with pytest.raises(ValueError, match="key_end"):
         select_keys(*x, key_start=start, key_end=end, topk=2)
@@ -192,7 +192,7 @@ def test_intervals_are_checked() -> None:
 
 def test_no_queries_and_no_keys() -> None:
     none = torch.zeros(0, dtype=torch.int32, device="cuda")
-    assert select_keys(*leaves(0, 5, 4, 32), key_start=none, key_end=none, topk=2).indices.shape == (0, 2)
+    assert select_keys(*leaves(0, 5, 4, 64), key_start=none, key_end=none, topk=2).indices.shape == (0, 2)
     zeros = torch.zeros(3, dtype=torch.int32, device="cuda")
-    got = select_keys(*leaves(3, 0, 4, 32), key_start=zeros, key_end=zeros, topk=2)
+    got = select_keys(*leaves(3, 0, 4, 64), key_start=zeros, key_end=zeros, topk=2)
     assert got.indices.shape == (3, 0) and (got.count == 0).all()

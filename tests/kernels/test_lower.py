@@ -31,17 +31,12 @@ SELECTED = ("sparse_index_gradients", "sparse_index_scores")
 GATHERED = ("sparse_gradients_mla", *SELECTED)  # tensor cores that no copy engine feeds
 OTHERS = [kernel for kernel in SAMPLES if kernel not in STREAMED and kernel[0] not in GATHERED]
 FLOATS = {"red.relaxed.gpu.global.add.v4.f32"}
-INTEGERS = {  # which are the same in any order, as maxima and flags are
-    "red.relaxed.gpu.global.or.b64", "red.relaxed.gpu.global.add.u64",
-    "cp.reduce.async.bulk.global.shared::cta.bulk_group.add.s32",
-}  # fmt: skip
+BULK = {"cp.reduce.async.bulk.global.shared::cta.bulk_group.add.s32"}  # of integers, the same in any order
+TABLES = {f"red.{space}.{op}.u32" for space in ("shared", "relaxed.gpu.global") for op in ("add", "max")}
 ADDING = {
     **dict.fromkeys(("head_gradients_once", "sparse_gradients_mla"), FLOATS),
-    **dict.fromkeys(SELECTED, INTEGERS),
-    **dict.fromkeys(
-        ("sparse_index_largest", "sparse_index_bounds", "sparse_index_finish"),
-        INTEGERS | {"red.relaxed.gpu.global.max.u32"},
-    ),
+    **dict.fromkeys(SELECTED, BULK),
+    **dict.fromkeys(("sparse_index_largest", "sparse_index_table", "sparse_index_finish"), BULK | TABLES),
     "select": {"red.shared.add.u32"},
 }
 

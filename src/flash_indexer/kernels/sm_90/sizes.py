@@ -28,6 +28,7 @@ SCORE_STAGES = {32: (8, 4), 64: (8, 4), 96: (7, 6), 128: (8, 4), 192: (7, 6), 25
 SCORE_FP8 = {32: (8, 4), 64: (8, 4), 96: (8, 6), 128: (8, 4), 192: (5, 4), 256: (8, 5), 576: (6, 5)}
 LSE_STAGES = {64: (2, 6), 96: (6, 9), 128: (4, 8), 192: (6, 7), 256: (4, 8), 576: (9, 4)}  # of the Q and K rings
 LSE_FP8 = {64: (2, 6), 96: (2, 6), 128: (2, 8), 192: (2, 6), 256: (4, 8), 576: (6, 5)}
+INDEX_TABLE_KEYS = 16384  # keys of a table of `sparse_index_table`
 SELECT_ROW = 16384  # keys of a row that `select` holds in shared memory; half as many of a longer row's list
 X_STAGES, Y_STAGES = 2, {32: 10, 64: 8, 128: 4}  # of `gradients`; Y by E: about as many bytes in flight
 
@@ -216,7 +217,7 @@ BUILDERS = {
     "sparse_scatter": Kernel("sparse_scatter", "build", ({},), streamed=False),
     "sparse_index_scores": Kernel("sparse_index_gradients", "build_scores", INDEX, streamed=False),
     "sparse_index_largest": Kernel("sparse_index_sums", "build_largest", INDEX, streamed=False),
-    "sparse_index_bounds": Kernel("sparse_index_sums", "build_bounds", ({},), streamed=False),
+    "sparse_index_table": Kernel("sparse_index_sums", "build_table", ({"sum": 0}, {"sum": 1}), streamed=False),
     "sparse_index_finish": Kernel("sparse_index_sums", "build_finish", INDEX, streamed=False),
     "gradients_query": Kernel("gradients", "build_query", INDEX_HEADS),
     "gradients_key": Kernel("gradients", "build_key", INDEX_HEADS),

@@ -24,13 +24,13 @@ struct Problem {
   const char *q, *k;  // index_q [T, I, E], index_k [S, E] bfloat16
   const float *w, *di;
   const int *indices, *count;
-  const unsigned long long* bound;
-  const float* largest;
+  const int* bound;    // of a key's sums, with its largest term
+  const float* most;
   char* dq;
   float* dw;
   int* sums;
   float* scores;  // [T, width]
-  int T, I, S, width, wants;
+  int T, I, S, width, bits, wants;
 };
 constexpr int WANTS_QUERY = 1, WANTS_KEY = 2, WANTS_SCORES = 4;
 static __device__ __forceinline__ void copy_row(int to, const char* from, int bytes) {
@@ -81,7 +81,6 @@ struct Work {
   __device__ __forceinline__ void feed() const {
     constexpr int PIECES = E / 8, ROWS = 32 / PIECES;  // of a row, rows that an instruction copies
     const int tid = threadIdx.x & 127, c = lane % PIECES, r = lane / PIECES;
-    const float largest = x.wants & WANTS_KEY ? *x.largest : 0.f;
     Stage y, z;
     for (int t = blockIdx.x; t < x.T; t += gridDim.x) {
       const int count = count_of(t), tiles = tiles_of(count);
@@ -107,8 +106,9 @@ struct Work {
         const bool is_key = (unsigned)key < (unsigned)x.S;
         const int own = is_key ? key : -1;
         const float own_di = is_key ? di : 0.f;
-        const unsigned long long bound =
-            is_key && (x.wants & WANTS_KEY) ? *(const volatile unsigned long long*)(x.bound + key) : 0ull;
+        const bool is_summed = is_key && (x.wants & WANTS_KEY);
+        const int bound = is_summed ? load_int(x.bound, key) : 0;
+        const float most = is_summed ? load_float(x.most, key) : 0.f;
         const int next = (i + 1) * KEYS + tid;
         key = next < count ? load_int(x.indices, slots + next) : -1;
         di = has_di && next < count ? load_float(x.di, slots + next) : 0.f;
@@ -121,7 +121,7 @@ struct Work {
         }
         store_shared(number_at(y.n, tid), __int_as_float(own));
         store_shared(di_at(y.n, tid), own_di);
-        store_shared(scale_at(y.n, tid), fixed_scale(bound, largest));
+        store_shared(scale_at(y.n, tid), fixed_scale(bound, most, x.bits));
         store_shared_bfloat16(low_di_at(y.n, tid), own_di);
         copies_arrive(key_full(y.n));
         barrier_arrive(key_full(y.n));
@@ -338,10 +338,11 @@ static __device__ __forceinline__ void work_on_selected_keys(int sm, const spars
 template <int E>
 static __device__ __forceinline__ void sparse_index_gradients(
     int sm, const void* q, const void* k, const float* w, const float* di, const int* indices, const int* count,
-    const void* bound, const float* largest, void* dq, float* dw, int* sums, int T, int I, int S, int width, int wants) {
+    const int* bound, const float* most, void* dq, float* dw, int* sums, int T, int I, int S, int width, int bits,
+    int wants) {
   const sparse_index::Problem x{
-      (const char*)q, (const char*)k, w, di, indices, count, (const unsigned long long*)bound, largest, (char*)dq, dw,
-      sums, nullptr, T, I, S, width, wants};
+      (const char*)q, (const char*)k, w, di, indices, count, bound, most, (char*)dq, dw, sums, nullptr, T, I, S, width,
+      bits, wants};
   work_on_selected_keys<E, false>(sm, x);
 }
 template <int E>
@@ -350,6 +351,6 @@ static __device__ __forceinline__ void sparse_index_scores(
     int I, int S, int width) {
   const sparse_index::Problem x{
       (const char*)q, (const char*)k, w, nullptr, indices, count, nullptr, nullptr, nullptr, nullptr, nullptr, scores, T,
-      I, S, width, sparse_index::WANTS_SCORES};
+      I, S, width, 0, sparse_index::WANTS_SCORES};
   work_on_selected_keys<E, true>(sm, x);
 }

@@ -37,7 +37,7 @@ def build(E):
     DI    [T·width] float32, IDX [T·width] int32: read in the first COUNT[t] slots of a row; a key outside 0 .. S - 1
           is neither read nor added to
     COUNT [T] int32, at most width
-    BOUND [S] int64, MOST [1] float32     of `sparse_index_bounds`
+    BOUND [S] int32, MOST [S] float32, bits     of `sparse_index_table`
     DQ    [T·I, E] bfloat16, DW [T·I] float32     written
     SUMS  [S·E] int32     added to, in units of each row's scale
     tokens, I, S, width; wants: 1 for DQ and DW, 2 for SUMS, 3 for both; grid
@@ -49,9 +49,9 @@ def build(E):
     def flash_indexer_sparse_index_gradients(
         IQ: T.Tensor((nq, E), "bfloat16"), IK: T.Tensor((nk, E), "bfloat16"), W: T.Tensor((nw,), "float32"),
         DI: T.Tensor((ns,), "float32"), IDX: T.Tensor((ns,), "int32"), COUNT: T.Tensor((nt,), "int32"),
-        BOUND: T.Tensor((nb,), "int64"), MOST: T.Tensor((1,), "float32"), DQ: T.Tensor((no, E), "bfloat16"),
+        BOUND: T.Tensor((nb,), "int32"), MOST: T.Tensor((nb,), "float32"), DQ: T.Tensor((no, E), "bfloat16"),
         DW: T.Tensor((nd,), "float32"), SUMS: T.Tensor((nz,), "int32"), tokens: T.int32, I: T.int32, S: T.int32,
-        width: T.int32, wants: T.int32, grid: T.int32,
+        width: T.int32, bits: T.int32, wants: T.int32, grid: T.int32,
     ):  # fmt: skip
         with T.Kernel(grid, threads=512):
             T.import_source(SOURCE)
@@ -60,7 +60,8 @@ def build(E):
                 "handle", f"sparse_index_gradients<{E}>", shared_address(shared), T.address_of(IQ[0, 0]),
                 T.address_of(IK[0, 0]), T.address_of(W[0]), T.address_of(DI[0]), T.address_of(IDX[0]),
                 T.address_of(COUNT[0]), T.address_of(BOUND[0]), T.address_of(MOST[0]), T.address_of(DQ[0, 0]),
-                T.address_of(DW[0]), T.address_of(SUMS[0]), tokens, I, S, width, wants,
+                T.address_of(DW[0]), T.address_of(SUMS[0]), tokens, I, S, width, bits,
+                wants,
             )  # fmt: skip
 
     return flash_indexer_sparse_index_gradients

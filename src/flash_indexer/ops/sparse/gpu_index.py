@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from flash_indexer.kernels.sm_90.sizes import INDEX_WIDTHS, MAX_INDEX_HEADS
+from flash_indexer.kernels.sm_90.sizes import INDEX_TABLE_KEYS, INDEX_WIDTHS, MAX_INDEX_HEADS
 from flash_indexer.ops import launch
 from flash_indexer.ops.sparse import gpu_index_tiles
 from flash_indexer.ops.sparse.problem import Leaves
@@ -17,6 +17,7 @@ from flash_indexer.ops.worklists import TILE
 _WANTS_QUERY, _WANTS_KEY = 1, 2
 _DENSE_PRODUCT, _DENSE_PAIR = 1.05e-5, 2e-3  # ns of a pair: for each head and column, and beside them
 _SLOT, _SUM = 0.06, 1.5e-3  # ns of a slot: beside the additions, and for each column
+_TABLE_TOKENS = 32  # that a block of `sparse_index_table` takes at a time
 _FINISH = 1024  # numbers that a block of `sparse_index_finish` takes
 
 
@@ -118,7 +119,7 @@ def gathered_gradients(
     out: tuple[Tensor | None, Tensor | None, Tensor | None],
     workspace_bytes: int,
 ) -> None:
-    """As `gpu_index_tiles.index_gradients`. Beside the results it holds d_index_k's sum in integers, and 8 bytes a key."""
+    """As `gpu_index_tiles.index_gradients`. Beside the results: d_index_k's sum in integers, and 8 bytes a key."""
     (index_q, index_k, weights), (d_index_q, d_index_k, d_weights) = leaves, out
     (T, I, E), S, K = index_q.shape, index_k.shape[0], di.shape[1]
     rows = index_q.view(T * I, E), index_k, weights.view(-1)
@@ -129,18 +130,19 @@ def gathered_gradients(
     d_weights = weights if d_weights is None else d_weights
     launch.load("sparse_index_gradients", E=E)(
         *rows, *slots, sums.bound, sums.most, d_index_q.view(T * I, E), d_weights.view(-1), sums.total, T, I, S, K,
-        wants, min(T, launch.processors(di.device)),
+        sums.bits, wants, min(T, launch.processors(di.device)),
     )  # fmt: skip
     if d_index_k is not None:
         sums.add_to(d_index_k)
 
 
 class _KeySums(NamedTuple):
-    """d_index_k as integers, total [S * E], in units of each row's scale, which its bound [S] and `most` [1] tell."""
+    """d_index_k as integers, total [S * E], in units of each row's scale, of which bound, most [S] and bits tell."""
 
     total: Tensor
     bound: Tensor
     most: Tensor
+    bits: int
 
     @staticmethod
     def new(
@@ -148,21 +150,27 @@ class _KeySums(NamedTuple):
     ) -> _KeySums:
         """Zeros, with their scales: rows are index_q, index_k and weights, slots di, indices and count."""
         (index_q, _, weights), (di, indices, count), (S, E, I, K) = rows, slots, sizes
-        total = torch.zeros(S * E, dtype=torch.int32, device=di.device)
-        bound = torch.zeros(S, dtype=torch.int64, device=di.device)
-        most, largest = torch.zeros(1, device=di.device), torch.empty(len(count), device=di.device)
-        launch.load("sparse_index_largest", E=E)(index_q, weights, di, count, largest, most, I, K)
-        launch.load("sparse_index_bounds")(di, indices, count, largest, most, bound, S, K)
-        return _KeySums(total, bound, most)
+        zeros = torch.zeros(S * E + 2 * S, dtype=torch.int32, device=di.device)
+        total, bound, most = zeros.split((S * E, S, S))
+        T, largest = len(count), torch.empty(len(count), device=di.device)
+        sums = _KeySums(total, bound, most.view(torch.float32), 30 - T.bit_length())
+        launch.load("sparse_index_largest", E=E)(index_q, weights, largest, I)
+        runs = -(-S // INDEX_TABLE_KEYS)
+        parts = max(1, min(launch.processors(di.device) // runs, -(-T // _TABLE_TOKENS)))
+        for step in (0, 1):
+            launch.load("sparse_index_table", sum=step)(
+                di, indices, count, largest, sums.most, bound, K, sums.bits, runs, parts
+            )
+        return sums
 
     @staticmethod
     def none(like: Tensor) -> _KeySums:
         """Of a call that makes no sums: nobody reads them."""
-        total, bound = (torch.empty(1, dtype=dtype, device=like.device) for dtype in (torch.int32, torch.int64))
-        return _KeySums(total, bound, torch.zeros(1, device=like.device))
+        total = torch.empty(1, dtype=torch.int32, device=like.device)
+        return _KeySums(total, total, total.view(torch.float32), 0)
 
     def add_to(self, out: Tensor) -> None:
         """out [S, E] += the sums, in float32."""
         S, E = out.shape
         blocks = -(-S * E // _FINISH)
-        launch.load("sparse_index_finish", E=E)(self.total, self.bound, self.most, out, S, blocks)
+        launch.load("sparse_index_finish", E=E)(self.total, self.bound, self.most, out, self.bits, blocks)

@@ -1,8 +1,8 @@
 """Index gradients from dense tiles: di is scattered into tiles of 128 tokens by 128 keys, the rest of which is zero.
 
 Nothing is added in memory, and tensor cores multiply zeros as well: faster than gathering where a query selects a good
-part of the keys between its block's first and last, or where heads are few. The work lists are made on the device, from
-a selection whose contents the host does not know.
+part of the keys between its block's first and last, or where heads are few. The work lists are made on the device,
+from a selection whose contents the host does not know.
 
 Keys that are not finite are zeros here: a product with zero would spread them. Who selects such a key has NaN in its di.
 """
