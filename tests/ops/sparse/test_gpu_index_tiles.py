@@ -43,7 +43,7 @@ def test_every_tile_that_holds_a_key_once(T: int, kind: str, workspace: int, IP:
 
     tokens, found = 128 // IP, torch.zeros(T, key_tiles, dtype=torch.int64)
     for token, first, count, begin in work.query.view(-1, 4).tolist():
-        assert token % tokens == 0 and count >= 1 and 0 <= first and first + count <= key_tiles
+        assert token % tokens == 0 and count >= 1 and first >= 0 and first + count <= key_tiles
         assert begin == base[token // 128]
         found[token : token + tokens, first : first + count] += 1
     assert (found[held] == 1).all() and found.max() <= 1 and (found.sum(1) >= 1).all()

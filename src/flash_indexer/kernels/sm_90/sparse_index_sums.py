@@ -69,7 +69,7 @@ def build_table(sum):
 
 
 def build_finish(E):
-    """DK [S, E] float32 is added to. Run-time arguments: SUMS [S·E] int32, BOUND, MOST; bits; blocks of 1,024 numbers."""
+    """DK [S, E] float32 is added to. From SUMS [S·E] int32, BOUND, MOST, bits; blocks of 1,024 numbers."""
     nz, nb, nk = T.dynamic("nz"), T.dynamic("nb"), T.dynamic("nk")
 
     @T.prim_func

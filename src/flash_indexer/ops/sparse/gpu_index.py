@@ -151,7 +151,7 @@ class _KeySums(NamedTuple):
         """Zeros, with their scales: rows are index_q, index_k and weights, slots di, indices and count."""
         (index_q, _, weights), (di, indices, count), (S, E, I, K) = rows, slots, sizes
         zeros = torch.zeros(S * E + 2 * S, dtype=torch.int32, device=di.device)
-        total, bound, most = zeros.split((S * E, S, S))
+        total, bound, most = torch.split(zeros, [S * E, S, S])
         T, largest = len(count), torch.empty(len(count), device=di.device)
         sums = _KeySums(total, bound, most.view(torch.float32), 30 - T.bit_length())
         launch.load("sparse_index_largest", E=E)(index_q, weights, largest, I)

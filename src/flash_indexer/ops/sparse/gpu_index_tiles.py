@@ -4,7 +4,7 @@ Nothing is added in memory, and tensor cores multiply zeros as well: faster than
 part of the keys between its block's first and last, or where heads are few. The work lists are made on the device,
 from a selection whose contents the host does not know.
 
-Keys that are not finite are zeros here: a product with zero would spread them. Who selects such a key has NaN in its di.
+Keys that are not finite are zeros here: a product with zero would spread them. Who selects one has NaN in its di.
 """
 
 from __future__ import annotations
