@@ -41,8 +41,8 @@ SOURCE = source(__file__)
 def build():
     """The kernel. Run-time arguments: X [tiles·128, 128] float32 (only visible elements are read), BLOCKS [blocks·4]
     int32 (`items.Block`), KS, KE [T] int32. Written: IDX [T·width] int32, -1 behind the last, COUNT [T] int32, SC
-    [T·width] float32, -inf behind the last; row0 (first token), nrows, width; first, last: numbers of a row's first and last keys
-    that are taken in any case, together at most width.
+    [T·width] float32, -inf behind the last; row0 (first token), nrows, width; first, last: numbers of a row's first and
+    last keys that are taken in any case, together at most width.
     """
     nr, nb, nt, no = T.dynamic("nr"), T.dynamic("nb"), T.dynamic("nt"), T.dynamic("no")
 
