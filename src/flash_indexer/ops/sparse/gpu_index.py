@@ -94,8 +94,11 @@ def index_gradients(
                 if x is not None:
                     x.zero_()
         elif any(x is not None for x in out):
-            tiles = gpu_index_tiles.spans(selection, S, TILE)
-            dense = dense_is_faster(int((tiles.end - tiles.first).sum()), leaves, K)
+            most = -(-T // TILE) * -(-S // TILE)
+            dense = dense_is_faster(most, leaves, K)
+            if not dense:  # the host waits for what is selected
+                tiles = gpu_index_tiles.spans(selection, S, TILE)
+                dense = dense_is_faster(int((tiles.end - tiles.first).sum()), leaves, K)
             step = gpu_index_tiles.index_gradients if dense else gathered_gradients
             step(di.contiguous(), leaves, selection, out, workspace_bytes)
     return out[0] if needs[0] else None, out[2] if needs[2] else None
