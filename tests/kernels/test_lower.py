@@ -112,7 +112,7 @@ def test_the_gradients_of_selected_keys_have_the_shared_memory_that_they_lay_out
     assert int(barriers) + int(behind) == SHARED_BYTES <= sizes.SHARED_MEMORY
 
 
-@pytest.mark.parametrize("E", sizes.INDEX_WIDTHS)
+@pytest.mark.parametrize("E", sizes.GATHERED_INDEX_WIDTHS)
 def test_the_indexer_at_selected_keys_has_the_shared_memory_that_it_lays_out(E, source, nvcc, tmp_path):
     """`sizes.sparse_index_bytes` against the layout in its CUDA source, which the compiler evaluates."""
     program = tmp_path / "layout.cu"

@@ -2,14 +2,10 @@
 #include "../device/memory.cuh"
 #include "../device/numbers.cuh"
 #include "../device/score_tiles.cuh"
-// The K keys of largest score of a row, ascending. A thread looks at 16 ranks of a batch at a time.
-#define SELECT_THREADS 512
+// The K keys of largest score of a row, ascending. A thread holds 16 ranks.
+#define SELECT_THREADS 1024
 #define SELECT_WARPS (SELECT_THREADS / 32)
-#define SELECT_VECTORS 4                                       // of four ranks
-#define SELECT_BATCH (SELECT_THREADS * SELECT_VECTORS * 4)     // ranks
-#define SELECT_ROW 16384                                       // ranks that shared memory holds
-#define SELECT_LIST (SELECT_ROW / 2)                           // or as many ranks with their columns
-#define SELECT_SAMPLES 1024
+#define SELECT_VECTORS 4  // of four ranks, of a thread
 static constexpr unsigned UNSEEN = 0u, NAN_RANK = 0xfffffffeu, FORCED = 0xffffffffu;
 // Larger for a larger score, the same for -0.0 and +0.0 and for every NaN, which is above infinity; never UNSEEN or FORCED
 static __device__ __forceinline__ unsigned rank_of(float x) {
@@ -31,110 +27,64 @@ struct SelectShared {
   int part[2][SELECT_WARPS];
   int found[3];
 };
-// Sum of x over the warps before this one, and over all of them. One barrier; `turn` alternates from call to call.
-static __device__ __forceinline__ int2 sum_of_warps(SelectShared& s, int x, int turn) {
+// Sum of x over the warps before this one. One barrier; `turn` alternates where no other barrier is between two calls.
+static __device__ __forceinline__ int sum_before(SelectShared& s, int x, int turn) {
   const int warp = threadIdx.x >> 5;
   if ((threadIdx.x & 31) == 0) s.part[turn & 1][warp] = x;
   __syncthreads();
-  const int lane = threadIdx.x & 31, y = lane < SELECT_WARPS ? s.part[turn & 1][lane] : 0;
-  return make_int2(__reduce_add_sync(0xffffffffu, lane < warp ? y : 0), __reduce_add_sync(0xffffffffu, y));
+  const int lane = threadIdx.x & 31, y = s.part[turn & 1][lane];  // as many warps as lanes
+  return __reduce_add_sync(0xffffffffu, lane < warp ? y : 0);
 }
-static __device__ __forceinline__ void clear_digits(SelectShared& s) {
-  __syncthreads();  // everyone has read what was found
-  ((int4*)s.histogram)[threadIdx.x] = make_int4(0, 0, 0, 0);
-  if (threadIdx.x < 3) s.found[threadIdx.x] = 0;
-  __syncthreads();
-}
-// The largest digit d with at least `need` ranks of digit d and above: (d, ranks above d, ranks of d); zeros where there are
-// not as many. A thread has four digits, in falling order.
+// The largest digit d with at least `need` ranks of digit d and above: (d, ranks above d, ranks of d). The numbers are read
+// by threads in the order of falling digits.
 static __device__ __forceinline__ int3 find_digit(SelectShared& s, int need, int turn) {
-  const int top = 2047 - 4 * (int)threadIdx.x, lane = threadIdx.x & 31;
-  __syncthreads();
-  const int4 v = *(const int4*)(s.histogram + top - 3);
-  const int own = v.x + v.y + v.z + v.w;
+  const int top = 2047 - 2 * (int)threadIdx.x, lane = threadIdx.x & 31;
+  const int2 v = *(const int2*)(s.histogram + top - 1);
+  const int own = v.x + v.y;
   int upto = own;
 #pragma unroll
   for (int d = 1; d < 32; d <<= 1) {
     const int y = __shfl_up_sync(0xffffffffu, upto, d);
     upto += lane >= d ? y : 0;
   }
-  int above = sum_of_warps(s, __shfl_sync(0xffffffffu, upto, 31), turn).x + upto - own;
+  int above = sum_before(s, __shfl_sync(0xffffffffu, upto, 31), turn) + upto - own;
   if (above < need && above + own >= need) {
-    int digit = top, size = v.w;
-    if (above + size < need) above += size, size = v.z, --digit;
-    if (above + size < need) above += size, size = v.y, --digit;
-    if (above + size < need) above += size, size = v.x, --digit;
-    s.found[0] = digit, s.found[1] = above, s.found[2] = size;
+    const bool second = above + v.y < need;
+    s.found[0] = top - second, s.found[1] = above + (second ? v.y : 0), s.found[2] = second ? v.x : v.y;
   }
   __syncthreads();
   return make_int3(s.found[0], s.found[1], s.found[2]);
 }
-// Ranks in order of their places, and where they lie: the row in global memory; once `kept`, shared memory, which holds
-// either the row or a list of some of its ranks with their columns behind them
-struct SelectSource {
-  const float* scores;  // the row's, in tiles
-  int low, high;        // columns that the query sees
+// The ranks of a row in order of their places
+struct SelectRow {
+  const float* scores;          // in tiles
+  int low, high;                // columns that the query sees
   int forced_low, forced_high;  // those below and from here on are taken whatever their score
-  int first;            // column of place 0
-  int vectors;          // each warp's of a batch
-  int batches;
-  int room;  // address of SELECT_ROW words of shared memory
-  bool kept, listed;
+  int first;                    // column of place 0
+  int vectors;                  // of a thread, SELECT_VECTORS at most
 
-  __device__ __forceinline__ void spread(int tiles) {
-    vectors = min((tiles + SELECT_WARPS - 1) / SELECT_WARPS, SELECT_VECTORS);
-    batches = (tiles + SELECT_WARPS * SELECT_VECTORS - 1) / (SELECT_WARPS * SELECT_VECTORS);
+  // place of a thread's first rank of vector i: each warp has a run of neighbours
+  __device__ __forceinline__ int place(int i) const {
+    return ((threadIdx.x >> 5) * vectors + i) * 128 + (threadIdx.x & 31) * 4;
   }
-  // place of a thread's first rank of vector i in a batch: each warp has a run of neighbours
-  __device__ __forceinline__ int place(int batch, int i) const {
-    return batch * SELECT_BATCH + ((threadIdx.x >> 5) * vectors + i) * 128 + (threadIdx.x & 31) * 4;
-  }
-  __device__ __forceinline__ int column(int place) const {
-    return listed ? load_shared_int(room + (SELECT_LIST + place) * 4) : first + place;
-  }
-  __device__ __forceinline__ unsigned rank(float score, int column) const {
-    if (column < low || column >= high) return UNSEEN;
-    return column < forced_low || column >= forced_high ? FORCED : rank_of(score);
-  }
-  __device__ __forceinline__ unsigned rank_at(int place) const {
-    const int c = first + place;
-    return c < low || c >= high ? UNSEEN : rank(scores[in_tiles(c)], c);
-  }
-  // r = ranks of a batch, of the row in global memory; whether a key that is seen has NaN
-  __device__ __forceinline__ bool load_row(unsigned (&r)[SELECT_VECTORS * 4], int batch) const {
+  // r = the thread's ranks; whether a key that is seen has NaN
+  __device__ __forceinline__ bool load(unsigned (&r)[SELECT_VECTORS * 4]) const {
     bool has_nan = false;
 #pragma unroll
     for (int i = 0; i < SELECT_VECTORS; ++i) {
-      const int c = first + place(batch, i);
+      const int c = first + place(i);
       float4 x = make_float4(0.f, 0.f, 0.f, 0.f);
       if (i < vectors && c < high && c + 4 > low) x = *(const float4*)(scores + in_tiles(c));
       const float v[4] = {x.x, x.y, x.z, x.w};
 #pragma unroll
       for (int e = 0; e < 4; ++e) {
-        r[4 * i + e] = i < vectors ? rank(v[e], c + e) : UNSEEN;
-        has_nan |= r[4 * i + e] != UNSEEN && isnan_bits(v[e]);
+        const bool seen = i < vectors && c + e >= low && c + e < high;
+        const unsigned rank = rank_of(v[e]);
+        has_nan |= seen && rank == NAN_RANK;
+        r[4 * i + e] = !seen ? UNSEEN : c + e < forced_low || c + e >= forced_high ? FORCED : rank;
       }
     }
     return has_nan;
-  }
-  __device__ __forceinline__ void keep(const unsigned (&r)[SELECT_VECTORS * 4], int batch) const {
-#pragma unroll
-    for (int i = 0; i < SELECT_VECTORS; ++i)
-      if (i < vectors)
-        store_shared(room + place(batch, i) * 4, (int)r[4 * i], (int)r[4 * i + 1], (int)r[4 * i + 2], (int)r[4 * i + 3]);
-  }
-  // r = ranks of a batch
-  __device__ __forceinline__ void load(unsigned (&r)[SELECT_VECTORS * 4], int batch) const {
-    if (!kept) {
-      load_row(r, batch);
-      return;
-    }
-#pragma unroll
-    for (int i = 0; i < SELECT_VECTORS; ++i) {
-      int4 x = make_int4(0, 0, 0, 0);
-      if (i < vectors) x = load_shared_int4(room + place(batch, i) * 4);
-      r[4 * i] = x.x, r[4 * i + 1] = x.y, r[4 * i + 2] = x.z, r[4 * i + 3] = x.w;
-    }
   }
 };
 // The threshold of a selection: ranks above `floor` are in, and those equal to it up to place `cut`
@@ -145,18 +95,16 @@ struct Threshold {
     return r > floor || (r == floor && place <= cut);
   }
 };
-// emit(n, rank, place) for the n-th rank that is taken, in order, from n = before on; their number. One barrier.
+// emit(n, rank, place) for the n-th rank that is taken, in order. One barrier.
 template <class Emit>
-static __device__ __forceinline__ int emit_taken(
-    SelectShared& s, const SelectSource& x, const unsigned (&r)[SELECT_VECTORS * 4], int batch, Threshold threshold,
-    int before, Emit emit) {
+static __device__ __forceinline__ void emit_taken(
+    SelectShared& s, const SelectRow& x, const unsigned (&r)[SELECT_VECTORS * 4], Threshold threshold, Emit emit) {
   unsigned taken = 0;
 #pragma unroll
   for (int j = 0; j < SELECT_VECTORS * 4; ++j)
-    taken |= (unsigned)threshold.takes(r[j], x.place(batch, j / 4) + j % 4) << j;
-  const int2 sum = sum_of_warps(s, __reduce_add_sync(0xffffffffu, __popc(taken)), batch);
+    taken |= (unsigned)threshold.takes(r[j], x.place(j / 4) + j % 4) << j;
   const unsigned below = (1u << (threadIdx.x & 31)) - 1u;
-  int n = before + sum.x;
+  int n = sum_before(s, __reduce_add_sync(0xffffffffu, __popc(taken)), 0);
 #pragma unroll
   for (int i = 0; i < SELECT_VECTORS; ++i) {
     if (i >= x.vectors) break;
@@ -169,114 +117,58 @@ static __device__ __forceinline__ int emit_taken(
     }
 #pragma unroll
     for (int e = 0; e < 4; ++e)
-      if (taken >> (4 * i + e) & 1) emit(at++, r[4 * i + e], x.place(batch, i) + e);
+      if (taken >> (4 * i + e) & 1) emit(at++, r[4 * i + e], x.place(i) + e);
   }
-  return sum.y;
 }
 // Place of the need-th rank equal to `floor`
 static __device__ __forceinline__ int find_place(
-    SelectShared& s, const SelectSource& x, unsigned floor, int need) {
-  unsigned r[SELECT_VECTORS * 4];
-  int before = 0;
-  for (int batch = 0; batch < x.batches; ++batch) {
-    x.load(r, batch);
-    int own = 0;
+    SelectShared& s, const SelectRow& x, const unsigned (&r)[SELECT_VECTORS * 4], unsigned floor, int need) {
+  int own = 0;
 #pragma unroll
-    for (int j = 0; j < SELECT_VECTORS * 4; ++j) own += r[j] == floor;
-    const int2 sum = sum_of_warps(s, __reduce_add_sync(0xffffffffu, own), batch);
-    int n = before + sum.x;
+  for (int j = 0; j < SELECT_VECTORS * 4; ++j) own += r[j] == floor;
+  int n = sum_before(s, __reduce_add_sync(0xffffffffu, own), 0);
+  const unsigned below = (1u << (threadIdx.x & 31)) - 1u;
 #pragma unroll
-    for (int i = 0; i < SELECT_VECTORS; ++i) {
-      const unsigned below = (1u << (threadIdx.x & 31)) - 1u;
-      int at = n;
+  for (int i = 0; i < SELECT_VECTORS; ++i) {
+    int at = n;
 #pragma unroll
-      for (int e = 0; e < 4; ++e) {
-        const unsigned votes = __ballot_sync(0xffffffffu, r[4 * i + e] == floor);
-        at += __popc(votes & below);
-        n += __popc(votes);
-      }
-#pragma unroll
-      for (int e = 0; e < 4; ++e)
-        if (r[4 * i + e] == floor && ++at == need) s.found[0] = x.place(batch, i) + e;
+    for (int e = 0; e < 4; ++e) {
+      const unsigned votes = __ballot_sync(0xffffffffu, r[4 * i + e] == floor);
+      at += __popc(votes & below);
+      n += __popc(votes);
     }
-    before += sum.y;
+#pragma unroll
+    for (int e = 0; e < 4; ++e)
+      if (r[4 * i + e] == floor && ++at == need) s.found[0] = x.place(i) + e;
   }
   __syncthreads();
   return s.found[0];
 }
-// The lowest first digit that need be counted: that of a rank which is below the threshold in all likelihood, by a sample
-static __device__ __forceinline__ unsigned guess_digit(SelectShared& s, const SelectSource& x, int need) {
-  const float expected = (float)need * SELECT_SAMPLES / (x.high - x.low);
-  const int target = (int)(expected + 4.f * sqrtf(expected)) + 8;
-  if (target >= SELECT_SAMPLES) return 0u;
-  clear_digits(s);
+// The threshold of the `need` largest of more ranks than that; has_nan becomes the CTA's
+static __device__ __forceinline__ Threshold find_threshold(
+    SelectShared& s, const SelectRow& x, const unsigned (&r)[SELECT_VECTORS * 4], int need, bool& has_nan) {
+  unsigned prefix = 0;
 #pragma unroll
-  for (int j = threadIdx.x; j < SELECT_SAMPLES; j += SELECT_THREADS) {
-    const int place = (int)((long long)j * (x.high - x.low) / SELECT_SAMPLES) + x.low - x.first;
-    const unsigned r = x.kept ? load_shared_word(x.room + place * 4) : x.rank_at(place);
-    count_shared(shared_address(s.histogram) + (r >> 21) * 4);
-  }
-  return find_digit(s, target, 0).x;
-}
-// What has the threshold's first digit or a larger one is moved to a list in shared memory, which then is the source
-static __device__ __forceinline__ void move_to_list(SelectShared& s, SelectSource& x, unsigned floor) {
-  unsigned r[SELECT_VECTORS * 4];
-  int n = 0;
-  for (int batch = 0; batch < x.batches; ++batch) {
-    x.load_row(r, batch);
-    n += emit_taken(s, x, r, batch, {floor, INT_MAX}, n, [&](int to, unsigned rank, int place) {
-      store_shared(x.room + to * 4, __uint_as_float(rank));
-      store_shared(x.room + (SELECT_LIST + to) * 4, __int_as_float(x.first + place));
-    });
-  }
-  x.spread((n + 127) / 128);
-  for (int to = n + threadIdx.x; to < x.batches * SELECT_WARPS * x.vectors * 128; to += SELECT_THREADS)
-    store_shared(x.room + to * 4, __uint_as_float(UNSEEN));
-  x.kept = x.listed = true;
-  __syncthreads();
-}
-// The threshold of the `need` largest of more ranks than that
-static __device__ __forceinline__ Threshold find_threshold(SelectShared& s, SelectSource& x, int need, bool& has_nan) {
-  unsigned r[SELECT_VECTORS * 4];
-  if (x.batches * SELECT_BATCH <= SELECT_ROW) {
-    for (int batch = 0; batch < x.batches; ++batch) {
-      has_nan |= x.load_row(r, batch);
-      x.keep(r, batch);
-    }
-    x.kept = true;
-    has_nan = __syncthreads_or(has_nan);
-  }
-  unsigned least = guess_digit(s, x, need), prefix = 0;
-  const int wanted = need;
   for (int level = 0; level < 3; ++level) {
     const int shift = level == 0 ? 21 : level == 1 ? 10 : 0, bits = level == 2 ? 10 : 11;
-    clear_digits(s);
-    for (int batch = 0; batch < x.batches; ++batch) {
-      if (x.kept) x.load(r, batch); else has_nan |= x.load_row(r, batch);
+    ((int2*)s.histogram)[threadIdx.x] = make_int2(0, 0);
+    __syncthreads();
 #pragma unroll
-      for (int j = 0; j < SELECT_VECTORS * 4; ++j)
-        if (level == 0 ? r[j] >= max(least << 21, 1u) : r[j] >> (shift + bits) == prefix)
-          count_shared(shared_address(s.histogram) + (r[j] >> shift & ((1 << bits) - 1)) * 4);
-    }
-    const int3 digit = find_digit(s, need, level + 1);
-    if (digit.z == 0) {  // the guess was too high
-      least = 0, level = -1;
-      continue;
-    }
+    for (int j = 0; j < SELECT_VECTORS * 4; ++j)
+      if (level == 0 ? r[j] != UNSEEN : r[j] >> (shift + bits) == prefix)
+        count_shared(shared_address(s.histogram) + (r[j] >> shift & ((1 << bits) - 1)) * 4);
+    if (level == 0) has_nan = __syncthreads_or(has_nan); else __syncthreads();
+    const int3 digit = find_digit(s, need, level);
     prefix = prefix << bits | digit.x;
     need -= digit.y;
-    if (level == 0 && !x.kept) {
-      has_nan = __syncthreads_or(has_nan);
-      if (digit.z != need && wanted - need + digit.z <= SELECT_LIST) move_to_list(s, x, prefix << shift);
-    }
     if (digit.z == need) return {prefix << shift, INT_MAX};
   }
-  return {prefix, find_place(s, x, prefix, need)};
+  return {prefix, find_place(s, x, r, prefix, need)};
 }
 // Row t: keys, their number and their scores. width: slots of a row. first, last: keys that are taken in any case.
 static __device__ __forceinline__ void select_row(
     const float* X, const int* blocks, const int* key_start, const int* key_end, int* IDX, int* COUNT, float* SC, int t,
-    int width, int first, int last, int room) {
+    int width, int first, int last) {
   __shared__ SelectShared s;
   const ScoreRow row(blocks, key_start[t], key_end[t], t);
   const int visible = max(row.high - row.low, 0);
@@ -293,21 +185,17 @@ static __device__ __forceinline__ void select_row(
     }
     return;
   }
-  SelectSource x;
+  SelectRow x;
   x.scores = X, x.low = row.low, x.high = row.high;
   x.forced_low = row.low + first, x.forced_high = row.high - last;
-  x.first = row.low & ~127, x.room = room, x.kept = x.listed = false;
-  x.spread((row.high - x.first + 127) / 128);
-  bool has_nan = false;
-  const Threshold threshold = find_threshold(s, x, width, has_nan);
+  x.first = row.low & ~127;
+  x.vectors = min(((row.high - x.first + 127) / 128 + SELECT_WARPS - 1) / SELECT_WARPS, SELECT_VECTORS);
   unsigned r[SELECT_VECTORS * 4];
-  int n = 0;
-  for (int batch = 0; batch < x.batches; ++batch) {
-    x.load(r, batch);
-    n += emit_taken(s, x, r, batch, threshold, n, [&](int to, unsigned rank, int place) {
-      const int column = x.column(place);
-      IDX[to] = row.first_key + column;
-      SC[to] = has_nan ? __int_as_float(0x7fffffff) : rank == FORCED ? X[in_tiles(column)] : score_of(rank);
-    });
-  }
+  bool has_nan = x.load(r);
+  const Threshold threshold = find_threshold(s, x, r, width, has_nan);
+  emit_taken(s, x, r, threshold, [&](int to, unsigned rank, int place) {
+    const int column = x.first + place;
+    IDX[to] = row.first_key + column;
+    SC[to] = has_nan ? __int_as_float(0x7fffffff) : rank == FORCED ? X[in_tiles(column)] : score_of(rank);
+  });
 }

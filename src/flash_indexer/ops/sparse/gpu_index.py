@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from flash_indexer.kernels.sm_90.sizes import INDEX_TABLE_KEYS, INDEX_WIDTHS, MAX_INDEX_HEADS
+from flash_indexer.kernels.sm_90.sizes import GATHERED_INDEX_WIDTHS, INDEX_TABLE_KEYS, MAX_INDEX_HEADS
 from flash_indexer.ops import launch
 from flash_indexer.ops.sparse import gpu_index_tiles
 from flash_indexer.ops.sparse.problem import Leaves
@@ -24,12 +24,9 @@ _FINISH = 1024  # numbers that a block of `sparse_index_finish` takes
 def refusal(leaves: Leaves) -> str | None:
     """Why `index_scores` and `index_gradients` don't take an indexer; None where they do."""
     I, E = leaves[0].shape[1:]
-    if E not in INDEX_WIDTHS:
-        choice = ", ".join(map(str, INDEX_WIDTHS))
-        return (
-            f"index_q must have E in {{{choice}}} on CUDA, got E={E}; zero-pad the last dimension of index_q and "
-            "index_k to the next of these (the products stay the same)"
-        )
+    if E not in GATHERED_INDEX_WIDTHS:
+        widths = sorted(GATHERED_INDEX_WIDTHS)
+        return f"index_q has kernels for E in {widths}, got E={E}; zero-pad it and index_k: the products stay the same"
     if not 1 <= I <= MAX_INDEX_HEADS:
         return f"index_q must have 1 to {MAX_INDEX_HEADS} heads (I) on CUDA, got I={I}"
     return None

@@ -19,12 +19,14 @@ TILE_BYTES = TILE * TILE * 4
 class ScoreChunk(NamedTuple):
     """Rows begin .. end - 1 (begin a multiple of 128) and their `tiles` score tiles.
 
+    keys: of each 128-token block its first and end key tile; its tiles are one after the other.
     score: int32 [tiles * 4], (token, key, tile, 0) of each.
     """
 
     begin: int
     end: int
     tiles: int
+    keys: tuple[tuple[int, int], ...]
     score: Tensor
 
 
@@ -61,11 +63,12 @@ def make_plan(key_start: Tensor, key_end: Tensor, workspace_bytes: int, device: 
         key_tile = first[begin:stop][block] + place
         number = base[begin:stop][block] + key_tile
         lists.append(torch.stack([(begin + block) * TILE, key_tile * TILE, number, torch.zeros_like(number)], 1))
+    spans_of_blocks = list(zip(first.tolist(), end.tolist(), strict=True))
     blocks = torch.stack([base, first, end, torch.zeros_like(base)], 1)
     flat = to_device(torch.cat([*(x.reshape(-1) for x in lists), blocks.reshape(-1)]).to(torch.int32), device)
     pieces = torch.split(flat, [*(x.numel() for x in lists), blocks.numel()])
     chunks = tuple(
-        ScoreChunk(b * TILE, min(e * TILE, len(key_start)), len(items), piece)
+        ScoreChunk(b * TILE, min(e * TILE, len(key_start)), len(items), tuple(spans_of_blocks[b:e]), piece)
         for (b, e), items, piece in zip(spans, lists, pieces[:-1], strict=True)
     )
     return ScorePlan(chunks, pieces[-1])
