@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from flash_indexer import causal_intervals
-from flash_indexer.kernels.sm_90.sizes import SELECT_ROW
+from flash_indexer.kernels.sm_90.sizes import SELECT_TILES
 from flash_indexer.ops import Selection, bodies, select_keys, top_keys
 from flash_indexer.ops.sparse import gpu_select
 from flash_indexer.ops.sparse.plan import TILE_BYTES, score_plan
@@ -19,6 +19,7 @@ pytestmark = pytest.mark.gpu
 LAYOUTS = ("causal", "packed", "window", "late", "gaps")
 KINDS = ("normal", "zeros", "few_values", "tiny", "negative", "nan")
 LARGE = 2**30
+SELECT_ROW = SELECT_TILES * TILE
 
 
 def intervals(layout: str, T: int, S: int) -> tuple[Tensor, Tensor]:
@@ -57,7 +58,7 @@ def make_scores(kind: str, T: int, S: int, seed: int) -> Tensor:
 
 
 def selected(scores: Tensor, start: Tensor, end: Tensor, topk: int, always: tuple[int, int]) -> Selection:
-    """By the kernel, from given scores [T, S]; tiles hold NaN where nobody looks."""
+    """From given scores [T, S], as `select` goes about it; tiles hold NaN where nobody looks."""
     T, S = scores.shape
     start, end = start.cuda(), end.cuda()
     plan = score_plan(start, end, S, 5 * TILE_BYTES * -(-S // TILE))
@@ -77,7 +78,10 @@ def selected(scores: Tensor, start: Tensor, end: Tensor, topk: int, always: tupl
         tiles = torch.full((max(chunk.tiles, 1) * TILE, TILE), torch.nan)
         for token, key, tile, _ in chunk.score.cpu().view(-1, 4).tolist():
             tiles[tile * TILE : (tile + 1) * TILE] = padded[token : token + TILE, key : key + TILE]
-        gpu_select.top_rows(tiles.cuda(), plan, chunk, (start, end), always, out)
+        if max(last - first for first, last in chunk.keys) <= SELECT_TILES:
+            gpu_select.top_rows(tiles.cuda(), plan, chunk, (start, end), always, out)
+        else:
+            gpu_select.sort_rows(tiles.cuda(), chunk, (start, end), topk, always, out, 2**29)
     return out
 
 
@@ -103,12 +107,12 @@ def test_bitwise_on_given_scores(layout: str, kind: str, topk: int, always: tupl
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("S", [SELECT_ROW - 5, SELECT_ROW + 1, 3 * SELECT_ROW + 77])
+@pytest.mark.parametrize("S", [SELECT_ROW - 5, SELECT_ROW, SELECT_ROW + 1, 2 * SELECT_ROW + 77])
 @pytest.mark.parametrize(
     "topk, always", [(1, (0, 0)), (2048, (0, 0)), (2048, (10, 1000)), (SELECT_ROW // 2 + 9, (0, 0))]
 )
 def test_long_rows(S: int, kind: str, topk: int, always: tuple[int, int]) -> None:
-    """Beyond what shared memory holds; plateaus and many keys overflow the list as well."""
+    """As many keys as the kernel takes, and more: these are sorted from their tiles."""
     T = 20
     start, end = intervals("causal", T, S)
     start[T // 2 :] = 333
