@@ -28,6 +28,9 @@ SCORE_STAGES = {32: (8, 4), 64: (8, 4), 96: (7, 6), 128: (8, 4), 192: (7, 6), 25
 SCORE_FP8 = {32: (8, 4), 64: (8, 4), 96: (8, 6), 128: (8, 4), 192: (5, 4), 256: (8, 5), 576: (6, 5)}
 LSE_STAGES = {64: (2, 6), 96: (6, 9), 128: (4, 8), 192: (6, 7), 256: (4, 8), 576: (9, 4)}  # of the Q and K rings
 LSE_FP8 = {64: (2, 6), 96: (2, 6), 128: (2, 8), 192: (2, 6), 256: (4, 8), 576: (6, 5)}
+GATHERED_INDEX_WIDTHS = (64, 128)  # of the indexer at the selected keys
+INDEX_TABLE_KEYS = 16384  # keys of a table of `sparse_index_table`
+SELECT_TILES = 128  # score tiles of a row that `select` takes
 X_STAGES, Y_STAGES = 2, {32: 10, 64: 8, 128: 4}  # of `gradients`; Y by E: about as many bytes in flight
 
 # Attention: widths of queries, keys and values (others are padded with zeros), keys of a tile at most
@@ -56,6 +59,13 @@ class Kernel(NamedTuple):
     function: str
     compiled: tuple[Sizes, ...]
     streamed: bool = True
+
+
+def sparse_index_bytes(E: int) -> int:
+    """Shared memory of `sparse_index_gradients`: keys, tokens, sums, weights, numbers of keys, barriers."""
+    stages, tokens = 3 if E == 128 else 4, 2
+    sums = 2 * 64 * (4 * E + 16)
+    return stages * (256 * E + 128 * 14 + 16) + tokens * (128 * E + 64 * 4 + 16) + sums
 
 
 def quantized_rows(D: int) -> int:
@@ -159,6 +169,7 @@ ATTENTION = (  # D, V, E, heads of a key head: common sizes, and those of the te
     (256, 256, 64, 8), (128, 64, 64, 5), (128, 64, 128, 12), (64, 64, 32, 4),
 )  # fmt: skip
 INDEX = tuple({"E": E} for E in INDEX_WIDTHS)
+GATHERED_INDEX = tuple({"E": E} for E in GATHERED_INDEX_WIDTHS)
 INDEX_HEADS = tuple({"E": E, "IP": IP} for E, IP in product(INDEX_WIDTHS, PADDED_HEADS))
 GRADIENTS = tuple({"D": D, "E": E, "HG": HG} for D, _, E, HG in ATTENTION)
 
@@ -195,6 +206,8 @@ BUILDERS = {
     ),
     "lse": Kernel("lse", "build", tuple({"D": D} for D in HEAD_WIDTHS)),
     "lse_fp8": Kernel("lse", "build_fp8", tuple({"D": D} for D in HEAD_WIDTHS)),
+    "select": Kernel("select", "build", ({},), streamed=False),
+    "sparse_rows": Kernel("sparse_rows", "build", ({},), streamed=False),
     "rows": Kernel("rows", "build", ({"logits": 0}, {"logits": 1}), streamed=False),
     "quantize": Kernel(
         "quantize",
@@ -211,6 +224,12 @@ BUILDERS = {
         tuple({"E": E, "wide": wide} for E in INDEX_WIDTHS for wide in (0, 1)),
         streamed=False,
     ),
+    "sparse_index_gradients": Kernel("sparse_index_gradients", "build", GATHERED_INDEX, streamed=False),
+    "sparse_scatter": Kernel("sparse_scatter", "build", ({},), streamed=False),
+    "sparse_index_scores": Kernel("sparse_index_gradients", "build_scores", GATHERED_INDEX, streamed=False),
+    "sparse_index_largest": Kernel("sparse_index_sums", "build_largest", GATHERED_INDEX, streamed=False),
+    "sparse_index_table": Kernel("sparse_index_sums", "build_table", ({"sum": 0}, {"sum": 1}), streamed=False),
+    "sparse_index_finish": Kernel("sparse_index_sums", "build_finish", GATHERED_INDEX, streamed=False),
     "gradients_query": Kernel("gradients", "build_query", INDEX_HEADS),
     "gradients_key": Kernel("gradients", "build_key", INDEX_HEADS),
     "gradients_reduce": Kernel("gradients_reduce", "build", INDEX, streamed=False),

@@ -44,7 +44,15 @@ from flash_indexer.kernels.sm_90.sizes import BITS_WIDTHS
 from flash_indexer.ops import bodies
 from flash_indexer.ops.blockwise import compute_dtype
 from flash_indexer.ops.bodies import TORCH
-from flash_indexer.ops.sparse import gpu_bits, gpu_body, torch_attention, torch_index, torch_select
+from flash_indexer.ops.sparse import (
+    gpu_bits,
+    gpu_body,
+    gpu_index,
+    gpu_select,
+    torch_attention,
+    torch_index,
+    torch_select,
+)
 from flash_indexer.ops.sparse.problem import KeySums, Leaves, Needs, SparseProblem, new_key_sums
 from flash_indexer.ops.sparse.selection import Selection, check_selection
 
@@ -78,10 +86,12 @@ def select_rows(
     leaves: Leaves, key_start: Tensor, key_end: Tensor, topk: int, always: tuple[int, int], workspace_bytes: int
 ) -> Selection:
     """S_t of the queries, among the keys key_start[t] <= s < key_end[t]: see `select_keys`."""
-    bodies.choose("select_keys", leaves[0].device, gpu_body.refusal)
-    check_intervals(key_start, key_end, leaves[1].shape[0])
+    body = bodies.choose("select_keys", leaves[0].device, lambda: gpu_select.refusal(leaves))
+    if body == TORCH:
+        check_intervals(key_start, key_end, leaves[1].shape[0])
+    step = torch_select.select if body == TORCH else gpu_select.select
     with torch.autocast(leaves[0].device.type, enabled=False):
-        return torch_select.select(*leaves, key_start, key_end, topk, always, workspace_bytes)
+        return step(*leaves, key_start, key_end, topk, always, workspace_bytes)
 
 
 def sparse_forward(problem: SparseProblem) -> tuple[Tensor, Tensor]:
@@ -123,10 +133,12 @@ def sparse_backward(
 
 def sparse_index_scores(leaves: Leaves, selection: Selection, workspace_bytes: int) -> Tensor:
     """i[t,s] = sum_j w[t,j] * ReLU(index_q[t,j]·index_k[s]) at the selected keys, -inf behind them: [T, K]."""
-    bodies.choose("sparse_indexer_kl", leaves[0].device, gpu_body.refusal)
-    check_selection(selection, leaves[1].shape[0])
+    body = bodies.choose("sparse_indexer_kl", leaves[0].device, lambda: gpu_index.refusal(leaves))
+    if body == TORCH:
+        check_selection(selection, leaves[1].shape[0])
+    step = torch_index.index_scores if body == TORCH else gpu_index.index_scores
     with torch.autocast(leaves[0].device.type, enabled=False):
-        return torch_index.index_scores(leaves, selection, workspace_bytes)
+        return step(leaves, selection, workspace_bytes)
 
 
 def sparse_kl_rows(p_sum: Tensor, scores: Tensor, count: Tensor, token_weight: Tensor) -> KLRows:
@@ -135,8 +147,9 @@ def sparse_kl_rows(p_sum: Tensor, scores: Tensor, count: Tensor, token_weight: T
     Args:
         p_sum, scores: [T, K]. count: [T]. token_weight: [T].
     """
-    bodies.choose("sparse_indexer_kl", p_sum.device, gpu_body.refusal)
-    return KLRows(*torch_index.kl_rows(p_sum, scores, count, token_weight.to(p_sum.dtype)))
+    body = bodies.choose("sparse_indexer_kl", p_sum.device, lambda: None)
+    step = torch_index.kl_rows if body == TORCH else gpu_index.kl_rows
+    return KLRows(*step(p_sum, scores, count, token_weight.to(p_sum.dtype)))
 
 
 def sparse_index_gradients(
@@ -153,14 +166,14 @@ def sparse_index_gradients(
 
     d_index_k: the buffer [S, E] to add to; None makes zeros where `needs` wants it.
     """
-    bodies.choose("sparse_indexer_kl", di.device, gpu_body.refusal)
-    check_selection(selection, leaves[1].shape[0])
+    body = bodies.choose("sparse_indexer_kl", di.device, lambda: gpu_index.refusal(leaves))
+    if body == TORCH:
+        check_selection(selection, leaves[1].shape[0])
+    step = torch_index.index_gradients if body == TORCH else gpu_index.index_gradients
     if d_index_k is None and needs[1]:
         d_index_k = torch.zeros(leaves[1].shape, dtype=compute_dtype(leaves[1]), device=di.device)
     with torch.autocast(di.device.type, enabled=False):
-        d_index_q, d_weights = torch_index.index_gradients(
-            di, leaves, selection, needs, d_index_k, deterministic, workspace_bytes
-        )
+        d_index_q, d_weights = step(di, leaves, selection, needs, d_index_k, deterministic, workspace_bytes)
     return IndexGradients(d_index_q, d_index_k, d_weights)
 
 
