@@ -309,7 +309,7 @@ def test_calls_that_can_not_be_sparse_are_refused(tiny: Tiny) -> None:
         ("attention_mask must be [B, tokens in the cache and new ones] = [2, 24]",
          dict(past_key_values=full, attention_mask=torch.ones_like(ids))),
         ("layer 0 of the cache holds keys without index keys", dict(past_key_values=full)),
-        ("past_key_values must be a DynamicCache",
+        ("the cache must be a DynamicCache",
          dict(past_key_values=StaticCache(config=model.config, max_cache_len=32))),
         ("output_attentions must be False", dict(output_attentions=True)),
     ]  # fmt: skip

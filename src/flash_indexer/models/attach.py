@@ -27,13 +27,14 @@ from flash_indexer.models.own_indexers import has_own_indexers
 from flash_indexer.models.rope import check_rope, default_rope_dim, indexer_rotary, rope_parameters
 from flash_indexer.models.sparse import check_topk, sparse_handle
 from flash_indexer.models.sparse_hooks import SPARSE_TAP
+from flash_indexer.models.wrappers import unwrapped
 from flash_indexer.parallel.mesh import Parallel
 
 __all__ = ["IndexerHandle", "LayerCapture", "attach"]
 
 
 def attach(
-    model: PreTrainedModel,
+    model: nn.Module,
     *,
     num_heads: int = 8,
     head_dim: int = 64,
@@ -65,7 +66,8 @@ def attach(
     the attention as it is.
 
     Args:
-        model: a loaded causal language model. Its parameters stop requiring gradients until `remove()`.
+        model: a loaded causal language model, which may be inside a PeftModel or torch.compile. Its parameters stop
+            requiring gradients until `remove()`.
         num_heads: I. head_dim: E. rope_dim: None means min(32, head_dim), for MLA qk_rope_head_dim, for
             longrope the most up to 32 that divide its dims.
         target: see `flash_indexer.indexer_kl`. layers: indices of the layers to attach; None means all whose
@@ -82,14 +84,10 @@ def attach(
             `flash_indexer.models.sparse.sparse_handle`, whose SparseHandle is returned. None: they stay dense.
 
     Raises:
-        TypeError: the model is a wrapper around a Transformers model.
+        TypeError: the model is another wrapper around a Transformers model.
         ValueError: no layer's attention can be a teacher, or not that of the layers asked for; sizes that don't fit.
     """
-    if not isinstance(model, PreTrainedModel):
-        raise TypeError(
-            f"attach: model must be a transformers.PreTrainedModel, got {type(model).__name__}; unwrap it: take "
-            "merge_and_unload() of a PeftModel, .module of DistributedDataParallel"
-        )
+    model = unwrapped(model)
     if torch.is_inference_mode_enabled():
         raise ValueError(
             "attach: must be called outside of torch.inference_mode(), inside which no parameter can train; use "

@@ -21,6 +21,7 @@ from flash_indexer.models.families import FAMILIES, call_arguments, check_call
 from flash_indexer.models.handle import IndexerHandle
 from flash_indexer.models.hooks import TAP, uncompiled
 from flash_indexer.models.index_cache import add_index_keys
+from flash_indexer.models.install import switch_attention
 from flash_indexer.models.packing import at_least_float32
 from flash_indexer.models.shared_indexers import LayerLoss
 from flash_indexer.models.sparse_forward import SparseForward
@@ -294,9 +295,7 @@ def check_topk(op: str, topk: object) -> None:
 
 def _install(handle: SparseHandle) -> None:
     model, decoder = handle.model, handle.decoder
-    before = model.config._attn_implementation
-    model.set_attn_implementation(SPARSE_ATTENTION)
-    handle.undo_with(lambda: model.set_attn_implementation(before))
+    handle.undo_with(switch_attention(model, decoder, SPARSE_ATTENTION))
     handle.undo_with(decoder.register_forward_pre_hook(uncompiled(handle.begin), with_kwargs=True).remove)
     handle.undo_with(decoder.register_forward_hook(uncompiled(handle.end_sparsely), with_kwargs=True).remove)
 

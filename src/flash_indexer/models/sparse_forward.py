@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from flash_indexer.models.documents import document_begins, document_positions
+from flash_indexer.models.families import given_cache
 
 LEFT_PADDING = "pad generations on the left, and pack the documents of a training batch"
 
@@ -30,7 +31,7 @@ class SparseForward:
     """
 
     def __init__(self, inputs: Mapping[str, Any], tokens: Tensor) -> None:
-        cache, mask = inputs.get("past_key_values"), inputs.get("attention_mask")
+        cache, mask = given_cache(inputs), inputs.get("attention_mask")
         self.rows, queries = tokens.shape[:2]
         self.past = 0 if cache is None else int(cache.get_seq_length())
         self.length = self.past + queries

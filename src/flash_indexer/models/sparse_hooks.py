@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 
 from flash_indexer.indexer import no_autocast
-from flash_indexer.models.families import FAMILIES
+from flash_indexer.models.families import FAMILIES, given_cache
 from flash_indexer.models.hooks import uncompiled
 from flash_indexer.models.index_cache import prepare_layer
 from flash_indexer.models.sparse_forward import SparseForward
@@ -50,7 +50,7 @@ class SparseTap:
     def read_inputs(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Before the layer's self-attention, and so before it writes to its cache: hidden states, and cos and sin."""
         self.hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
-        self.cache = kwargs.get("past_key_values")
+        self.cache = given_cache(kwargs)
         if self.cache is not None:
             prepare_layer(self.cache, self.layer)
         if self.rotary is None:

@@ -18,7 +18,7 @@ from flash_indexer.models.capture import AttentionForm
 from flash_indexer.models.documents import document_begins
 from flash_indexer.models.layer_mask import LayerMask
 from flash_indexer.models.packing import Packing, causal_attention, packing
-from flash_indexer.models.replay import attention_function, difference, first_output, shortened, with_mask
+from flash_indexer.models.replay import attention_function, difference, first_output, shortened, tolerance, with_mask
 
 QUERIES = 256
 """Queries of each layer that are compared at most."""
@@ -121,10 +121,11 @@ class Verification:
             return
         finally:
             self.replaying = False
-        compared = [("output", *difference(attached, own))]
+        allowed = tolerance(module, attached.dtype)
+        compared = {"output": difference(attached, own)}
         if teacher is not None and weights is not None:
-            compared.append(("mean attention", *difference(teacher, weights.to(teacher.dtype))))
-        for what, found, allowed in compared:
+            compared["mean attention"] = difference(teacher, weights.to(teacher.dtype))
+        for what, found in compared.items():
             if not found <= allowed:
                 self._failures.append(
                     f"layer {layer}: the {what} of {type(module).__name__} differs from that of eager attention by "
