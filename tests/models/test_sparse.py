@@ -357,8 +357,3 @@ def test_attention_that_would_be_another_is_refused_and_undone(config: Any, mess
         attach(model, num_heads=2, head_dim=32, topk=4)
     assert torch.equal(logits(model, tokens(1, 9)), expected)
     assert all(parameter.requires_grad for parameter in model.parameters())
-
-
-def test_own_indexers_attend_densely(tiny: Tiny) -> None:
-    with pytest.raises(ValueError, match='topk must be None with indexers="own"'):
-        attach(tiny("llama"), indexers="own", topk=4)

@@ -24,6 +24,7 @@ from flash_indexer.models.layers import DecoderLayers, by_reason, decoder_layers
 from flash_indexer.models.options import check_arithmetic, check_target
 from flash_indexer.models.own_attach import OwnOptions, attach_own
 from flash_indexer.models.own_indexers import has_own_indexers
+from flash_indexer.models.own_sparse import own_sparse_handle
 from flash_indexer.models.rope import check_rope, default_rope_dim, indexer_rotary, rope_parameters
 from flash_indexer.models.sparse import check_topk, sparse_handle
 from flash_indexer.models.sparse_hooks import SPARSE_TAP
@@ -81,7 +82,8 @@ def attach(
         teachers: where one layer's own indexer serves the next ones too, "shared": it learns from all of them, the loss
             being the mean of their KLs; "own": from its own layer alone.
         topk: the layers attend to so many keys, those that their indexers rank highest, and the model may train: see
-            `flash_indexer.models.sparse.sparse_handle`, whose SparseHandle is returned. None: they stay dense.
+            `flash_indexer.models.sparse.sparse_handle`, whose SparseHandle is returned, and for a model's own indexers
+            `flash_indexer.models.own_sparse.own_sparse_handle`. None: they stay dense.
 
     Raises:
         TypeError: the model is another wrapper around a Transformers model.
@@ -98,8 +100,6 @@ def attach(
         raise ValueError(f'attach: indexers must be "fresh" or "own", got {indexers!r}')
     if topk is not None:
         check_topk("attach", topk)
-        if indexers == "own":
-            raise ValueError(f'attach: topk must be None with indexers="own", which attend densely, got {topk}')
     decoder = find_decoder(model)
     config = model.config.get_text_config()
     found = decoder_layers(decoder, config)
@@ -107,7 +107,8 @@ def attach(
         raise ValueError("attach: the model has indexers attached already; call remove() on their handle first")
     if indexers == "own":
         options = OwnOptions(num_heads, head_dim, rope_dim, layers, target, teachers, index_dtype, teacher_dtype)
-        return attach_own(model, found, options, parallel or Parallel())
+        own = attach_own(model, found, options, parallel or Parallel())
+        return own if topk is None else own_sparse_handle(own, topk)
     if has_own_indexers(found):
         raise ValueError(
             f'attach: {type(model).__name__} has indexers of its own; train these with indexers="own", or attach to '
