@@ -16,6 +16,7 @@ from transformers import (
     GptOssConfig,
     PreTrainedModel,
     Qwen2MoeConfig,
+    masking_utils,
 )
 
 from flash_indexer.models import layer_mask, replay, verification
@@ -79,10 +80,45 @@ def test_keys_after_the_query_are_refused() -> None:
     run(handle, token_type_ids=torch.zeros_like(IDS))
     image = torch.zeros_like(IDS)
     image[:, 8:12] = 1
-    handle.remove()
     message = r"layer \d: query 8 sees \d+ keys by .* at key 9: the mask shows keys after the query \(bidirectional"
+    with pytest.raises(ValueError, match=message):  # in a batch like one that was right, but for the image
+        run(handle, token_type_ids=image)
+    run(handle, token_type_ids=torch.zeros_like(IDS))
+    with pytest.raises(ValueError, match=message):
+        run(handle, token_type_ids=image)
+    handle.remove()
     with pytest.raises(ValueError, match=message):
         run(attached(handle.model), token_type_ids=image)
+
+
+@pytest.mark.parametrize("topk", [None, 5])
+def test_layers_that_run_several_times_are_refused(tiny: Tiny, topk: int | None) -> None:
+    model = tiny("llama")
+    layer = model.model.layers[1]
+    forward = layer.forward
+    layer.forward = lambda hidden, *args, **kwargs: forward(forward(hidden, *args, **kwargs), *args, **kwargs)
+    with pytest.raises(ValueError, match="layer 1 must run once in a forward, got a second run"):
+        run(attached(model, topk=topk))
+
+
+def test_masks_that_batches_change_are_told_from_those_that_are_causal() -> None:
+    positions = torch.tensor([[0, 1, 2, 0, 1, 2]])
+    causal = [
+        masking_utils.causal_mask_function,
+        masking_utils.sliding_window_causal_mask_function(4),
+        masking_utils.packed_sequence_compatibility_function(
+            masking_utils.chunked_causal_mask_function(4, torch.zeros(1)), positions, positions
+        ),
+    ]
+    block = masking_utils.blockwise_overlay(positions)
+    varying = [
+        block,
+        masking_utils.or_masks(masking_utils.causal_mask_function, block),
+        masking_utils.bidirectional_mask_function,
+        lambda batch, head, q, k: k <= q,
+    ]
+    masks = [layer_mask.layer_mask(1, 6, 6, f, allow_is_causal_skip=False) for f in (*causal, *varying)]
+    assert [mask is not None and mask.varies for mask in masks] == [False] * 3 + [True] * 4
 
 
 def test_a_layer_that_is_not_causal_is_refused(tiny: Tiny) -> None:

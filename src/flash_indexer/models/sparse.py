@@ -95,6 +95,11 @@ class SparseHandle(IndexerHandle):
         if not tap.is_attached:
             return _dense_attention(forward, q, k, v, scale, window)
         again = tap.layer in forward.seen  # in the backward of activation checkpointing
+        if again and not forward.has_ended:
+            raise ValueError(
+                f"attach: layer {tap.layer} must run once in a forward, got a second run; models that run their layers "
+                "several times can't be attached"
+            )
         forward.seen.add(tap.layer)
         leaves = self._leaves(tap, forward, q)
         wide = (lambda x: x) if q.device.type == "cuda" else at_least_float32
@@ -198,6 +203,7 @@ class SparseHandle(IndexerHandle):
     def end_sparsely(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         """After the decoder: every attached layer must have passed through the attention function."""
         forward: SparseForward = kwargs[FORWARD]
+        forward.has_ended = True
         if missing := [layer for layer in self.layers if layer not in forward.seen]:
             raise RuntimeError(
                 f"attach: layers {missing[:5]} did not call the registered attention function; "

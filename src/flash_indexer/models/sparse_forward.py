@@ -27,7 +27,7 @@ class SparseForward:
         has_gradients: whether the decoder was called with gradients enabled.
         past: keys of each row that the cache holds already. length: past + L.
         kl: [T] of each layer that learns, written when its backward runs. uniform_kl: where it is known.
-        seen: layers that have run.
+        seen: layers that have run. has_ended: whether the decoder has, so that a layer that runs is run again.
     """
 
     def __init__(self, inputs: Mapping[str, Any], tokens: Tensor) -> None:
@@ -36,7 +36,7 @@ class SparseForward:
         self.past = 0 if cache is None else int(cache.get_seq_length())
         self.length = self.past + queries
         self.positions: Tensor | None = None
-        self.has_gradients = torch.is_grad_enabled()
+        self.has_gradients, self.has_ended = torch.is_grad_enabled(), False
         self.kl: dict[int, Tensor] = {}
         self.uniform_kl: dict[int, Tensor] = {}
         self.seen: set[int] = set()
