@@ -149,6 +149,24 @@ def test_compiled_models_are_attached(tiny: Tiny, backend: str, ran_before: bool
     torch.compiler.reset()
 
 
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_compiled_models_train_sparsely(tiny: Tiny, backend: str) -> None:
+    torch.compiler.reset()
+    model = tiny("llama", num_hidden_layers=1)
+    handle = attached(model, topk=5)
+    parameters = [*model.parameters(), *handle.indexers.parameters()]
+    compiled: Any = torch.compile(model, backend=backend)
+    gradients: list[list[Tensor]] = []
+    for run in (model, compiled):
+        run(input_ids=IDS, labels=IDS, use_cache=False).loss.backward()
+        gradients.append([parameter.grad.clone() for parameter in parameters])
+        for parameter in parameters:
+            parameter.grad = None
+    for want, got in zip(*gradients, strict=True):
+        assert (got - want).norm() <= 1e-4 * want.norm()
+    torch.compiler.reset()
+
+
 def llava(tiny: Tiny) -> tuple[Any, dict[str, Tensor]]:
     vision = CLIPVisionConfig(
         hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2, image_size=28, patch_size=14
@@ -202,6 +220,22 @@ def test_text_models_inside_of_vision_models_learn_from_images_too(tiny: Tiny, b
     handle.remove()
     assert {name: config._attn_implementation for name, config in configs.items()} == implementations
     assert torch.equal(logits(model, **inputs), before)
+
+
+@pytest.mark.parametrize("build", [llava, qwen2_vl])
+def test_text_models_inside_of_vision_models_are_made_sparse(tiny: Tiny, build: Callable[..., Any]) -> None:
+    model, inputs = build(tiny)
+    model = randomised(model)
+    before = logits(model, **inputs)
+    handle = attached(model, topk=200)
+    torch.testing.assert_close(logits(model, **inputs), before, rtol=1e-3, atol=1e-3)  # of 25 tokens all are selected
+    handle.remove()
+    attached(model, topk=5)
+    assert (logits(model, **inputs) - before).abs().max() > 0.1
+    options = dict(max_new_tokens=4, do_sample=False, pad_token_id=0, suppress_tokens=[57, 58, 59, IMAGE])
+    inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
+    made = [model.generate(**inputs, **options, use_cache=cached) for cached in (True, False)]
+    assert torch.equal(*made)
 
 
 class RoundedLinear(nn.Linear):
