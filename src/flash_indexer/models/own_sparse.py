@@ -157,11 +157,16 @@ def own_sparse_handle(dense: IndexerHandle, topk: int) -> OwnSparseHandle:
         topk: K, 1 or more.
 
     Raises:
-        ValueError: another topk, target, part of the layers, or a family whose attention can't be run so.
+        ValueError: another topk or target, layers without an indexer, or sequence and heads shared out.
     """
-    model, attentions = dense.model, dict(dense.found.callers)
+    model, attentions, parallel = dense.model, dict(dense.found.callers), dense.parallel
     dense.remove()
     check_sparse(dense, topk)
+    if parallel.cp * parallel.tp > 1:
+        raise ValueError(
+            f'attach: with topk and indexers="own" the model must be whole in one process, got cp={parallel.cp}, '
+            f"tp={parallel.tp}; leave topk or parallel out"
+        )
     if without := [layer for layer in attentions if layer not in dense.sources]:
         raise ValueError(
             f'attach: with topk and indexers="own", an indexer must serve every layer, got none for layers '
