@@ -23,6 +23,9 @@ from flash_indexer.models import layer_mask, replay, verification
 from flash_indexer.models.attach import IndexerHandle, LayerCapture, attach
 
 Tiny = Callable[..., PreTrainedModel]
+VISION = dict(
+    hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=8, patch_size=4
+)  # fmt: skip
 IDS = torch.randint(0, 61, (1, 24), generator=torch.Generator().manual_seed(2))
 PACKED = torch.cat([torch.arange(n) for n in (9, 15)])[None]
 SIZES: dict[str, Any] = dict(
@@ -72,9 +75,7 @@ def test_keys_after_the_query_are_refused() -> None:
     """Gemma 3 shows the tokens of an image one another."""
     config = Gemma3Config(
         text_config=SIZES | dict(layer_types=["sliding_attention", "full_attention"], sliding_window=8),
-        vision_config=dict(
-            hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=8, patch_size=4
-        ),
+        vision_config=VISION,
     )  # fmt: skip
     handle = attached(Gemma3ForConditionalGeneration(config).eval())
     run(handle, token_type_ids=torch.zeros_like(IDS))
@@ -89,6 +90,17 @@ def test_keys_after_the_query_are_refused() -> None:
     handle.remove()
     with pytest.raises(ValueError, match=message):
         run(attached(handle.model), token_type_ids=image)
+
+
+def test_a_short_image_between_the_compared_queries_is_found_later(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(verification, "QUERIES", 3)
+    config = Gemma3Config(text_config=SIZES | dict(layer_types=["full_attention"] * 2), vision_config=VISION)
+    handle = attached(Gemma3ForConditionalGeneration(config).eval())
+    image = torch.zeros_like(IDS)
+    image[:, 5:7] = 1
+    with pytest.raises(ValueError, match="query 5 sees 7 keys"):
+        for _ in range(12):
+            run(handle, token_type_ids=image)
 
 
 @pytest.mark.parametrize("topk", [None, 5])

@@ -47,6 +47,7 @@ class Verification:
         self._batch: _Batch | None = None
         self._seen: _Batch | None = None
         self._positions: Tensor | None = None
+        self._forwards = 0
         self._done: set[tuple[bool, int]] = set()
         self._masks: dict[int, LayerMask | None] = {}
         self._failures: list[str] = []
@@ -59,6 +60,7 @@ class Verification:
         kind = _kind(positions)
         self._seen = self._batch = None if kind in self._done else _Batch(positions, packing(positions), kind)
         self._positions, self._failures, self._masks = positions, [], {}
+        self._forwards += 1
 
     def end(self) -> None:
         """After the decoder, also where it raised."""
@@ -77,6 +79,8 @@ class Verification:
         B, L = batch.positions.shape
         device = batch.positions.device
         queries = torch.linspace(0, L - 1, min(L, max(1, QUERIES // B)), device=device).long()
+        if mask is not None and mask.varies:  # others in every forward: a short image lies between two queries
+            queries = ((queries + self._forwards) % L).sort().values
         rows = torch.arange(B, device=device)[:, None] * L
         bounds = [x.view(B, L).long()[:, queries] - rows for x in batch.packed.visible(form.window, form.chunk)]
         teacher = _between(bounds, L)
