@@ -222,6 +222,7 @@ def test_parameters_are_float32_while_they_train() -> None:
             r"an indexer must serve every layer, got none for layers \[1, 3\]; leave layers or topk out",
         ),
         ("hy_v4", {}, "with topk, attention must have neither softcap nor sinks, got sinks"),
+        ("deepseek_v32", dict(index_dtype="fp8"), "index_dtype and teacher_dtype must be None, .*got 'fp8' and None"),
         ("deepseek_v32", dict(topk=0), "topk must be a whole number of keys, 1 or more, got 0"),
         ("deepseek_v32", dict(target="sum_logits"), "with topk, target must be \"mean\", got 'sum_logits'"),
     ],

@@ -100,6 +100,11 @@ def attach(
         raise ValueError(f'attach: indexers must be "fresh" or "own", got {indexers!r}')
     if topk is not None:
         check_topk("attach", topk)
+        if index_dtype is not None or teacher_dtype is not None:
+            raise ValueError(
+                "attach: with topk, index_dtype and teacher_dtype must be None, since the sparse stage trains in the "
+                f"model's dtype, got {index_dtype!r} and {teacher_dtype!r}; leave them out"
+            )
     decoder = find_decoder(model)
     config = model.config.get_text_config()
     found = decoder_layers(decoder, config)
