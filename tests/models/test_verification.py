@@ -118,8 +118,11 @@ def test_masks_that_batches_change_are_told_from_those_that_are_causal() -> None
     causal = [
         masking_utils.causal_mask_function,
         masking_utils.sliding_window_causal_mask_function(4),
-        masking_utils.packed_sequence_compatibility_function(
-            masking_utils.chunked_causal_mask_function(4, torch.zeros(1)), positions, positions
+        masking_utils.and_masks(
+            masking_utils.packed_sequence_mask_function(positions),
+            masking_utils.remap_positions_for_packed_sequence(
+                masking_utils.chunked_causal_mask_function(4, torch.zeros(1)), positions
+            ),
         ),
     ]
     block = masking_utils.blockwise_overlay(positions)
