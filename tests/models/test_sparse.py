@@ -322,7 +322,7 @@ def test_calls_that_can_not_be_sparse_are_refused(tiny: Tiny) -> None:
         ("attention_mask must be [B, tokens in the cache and new ones] = [2, 24]",
          dict(past_key_values=full, attention_mask=torch.ones_like(ids))),
         ("layer 0 of the cache holds keys without index keys", dict(past_key_values=full)),
-        ("past_key_values must be a DynamicCache",
+        ("the cache must be a DynamicCache",
          dict(past_key_values=StaticCache(config=model.config, max_cache_len=32))),
         ("output_attentions must be False", dict(output_attentions=True)),
     ]  # fmt: skip
@@ -370,8 +370,3 @@ def test_attention_that_would_be_another_is_refused_and_undone(config: Any, mess
         attach(model, num_heads=2, head_dim=32, topk=4)
     assert torch.equal(logits(model, tokens(1, 9)), expected)
     assert all(parameter.requires_grad for parameter in model.parameters())
-
-
-def test_own_indexers_attend_densely(tiny: Tiny) -> None:
-    with pytest.raises(ValueError, match='topk must be None with indexers="own"'):
-        attach(tiny("llama"), indexers="own", topk=4)

@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 from flash_indexer.files.atomic import atomic_directory, readable_directory
 from flash_indexer.indexer import LightningIndexer
 from flash_indexer.models.attach import IndexerHandle, attach
+from flash_indexer.models.own_sparse import own_sparse_handle
 from flash_indexer.models.sparse import check_topk, sparse_handle
 from flash_indexer.parallel.mesh import Parallel
 
@@ -232,7 +233,9 @@ def load_native(
         if is_model:
             handle.remove()
         raise
-    return handle if topk is None else sparse_handle(handle, topk)
+    if topk is None:
+        return handle
+    return own_sparse_handle(handle, topk) if handle.trains_own else sparse_handle(handle, topk)
 
 
 def describe(handle: IndexerHandle, *, base_name: str, base_fingerprint: str | None = None) -> NativeConfig:

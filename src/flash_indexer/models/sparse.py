@@ -7,7 +7,7 @@ that is frozen it goes backward inside the forward, as in the warm-up.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NoReturn
 
@@ -21,6 +21,7 @@ from flash_indexer.models.families import FAMILIES, call_arguments, check_call
 from flash_indexer.models.handle import IndexerHandle
 from flash_indexer.models.hooks import TAP, uncompiled
 from flash_indexer.models.index_cache import add_index_keys
+from flash_indexer.models.install import switch_attention
 from flash_indexer.models.packing import at_least_float32
 from flash_indexer.models.shared_indexers import LayerLoss
 from flash_indexer.models.sparse_forward import SparseForward
@@ -51,7 +52,7 @@ class SparseHandle(IndexerHandle):
         self.kl_scale: Tensor | None = None
         self.on_selection: Callable[[int, Selection], None] | None = None
         self._undo = []
-        self._last: SparseForward | None = None
+        self._last: tuple[dict[int, Tensor], dict[int, Tensor]] | None = None
 
     def losses(self) -> dict[int, LayerLoss]:
         """Each layer's mean KL over the selected keys in the last forward that learnt, NaN until its backward has run.
@@ -61,9 +62,10 @@ class SparseHandle(IndexerHandle):
         """
         if self._last is None:
             return {}
-        unknown, found = self._last.uniform_kl, sorted(self._last.kl.items())
+        found, known = self._last
         return {
-            n: LayerLoss(kl.mean(), unknown[n].mean() if n in unknown else kl.new_tensor(torch.nan)) for n, kl in found
+            n: LayerLoss(kl.mean(), known[n].mean() if n in known else kl.new_tensor(torch.nan))
+            for n, kl in sorted(found.items())
         }
 
     def using(self, consumer: Any) -> NoReturn:
@@ -96,6 +98,11 @@ class SparseHandle(IndexerHandle):
         if not tap.is_attached:
             return _dense_attention(forward, q, k, v, scale, window)
         again = tap.layer in forward.seen  # in the backward of activation checkpointing
+        if again and not forward.has_ended:
+            raise ValueError(
+                f"attach: layer {tap.layer} must run once in a forward, got a second run; models that run their layers "
+                "several times can't be attached"
+            )
         forward.seen.add(tap.layer)
         leaves = self._leaves(tap, forward, q)
         wide = (lambda x: x) if q.device.type == "cuda" else at_least_float32
@@ -123,7 +130,7 @@ class SparseHandle(IndexerHandle):
             if tap.cache is None and not torch.is_grad_enabled():
                 kl = self._learn(tap, forward, (query, tensors[1]), leaves, selection, scale, lse)
         if kl is not None:
-            forward.kl[tap.layer], self._last = kl, forward
+            forward.kl[tap.layer], self._last = kl, (forward.kl, forward.uniform_kl)
         return (out if w_v is None else expanded_output(out, w_v)).to(q.dtype)
 
     def _learns(self, tap: SparseTap, forward: SparseForward) -> bool:
@@ -222,7 +229,7 @@ class SparseHandle(IndexerHandle):
             )
         wide = (lambda x: x.to(q.dtype)) if q.device.type == "cuda" else at_least_float32
         with torch.set_grad_enabled(self._learns(tap, forward)):
-            index_q, index_k, weights = self.indexers[str(tap.layer)](*tap.take(wide))
+            index_q, index_k, weights = tap.operands(self.indexers[str(tap.layer)], wide)
         if tap.cache is not None:
             rows = torch.unflatten(index_k, 0, (forward.rows, -1))
             index_k = add_index_keys(tap.cache, tap.layer, rows).flatten(0, 1)
@@ -231,6 +238,7 @@ class SparseHandle(IndexerHandle):
     def end_sparsely(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         """After the decoder: every attached layer must have passed through the attention function."""
         forward: SparseForward = kwargs[FORWARD]
+        forward.has_ended = True
         if missing := [layer for layer in self.layers if layer not in forward.seen]:
             raise RuntimeError(
                 f"attach: layers {missing[:5]} did not call the registered attention function; "
@@ -272,14 +280,11 @@ def sparse_handle(dense: IndexerHandle, topk: int) -> SparseHandle:
     dense.remove()
     _check(dense, topk)
     handle = SparseHandle(dense, topk)
-    for module, tap in zip(modules, taps, strict=True):
-        is_attached = tap.layer in handle.layers
-        rotary = tap.rotary if is_attached else None
-        _install_layer(
-            handle,
-            SparseTap(handle.attend_sparsely, tap.layer, module, is_attached=is_attached, rotary=rotary),
-        )
-    _install(handle)
+    attached = [tap.layer in handle.layers for tap in taps]
+    install_sparsely(handle, [
+        SparseTap(handle.attend_sparsely, tap.layer, module, is_attached=one, rotary=tap.rotary if one else None)
+        for module, tap, one in zip(modules, taps, attached, strict=True)
+    ])  # fmt: skip
     return handle
 
 
@@ -299,6 +304,21 @@ def _dense_attention(
 
 
 def _check(dense: IndexerHandle, topk: int) -> None:
+    if not all(type(indexer) is LightningIndexer for indexer in dense.indexers.values()):
+        raise ValueError(
+            "attach: to make a dense handle sparse, its indexers must be LightningIndexers, got a model's own; pass "
+            'topk to attach(model, indexers="own", topk=...) instead'
+        )
+    if dense.found.refused:
+        raise ValueError(
+            "attach: with topk, every layer must have softmax attention, got a model some of whose layers have none; "
+            "leave topk out"
+        )
+    check_sparse(dense, topk)
+
+
+def check_sparse(dense: IndexerHandle, topk: int) -> None:
+    """Raises ValueError for a K, a target, an attention or a sharing that the sparse stage can't have; may warn."""
     check_topk("attach", topk)
     if dense.parallel.tp > 1:
         raise ValueError(
@@ -307,11 +327,6 @@ def _check(dense: IndexerHandle, topk: int) -> None:
         )
     if dense.target != "mean":
         raise ValueError(f'attach: with topk, target must be "mean", got {dense.target!r}')
-    if dense.found.refused:
-        raise ValueError(
-            "attach: with topk, every layer must have softmax attention, got a model some of whose layers have none; "
-            "leave topk out"
-        )
     softcap = getattr(dense.model.config.get_text_config(), "attn_logit_softcapping", None)
     sinks = [module for _, module in dense.found.callers if getattr(module, "sinks", None) is not None]
     if softcap is not None or sinks:
@@ -319,8 +334,6 @@ def _check(dense: IndexerHandle, topk: int) -> None:
             "attach: with topk, attention must have neither softcap nor sinks, got "
             f"{'sinks' if sinks else f'attn_logit_softcapping={softcap}'}; leave topk out"
         )
-    if not all(type(indexer) is LightningIndexer for indexer in dense.indexers.values()):
-        raise ValueError("attach: with topk, indexers must be LightningIndexers of ours; leave topk out")
     context = getattr(dense.model.config.get_text_config(), "max_position_embeddings", None)
     if context is not None and topk >= context:
         warnings.warn(
@@ -343,11 +356,12 @@ def check_topk(op: str, topk: object) -> None:
         raise ValueError(f"{op}: topk must be a whole number of keys, 1 or more, got {topk!r}; DeepSeek-V3.2 has 2048")
 
 
-def _install(handle: SparseHandle) -> None:
+def install_sparsely(handle: SparseHandle, taps: Sequence[SparseTap], function: str = SPARSE_ATTENTION) -> None:
+    """Adds the hooks to the handle's model and switches to the registered `function`; records how to undo each."""
+    for tap in taps:
+        _install_layer(handle, tap)
     model, decoder = handle.model, handle.decoder
-    before = model.config._attn_implementation
-    model.set_attn_implementation(SPARSE_ATTENTION)
-    handle.undo_with(lambda: model.set_attn_implementation(before))
+    handle.undo_with(switch_attention(model, decoder, function))
     handle.undo_with(decoder.register_forward_pre_hook(uncompiled(handle.begin), with_kwargs=True).remove)
     handle.undo_with(decoder.register_forward_hook(uncompiled(handle.end_sparsely), with_kwargs=True).remove)
 
@@ -358,9 +372,8 @@ def _install_layer(handle: SparseHandle, tap: SparseTap) -> None:
     handle.undo_with(partial(module.__dict__.pop, SPARSE_TAP, None))
     if not tap.is_attached:
         return
-    handle.undo_with(module.register_forward_pre_hook(uncompiled(tap.read_inputs), with_kwargs=True).remove)
-    if isinstance(norm := getattr(module, "q_a_layernorm", None), nn.Module):
-        handle.undo_with(norm.register_forward_hook(uncompiled(tap.read_residual)).remove)
+    for undo in tap.install():
+        handle.undo_with(undo)
     if is_absorbable(module):
         module.__dict__[EXPAND] = keep_latents
         handle.undo_with(partial(module.__dict__.pop, EXPAND, None))

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from flash_indexer.models.documents import document_begins, document_positions
+from flash_indexer.models.families import given_cache
 from flash_indexer.models.packing import Packing, packing
 from flash_indexer.parallel.context import gather_with_gradient
 from flash_indexer.parallel.mesh import Parallel
@@ -33,16 +34,16 @@ class SparseForward:
         has_gradients: whether the decoder was called with gradients enabled.
         past: keys of each row that the cache holds already. length: past + L.
         kl: [T] of each layer that learns, written when its backward runs. uniform_kl: where it is known.
-        seen: layers that have run.
+        seen: layers that have run. has_ended: whether the decoder has, so that a layer that runs is run again.
     """
 
     def __init__(self, inputs: Mapping[str, Any], tokens: Tensor, parallel: Parallel) -> None:
-        cache, mask = inputs.get("past_key_values"), inputs.get("attention_mask")
+        cache, mask = given_cache(inputs), inputs.get("attention_mask")
         self.rows, queries = tokens.shape[:2]
         self.past = 0 if cache is None else int(cache.get_seq_length())
         self.length = self.past + queries
         self.positions: Tensor | None = None
-        self.has_gradients = torch.is_grad_enabled()
+        self.has_gradients, self.has_ended = torch.is_grad_enabled(), False
         self.kl: dict[int, Tensor] = {}
         self.uniform_kl: dict[int, Tensor] = {}
         self.seen: set[int] = set()
