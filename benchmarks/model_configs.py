@@ -18,7 +18,7 @@ SMALL: dict[str, int] = dict(
     qk_nope_head_dim=16, v_head_dim=12, sliding_window=7, sliding_window_size=7, attention_chunk_size=7, dff=64,
     dim_ff=64, mamba_n_heads=4, mamba_d_state=8, linear_num_key_heads=2, linear_num_value_heads=4,
     linear_key_head_dim=12, linear_value_head_dim=12, linear_head_dim=12, linear_num_heads=4, index_n_heads=4,
-    index_head_dim=16, index_topk=8, swa_num_attention_heads=4, swa_num_key_value_heads=2, swa_head_dim=16, d_rel=8,
+    index_head_dim=16, index_topk=64, swa_num_attention_heads=4, swa_num_key_value_heads=2, swa_head_dim=16, d_rel=8,
     rel_extent=16, vocab_size_per_layer_input=61, hidden_size_per_layer_input=8, out_hidden_size=48,
     num_position_embeddings=64, ffn_hidden_size=64, expert_ffn_hidden_size=32, zero_expert_num=2, moe_topk=2,
     conf_num_hidden_layers=2, n_mamba_heads=4, num_global_layers=2, num_hash_layers=1, text_hidden_size=48,
@@ -51,6 +51,7 @@ MORE: dict[str, dict[str, Any]] = {
         intermediate_size=[64] * 4, activation_sparsity_pattern=[0.0] * 4, laurel_rank=8, **SHARED_KEYS
     ),
     "gemma4_text": dict(layer_types=[SLIDING, FULL, SLIDING, FULL], global_head_dim=16),
+    "glm_moe_dsa": dict(indexer_types=["full", "shared", "shared", "full"]),
     "gpt_neo": dict(attention_types=[[["global", "local"], 2]], window_size=7),
     "gptj": dict(rotary_dim=8),
     "granitemoehybrid": dict(layer_types=[LINEAR, FULL, LINEAR, FULL], mamba_n_heads=4, shared_intermediate_size=32),

@@ -140,9 +140,9 @@ def defined_kl(p: Tensor, capture: LayerCapture) -> float:
 
 
 def module_names(model: PreTrainedModel, handle: IndexerHandle) -> Iterator[tuple[int, str]]:
-    """Each attached layer and the name of the module that its teacher is."""
+    """Each layer that an indexer serves and the name of the module that its teacher is."""
     names = {id(module): name for name, module in model.named_modules()}
-    for layer in handle.layers:
+    for layer in handle.sources:
         yield layer, names[id(handle.attentions[layer])]
 
 
@@ -180,15 +180,27 @@ def differences(
     with handle.using(lambda capture: captures.update({capture.layer: capture})):
         got = handle.model(**batch, use_cache=False).logits.double()
     handle.model(**batch, use_cache=False)
-    losses = handle.losses()
+    losses, kls = handle.losses(), dict[int, list[float]]()
     for layer, name in module_names(handle.model, handle):
         if name not in weights:
             raise LookupError(f"eager attention of {name} returns no weights")
         p = target_of(with_sinks(weights[name], captures[layer]))
         yield f"layer {layer}'s target", float((attached_target(captures[layer]) - p).abs().max()), CLOSE
-        kl = defined_kl(p, captures[layer])
+        kls.setdefault(handle.sources[layer], []).append(defined_kl(p, captures[layer]))
+    for layer, found in kls.items():
+        kl = sum(found) / len(found)
         yield f"layer {layer}'s KL", abs(float(losses[layer].kl) - kl), CLOSE * max(1.0, kl)
     yield "the output", float((got - logits).abs().max() / logits.abs().max()), 10 * CLOSE
+
+
+def attach_any(model: PreTrainedModel) -> IndexerHandle:
+    """With fresh indexers, or where the model has some, with its own."""
+    try:
+        return attach(model, num_heads=3, head_dim=32)
+    except ValueError as error:
+        if "has indexers of its own" not in str(error):
+            raise
+    return attach(model, indexers="own")
 
 
 def noisy_indexers(handle: IndexerHandle) -> None:
@@ -213,7 +225,7 @@ def _attempt(model_type: str) -> Verdict:
     except Exception as error:  # whatever Transformers does with tiny sizes
         return Verdict(model_type, "not built", first_line(error), [], None)
     try:
-        handle = attach(model, num_heads=3, head_dim=32)
+        handle = attach_any(model)
     except (TypeError, ValueError) as error:
         return Verdict(model_type, "refused", first_line(error), [], None)
     except Exception as error:
@@ -224,7 +236,8 @@ def _attempt(model_type: str) -> Verdict:
 
 def judge(model_type: str, handle: IndexerHandle, truth: PreTrainedModel) -> Verdict:
     """Compares what is attached with eager attention, alone and packed."""
-    layers, worst, notes = list(handle.layers), 0.0, []
+    layers, worst = list(handle.layers), 0.0
+    notes = ['its own indexers: `attach(indexers="own")`'] if handle.trains_own else []
     for name, lengths in BATCHES.items():
         try:
             with warnings.catch_warnings(record=True) as said:
@@ -279,7 +292,8 @@ def page(verdicts: list[Verdict], version: str) -> str:
         f"The largest difference of a probability, a KL or an output of those that are right is {worst:.1e}. A model "
         "that is "
         "not in this list, or a modified one, is compared with its own eager attention at its first forward, layer by "
-        "layer, and refused where the two differ.",
+        "layer, and refused where the two differ. That looks at 256 tokens of each layer: with SmolLM2-135M on one "
+        "core of a CPU 1.7 s beside a step of 18 s at 2,048 tokens, and 1.6 s beside 320 s at 8,192.",
         "",
         "Layers whose queries see a window or chunk of keys get no indexer by default where others see all keys: a "
         "window bounds their keys already. `attach(layers=[...])` names them.",

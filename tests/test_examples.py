@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import runpy
 import shlex
 import signal
 import subprocess
@@ -14,8 +15,11 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
+from flash_indexer import causal_intervals, reference
 from flash_indexer.files.native import read_native, save_native
+from flash_indexer.intervals import key_blocks
 from flash_indexer.models.attach import attach
 from flash_indexer.models.load import load_model
 from flash_indexer.recipe.run_record import read_metrics
@@ -55,6 +59,54 @@ def test_the_sparse_example_trains_and_generates(tmp_path: Path, runs: Any, chec
     text = printed.read_text()
     assert "step 6: loss " in text and "generated: w" in text, text
     assert read_native(out).config.layers == (0, 1, 2) and (out / "model" / "config.json").is_file()
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [("compressed_keys", []), ("key_blocks", []), ("key_blocks", ["--scores", "highest-key"])],
+    ids=lambda x: "-".join(x) if isinstance(x, list) else x,
+)
+def test_indexers_of_pooled_keys_learn(tmp_path: Path, runs: Any, name: str, options: list[str]) -> None:
+    printed = tmp_path / "printed"
+    arguments = [f"{ROOT}/examples/{name}.py", "--steps", "76", "--tokens", "400", *options]
+    runs.finish(runs.ranks(1, None, tmp_path, codes=[EXAMPLE], arguments=arguments, printed=str(printed)))
+    text = printed.read_text()
+    (line,) = re.findall(r"^step 76: KL ([\d.]+), of the uniform prediction ([\d.]+)$", text, re.MULTILINE)
+    kl, uniform = (float(number) for number in line)
+    assert kl < 0.5 * uniform, text
+    if name == "compressed_keys":
+        (found,) = re.findall(r"selects 16 compressed keys, (\d+) of the (\d+) of its topic", text)
+        assert int(found[0]) >= 0.7 * int(found[1]) > 0, text
+
+
+@pytest.mark.parametrize("highest_key", [False, True])
+def test_the_loss_of_blocks_of_keys_is_its_definition(highest_key: bool) -> None:
+    example = runpy.run_path(f"{ROOT}/examples/key_blocks.py")
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    cu_seqlens = torch.tensor([0, 11, 14, 50])
+    blocks, visible = key_blocks(cu_seqlens, 4), causal_intervals(cu_seqlens)
+    q, k = draw(50, 4, 8), draw(50, 2, 8)
+    keys = draw(50 if highest_key else len(blocks.tokens), 8)
+    index = draw(50, 3, 8), keys, draw(50, 3)
+    lse = reference.teacher_lse(q, k, 0.5, *visible)
+    kl, entropy, gradients = example["block_kl"](q, k, lse, index, blocks, visible, softmax_scale=0.5, rows=7)
+
+    leaves = [x.clone().requires_grad_() for x in index]
+    p = reference.target_distribution(q, k, 0.5, *visible)[:, blocks.tokens].amax(-1)
+    complete = reference.visible_keys(blocks.start, blocks.end, len(blocks.tokens))
+    p = p * complete / (p * complete).sum(-1, keepdim=True).clamp_min(1e-300)
+    per_key = leaves[2][:, :, None] * torch.einsum("tie,se->tis", leaves[0], leaves[1]).relu()
+    scores = per_key.sum(1)[:, blocks.tokens].amax(-1) if highest_key else per_key.sum(1)
+    want = reference.divergence(p, scores.masked_fill(~complete, -torch.inf), complete.any(1))
+    torch.testing.assert_close(kl, want.detach())
+    torch.testing.assert_close(entropy, torch.special.entr(p).sum(-1))
+    mean = want.sum() / complete.any(1).sum()
+    for got, wanted in zip(gradients, torch.autograd.grad(mean, leaves), strict=True):
+        torch.testing.assert_close(got, wanted)
 
 
 def test_an_odd_number_of_processes_is_refused_by_the_launcher(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from flash_indexer import causal_intervals, check_intervals
+from flash_indexer.intervals import key_blocks
 
 
 def by_hand(queries: list[int], keys: list[int]) -> tuple[list[int], list[int]]:
@@ -98,3 +99,27 @@ def test_check_intervals_refuses_vectors_of_two_lengths():
 def test_check_intervals_accepts_the_limits():
     check_intervals(torch.tensor([0, 0, 8]), torch.tensor([0, 8, 8]), 8)
     check_intervals(torch.empty(0, dtype=torch.int32), torch.empty(0, dtype=torch.int32), 0)
+
+
+@pytest.mark.parametrize("size", [1, 4, 100])
+@pytest.mark.parametrize("lengths", [[13], [3, 1, 0, 9, 4], [], [0]])
+def test_blocks_of_keys_are_those_that_are_complete(lengths: list[int], size: int) -> None:
+    got = key_blocks(torch.tensor([0, *lengths]).cumsum(0), size)
+    tokens, start, end, first = [], [], [], 0
+    for n in lengths:
+        begin = len(tokens)
+        for i in range(n):
+            if (i + 1) % size == 0:
+                tokens.append(list(range(first + i + 1 - size, first + i + 1)))
+            start.append(begin)
+            end.append(len(tokens))
+        first += n
+    assert (got.tokens.tolist(), got.start.tolist(), got.end.tolist()) == (tokens, start, end)
+    assert got.tokens.shape[1] == size and got.start.dtype == got.end.dtype == torch.int32
+    check_intervals(got.start, got.end, len(tokens))
+
+
+@pytest.mark.parametrize("size", [0, -1, 2.0, True, "4"])
+def test_blocks_of_no_size_are_refused(size: object) -> None:
+    with pytest.raises(ValueError, match=r"key_blocks: size must be a positive integer, got .*; pass 4 for one block"):
+        key_blocks(torch.tensor([0, 5]), size)  # type: ignore[arg-type]

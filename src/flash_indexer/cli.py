@@ -289,7 +289,10 @@ def export(
 def bench(
     sizes: Annotated[str | None, typer.Option(help="Comma-separated; default: all of the README's table.")] = None,
     suite: Annotated[
-        str | None, typer.Option(help="mqa64: attention and per-head KL; attention: it alone; fp8: the loss in e4m3.")
+        str | None,
+        typer.Option(
+            help="mqa64: attention and per-head KL; attention: it alone; fp8: the loss in e4m3; sparse: its stage."
+        ),
     ] = None,
     batch: Annotated[int | None, typer.Option(help="With --suite mqa64: only so many documents.")] = None,
     verbose: Annotated[bool, typer.Option("--verbose", help="With --suite mqa64: percentiles and clocks.")] = False,
@@ -306,18 +309,16 @@ def bench(
         from flash_indexer.bench import fp8 as bench_fp8
         from flash_indexer.bench import kl as benchmark
         from flash_indexer.bench import per_head as bench_heads
+        from flash_indexer.bench import sparse as bench_sparse
 
-        if suite in (None, bench_attention.SUITE, bench_fp8.SUITE) and (batch is not None or verbose):
+        suites = {module.SUITE: module for module in (bench_attention, bench_fp8, bench_sparse)}
+        if suite in (None, *suites) and (batch is not None or verbose):
             raise ValueError("bench: --batch and --verbose belong to --suite mqa64; add it")
         if suite is not None and sizes is not None:
-            raise ValueError("bench: give --sizes (of indexer_kl) or --suite (of warmup_attention), not both")
-        if suite == bench_attention.SUITE:
-            bench_attention.run(out, commit=commit, say=say)
-            _print_path("results", out / bench_attention.RESULTS)
-            return
-        if suite == bench_fp8.SUITE:
-            bench_fp8.run(out, commit=commit, say=say)
-            _print_path("results", out / bench_fp8.RESULTS)
+            raise ValueError("bench: give --sizes (of indexer_kl) or --suite (of another operator), not both")
+        if suite in suites:
+            suites[suite].run(out, commit=commit, say=say)
+            _print_path("results", out / suites[suite].RESULTS)
             return
         if suite is not None:
             bench_heads.run(suite, out, batch=batch, verbose=verbose, commit=commit, say=say)

@@ -6,6 +6,8 @@ package takes them instead of a mask.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -49,6 +51,48 @@ def causal_intervals(cu_seqlens_q: Tensor, cu_seqlens_k: Tensor | None = None) -
     key_start = cu_seqlens_k[:-1].long()[document]
     key_end = torch.maximum(key_start, cu_seqlens_k[1:].long()[document] - remaining + 1)
     return key_start.int(), key_end.int()
+
+
+class KeyBlocks(NamedTuple):
+    """Runs of keys of one size, which are pooled or ranked as one; N of them, documents laid end to end.
+
+    Attributes:
+        tokens: int64 [N, size], the keys of each block.
+        start, end: int32 [T]: query t may see the blocks start[t] <= b < end[t], those of its document that end with
+            its own token or before.
+    """
+
+    tokens: Tensor
+    start: Tensor
+    end: Tensor
+
+
+def key_blocks(cu_seqlens: Tensor, size: int) -> KeyBlocks:
+    """Blocks of `size` keys from each document's first; a document's last keys that fill none are in no block.
+
+        end[t] - start[t] = floor((t - first token of t's document + 1) / size)
+
+    As compressed keys of DeepSeek-V4, or blocks of keys of Qwen4 and MiniMax M3, are counted.
+
+    Args:
+        cu_seqlens: [documents + 1], int32 or int64, begins with 0; the documents' boundaries.
+        size: keys in a block, 1 or more.
+
+    Raises:
+        TypeError, ValueError: for boundaries that `causal_intervals` refuses, and a size that is no positive integer.
+    """
+    if isinstance(size, bool) or not isinstance(size, int) or size < 1:
+        raise ValueError(f"key_blocks: size must be a positive integer, got {size!r}; pass 4 for one block of 4 keys")
+    first, end = (x.long() for x in causal_intervals(cu_seqlens))
+    boundaries = cu_seqlens.long()
+    blocks = boundaries.diff() // size
+    before = blocks.cumsum(0) - blocks
+    document = torch.searchsorted(boundaries[1:], first, right=True)
+    of_block = torch.repeat_interleave(blocks)
+    place = torch.arange(len(of_block), device=blocks.device) - before[of_block]
+    tokens = (boundaries[:-1][of_block] + place * size)[:, None] + torch.arange(size, device=blocks.device)
+    start = before[document]
+    return KeyBlocks(tokens, start.int(), (start + (end - first) // size).int())
 
 
 def check_intervals(key_start: Tensor, key_end: Tensor, num_keys: int) -> None:

@@ -81,15 +81,15 @@ def test_sampled_rows_refuse_a_wrong_result():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--suite", "mqa"], "suite must be of mqa64, attention, got mqa"),
+        (["--suite", "mqa"], "suite must be of mqa64, attention, fp8, sparse, got mqa"),
         (["--suite", "mqa64", "--batch", "0"], "batch must be a number of documents"),
         (["--batch", "4"], "--batch and --verbose belong to --suite mqa64"),
-        (["--suite", "attention", "--verbose"], "--batch and --verbose belong to --suite mqa64"),
+        (["--suite", "sparse", "--verbose"], "--batch and --verbose belong to --suite mqa64"),
         (["--suite", "mqa64", "--sizes", "mqa64"], "not both"),
         *(
             []
             if torch.cuda.is_available()
-            else [(["--suite", name], "needs a CUDA GPU") for name in ("mqa64", "attention")]
+            else [(["--suite", name], "needs a CUDA GPU") for name in ("mqa64", "attention", "fp8", "sparse")]
         ),
     ],
 )

@@ -31,6 +31,12 @@ def test_the_most_used_are_right(models: ModuleType, model_type: str) -> None:
     assert "refused" not in verdict.text
 
 
+@pytest.mark.parametrize("model_type", ["deepseek_v32", "glm_moe_dsa"])
+def test_those_with_indexers_of_their_own_are_right(models: ModuleType, model_type: str) -> None:
+    verdict = models.attempt(model_type)
+    assert verdict.verdict == "right" and "its own indexers" in verdict.text, verdict.text
+
+
 def test_a_window_that_is_left_out_is_refused(models: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     """As before windows were read from masks: refused; without the comparison at the first forward, called wrong."""
     hidden = property(lambda self: None, lambda self, value: None)

@@ -116,3 +116,20 @@ def test_a_page_without_its_markers_is_refused(report: ModuleType) -> None:
 def test_the_plot_is_drawn(report: ModuleType, tmp_path: Path) -> None:
     report.plot({name: record(name) for name in ("v32_absorbed", "smollm2")}, tmp_path / "plot.png")
     assert (tmp_path / "plot.png").stat().st_size > 5000
+
+
+def test_the_sparse_stage_has_a_row_for_each_size_and_names_what_runs_in_torch(
+    report: ModuleType, write: Write
+) -> None:
+    times = dict.fromkeys(("p20", "p50", "p80"), 2.5)
+    steps = dict.fromkeys(("select", "forward", "backward", "any_order", "learn", "layer"), times)
+    absorbed = {"name": "v32", "peers": [], **steps}
+    grouped = {
+        "name": "gqa32", "peers": ["cudnn_forward", "cudnn_backward", "fa2_forward"],
+        **dict.fromkeys(("select", "forward", "cudnn_forward", "cudnn_backward", "fa2_forward"), times),
+    }  # fmt: skip
+    text = report.page(write(indexer_kl=[record("mqa64")], sparse=[absorbed, grouped]))
+    assert "of 16,384 positions, random keys | 2.50 ms" + " | 2.50 ms" * 5 + " |" in text
+    assert "8,192 of 8,192 | 2.50 ms | 2.50 ms | torch | torch | torch | torch |" in text
+    assert "8,192 of 8,192: forward and backward of cuDNN, dense 5.00 ms." in text
+    assert "## The sparse stage" not in report.page(write(indexer_kl=[record("mqa64")], sparse=[]))

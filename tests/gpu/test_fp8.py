@@ -12,7 +12,7 @@ import torch
 from fp8_problems import truth, worst_eager
 
 from flash_indexer import indexer_kl, quantize
-from flash_indexer.kernels.sm_90.sizes import HEAD_WIDTHS, INDEX_WIDTHS, SHARED_KEY_SCALES
+from flash_indexer.kernels.sm_90.sizes import HEAD_WIDTHS, INDEX_WIDTHS
 from flash_indexer.ops.quantization import dequantize, rotate
 from flash_indexer.ops.quantization_gpu import quantize_keys, quantize_rows, rotate_rows
 from flash_indexer.testing import KERNEL_CLASSES, KernelClass, Result, assert_close
@@ -79,7 +79,7 @@ def keys(S, G, D, seed=0):
 
 
 @pytest.mark.parametrize("S", [1003, 384, 301])
-@pytest.mark.parametrize("width", SHARED_KEY_SCALES)
+@pytest.mark.parametrize("width", [192])
 def test_keys_share_a_scale_where_theirs_are_near(width, S):
     x, G = keys(S, 3, width), 3
     expected = quantize(x.cpu())
@@ -99,7 +99,7 @@ def test_keys_share_a_scale_where_theirs_are_near(width, S):
     assert 0 < (lost > 0).float().mean() < 0.01
 
 
-@pytest.mark.parametrize("width", SHARED_KEY_SCALES)
+@pytest.mark.parametrize("width", [192])
 def test_keys_that_are_handed_over_share_the_same_scales(width):
     x = keys(1003, 3, width, seed=1)
     expected, row = quantize_keys(x, None), quantize(x)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import re
+import subprocess
 
 import pytest
 
@@ -10,7 +12,7 @@ from flash_indexer.kernels import catalog
 from flash_indexer.kernels.sm_90 import sizes
 
 Kernel = catalog.Kernel
-ATOMIC = re.compile(r"\batomic\w*\(|AtomicAdd|tma_store_add|\bred\.[\w.]*")
+ATOMIC = re.compile(r"\batomic\w*\(|AtomicAdd|tma_store_add|\bred\.[\w.]*|\bcp\.reduce\.[\w.:]*")
 
 
 def samples() -> list[Kernel]:
@@ -25,9 +27,19 @@ def samples() -> list[Kernel]:
 SAMPLES = samples()
 QUICK = list({name: kernel for kernel in reversed(SAMPLES) for name in (kernel[0],)}.values())  # the first of each
 STREAMED = [kernel for kernel in SAMPLES if sizes.BUILDERS[kernel[0]].streamed]
-GATHERED = ("sparse_gradients_mla",)  # tensor cores that no copy engine feeds
+SELECTED = ("sparse_index_gradients", "sparse_index_scores")
+GATHERED = ("sparse_gradients_mla", *SELECTED)  # tensor cores that no copy engine feeds
 OTHERS = [kernel for kernel in SAMPLES if kernel not in STREAMED and kernel[0] not in GATHERED]
-ADDING = ("head_gradients_once", *GATHERED)
+FLOATS = {"red.relaxed.gpu.global.add.v4.f32"}
+BULK = {"cp.reduce.async.bulk.global.shared::cta.bulk_group.add.s32"}  # of integers, the same in any order
+TABLES = {f"red.{space}.{op}.u32" for space in ("shared", "relaxed.gpu.global") for op in ("add", "max")}
+ADDING = {
+    **dict.fromkeys(("head_gradients_once", "sparse_gradients_mla"), FLOATS),
+    **dict.fromkeys(SELECTED, BULK),
+    **dict.fromkeys(("sparse_index_largest", "sparse_index_table", "sparse_index_finish"), BULK | TABLES),
+    "select": {"red.shared.add.u32"},
+    "bits": {"atomicOr("},  # the same in any order
+}
 
 
 def each(kernels: list[Kernel]) -> pytest.MarkDecorator:
@@ -78,15 +90,16 @@ def test_without_values_the_output_is_the_entropy(V, source):
 def test_nothing_is_atomic_but_what_says_so(kernel, source):
     name, static = kernel[0], dict(kernel[1])
     additions = set(ATOMIC.findall(source(name, **static)))
-    assert additions == ({"red.relaxed.gpu.global.add.v4.f32"} if name in ADDING else set())
+    assert additions == ADDING.get(name, set())
 
 
-@pytest.mark.parametrize("name", GATHERED)
-def test_a_kernel_of_one_call_has_nothing_around_it(name, source):
+@each([kernel for kernel in SAMPLES if kernel[0] in GATHERED])
+def test_a_kernel_of_one_call_has_nothing_around_it(kernel, source):
     """Its device function sees to barriers, registers and shared memory, which must begin where descriptors say."""
-    text = source(name)
+    text = source(kernel[0], **dict(kernel[1]))
     body = device_program(text)
-    assert "__launch_bounds__(384, 1)" in text and "extern __shared__ __align__(1024)" in body
+    threads = 512 if kernel[0] in SELECTED else 384
+    assert f"__launch_bounds__({threads}, 1)" in text and "extern __shared__ __align__(1024)" in body
     assert body.count(";") == 3, "the prototype, shared memory, the call"
     assert "wgmma_ss<" in text and "__syncthreads" not in body and "fence" not in body
 
@@ -98,6 +111,19 @@ def test_the_gradients_of_selected_keys_have_the_shared_memory_that_they_lay_out
         r"BARRIERS = (\d+);\s+constexpr int BYTES = BARRIERS \+ (\d+);", source("sparse_gradients_mla")
     ).groups()
     assert int(barriers) + int(behind) == SHARED_BYTES <= sizes.SHARED_MEMORY
+
+
+@pytest.mark.parametrize("E", sizes.GATHERED_INDEX_WIDTHS)
+def test_the_indexer_at_selected_keys_has_the_shared_memory_that_it_lays_out(E, source, nvcc, tmp_path):
+    """`sizes.sparse_index_bytes` against the layout in its CUDA source, which the compiler evaluates."""
+    program = tmp_path / "layout.cu"
+    check = f"static_assert(sparse_index::Layout<{E}>::BYTES == {sizes.sparse_index_bytes(E)});\n"
+    program.write_text(source("sparse_index_gradients", E=E) + check, encoding="utf-8")
+    includes = [f"-I{os.environ[variable]}" for variable in ("TL_TEMPLATE_PATH", "TL_CUTLASS_PATH")]
+    command = [nvcc, "-std=c++20", "-w", "--ptx", "-arch=sm_90a", *includes, "-o", "/dev/null", str(program)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert sizes.sparse_index_bytes(E) <= sizes.SHARED_MEMORY
 
 
 @each(OTHERS)

@@ -16,13 +16,20 @@ KERNELS = list(catalog.every_kernel())
 LAUNCH_REGISTERS = 168  # 65,536 / 384 threads: what setmaxnreg starts from
 EXPONENTIALS = 64  # of one thread for a 128 x 128 tile
 MOST_REGISTERS = {
-    "rows": 64, "gradients_reduce": 128, "finish": 64, "scale": 64, "sparse_delta": 64, "quantize": 96, "rotate": 64,
-    "quantize_keys": 128,
+    "rows": 64, "sparse_rows": 64, "select": 64, "sparse_index_largest": 64, "sparse_index_table": 64,
+    "sparse_index_finish": 64, "sparse_scatter": 64, "gradients_reduce": 128, "finish": 64, "scale": 64,
+    "sparse_delta": 64, "quantize": 96, "quantize_keys": 128, "rotate": 64, "bits": 64, "bits_keys": 64,
+    "bits_lists": 64, "bits_numbers": 64, "bits_slots": 64,
 }  # fmt: skip
 MANY = 3  # sizes of a kernel, of which every fourth is inspected by CI where there are more
 LATENT = ("attention_mla", "sparse_attention_mla")
-GATHERED = ("sparse_gradients_mla",)  # no tile comes by the copy engine
-HEADS = ("attention", *LATENT, "head_gradients_query", "head_gradients_key", "head_gradients_once", *GATHERED)
+SELECTED = ("sparse_index_gradients", "sparse_index_scores")
+GATHERED = ("sparse_gradients_mla", *SELECTED)  # no tile comes by the copy engine
+BITS = ("bits_attention", "bits_gradients_query", "bits_gradients_key")
+HEADS = (
+    "attention", *BITS, *LATENT, "head_gradients_query", "head_gradients_key", "head_gradients_once",
+    "sparse_gradients_mla",
+)  # fmt: skip
 # bytes that producers spill, who have 24 or 40 registers and wait for memory anyway, or that are used once an item
 MOST_SPILLED = {"attention": 500, "head_gradients_query": 64, "head_gradients_key": 1200, "sparse_gradients_mla": 500}
 
@@ -59,8 +66,18 @@ def products(name: str, static: dict[str, int]) -> int:
         return 3 * (36 + 4 + 4)
     if name == "sparse_gradients_mla":  # two warpgroups' S, dP and dq with its rope; dk and its rope
         return 2 * (18 + 16 + 2 * 4) + 4 * 16 + 8
+    if name == "sparse_index_gradients":  # S and O of the queries' warps; S and the sums of the keys'
+        return 2 * static["E"] // 16 + 128 // 16 + 64 // 16
+    if name == "sparse_index_scores":
+        return static["E"] // 16
     if name in ("head_gradients_query", "head_gradients_key"):
         return 3 * (static["D"] + static["E"]) // 16 + 3 * static["N"] // 16
+    if name == "bits_attention":
+        return 2 * static["D"] // 16 + 2 * static["N"] // 16
+    if name == "bits_gradients_query":
+        return 4 * static["D"] // 16 + 2 * static["N"] // 16
+    if name == "bits_gradients_key":
+        return 2 * static["D"] // 16 + 2 * static["N"] // 16
     if name == "head_gradients_once":
         return 3 * (static["D"] + static["E"]) // 16 + 3 * 2 * 128 // 16
     return 0
@@ -78,9 +95,11 @@ def test_machine_code(kernel, machine):
     if name in MOST_REGISTERS:
         assert 8 <= code.registers <= MOST_REGISTERS[name]
         return
-    assert code.registers == LAUNCH_REGISTERS
+    assert code.registers == (LAUNCH_REGISTERS if name not in SELECTED else 128)  # of 512 threads
     assert (code.count("UTMALDG") > 0) == (name not in GATHERED)
-    assert code.count("USETMAXREG") == (3 if name in LATENT else 2)
+    assert code.count("USETMAXREG") == (3 if name in (*LATENT, *SELECTED) else 2)
+    if name in SELECTED:
+        return
     if name in HEADS:
         assert code.count("MUFU.EX2") > 0
         return

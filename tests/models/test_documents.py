@@ -154,3 +154,13 @@ def test_the_names_are_those_of_transformers_collator() -> None:
     batch = collator([dict(input_ids=x[0]) for x in documents()])
     assert set(batch) - {"input_ids", "labels"} <= set(DOCUMENT_INPUTS)
     assert torch.equal(document_positions(batch, batch["input_ids"]), FORMS["position_ids"]["position_ids"])
+
+
+def test_positions_of_several_axes_are_read_by_the_text_s() -> None:
+    ids = torch.zeros(2, 6, dtype=torch.int64)
+    text, image = torch.tensor([0, 1, 2, 0, 1, 2]).expand(2, 6), torch.tensor([0, 1, 1, 1, 1, 2]).expand(3, 2, 6)
+    assert torch.equal(document_positions(dict(position_ids=torch.cat((text[None], image))), ids), text)
+    alone = torch.arange(6).expand(2, 6)
+    assert torch.equal(document_positions(dict(position_ids=image), ids), alone)
+    with pytest.raises(ValueError, match=r"position_ids \[B, L\] or \[1, L\], got \[2, 6\] and \[5, 2, 6\]"):
+        document_positions(dict(position_ids=text.expand(5, 2, 6)), ids)

@@ -124,7 +124,9 @@ def test_a_model_is_that_of_the_products(
     differing = [n for n, x in wanted.state_dict().items() if not torch.equal(x, got.state_dict()[n])]
     assert not differing and model_fingerprint(got) == model_fingerprint(wanted)
     assert not hasattr(got.config, "quantization_config") and not got.training
-    assert all(not p.requires_grad and p.dtype == dtype for p in got.parameters())
+    routers = "gate.weight"  # which Transformers 5.24 keeps in float32
+    assert not any(p.requires_grad for p in got.parameters())
+    assert all(p.dtype == dtype for name, p in got.named_parameters() if not name.endswith(routers))
     plain = load_file(fp8.parent / "plain" / "model.safetensors")
     off = max(float((got.state_dict()[n].float() - w).norm() / w.norm()) for n, w in plain.items() if n in (UP, KV))
     assert 0.01 < off < 0.05, "rounding to e4m3 shows, and little more than it"

@@ -9,9 +9,9 @@ import pytest
 import torch
 from transformers import (
     AutoModelForCausalLM,
+    BloomConfig,
     DiffLlamaConfig,
     Gemma3TextConfig,
-    GPTJConfig,
     PreTrainedModel,
     Qwen3NextConfig,
 )
@@ -101,8 +101,8 @@ KINDS = {"sliding_attention": 50.0, "full_attention": 900.0}
             "none can be a teacher .0-1: DiffLlamaAttention subtracts one softmax from another: no distribution",
         ),
         (
-            GPTJConfig(n_embd=32, n_layer=2, n_head=2, vocab_size=61, rotary_dim=8),
-            "none can be a teacher .0-1: GPTJAttention does not call the attention function that",
+            BloomConfig(hidden_size=32, n_layer=2, n_head=2, vocab_size=61),
+            "none can be a teacher .0-1: BloomAttention does not call the attention function that",
         ),
     ],
     ids=["difference of softmaxes", "attention of its own"],

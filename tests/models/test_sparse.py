@@ -283,8 +283,8 @@ def test_what_can_not_be_sparse_is_refused_and_left_as_it_was(tiny: Tiny) -> Non
     model = tiny("llama")
     with pytest.raises(ValueError, match="with topk, target must be \"mean\", got 'sum_logits'"):
         attach(model, target="sum_logits", topk=4)
-    with pytest.raises(ValueError, match="must be whole in one process, got cp=2, tp=1"):
-        attach(model, parallel=Parallel(cp=2), topk=4)
+    with pytest.raises(ValueError, match="with topk, tp must be 1, got 2: a sparse model's heads are not shared out"):
+        attach(model, parallel=Parallel(tp=2), topk=4)
     handle = sparsely(model)
     with pytest.raises(ValueError, match="has indexers attached already"):
         attach(model)
@@ -293,6 +293,19 @@ def test_what_can_not_be_sparse_is_refused_and_left_as_it_was(tiny: Tiny) -> Non
     handle.remove()
     with pytest.warns(UserWarning, match="topk = 256 covers the model's context of 256 tokens"):
         sparsely(model, 256).remove()
+
+
+def test_a_part_of_a_sequence_generates_nothing(tiny: Tiny) -> None:
+    model, ids = tiny("llama"), tokens(2, 12)
+    attach(model, parallel=Parallel(cp=2), topk=4)
+    with pytest.raises(ValueError, match="with cp=2 there must be neither padding nor a cache .*, got padding"):
+        model(ids, attention_mask=torch.tensor([[0] * 3 + [1] * 9, [1] * 12]))
+    full = DynamicCache(config=model.config)
+    full.update(torch.zeros(2, 2, 5, 8), torch.zeros(2, 2, 5, 8), 0)
+    with pytest.raises(ValueError, match="neither padding nor a cache that holds keys, got 5 keys; generate in one"):
+        model(ids, past_key_values=full, use_cache=True)
+    with pytest.raises(ValueError, match="with cp=2 the forward needs position_ids and no other form"):
+        model(ids, use_cache=False)
 
 
 def test_calls_that_can_not_be_sparse_are_refused(tiny: Tiny) -> None:
@@ -309,7 +322,7 @@ def test_calls_that_can_not_be_sparse_are_refused(tiny: Tiny) -> None:
         ("attention_mask must be [B, tokens in the cache and new ones] = [2, 24]",
          dict(past_key_values=full, attention_mask=torch.ones_like(ids))),
         ("layer 0 of the cache holds keys without index keys", dict(past_key_values=full)),
-        ("past_key_values must be a DynamicCache",
+        ("the cache must be a DynamicCache",
          dict(past_key_values=StaticCache(config=model.config, max_cache_len=32))),
         ("output_attentions must be False", dict(output_attentions=True)),
     ]  # fmt: skip
@@ -357,8 +370,3 @@ def test_attention_that_would_be_another_is_refused_and_undone(config: Any, mess
         attach(model, num_heads=2, head_dim=32, topk=4)
     assert torch.equal(logits(model, tokens(1, 9)), expected)
     assert all(parameter.requires_grad for parameter in model.parameters())
-
-
-def test_own_indexers_attend_densely(tiny: Tiny) -> None:
-    with pytest.raises(ValueError, match='topk must be None with indexers="own"'):
-        attach(tiny("llama"), indexers="own", topk=4)

@@ -16,12 +16,16 @@ from transformers import (
     GptOssConfig,
     PreTrainedModel,
     Qwen2MoeConfig,
+    masking_utils,
 )
 
 from flash_indexer.models import layer_mask, replay, verification
 from flash_indexer.models.attach import IndexerHandle, LayerCapture, attach
 
 Tiny = Callable[..., PreTrainedModel]
+VISION = dict(
+    hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=8, patch_size=4
+)  # fmt: skip
 IDS = torch.randint(0, 61, (1, 24), generator=torch.Generator().manual_seed(2))
 PACKED = torch.cat([torch.arange(n) for n in (9, 15)])[None]
 SIZES: dict[str, Any] = dict(
@@ -71,18 +75,65 @@ def test_keys_after_the_query_are_refused() -> None:
     """Gemma 3 shows the tokens of an image one another."""
     config = Gemma3Config(
         text_config=SIZES | dict(layer_types=["sliding_attention", "full_attention"], sliding_window=8),
-        vision_config=dict(
-            hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=8, patch_size=4
-        ),
+        vision_config=VISION,
     )  # fmt: skip
     handle = attached(Gemma3ForConditionalGeneration(config).eval())
     run(handle, token_type_ids=torch.zeros_like(IDS))
     image = torch.zeros_like(IDS)
     image[:, 8:12] = 1
-    handle.remove()
     message = r"layer \d: query 8 sees \d+ keys by .* at key 9: the mask shows keys after the query \(bidirectional"
+    with pytest.raises(ValueError, match=message):  # in a batch like one that was right, but for the image
+        run(handle, token_type_ids=image)
+    run(handle, token_type_ids=torch.zeros_like(IDS))
+    with pytest.raises(ValueError, match=message):
+        run(handle, token_type_ids=image)
+    handle.remove()
     with pytest.raises(ValueError, match=message):
         run(attached(handle.model), token_type_ids=image)
+
+
+def test_a_short_image_between_the_compared_queries_is_found_later(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(verification, "QUERIES", 3)
+    config = Gemma3Config(text_config=SIZES | dict(layer_types=["full_attention"] * 2), vision_config=VISION)
+    handle = attached(Gemma3ForConditionalGeneration(config).eval())
+    image = torch.zeros_like(IDS)
+    image[:, 5:7] = 1
+    with pytest.raises(ValueError, match="query 5 sees 7 keys"):
+        for _ in range(12):
+            run(handle, token_type_ids=image)
+
+
+@pytest.mark.parametrize("topk", [None, 5])
+def test_layers_that_run_several_times_are_refused(tiny: Tiny, topk: int | None) -> None:
+    model = tiny("llama")
+    layer = model.model.layers[1]
+    forward = layer.forward
+    layer.forward = lambda hidden, *args, **kwargs: forward(forward(hidden, *args, **kwargs), *args, **kwargs)
+    with pytest.raises(ValueError, match="layer 1 must run once in a forward, got a second run"):
+        run(attached(model, topk=topk))
+
+
+def test_masks_that_batches_change_are_told_from_those_that_are_causal() -> None:
+    positions = torch.tensor([[0, 1, 2, 0, 1, 2]])
+    causal = [
+        masking_utils.causal_mask_function,
+        masking_utils.sliding_window_causal_mask_function(4),
+        masking_utils.and_masks(
+            masking_utils.packed_sequence_mask_function(positions),
+            masking_utils.remap_positions_for_packed_sequence(
+                masking_utils.chunked_causal_mask_function(4, torch.zeros(1)), positions
+            ),
+        ),
+    ]
+    block = masking_utils.blockwise_overlay(positions)
+    varying = [
+        block,
+        masking_utils.or_masks(masking_utils.causal_mask_function, block),
+        masking_utils.bidirectional_mask_function,
+        lambda batch, head, q, k: k <= q,
+    ]
+    masks = [layer_mask.layer_mask(1, 6, 6, f, allow_is_causal_skip=False) for f in (*causal, *varying)]
+    assert [mask is not None and mask.varies for mask in masks] == [False] * 3 + [True] * 4
 
 
 def test_a_layer_that_is_not_causal_is_refused(tiny: Tiny) -> None:

@@ -163,8 +163,9 @@ def sizes(S: int) -> PlanSizes:
 def work(made: Plan) -> tuple[int, int, int]:
     """Score tiles; key tiles by groups of tokens of the queries' gradients; tiles of the keys' gradients."""
     scores = sum(chunk.score.numel() // 4 for chunk in made.chunks)
-    queries = sum(int(chunk.query.view(-1, 4)[:, 2].sum()) for chunk in made.chunks)
-    keys = sum(int((chunk.key.view(-1, 4)[:, 2] - chunk.key.view(-1, 4)[:, 1]).sum()) for chunk in made.chunks)
+    queries = sum(int(chunk.gradients.query.view(-1, 4)[:, 2].sum()) for chunk in made.chunks)
+    blocks = [chunk.gradients.key.view(-1, 4)[:, 1:3] for chunk in made.chunks]
+    keys = sum(int((x[:, 1] - x[:, 0]).sum()) for x in blocks)
     return scores, queries, keys
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from flash_indexer.intervals import causal_intervals
 from flash_indexer.ops import worklists
-from flash_indexer.ops.worklists import cached, mean_weight
+from flash_indexer.ops.worklists import cached, deal, mean_weight
 
 
 def intervals(length: int) -> tuple[Tensor, Tensor]:
@@ -33,11 +33,38 @@ def test_lists_are_cached_while_their_intervals_are_unchanged() -> None:
     end[10:20] = end[20]
     renewed = cached(start, end, 70, "a", make)
     assert renewed is not first and renewed[10] == 21 and len(made) == 3
-    assert cached(start, end.clone(), 70, "a", make) is not renewed and len(made) == 4
+    assert cached(start, end.clone(), 70, "a", make) is renewed and len(made) == 3, "the same contents"
+    assert cached(start, end, 71, "a", make) is not renewed and len(made) == 4
     entries = len(worklists._cache)
     del start, made[:]
     gc.collect()
     assert len(worklists._cache) == entries - 1
+
+
+def test_lists_of_recent_contents_are_kept_and_those_of_older_ones_let_go() -> None:
+    made: list[int] = []
+
+    def lists(length: int) -> object:
+        return cached(*intervals(length), length, "a", lambda *_: made.append(length) or object())
+
+    first = lists(80)
+    assert lists(80) is first and lists(81) is not first and lists(80) is first and made == [80, 81]
+    lists(82), lists(83)
+    assert lists(80) is not first and made == [80, 81, 82, 83, 80]
+    assert len(worklists._recent) == 2
+
+
+@pytest.mark.parametrize("processors", [3, 8])
+def test_items_are_dealt_once_and_evenly(processors: int) -> None:
+    cost = torch.randint(1, 9, (101,), generator=torch.Generator().manual_seed(0))
+    items = torch.stack([torch.arange(101), torch.zeros(101), cost, torch.full((101,), 7)], 1).long()
+    dealt = deal(items, cost, processors)
+    assert dealt[:, 0][dealt[:, 3] == 7].sort().values.tolist() == list(range(101))
+    assert (dealt[dealt[:, 3] != 7] == torch.tensor([0, 0, 0, -1])).all()
+    place = {int(item[0]): n // processors for n, item in enumerate(dealt) if item[3] == 7}
+    assert all(place[n] == n // processors for n in range(101)), "neighbours are under way together"
+    load = torch.zeros(processors, dtype=torch.int64).index_add_(0, torch.arange(len(dealt)) % processors, dealt[:, 2])
+    assert int(load.max() - load.min()) <= 8
 
 
 def test_contents_are_checked_for_each_number_of_keys() -> None:

@@ -23,6 +23,7 @@ from flash_indexer.parallel import (
     tensor_parallel_dsa_attention,
     tensor_parallel_indexer_kl,
 )
+from flash_indexer.parallel import gradients as gradients_module
 from flash_indexer.testing import Inputs, Shape, make_inputs
 from flash_indexer.testing.sparse import make_values
 
@@ -139,6 +140,38 @@ def gather(groups: dict[str, Any], *, which: str, layout: str, length: int) -> A
     mine = context_positions(length, dist.get_world_size(group), dist.get_rank(group), layout=layout)
     values = torch.arange(length * 3).view(length, 3)
     return gather_tokens(values[mine], group, layout=layout)
+
+
+def gather_and_weigh(groups: dict[str, Any], *, which: str, layout: str, length: int) -> Any:
+    """The gradient of this rank's rows from sums over all rows, which each rank weighs in another way."""
+    group = groups[which]
+    world, rank = dist.get_world_size(group), dist.get_rank(group)
+    mine = context_positions(length, world, rank, layout=layout)
+    x = torch.randn(length, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    own = x[mine].requires_grad_(True)
+    whole = context_module.gather_with_gradient(own, group, layout=layout)
+    (rank_weights(length, rank) * whole.sin()).sum().backward()
+    return whole.detach(), own.grad, mine, x
+
+
+def rank_weights(length: int, rank: int) -> torch.Tensor:
+    return torch.arange(length * 3, dtype=torch.float64).view(length, 3) + 100 * rank
+
+
+def sum_of_some_gradients(groups: dict[str, Any], *, bucket: int) -> Any:
+    """Parameters of 2, 5, 3 and 1 numbers: the second has a gradient on rank 1 alone, the last on no rank."""
+    rank, gradients = dist.get_rank(), gradients_module
+    parameters = [torch.zeros(n, requires_grad=True) for n in (2, 5, 3, 1)]
+    for n, parameter in enumerate(parameters[:3]):
+        if n != 1 or rank == 1:
+            parameter.grad = torch.full_like(parameter, n + 1.0 + 10 * rank)
+    before, gradients.BUCKET = gradients.BUCKET, bucket
+    try:
+        gradients.complete_gradients(parameters)
+        gradients.sum_gradients(parameters)
+    finally:
+        gradients.BUCKET = before
+    return [None if p.grad is None else p.grad.tolist() for p in parameters]
 
 
 def padded(groups: dict[str, Any], *, which: str, layout: str, shape: Shape, seed: int, length: int) -> Any:

@@ -39,6 +39,21 @@ def test_gathered_tokens_stand_in_global_order(ranks: Any, layout: str, world: i
 
 
 @pytest.mark.parametrize("layout", ["zigzag", "contiguous"])
+@pytest.mark.parametrize("world", [2, 4])
+def test_a_gathered_rows_gradient_is_all_ranks_sum_at_its_owner(ranks: Any, layout: str, world: int) -> None:
+    weights = sum(torch.arange(72.0).view(24, 3).double() + 100 * rank for rank in range(world))
+    for whole, gradient, mine, x in ranks.call("gather_and_weigh", world, which=str(world), layout=layout, length=24):
+        assert torch.equal(whole, x)
+        torch.testing.assert_close(gradient, (weights * x.cos())[mine], rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("bucket", [1, 6, 1000])
+def test_gradients_are_summed_in_buckets_and_those_of_one_rank_alone_too(pair: Any, bucket: int) -> None:
+    for found in pair.call("sum_of_some_gradients", 2, bucket=bucket):
+        assert found == [[12.0] * 2, [12.0] * 5, [16.0] * 3, None]
+
+
+@pytest.mark.parametrize("layout", ["zigzag", "contiguous"])
 def test_a_sequence_that_does_not_divide_is_padded(ranks: Any, layout: str) -> None:
     shape = Shape(((1, 1), (30, 30)), H=3, G=1, D=8, I=2, E=32)
     parts = ranks.call("padded", 4, which="4", layout=layout, shape=shape, seed=1, length=32)

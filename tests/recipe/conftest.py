@@ -44,6 +44,14 @@ def assert_same_bits(one: Path, other: Path) -> None:
     assert sorted(path.name for path in other.iterdir()) == ["checkpoint", "metrics.jsonl", "run.json"]
 
 
+@pytest.fixture(scope="session")
+def warm(tmp_path_factory: pytest.TempPathFactory, tiny_settings: Callable[..., Any]) -> Path:
+    """Indexers of the tiny Llama's three layers after twelve steps. Read only."""
+    out = tmp_path_factory.mktemp("warm") / "run"
+    warm_up(tiny_settings(lr=0.01), out, console=Console(file=io.StringIO()))
+    return out
+
+
 @pytest.fixture
 def recipe(tiny_settings: Callable[..., Any]) -> Recipe:
     return Recipe(tiny_settings)

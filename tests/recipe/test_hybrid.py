@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,8 +11,17 @@ from typing import Any
 import pytest
 import torch
 from rich.console import Console
-from transformers import AutoModelForCausalLM, AutoTokenizer, Gemma2Config, GptOssConfig, Qwen3NextConfig
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    DiffLlamaConfig,
+    Gemma2Config,
+    GptOssConfig,
+    Qwen3NextConfig,
+)
+from typer.testing import CliRunner
 
+from flash_indexer.cli import app
 from flash_indexer.files.export import export
 from flash_indexer.files.native import load_native, read_native
 from flash_indexer.judge.evaluation import evaluate
@@ -37,17 +47,26 @@ CONFIGS: dict[str, Callable[[], Any]] = {
 LAYERS = {"hybrid": (3,), "sinks": (1,), "softcap": (1,)}
 
 
+def write_model(config: Any, tokenizer: Path, path: Path) -> Path:
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config)
+    for name, parameter in model.named_parameters():
+        parameter.data.copy_(torch.randn(parameter.shape) * (0.3 if parameter.ndim > 1 else 0.05) + ("norm" in name))
+    model.save_pretrained(path)
+    AutoTokenizer.from_pretrained(tokenizer).save_pretrained(path)
+    return path
+
+
+def run(*arguments: object) -> Any:
+    return CliRunner().invoke(app, [str(x) for x in arguments], env={"COLUMNS": "200", "TERM": "dumb"})
+
+
 @pytest.mark.parametrize("kind", CONFIGS)
 @pytest.mark.filterwarnings("ignore:attach. the mask that the model forms itself")
 def test_from_warmup_to_export(
     kind: str, tmp_path: Path, checkpoint: Path, tiny_settings: Callable[..., Any], texts: Path
 ) -> None:
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(CONFIGS[kind]())
-    for name, parameter in model.named_parameters():
-        parameter.data.copy_(torch.randn(parameter.shape) * (0.3 if parameter.ndim > 1 else 0.05) + ("norm" in name))
-    model.save_pretrained(tmp_path / "model")
-    AutoTokenizer.from_pretrained(checkpoint).save_pretrained(tmp_path / "model")
+    write_model(CONFIGS[kind](), checkpoint, tmp_path / "model")
     console = Console(file=io.StringIO(), width=500)
     settings = tiny_settings(model=str(tmp_path / "model"), steps=4, head_dim=32, rope_dim=None)
     assert warm_up(settings, tmp_path / "run", console=console).layers == LAYERS[kind]
@@ -64,3 +83,30 @@ def test_from_warmup_to_export(
     again = load_native(handle.model, tmp_path / "native")
     for name, value in handle.state_dict().items():
         assert torch.equal(again.state_dict()[name], value)
+
+
+def test_the_commands_take_a_hybrid_and_after_a_refusal_the_same_command_does(
+    tmp_path: Path, checkpoint: Path, texts: Path
+) -> None:
+    """warmup, refused and then right, check, evaluate and export."""
+    refused = write_model(DiffLlamaConfig(**SIZES, num_hidden_layers=2), checkpoint, tmp_path / "refused")
+    hybrid = write_model(CONFIGS["hybrid"](), checkpoint, tmp_path / "model")
+    out = tmp_path / "run"
+    command = ["warmup", "--out", out, "--data", texts, "--steps", 3, "--sequence-length", 48, "--num-heads", 2]
+    command += ["--head-dim", 32, "--evaluate-sequences", 0, "--model"]
+    done = run(*command, refused)
+    said = " ".join(done.output.split())
+    assert done.exit_code != 0 and "DiffLlamaAttention subtracts one softmax from another" in said, done.output
+    assert not out.exists() and sorted(x.name for x in tmp_path.iterdir() if x.name[0] != ".") == ["model", "refused"]
+    for arguments in (
+        (*command, hybrid),
+        ("check", "--run", out, "--data", texts),
+        ("evaluate", "--run", out, "--data", texts, "--sequences", 2, "--report", tmp_path / "report"),
+        ("export", "--run", out, tmp_path / "native", "--format", "native"),
+    ):
+        done = run(*arguments)
+        assert done.exit_code == 0, done.output
+    assert read_native(tmp_path / "native").config.layers == LAYERS["hybrid"]
+    (judged,) = (tmp_path / "report").rglob("report.json")
+    layers = json.loads(judged.read_text())["evaluation"]["layers"]
+    assert [layer["layer"] for layer in layers] == list(LAYERS["hybrid"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -30,6 +31,7 @@ from flash_indexer.recipe.run_record import read_metrics
 from flash_indexer.recipe.sparse import train_sparsely
 from flash_indexer.recipe.sparse_loop import SparseLoop
 from flash_indexer.recipe.sparse_record import SparseRunSettings, read_any_run, sparse_command
+from flash_indexer.recipe.stopping import Interrupted
 from flash_indexer.recipe.warmup import warm_up
 
 RUN = """
@@ -51,14 +53,6 @@ def wrapper(*args, **options):
 owner.{name} = wrapper
 """
 Run = Callable[..., SparseHandle]
-
-
-@pytest.fixture(scope="module")
-def warm(tmp_path_factory: pytest.TempPathFactory, tiny_settings: Callable[..., Any]) -> Path:
-    """Indexers of three layers after twelve steps. Read only."""
-    out = tmp_path_factory.mktemp("warm") / "run"
-    warm_up(tiny_settings(lr=0.01), out, console=Console(file=io.StringIO()))
-    return out
 
 
 @pytest.fixture
@@ -230,7 +224,7 @@ def test_a_resumed_run_has_the_same_bits(tmp_path: Path, run: Run, base: dict[st
     "where",
     [
         dict(module="recipe.sparse_loop", owner="SparseLoop", name="_set_rates", call=4),
-        dict(module="files", owner="trained", name="save_file", call=3),
+        dict(module="files", owner="trained", name="write_tensors", call=3),
         dict(module="files", owner="atomic", name="_sync_tree", call=2),
     ],
     ids=["in a step", "while saving", "before the old checkpoint is replaced"],
@@ -243,19 +237,6 @@ def test_after_a_kill_the_run_goes_on_with_the_same_bits(
     assert len(rows(tmp_path / "cut")) in (3, 4)
     runs.finish([runs.start(RUN, None, tmp_path / "cut", chosen=base)])
     assert_same_bits(tmp_path / "whole", tmp_path / "cut")
-
-
-def test_more_than_one_process_is_refused(tmp_path: Path, runs: Any, base: dict[str, Any]) -> None:
-    caught = RUN.replace("\ntrain", "\ntry:\n    train") + (
-        "except ValueError as error:\n    open(f'{out}.{environment[\"RANK\"]}', 'w').write(str(error))\n"
-        "import torch.distributed as dist\ndist.destroy_process_group()\n"
-    )
-    code = "import os\nos.environ.update(environment)\n" + caught
-    runs.finish(runs.ranks(2, None, tmp_path / "run", codes=[code] * 2, chosen=base))
-    for rank in range(2):
-        said = Path(f"{tmp_path / 'run'}.{rank}").read_text()
-        assert "must be whole in one process, got 2 processes" in said
-    assert not (tmp_path / "run").exists()
 
 
 def test_layers_that_are_not_warmed_up_are_named(tmp_path: Path, run: Run) -> None:
@@ -345,6 +326,30 @@ def test_a_damaged_checkpoint_is_refused(tmp_path: Path, run: Run) -> None:
     (out / "run.json").write_text(json.dumps(record | dict(stage="warm-up")))
     with pytest.raises(ValueError, match="is no sparse run's record"):
         run(out, resume=True)
+
+
+@pytest.mark.parametrize(("name", "step"), [("_clip", 3), ("_save", 6)], ids=["in a step", "in the last save"])
+def test_a_run_that_is_asked_to_end_saves_and_goes_on(
+    tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch, name: str, step: int
+) -> None:
+    """After the step under way, or the next where this one was nearly over; after the last one too."""
+    run(tmp_path / "whole")
+    function = getattr(SparseLoop, name)
+
+    def asked(self: SparseLoop, *arguments: Any) -> Any:
+        if arguments[-1] == step:
+            signal.raise_signal(signal.SIGTERM)
+        return function(self, *arguments)
+
+    with (
+        monkeypatch.context() as patch,
+        pytest.raises(Interrupted, match=f"ended by SIGTERM after step {min(6, step + 1)}"),
+    ):
+        patch.setattr(SparseLoop, name, asked)
+        run(tmp_path / "cut")
+    assert len(rows(tmp_path / "cut")) == min(6, step + 1)
+    run(tmp_path / "cut", resume=True)
+    assert_same_bits(tmp_path / "whole", tmp_path / "cut")
 
 
 def test_a_loss_that_is_not_finite_ends_the_run(tmp_path: Path, run: Run) -> None:

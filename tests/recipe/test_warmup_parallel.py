@@ -44,6 +44,13 @@ def caught(*args, **options):
         open(f"{out}.{environment['RANK']}", "w").write(str(error))
 warmup.warm_up = caught
 """
+WRONG_TEACHER = (
+    CATCH.replace("RuntimeError", "ValueError")
+    + """
+from flash_indexer.models import verification
+verification.difference = lambda got, wanted: 1.0
+"""
+)
 STOP = """
 from flash_indexer.recipe import loop
 forward, steps = loop.forward, []
@@ -160,6 +167,17 @@ def test_a_shard_that_changed_is_found(tmp_path: Path, runs: Any, build: Any) ->
     for rank in (0, 1):
         said = (tmp_path / f"run.{rank}").read_text()
         assert said == "warmup: the frozen model's parameters changed during training", said
+
+
+@pytest.mark.parametrize("parallel", [dict(cp=2), dict(fsdp=True)], ids=["cp", "fsdp"])
+def test_a_wrong_teacher_is_refused_by_every_process(
+    tmp_path: Path, runs: Any, build: Any, parallel: dict[str, Any]
+) -> None:
+    runs.finish(runs.ranks(2, build("llama"), tmp_path / "run", parallel=parallel, codes=[WRONG_TEACHER] * 2))
+    for rank in (0, 1):
+        said = (tmp_path / f"run.{rank}").read_text()
+        assert said.startswith("attach: the teacher must be the model's own attention, but layer 0: the output"), said
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_step_that_cannot_be_shared_out_is_refused(build: Any) -> None:

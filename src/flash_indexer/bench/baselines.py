@@ -1,4 +1,4 @@
-"""The attention that a benchmark runs beside ours: FlashAttention-2 and cuDNN's, forward and backward."""
+"""The attention that a benchmark runs beside ours, forward and backward: FlashAttention-2, cuDNN's, FlexAttention."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from torch.nn.functional import scaled_dot_product_attention
 
 
@@ -82,6 +83,45 @@ def cudnn(size: Attention) -> tuple[Callable[[], Any], Callable[[], Any]]:
 
     def backward() -> Any:
         return torch.autograd.grad(out, (q, k, v), d_out, retain_graph=True)
+
+    return forward, backward
+
+
+def flex_attention_with_bits(
+    q: Tensor, k: Tensor, v: Tensor, indices: Tensor, d_out: Tensor
+) -> tuple[Callable[[], Any], Callable[[], Any]]:
+    """FlexAttention, compiled, of a causal square where a bit for each (query, key) says what is selected.
+
+    Args:
+        q: [T, H, D]. k, v: [T, G, D]. indices: [T, K], negative behind the last. d_out: [T, H, D].
+    """
+    T = q.shape[0]
+    selected = torch.zeros(T, T + 1, dtype=torch.bool, device=q.device)
+    selected.scatter_(1, torch.where(indices < 0, T, indices).long(), True)
+    weights = torch.ones(32, dtype=torch.int32, device=q.device) << torch.arange(32, device=q.device)
+    bits = (selected[:, :T].view(T, T // 32, 32).int() * weights.int()).sum(-1, dtype=torch.int32)
+
+    def is_selected(b: Tensor, h: Tensor, row: Tensor, column: Tensor) -> Tensor:
+        return (row >= column) & (((bits[row, column >> 5] >> (column & 31)) & 1) == 1)
+
+    blocks = torch.tril(torch.ones(T // 128, T // 128, dtype=torch.int32, device=q.device))
+    order = torch.arange(T // 128, dtype=torch.int32, device=q.device).expand(T // 128, -1).contiguous()
+    mask = BlockMask.from_kv_blocks(  # every visible block is partial: the bit decides
+        blocks.sum(-1, dtype=torch.int32)[None, None], order[None, None], BLOCK_SIZE=128, mask_mod=is_selected
+    )
+    leaves = tuple(x.detach().transpose(0, 1)[None].contiguous().requires_grad_() for x in (q, k, v))
+    queries, keys, values = leaves
+    upstream = d_out.transpose(0, 1)[None].contiguous()
+    compiled = torch.compile(flex_attention, dynamic=False)
+
+    def forward() -> Tensor:
+        out: Tensor = compiled(queries, keys, values, block_mask=mask, enable_gqa=q.shape[1] != k.shape[1])
+        return out
+
+    out = forward()
+
+    def backward() -> Any:
+        return torch.autograd.grad(out, leaves, upstream, retain_graph=True)
 
     return forward, backward
 

@@ -124,7 +124,7 @@ def check_rows(tensors: list[Tensor], others: dict[str, Any]) -> None:
         got = {"d_index_q": d_index_q[row], "d_index_weights": d_weights[row]}
         errors = {n: float((got[n].double() - e).norm() / e.norm()) for n, e in expected.items()}
         errors["kl"] = abs(float(result.kl[row]) - float(kl)) / float(kl)
-        if errors["kl"] > KL_ERROR or max(errors.values()) > GRADIENT_ERROR:
+        if not (errors["kl"] <= KL_ERROR and all(error <= GRADIENT_ERROR for error in errors.values())):
             raise RuntimeError(f"bench: query {row} is wrong, so no speed is reported: relative errors {errors}")
 
 

@@ -58,7 +58,7 @@ def run(
         ValueError: for a suite that is not in SUITES.
     """
     if suite not in SUITES:
-        raise ValueError(f"bench: suite must be of {', '.join(SUITES)}, attention, got {suite}")
+        raise ValueError(f"bench: suite must be of {', '.join(SUITES)}, attention, fp8, sparse, got {suite}")
     if batch is not None and batch < 1:
         raise ValueError(f"bench: batch must be a number of documents, 1 or more, got {batch}")
     needs_gpu()

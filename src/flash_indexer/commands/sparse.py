@@ -43,8 +43,18 @@ def sparse(
         str, typer.Option(help="float32, bfloat16 (float32 masters) or auto (bfloat16 on CUDA).")
     ] = "auto",
     save_every: Annotated[int, typer.Option(help="Steps between checkpoints.")] = 50,
+    cp: Annotated[int, typer.Option("--cp", help="Processes that share each sequence (context parallel).")] = 1,
+    tp: Annotated[int, typer.Option("--tp", hidden=True)] = 1,
+    cp_layout: Annotated[str, typer.Option(help="zigzag (balanced) or contiguous.")] = "zigzag",
+    fsdp: Annotated[
+        bool, typer.Option("--fsdp", help="Shard parameters, gradients and AdamW's state over the processes (FSDP2).")
+    ] = False,
+    timeout: Annotated[float, typer.Option(help="Seconds without an answer after which a process is given up.")] = 600,
 ) -> None:
-    """Train a model sparsely, each query on K selected keys, and its indexers with it. One process, one GPU."""
+    """Train a model sparsely, each query on K selected keys, and its indexers with it.
+
+    Under torchrun the processes share the data, with --cp each sequence, with --fsdp the model.
+    """
     with plain_errors():
         from flash_indexer.recipe.run_record import parse_layers
         from flash_indexer.recipe.sparse_record import (
@@ -65,7 +75,12 @@ def sparse(
 
         say_that_imports_take_time()
         from flash_indexer.recipe import judging
+        from flash_indexer.recipe.processes import ParallelSettings, is_main_process, leave
         from flash_indexer.recipe.sparse import train_sparsely
 
-        train_sparsely(settings, out, resume=resume, console=console)
-        judging.print_path(console, "trained", out / "checkpoint")
+        parallel = ParallelSettings(cp=cp, tp=tp, layout=cp_layout, fsdp=fsdp, timeout=timeout, command="sparse")
+        train_sparsely(settings, out, resume=resume, console=console, parallel=parallel)
+        main = is_main_process()
+        leave()
+        if main:
+            judging.print_path(console, "trained", out / "checkpoint")

@@ -12,11 +12,12 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from flash_indexer.files.atomic import atomic_directory, readable_directory
 from flash_indexer.files.native import load_native, write_native
+from flash_indexer.files.tensors import read_tensors, shared_out
 from flash_indexer.models.attach import IndexerHandle
 
 OPTIMIZER_FILE = "optimizer.safetensors"
@@ -82,15 +83,20 @@ def read_step(folder: Path) -> int:
 
 
 def load_optimizer(folder: Path, optimizer: torch.optim.Optimizer) -> None:
-    """Loads the moments that `optimizer_moments` gave. ValueError where the file is damaged."""
-    try:
-        moments = load_file(folder / OPTIMIZER_FILE)
-    except SafetensorError as error:
-        raise ValueError(f"load_checkpoint: {folder / OPTIMIZER_FILE} is damaged ({error})") from error
+    """Loads the moments that `optimizer_moments` gave, each shared out as its parameter.
+
+    Raises:
+        ValueError: the file is damaged.
+    """
     state: dict[int, dict[str, Tensor]] = {}
-    for key, value in moments.items():
-        index, name = key.split(".", 1)
-        state.setdefault(int(index), {})[name] = value
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    try:
+        for key, value in read_tensors(folder / OPTIMIZER_FILE):
+            index, name = key.split(".", 1)
+            own = parameters[int(index)]
+            state.setdefault(int(index), {})[name] = shared_out(value, own) if value.shape == own.shape else value
+    except (SafetensorError, IndexError) as error:
+        raise ValueError(f"load_checkpoint: {folder / OPTIMIZER_FILE} is damaged ({error})") from error
     groups = optimizer.state_dict()["param_groups"]
     optimizer.load_state_dict({"state": state, "param_groups": groups})
 

@@ -18,7 +18,9 @@ from transformers import PreTrainedModel
 from flash_indexer.files.atomic import atomic_directory, readable_directory
 from flash_indexer.indexer import LightningIndexer
 from flash_indexer.models.attach import IndexerHandle, attach
+from flash_indexer.models.own_sparse import own_sparse_handle
 from flash_indexer.models.sparse import check_topk, sparse_handle
+from flash_indexer.parallel.mesh import Parallel
 
 FORMAT = "flash-indexer/native"
 VERSION = 1
@@ -175,6 +177,7 @@ def load_native(
     *,
     base_fingerprint: str | None = None,
     topk: int | None = None,
+    parallel: Parallel | None = None,
 ) -> IndexerHandle:
     """Load a native checkpoint into a handle, or attach indexers of the recorded sizes to a model first.
 
@@ -183,6 +186,7 @@ def load_native(
         path: the checkpoint's directory.
         base_fingerprint: `model_fingerprint(model)`; compared where given and where the checkpoint records one.
         topk: the model then attends to so many keys, see `attach`; None: it stays dense. A handle is what it is.
+        parallel: as for `attach`, of a model.
 
     Returns:
         The handle. Where anything fails, a model given stays as it was, and so do a handle's weights.
@@ -218,6 +222,7 @@ def load_native(
             teacher_dtype=config.teacher_dtype,
             indexers=config.indexers,
             teachers=config.teachers,
+            parallel=parallel,
         )
     else:
         handle = handle_or_model
@@ -228,7 +233,9 @@ def load_native(
         if is_model:
             handle.remove()
         raise
-    return handle if topk is None else sparse_handle(handle, topk)
+    if topk is None:
+        return handle
+    return own_sparse_handle(handle, topk) if handle.trains_own else sparse_handle(handle, topk)
 
 
 def describe(handle: IndexerHandle, *, base_name: str, base_fingerprint: str | None = None) -> NativeConfig:

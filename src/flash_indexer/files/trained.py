@@ -5,6 +5,8 @@
     trained.safetensors                         the model's parameters that trained, by name, float32
     optimizer.safetensors, training_state.json  AdamW's moments, and the step
 
+The tensors are whole in these files, however many processes share them out, and are gathered one by one.
+
 An exported sparse model has model/, a Transformers checkpoint, in the place of the last three. Both are written as a
 whole by `atomic_directory`.
 """
@@ -14,18 +16,19 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from flash_indexer.files.atomic import atomic_directory, readable_directory
 from flash_indexer.files.checkpoint import OPTIMIZER_FILE, STATE_FILE, load_optimizer, optimizer_moments, read_step
 from flash_indexer.files.native import check_replaceable, load_native, read_native, write_native
+from flash_indexer.files.tensors import read_tensors, shared_out, write_tensors
 from flash_indexer.models.adapters import add_adapters, merge_adapters
 from flash_indexer.models.load import load_model, model_fingerprint
 from flash_indexer.models.sparse import SparseHandle, sparse_handle
@@ -47,17 +50,22 @@ def save_trained(
     step: int,
     *,
     lora: int | None,
-    base_name: str,
-    base_fingerprint: str,
+    base: tuple[str, str],
+    writes: bool = True,
 ) -> None:
-    """Writes indexers, parameters that require gradients, AdamW's moments and the step, replacing what is at `path`."""
-    trained = {name: value.detach().contiguous() for name, value in trainable(handle.model).items()}
-    with atomic_directory(path) as folder:
-        write_native(handle, folder, base_name=base_name, base_fingerprint=base_fingerprint)
-        write_sparse_config(folder, SparseConfig(handle.topk, lora))
-        save_file(trained, folder / TRAINED_FILE)
-        save_file(optimizer_moments(optimizer), folder / OPTIMIZER_FILE)
-        (folder / STATE_FILE).write_text(json.dumps({"step": step}) + "\n", encoding="utf-8")
+    """Writes indexers, parameters that require gradients, AdamW's moments and the step, replacing what is at `path`.
+
+    Args:
+        base: name and fingerprint of the model that the run began with.
+        writes: of several processes, which all call where FSDP2 shares the parameters out, one writes.
+    """
+    with atomic_directory(path) if writes else nullcontext() as folder:
+        if folder is not None:
+            write_native(handle, folder, base_name=base[0], base_fingerprint=base[1])
+            write_sparse_config(folder, SparseConfig(handle.topk, lora))
+            (folder / STATE_FILE).write_text(json.dumps({"step": step}) + "\n", encoding="utf-8")
+        write_tensors(None if folder is None else folder / TRAINED_FILE, trainable(handle.model))
+        write_tensors(None if folder is None else folder / OPTIMIZER_FILE, optimizer_moments(optimizer))
 
 
 def load_trained_checkpoint(
@@ -85,25 +93,28 @@ def load_trained_parameters(folder: Path, model: nn.Module) -> None:
     file = folder / TRAINED_FILE
     if not file.is_file():
         raise FileNotFoundError(f"load_trained_parameters: {file} is missing; copy the whole checkpoint")
+    own = dict(model.named_parameters())
     try:
-        tensors = load_file(file)
+        for name, value in read_tensors(file):
+            _check_trained(name, value, own.get(name), file)
+        for name, value in read_tensors(file):
+            with torch.no_grad():
+                own[name].copy_(shared_out(value, own[name]))
     except SafetensorError as error:
         raise ValueError(
             f"load_trained_parameters: {file} is truncated or damaged ({error}); copy it again or use an earlier one"
         ) from error
-    own = dict(model.named_parameters())
-    for name, value in tensors.items():
-        if name not in own or own[name].shape != value.shape:
-            found = list(own[name].shape) if name in own else "no such parameter"
-            raise ValueError(
-                f"load_trained_parameters: {name} of {file} must be {list(value.shape)} in the model, got {found}; "
-                "load the model that the run began with"
-            )
-        if not bool(torch.isfinite(value).all()):
-            raise ValueError(f"load_trained_parameters: {name} of {file} holds NaN or infinity; use an earlier one")
-    with torch.no_grad():
-        for name, value in tensors.items():
-            own[name].copy_(value)
+
+
+def _check_trained(name: str, value: Tensor, own: Tensor | None, file: Path) -> None:
+    if own is None or own.shape != value.shape:
+        found = "no such parameter" if own is None else list(own.shape)
+        raise ValueError(
+            f"load_trained_parameters: {name} of {file} must be {list(value.shape)} in the model, got {found}; "
+            "load the model that the run began with"
+        )
+    if not bool(torch.isfinite(value).all()):
+        raise ValueError(f"load_trained_parameters: {name} of {file} holds NaN or infinity; use an earlier one")
 
 
 def save_sparse(

@@ -24,16 +24,18 @@ from flash_indexer.models.layers import DecoderLayers, by_reason, decoder_layers
 from flash_indexer.models.options import check_arithmetic, check_target
 from flash_indexer.models.own_attach import OwnOptions, attach_own
 from flash_indexer.models.own_indexers import has_own_indexers
+from flash_indexer.models.own_sparse import own_sparse_handle
 from flash_indexer.models.rope import check_rope, default_rope_dim, indexer_rotary, rope_parameters
 from flash_indexer.models.sparse import check_topk, sparse_handle
 from flash_indexer.models.sparse_hooks import SPARSE_TAP
+from flash_indexer.models.wrappers import unwrapped
 from flash_indexer.parallel.mesh import Parallel
 
 __all__ = ["IndexerHandle", "LayerCapture", "attach"]
 
 
 def attach(
-    model: PreTrainedModel,
+    model: nn.Module,
     *,
     num_heads: int = 8,
     head_dim: int = 64,
@@ -65,7 +67,8 @@ def attach(
     the attention as it is.
 
     Args:
-        model: a loaded causal language model. Its parameters stop requiring gradients until `remove()`.
+        model: a loaded causal language model, which may be inside a PeftModel or torch.compile. Its parameters stop
+            requiring gradients until `remove()`.
         num_heads: I. head_dim: E. rope_dim: None means min(32, head_dim), for MLA qk_rope_head_dim, for
             longrope the most up to 32 that divide its dims.
         target: see `flash_indexer.indexer_kl`. layers: indices of the layers to attach; None means all whose
@@ -79,17 +82,14 @@ def attach(
         teachers: where one layer's own indexer serves the next ones too, "shared": it learns from all of them, the loss
             being the mean of their KLs; "own": from its own layer alone.
         topk: the layers attend to so many keys, those that their indexers rank highest, and the model may train: see
-            `flash_indexer.models.sparse.sparse_handle`, whose SparseHandle is returned. None: they stay dense.
+            `flash_indexer.models.sparse.sparse_handle`, whose SparseHandle is returned, and for a model's own indexers
+            `flash_indexer.models.own_sparse.own_sparse_handle`. None: they stay dense.
 
     Raises:
-        TypeError: the model is a wrapper around a Transformers model.
+        TypeError: the model is another wrapper around a Transformers model.
         ValueError: no layer's attention can be a teacher, or not that of the layers asked for; sizes that don't fit.
     """
-    if not isinstance(model, PreTrainedModel):
-        raise TypeError(
-            f"attach: model must be a transformers.PreTrainedModel, got {type(model).__name__}; unwrap it: take "
-            "merge_and_unload() of a PeftModel, .module of DistributedDataParallel"
-        )
+    model = unwrapped(model)
     if torch.is_inference_mode_enabled():
         raise ValueError(
             "attach: must be called outside of torch.inference_mode(), inside which no parameter can train; use "
@@ -100,8 +100,11 @@ def attach(
         raise ValueError(f'attach: indexers must be "fresh" or "own", got {indexers!r}')
     if topk is not None:
         check_topk("attach", topk)
-        if indexers == "own":
-            raise ValueError(f'attach: topk must be None with indexers="own", which attend densely, got {topk}')
+        if index_dtype is not None or teacher_dtype is not None:
+            raise ValueError(
+                "attach: with topk, index_dtype and teacher_dtype must be None, since the sparse stage trains in the "
+                f"model's dtype, got {index_dtype!r} and {teacher_dtype!r}; leave them out"
+            )
     decoder = find_decoder(model)
     config = model.config.get_text_config()
     found = decoder_layers(decoder, config)
@@ -109,7 +112,8 @@ def attach(
         raise ValueError("attach: the model has indexers attached already; call remove() on their handle first")
     if indexers == "own":
         options = OwnOptions(num_heads, head_dim, rope_dim, layers, target, teachers, index_dtype, teacher_dtype)
-        return attach_own(model, found, options, parallel or Parallel())
+        own = attach_own(model, found, options, parallel or Parallel())
+        return own if topk is None else own_sparse_handle(own, topk)
     if has_own_indexers(found):
         raise ValueError(
             f'attach: {type(model).__name__} has indexers of its own; train these with indexers="own", or attach to '

@@ -2,7 +2,9 @@
 
 All forms come out as one: position_ids that restart where a document begins.
 
-    position_ids                    [B, L] or [1, L]: a document begins where they do not go on by one
+    position_ids                    [B, L] or [1, L]: a document begins where they do not go on by one; [4, B, L], of
+                                    models that read images: text, time, height, width, of which the first is read;
+                                    [3, B, L], without the text's, say nothing
     attention_mask                  [B, L]: the number of each token's document (1, 1, 2, 2); all ones say nothing
     seq_idx                         [B, L]: likewise, and 0 is a document too
     cu_seq_lens_q, cu_seq_lens_k    [documents + 1]: boundaries in the batch's rows laid end to end
@@ -43,7 +45,7 @@ def document_positions(inputs: Mapping[str, Any], tokens: Tensor, parallel: Para
         ValueError: a padded batch, a misshapen input, a form of boundaries that is not read, or two that disagree.
     """
     shape = tokens.shape[:2]
-    position_ids: Tensor | None = inputs.get("position_ids")
+    position_ids = _of_text(inputs.get("position_ids"), shape)
     if not tokens.numel() or (position_ids is not None and position_ids.shape not in (shape, (1, shape[1]))):
         raise ValueError(
             "attach: input_ids must be [B, L] with a token at least and position_ids [B, L] or [1, L], got "
@@ -81,6 +83,13 @@ def document_positions(inputs: Mapping[str, Any], tokens: Tensor, parallel: Para
     if not names:
         return steps
     return steps - torch.where(begins[names[0]], steps, 0).cummax(1).values
+
+
+def _of_text(position_ids: Tensor | None, shape: torch.Size) -> Tensor | None:
+    """The places of a batch's tokens in its text, where there are any."""
+    if position_ids is None or position_ids.ndim != 3 or position_ids.shape[1:] != shape:
+        return position_ids
+    return {3: None, 4: position_ids[0]}.get(position_ids.shape[0], position_ids)
 
 
 def document_begins(values: Tensor, step: int = 1) -> Tensor:

@@ -33,6 +33,15 @@ def config_value(config: Any, name: str) -> Any:
         return [getattr(layers[n], name, None) for n in range(config.num_hidden_layers)]
 
 
+CACHES = ("cache", "past_key_values", "past_key_value", "layer_past", "cache_params")
+"""The arguments that may hold a cache: `cache` since Transformers 5.24, `past_key_values` before."""
+
+
+def given_cache(inputs: Mapping[str, Any]) -> Any:
+    """The cache of keys and values among the arguments of a decoder or a layer; None without one."""
+    return next((inputs[name] for name in CACHES[:2] if inputs.get(name) is not None), None)
+
+
 def has_head_projections(module: object) -> bool:
     """Whether a layer's self-attention has projections whose outputs are heads, by the names of GQA/MHA or MLA."""
     return isinstance(module, nn.Module) and (
@@ -68,7 +77,7 @@ def check_call(decoder: nn.Module, inputs: Mapping[str, Any]) -> None:
         for name, module in decoder.named_modules()
         if isinstance(module, nn.modules.dropout._DropoutNd) and module.training
     }
-    if decoder.training:
+    if any(module.training and not isinstance(module, nn.modules.dropout._DropoutNd) for module in decoder.modules()):
         config: Any = decoder.config
         rates |= {name: value for name, value in config.to_dict().items() if _names_noise(name)}
     for name, rate in rates.items():

@@ -251,6 +251,11 @@ class IndexerHandle:
             raise ValueError(
                 f"attach: tp must be 1 for attention with sinks, got tp={self.parallel.tp}; use FSDP or cp"
             )
+        if tap.layer in self._seen:
+            raise ValueError(
+                f"attach: layer {tap.layer} must run once in a forward, got a second run, of another hidden state that "
+                "its indexer would serve too; models that run their layers several times can't be attached"
+            )
         out, lse = causal_attention(q, k, v, self._packing, form, parallel=self.parallel)
         key_start, key_end = self._packing.visible(form.window, form.chunk, queries_only=True)
         queries = self._packing.queries

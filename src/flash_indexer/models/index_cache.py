@@ -19,7 +19,7 @@ def prepare_layer(cache: Any, layer: int) -> None:
     """
     if not isinstance(cache, DynamicCache):
         raise ValueError(
-            f"attach: past_key_values must be a DynamicCache, which index keys have a place in, got "
+            f"attach: the cache must be a DynamicCache, which index keys have a place in, got "
             f"{type(cache).__name__}; generate with cache_implementation='dynamic', or with use_cache=False"
         )
     if cache.layer_class_to_replicate is not None:

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from functools import partial
 
 from torch import nn
+from transformers import PreTrainedModel
 
 from flash_indexer.models.handle import IndexerHandle
 from flash_indexer.models.hooks import TAP, LayerTap, uncompiled
@@ -22,9 +23,7 @@ def install(
             if parameter.requires_grad:
                 parameter.requires_grad_(False)
                 handle.undo_with(partial(_thaw, module, name))
-    before = model.config._attn_implementation
-    model.set_attn_implementation(function)
-    handle.undo_with(lambda: model.set_attn_implementation(before))
+    handle.undo_with(switch_attention(model, decoder, function))
     handle.undo_with(decoder.register_forward_pre_hook(uncompiled(handle.begin), with_kwargs=True).remove)
     handle.undo_with(decoder.register_forward_hook(uncompiled(handle.end)).remove)
     handle.undo_with(decoder.register_forward_hook(uncompiled(handle.release), always_call=True).remove)
@@ -37,6 +36,27 @@ def install(
         if attached:
             verify = uncompiled(partial(handle.verify, layer))
             handle.undo_with(module.register_forward_hook(verify, with_kwargs=True).remove)
+
+
+def switch_attention(model: PreTrainedModel, decoder: nn.Module, function: str) -> Callable[[], None]:
+    """The registered `function` for the decoder; encoders of images or sound keep theirs. Returns what undoes it."""
+    models = [module for module in model.modules() if isinstance(module, PreTrainedModel)]
+    before = {id(each.config): (each.config, each.config._attn_implementation) for each in models}
+    model.set_attn_implementation(function)
+    of_decoder = {
+        id(each.config)
+        for each in models
+        if any(module is decoder for module in each.modules()) or any(module is each for module in decoder.modules())
+    }
+    for name, (config, implementation) in before.items():
+        if name not in of_decoder:
+            config._attn_implementation = implementation
+
+    def put_back() -> None:
+        for config, implementation in before.values():
+            config._attn_implementation = implementation
+
+    return put_back
 
 
 def _thaw(module: nn.Module, name: str) -> None:

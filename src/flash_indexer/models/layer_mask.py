@@ -7,7 +7,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import masking_utils
 from transformers.masking_utils import causal_mask_function, sdpa_mask
+
+CAUSAL = (
+    "causal_mask_function", "and_masks", "sliding_window_overlay", "chunked_overlay", "padding_mask_function",
+    "packed_sequence_mask_function", "remap_positions_for_packed_sequence", "add_offsets_to_mask_function",
+)  # fmt: skip
+"""The functions of transformers.masking_utils whose masks show no key after the query, whatever the batch holds."""
 
 
 class LayerMask:
@@ -15,6 +22,7 @@ class LayerMask:
 
     Attributes:
         window, chunk: the size of the window, or of the chunks, that bounds the keys of a query; None for neither.
+        varies: whether what it shows may depend on what a batch holds, as on where images or a prefix are.
     """
 
     def __init__(
@@ -34,6 +42,7 @@ class LayerMask:
         self._device = device
         self.window = None if chunked else local_size
         self.chunk = local_size if chunked else None
+        self.varies = not _is_causal(function)
 
     def __getattr__(self, name: str) -> Any:
         raise ValueError(
@@ -51,6 +60,15 @@ class LayerMask:
         )  # fmt: skip
         assert mask is not None
         return mask.bool()
+
+
+def _is_causal(function: Any) -> bool:
+    """Whether a mask function is made of CAUSAL ones alone."""
+    if function.__module__ != masking_utils.__name__ or function.__qualname__.partition(".")[0] not in CAUSAL:
+        return False
+    held = [cell.cell_contents for cell in getattr(function, "__closure__", None) or ()]
+    parts = [part for x in held for part in (x if isinstance(x, tuple) else (x,)) if callable(part)]
+    return all(_is_causal(part) for part in parts)
 
 
 def layer_mask(

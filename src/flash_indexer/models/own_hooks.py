@@ -41,17 +41,7 @@ class OwnTap(LayerTap):
     def install(self, module: Any) -> list[Callable[[], object]]:
         """Stands in for the layer's indexer, where it has one; what puts the indexer back."""
         own = own_indexer(module)
-        if own is None:
-            return []
-        before = own.__dict__.get("forward")
-        own.__dict__["forward"] = uncompiled(partial(self.read_call, inspect.signature(type(own).forward)))
-
-        def put_back() -> None:
-            del own.__dict__["forward"]
-            if before is not None:
-                own.__dict__["forward"] = before
-
-        return [put_back]
+        return [] if own is None else [stand_in(own, self.read_call)]
 
     def read_call(self, signature: inspect.Signature, *args: Any, **kwargs: Any) -> Tensor:
         """In the place of the indexer's forward: notes its inputs, and selects nothing, int32 [B, L, 0].
@@ -94,6 +84,19 @@ class OwnTap(LayerTap):
         """Lets go of what was read."""
         super().forget()
         self.positions = None
+
+
+def stand_in(own: nn.Module, function: Callable[..., Tensor]) -> Callable[[], object]:
+    """Calls `function`, with the signature of the indexer's forward first, in its place; returns what puts it back."""
+    before = own.__dict__.get("forward")
+    own.__dict__["forward"] = uncompiled(partial(function, inspect.signature(type(own).forward)))
+
+    def put_back() -> None:
+        del own.__dict__["forward"]
+        if before is not None:
+            own.__dict__["forward"] = before
+
+    return put_back
 
 
 def all_keys(rows: int, length: int, keys: int, device: torch.device) -> Tensor:

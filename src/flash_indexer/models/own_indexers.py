@@ -226,12 +226,12 @@ def thaw_own(modules: nn.ModuleDict) -> list[Callable[[], object]]:
 
 
 def _thaw(parameter: nn.Parameter) -> Callable[[], object]:
-    before = parameter.dtype
+    before, trained = parameter.dtype, parameter.requires_grad
     parameter.data = parameter.data.to(torch.promote_types(before, torch.float32))
     parameter.requires_grad_(True)
 
     def freeze() -> None:
-        parameter.requires_grad_(False).grad = None
+        parameter.requires_grad_(trained).grad = None
         parameter.data = parameter.data.to(before)
 
     return freeze

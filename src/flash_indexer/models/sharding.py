@@ -1,4 +1,7 @@
-"""The frozen base shared out over processes: heads and MLP columns by tensor parallelism, every parameter by FSDP2."""
+"""A model shared out over processes: heads and MLP columns by tensor parallelism, every parameter by FSDP2.
+
+Tensor parallelism is for a frozen model; FSDP2 also shares out one that trains, with its gradients.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from transformers import PreTrainedModel
 
@@ -57,10 +60,37 @@ def shard_model(model: PreTrainedModel, parallel: Parallel, *, fsdp: bool) -> No
         for block in blocks:
             parallelize_module(block, parallel.mesh["tp"], _plan(block, _has_one_key(config)))
     if fsdp and parallel.mesh is not None:
-        everyone: Any = dist.group.WORLD
-        alone = parallel.tp == 1
-        mesh = DeviceMesh.from_group(everyone, parallel.mesh.device_type) if alone else _beside_tp(parallel.mesh)
+        mesh = _everyone(parallel.mesh) if parallel.tp == 1 else _beside_tp(parallel.mesh)
         _fully_shard(model, decoder, blocks, mesh)
+
+
+def shard_for_training(root: nn.Module, model: PreTrainedModel, parallel: Parallel) -> None:
+    """Shares the parameters of a model that trains out over all processes, in place, before `attach`.
+
+    Each decoder layer is gathered while it runs, forwards and backwards, and all else while `root` does. A gradient is
+    the sum over processes of their gradients, of which each process keeps its shard: so the sum of the processes'
+    losses is what trains. CPU weights move to their GPU layer by layer.
+
+    Args:
+        root: whose forward runs the decoder and the output layer of `model`.
+    """
+    assert parallel.mesh is not None
+    mesh = _everyone(parallel.mesh)
+    trains = any(parameter.requires_grad for parameter in model.parameters())
+    for block in decoder_blocks(find_decoder(model)):
+        fully_shard(block, mesh=mesh, reshard_after_forward=True)
+    fully_shard(root, mesh=mesh, reshard_after_forward=not trains)
+    for module in root.modules():
+        if isinstance(module, FSDPModule):
+            module.set_gradient_divide_factor(1.0)
+            module.set_force_sum_reduction_for_comms(True)  # gloo multiplies nowhere
+            if hasattr(module, "set_reduce_scatter_unused_params"):  # torch 2.13: experts that got no tokens here
+                module.set_reduce_scatter_unused_params(True)
+
+
+def _everyone(mesh: DeviceMesh) -> DeviceMesh:
+    everyone: Any = dist.group.WORLD
+    return DeviceMesh.from_group(everyone, mesh.device_type)
 
 
 def _beside_tp(mesh: DeviceMesh) -> DeviceMesh:

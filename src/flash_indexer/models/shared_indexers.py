@@ -32,17 +32,16 @@ class SharedOperands:
     """
 
     def __init__(self, operands: Operands, teachers: int) -> None:
-        self.teachers = teachers
-        self._operands = operands
+        self.teachers, self.operands = teachers, operands
         self._gradients: list[Tensor] | None = None
         self._losses: list[LayerLoss] = []
 
     def for_layer(self, device: torch.device) -> Operands:
         """The operands for one layer: themselves for a single teacher, else copies that collect its gradients."""
-        if self.teachers == 1 and self._operands[0].device == device:
-            return self._operands
-        trains = self._operands[0].requires_grad and self.teachers > 1
-        moved = (x.detach().to(device).requires_grad_(trains) for x in self._operands)
+        if self.teachers == 1 and self.operands[0].device == device:
+            return self.operands
+        trains = self.operands[0].requires_grad and self.teachers > 1
+        moved = (x.detach().to(device).requires_grad_(trains) for x in self.operands)
         return cast(Operands, tuple(moved))
 
     def add(self, operands: Operands, loss: LayerLoss) -> LayerLoss | None:
@@ -55,14 +54,14 @@ class SharedOperands:
         if self.teachers > 1 and operands[0].requires_grad:
             found = [
                 (torch.zeros_like(x) if x.grad is None else x.grad).to(own.device)
-                for x, own in zip(operands, self._operands, strict=True)
+                for x, own in zip(operands, self.operands, strict=True)
             ]
             before = self._gradients
             self._gradients = found if before is None else [a + b for a, b in zip(before, found, strict=True)]
         if len(self._losses) < self.teachers:
             return None
         if self._gradients is not None:
-            torch.autograd.backward(self._operands, self._gradients)
+            torch.autograd.backward(self.operands, self._gradients)
             self._gradients = None
         device = self._losses[0].kl.device
         each = (torch.stack([x.to(device) for x in values]).mean() for values in zip(*self._losses, strict=True))

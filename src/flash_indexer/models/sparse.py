@@ -7,7 +7,7 @@ that is frozen it goes backward inside the forward, as in the warm-up.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NoReturn
 
@@ -21,11 +21,13 @@ from flash_indexer.models.families import FAMILIES, call_arguments, check_call
 from flash_indexer.models.handle import IndexerHandle
 from flash_indexer.models.hooks import TAP, uncompiled
 from flash_indexer.models.index_cache import add_index_keys
+from flash_indexer.models.install import switch_attention
 from flash_indexer.models.packing import at_least_float32
 from flash_indexer.models.shared_indexers import LayerLoss
 from flash_indexer.models.sparse_forward import SparseForward
 from flash_indexer.models.sparse_hooks import FORWARD, SPARSE_ATTENTION, SPARSE_TAP, SparseTap
 from flash_indexer.ops import Selection, dsa_attention, select_keys, sparse_attention, sparse_indexer_kl
+from flash_indexer.parallel.sparse import context_parallel_dsa_attention
 
 __all__ = ["SparseHandle", "sparse_handle"]
 
@@ -38,7 +40,8 @@ class SparseHandle(IndexerHandle):
 
     Attributes:
         topk: K, keys that a query attends to. always: so many first and last keys are selected whatever their score.
-        token_weight: weight of every token's KL in the indexers' loss; None means 1/T of each forward.
+        token_weight: weight of every token's KL in the indexers' loss; None means 1/T of each forward, T over all
+            processes that share the sequence.
         kl_scale: a tensor of no dimension by which the indexers' loss is multiplied; None means 1.
         on_selection: called with each layer's index and selection in forwards without gradients; None for none.
     """
@@ -49,18 +52,20 @@ class SparseHandle(IndexerHandle):
         self.kl_scale: Tensor | None = None
         self.on_selection: Callable[[int, Selection], None] | None = None
         self._undo = []
-        self._last: SparseForward | None = None
+        self._last: tuple[dict[int, Tensor], dict[int, Tensor]] | None = None
 
     def losses(self) -> dict[int, LayerLoss]:
         """Each layer's mean KL over the selected keys in the last forward that learnt, NaN until its backward has run.
 
-        The uniform prediction's is known where the model is frozen, and NaN elsewhere.
+        The uniform prediction's is known where the model is frozen and whole in one process, and NaN elsewhere. With
+        context parallelism the means are over this process's tokens.
         """
         if self._last is None:
             return {}
-        unknown, found = self._last.uniform_kl, sorted(self._last.kl.items())
+        found, known = self._last
         return {
-            n: LayerLoss(kl.mean(), unknown[n].mean() if n in unknown else kl.new_tensor(torch.nan)) for n, kl in found
+            n: LayerLoss(kl.mean(), known[n].mean() if n in known else kl.new_tensor(torch.nan))
+            for n, kl in sorted(found.items())
         }
 
     def using(self, consumer: Any) -> NoReturn:
@@ -81,7 +86,7 @@ class SparseHandle(IndexerHandle):
         if tokens is None:
             raise ValueError("attach: the decoder needs input_ids or inputs_embeds")
         check_call(module, inputs)
-        forward = SparseForward(inputs, tokens)
+        forward = SparseForward(inputs, tokens, self.parallel)
         if inputs.get("position_ids") is None and forward.is_packed:
             inputs["position_ids"] = forward.positions
         return (), inputs | {FORWARD: forward}
@@ -93,6 +98,11 @@ class SparseHandle(IndexerHandle):
         if not tap.is_attached:
             return _dense_attention(forward, q, k, v, scale, window)
         again = tap.layer in forward.seen  # in the backward of activation checkpointing
+        if again and not forward.has_ended:
+            raise ValueError(
+                f"attach: layer {tap.layer} must run once in a forward, got a second run; models that run their layers "
+                "several times can't be attached"
+            )
         forward.seen.add(tap.layer)
         leaves = self._leaves(tap, forward, q)
         wide = (lambda x: x) if q.device.type == "cuda" else at_least_float32
@@ -104,7 +114,9 @@ class SparseHandle(IndexerHandle):
             tensors = query, torch.cat([key, value], -1), None
         width = None if w_v is None else w_v.shape[1]
         visible = forward.visible(k.shape[2], window)
-        if self._learns(tap, forward) and torch.is_grad_enabled():
+        if forward.packing is not None:
+            out, kl = self._attend_in_part(tap, forward, tensors, leaves, visible, scale, width, again)
+        elif self._learns(tap, forward) and torch.is_grad_enabled():
             kl = None if again else leaves[2].new_full((len(query),), torch.nan)
             out = self._learn_in_backward(tensors, leaves, visible, scale, width, kl)
         else:
@@ -118,7 +130,7 @@ class SparseHandle(IndexerHandle):
             if tap.cache is None and not torch.is_grad_enabled():
                 kl = self._learn(tap, forward, (query, tensors[1]), leaves, selection, scale, lse)
         if kl is not None:
-            forward.kl[tap.layer], self._last = kl, forward
+            forward.kl[tap.layer], self._last = kl, (forward.kl, forward.uniform_kl)
         return (out if w_v is None else expanded_output(out, w_v)).to(q.dtype)
 
     def _learns(self, tap: SparseTap, forward: SparseForward) -> bool:
@@ -142,6 +154,39 @@ class SparseHandle(IndexerHandle):
             kl_scale=self.kl_scale, kl_out=kl,
         ).out  # fmt: skip
 
+    def _attend_in_part(
+        self,
+        tap: SparseTap,
+        forward: SparseForward,
+        tensors: tuple[Tensor, Tensor, Tensor | None],
+        leaves: Leaves,
+        visible: tuple[Tensor, Tensor],
+        scale: float,
+        width: int | None,
+        again: bool,
+    ) -> tuple[Tensor, Tensor | None]:
+        """The output and the KL of this process's tokens, over the keys of all processes; learns as in one process."""
+        learns, with_gradients = self._learns(tap, forward), torch.is_grad_enabled()
+        now = learns and not with_gradients
+        if now:
+            _check_learns()
+        weights, group = self._token_weights(leaves[2], tensors[0]), forward.parallel.group("cp")
+        assert group is not None
+        kl = leaves[2].new_full(weights.shape, torch.nan) if learns and with_gradients and not again else None
+        with torch.set_grad_enabled(with_gradients or now):
+            made = context_parallel_dsa_attention(
+                *tensors, *(leaves if learns else (x.detach() for x in leaves)), group=group,
+                layout=forward.parallel.layout, softmax_scale=scale, key_start=visible[0], key_end=visible[1],
+                topk=self.topk, value_dim=width, always=self.always, token_weight=weights,
+                kl="forward" if now else "backward", kl_scale=None if now else self.kl_scale, kl_out=kl,
+            )  # fmt: skip
+            if made.loss is not None and made.loss.requires_grad:
+                loss = made.loss if self.kl_scale is None else made.loss * self.kl_scale
+                loss.backward()  # type: ignore[no-untyped-call]
+        if not with_gradients and self.on_selection is not None:
+            self.on_selection(tap.layer, made.selection)
+        return made.out, made.kl if now else kl
+
     def _learn(
         self,
         tap: SparseTap,
@@ -153,11 +198,8 @@ class SparseHandle(IndexerHandle):
         lse: Tensor,
     ) -> Tensor:
         """The KL [T] of a model that is frozen, and in train() mode its backward, at once."""
-        if torch.is_inference_mode_enabled() and self.indexers.training:
-            raise ValueError(
-                "attach: the forward must run outside of torch.inference_mode() while the indexers train, since no "
-                "gradient exists inside it; use torch.no_grad() around the model, or handle.indexers.eval()"
-            )
+        if self.indexers.training:
+            _check_learns()
         weight = self._token_weights(leaves[2], qk[0])
         with torch.enable_grad():
             loss, kl, entropy = sparse_indexer_kl(
@@ -170,7 +212,7 @@ class SparseHandle(IndexerHandle):
         return kl
 
     def _token_weights(self, index_weights: Tensor, q: Tensor) -> Tensor:
-        each = 1 / len(q) if self.token_weight is None else self.token_weight
+        each = 1 / (len(q) * self.parallel.cp) if self.token_weight is None else self.token_weight
         return index_weights.new_full((len(q),), each)
 
     def _leaves(self, tap: SparseTap, forward: SparseForward, q: Tensor) -> Leaves:
@@ -187,7 +229,7 @@ class SparseHandle(IndexerHandle):
             )
         wide = (lambda x: x.to(q.dtype)) if q.device.type == "cuda" else at_least_float32
         with torch.set_grad_enabled(self._learns(tap, forward)):
-            index_q, index_k, weights = self.indexers[str(tap.layer)](*tap.take(wide))
+            index_q, index_k, weights = tap.operands(self.indexers[str(tap.layer)], wide)
         if tap.cache is not None:
             rows = torch.unflatten(index_k, 0, (forward.rows, -1))
             index_k = add_index_keys(tap.cache, tap.layer, rows).flatten(0, 1)
@@ -196,6 +238,7 @@ class SparseHandle(IndexerHandle):
     def end_sparsely(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         """After the decoder: every attached layer must have passed through the attention function."""
         forward: SparseForward = kwargs[FORWARD]
+        forward.has_ended = True
         if missing := [layer for layer in self.layers if layer not in forward.seen]:
             raise RuntimeError(
                 f"attach: layers {missing[:5]} did not call the registered attention function; "
@@ -219,12 +262,16 @@ def sparse_handle(dense: IndexerHandle, topk: int) -> SparseHandle:
 
     Generation: index_k is cached with k and v in a DynamicCache; batches may be padded on the left.
 
+    Context parallelism: the model is given this process's part of input_ids and position_ids, as for `attach`, every
+    process runs forward and backward, and the gradients of the model's and the indexers' parameters are each process's
+    part of one sum. Not for generation.
+
     Args:
-        dense: what `attach` returned, without context or tensor parallelism, target "mean". It is removed.
+        dense: what `attach` returned, without tensor parallelism, target "mean". It is removed.
         topk: K, 1 or more; at or above the model's context nothing is selected away, which warns.
 
     Raises:
-        ValueError: another topk, target or kind of indexer, or a model shared out over processes.
+        ValueError: another topk, target or kind of indexer, or heads shared out over processes.
 
     Source: DeepSeek-V3.2-Exp technical report (2025), section 2.1.
     """
@@ -233,14 +280,11 @@ def sparse_handle(dense: IndexerHandle, topk: int) -> SparseHandle:
     dense.remove()
     _check(dense, topk)
     handle = SparseHandle(dense, topk)
-    for module, tap in zip(modules, taps, strict=True):
-        is_attached = tap.layer in handle.layers
-        rotary = tap.rotary if is_attached else None
-        _install_layer(
-            handle,
-            SparseTap(handle.attend_sparsely, tap.layer, module, is_attached=is_attached, rotary=rotary),
-        )
-    _install(handle)
+    attached = [tap.layer in handle.layers for tap in taps]
+    install_sparsely(handle, [
+        SparseTap(handle.attend_sparsely, tap.layer, module, is_attached=one, rotary=tap.rotary if one else None)
+        for module, tap, one in zip(modules, taps, attached, strict=True)
+    ])  # fmt: skip
     return handle
 
 
@@ -248,27 +292,41 @@ def _dense_attention(
     forward: SparseForward, q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None
 ) -> Tensor:
     """A layer without an indexer: [B, H, L, D] against [B, G, S, D] to [B * L, H, V]."""
-    is_plain = window is None and forward.past == 0 and forward.positions is not None and not forward.is_packed
+    k, v = forward.all_keys(k), forward.all_keys(v)
+    is_whole = forward.packing is None
+    if not is_whole:
+        q = q.transpose(1, 2).flatten(0, 1).transpose(0, 1)[None]
+    is_first = forward.past == 0 and forward.positions is not None
+    is_plain = window is None and is_whole and is_first and not forward.is_packed
     mask = None if is_plain else forward.mask(k.shape[2], window)
     out = scaled_dot_product_attention(q, k, v, mask, is_causal=is_plain, scale=scale, enable_gqa=True)
     return out.transpose(1, 2).flatten(0, 1)
 
 
 def _check(dense: IndexerHandle, topk: int) -> None:
-    check_topk("attach", topk)
-    parallel = dense.parallel
-    if parallel.cp * parallel.tp > 1:
+    if not all(type(indexer) is LightningIndexer for indexer in dense.indexers.values()):
         raise ValueError(
-            f"attach: a sparse model must be whole in one process, got cp={parallel.cp}, tp={parallel.tp}; leave topk "
-            "or parallel out"
+            "attach: to make a dense handle sparse, its indexers must be LightningIndexers, got a model's own; pass "
+            'topk to attach(model, indexers="own", topk=...) instead'
         )
-    if dense.target != "mean":
-        raise ValueError(f'attach: with topk, target must be "mean", got {dense.target!r}')
     if dense.found.refused:
         raise ValueError(
             "attach: with topk, every layer must have softmax attention, got a model some of whose layers have none; "
             "leave topk out"
         )
+    check_sparse(dense, topk)
+
+
+def check_sparse(dense: IndexerHandle, topk: int) -> None:
+    """Raises ValueError for a K, a target, an attention or a sharing that the sparse stage can't have; may warn."""
+    check_topk("attach", topk)
+    if dense.parallel.tp > 1:
+        raise ValueError(
+            f"attach: with topk, tp must be 1, got {dense.parallel.tp}: a sparse model's heads are not shared out; "
+            "share the sequence out by cp, and parameters by FSDP"
+        )
+    if dense.target != "mean":
+        raise ValueError(f'attach: with topk, target must be "mean", got {dense.target!r}')
     softcap = getattr(dense.model.config.get_text_config(), "attn_logit_softcapping", None)
     sinks = [module for _, module in dense.found.callers if getattr(module, "sinks", None) is not None]
     if softcap is not None or sinks:
@@ -276,13 +334,19 @@ def _check(dense: IndexerHandle, topk: int) -> None:
             "attach: with topk, attention must have neither softcap nor sinks, got "
             f"{'sinks' if sinks else f'attn_logit_softcapping={softcap}'}; leave topk out"
         )
-    if not all(type(indexer) is LightningIndexer for indexer in dense.indexers.values()):
-        raise ValueError("attach: with topk, indexers must be LightningIndexers of ours; leave topk out")
     context = getattr(dense.model.config.get_text_config(), "max_position_embeddings", None)
     if context is not None and topk >= context:
         warnings.warn(
             f"attach: topk = {topk} covers the model's context of {context} tokens: no key is ever left out",
             stacklevel=4,
+        )
+
+
+def _check_learns() -> None:
+    if torch.is_inference_mode_enabled():
+        raise ValueError(
+            "attach: the forward must run outside of torch.inference_mode() while the indexers train, since no "
+            "gradient exists inside it; use torch.no_grad() around the model, or handle.indexers.eval()"
         )
 
 
@@ -292,11 +356,12 @@ def check_topk(op: str, topk: object) -> None:
         raise ValueError(f"{op}: topk must be a whole number of keys, 1 or more, got {topk!r}; DeepSeek-V3.2 has 2048")
 
 
-def _install(handle: SparseHandle) -> None:
+def install_sparsely(handle: SparseHandle, taps: Sequence[SparseTap], function: str = SPARSE_ATTENTION) -> None:
+    """Adds the hooks to the handle's model and switches to the registered `function`; records how to undo each."""
+    for tap in taps:
+        _install_layer(handle, tap)
     model, decoder = handle.model, handle.decoder
-    before = model.config._attn_implementation
-    model.set_attn_implementation(SPARSE_ATTENTION)
-    handle.undo_with(lambda: model.set_attn_implementation(before))
+    handle.undo_with(switch_attention(model, decoder, function))
     handle.undo_with(decoder.register_forward_pre_hook(uncompiled(handle.begin), with_kwargs=True).remove)
     handle.undo_with(decoder.register_forward_hook(uncompiled(handle.end_sparsely), with_kwargs=True).remove)
 
@@ -307,9 +372,8 @@ def _install_layer(handle: SparseHandle, tap: SparseTap) -> None:
     handle.undo_with(partial(module.__dict__.pop, SPARSE_TAP, None))
     if not tap.is_attached:
         return
-    handle.undo_with(module.register_forward_pre_hook(uncompiled(tap.read_inputs), with_kwargs=True).remove)
-    if isinstance(norm := getattr(module, "q_a_layernorm", None), nn.Module):
-        handle.undo_with(norm.register_forward_hook(uncompiled(tap.read_residual)).remove)
+    for undo in tap.install():
+        handle.undo_with(undo)
     if is_absorbable(module):
         module.__dict__[EXPAND] = keep_latents
         handle.undo_with(partial(module.__dict__.pop, EXPAND, None))

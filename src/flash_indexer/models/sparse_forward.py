@@ -1,4 +1,7 @@
-"""One forward of a sparse model: which keys its queries may select from, its cache, and what its layers learnt."""
+"""One forward of a sparse model: which keys its queries may select from, its cache, and what its layers learnt.
+
+With context parallelism the rows laid end to end are one sequence, and each process has its part of the tokens.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +12,10 @@ import torch
 from torch import Tensor
 
 from flash_indexer.models.documents import document_begins, document_positions
+from flash_indexer.models.families import given_cache
+from flash_indexer.models.packing import Packing, packing
+from flash_indexer.parallel.context import gather_with_gradient
+from flash_indexer.parallel.mesh import Parallel
 
 LEFT_PADDING = "pad generations on the left, and pack the documents of a training batch"
 
@@ -21,24 +28,32 @@ class SparseForward:
     Args:
         inputs: what the decoder is called with, by name.
         tokens: input_ids [B, L] or inputs_embeds [B, L, width].
+        parallel: with cp > 1, [B, L] are this process's part of the tokens.
 
     Attributes:
         has_gradients: whether the decoder was called with gradients enabled.
         past: keys of each row that the cache holds already. length: past + L.
         kl: [T] of each layer that learns, written when its backward runs. uniform_kl: where it is known.
-        seen: layers that have run.
+        seen: layers that have run. has_ended: whether the decoder has, so that a layer that runs is run again.
     """
 
-    def __init__(self, inputs: Mapping[str, Any], tokens: Tensor) -> None:
-        cache, mask = inputs.get("past_key_values"), inputs.get("attention_mask")
+    def __init__(self, inputs: Mapping[str, Any], tokens: Tensor, parallel: Parallel) -> None:
+        cache, mask = given_cache(inputs), inputs.get("attention_mask")
         self.rows, queries = tokens.shape[:2]
         self.past = 0 if cache is None else int(cache.get_seq_length())
         self.length = self.past + queries
         self.positions: Tensor | None = None
-        self.has_gradients = torch.is_grad_enabled()
+        self.has_gradients, self.has_ended = torch.is_grad_enabled(), False
         self.kl: dict[int, Tensor] = {}
         self.uniform_kl: dict[int, Tensor] = {}
         self.seen: set[int] = set()
+        self.parallel = parallel
+        self.packing: Packing | None = None
+        if parallel.cp > 1:
+            self._check_whole(mask)
+            self.positions = document_positions(inputs, tokens, parallel)
+            self.packing = packing(self.positions, parallel)
+            return
         if mask is not None and not (isinstance(mask, Tensor) and mask.ndim == 2):
             found = list(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
             raise ValueError(f"attach: attention_mask must be [B, L], got {found}; {LEFT_PADDING}")
@@ -56,14 +71,17 @@ class SparseForward:
 
     @property
     def is_packed(self) -> bool:
-        """Whether a row holds several documents, which only position_ids can tell the layers."""
+        """Whether a row holds several documents, or parts of one, which only position_ids can tell the layers."""
         return self.positions is not None and bool((self.positions.diff(dim=1) != 1).any())
 
     def visible(self, keys: int, window: int | None) -> tuple[Tensor, Tensor]:
         """key_start and key_end, int32 [B * L], over the last `keys` keys of each row, laid end to end.
 
-        The queries of padding see none. window: a query sees at most this many keys, itself included; None all.
+        The queries of padding see none. window: a query sees at most this many keys, itself included; None all. With
+        context parallelism over the keys of all processes.
         """
+        if self.packing is not None:
+            return self.packing.visible(window)
         if (keys, window) not in self._visible:
             offset = self.length - keys  # those that a sliding window's cache has dropped
             start = self._first if window is None else torch.maximum(self._first, self._end - window)
@@ -74,10 +92,33 @@ class SparseForward:
         return self._visible[keys, window]
 
     def mask(self, keys: int, window: int | None) -> Tensor:
-        """The same as a mask [B, 1, L, keys], for layers without an indexer; padding sees all, and nobody reads it."""
+        """The same as a mask [B, 1, L, keys], for layers without an indexer; padding sees all, and nobody reads it.
+
+        With context parallelism [1, 1, B * L, keys], keys being those of all processes.
+        """
+        if self.packing is not None:
+            start, end = (x.view(-1, 1) for x in self.visible(keys, window))
+            key = torch.arange(keys, device=start.device)
+            return ((key >= start) & (key < end))[None, None]
         start, end = (x.view(self.rows, 1, -1, 1) for x in self.visible(keys, window))
         key = torch.arange(self.rows * keys, device=start.device).view(self.rows, 1, 1, keys)
         return ((key >= start) & (key < end)) | (start == end)
+
+    def all_keys(self, x: Tensor) -> Tensor:
+        """Keys or values [B, G, S, D] of all processes, as [1, G, S * cp, D] where several share the sequence."""
+        group = self.parallel.group("cp")
+        if group is None:
+            return x
+        rows = gather_with_gradient(x.transpose(1, 2).flatten(0, 1), group, layout=self.parallel.layout)
+        return rows.transpose(0, 1)[None]
+
+    def _check_whole(self, mask: object) -> None:
+        """A process that holds a part of the sequence can't generate."""
+        if self.past or (isinstance(mask, Tensor) and not bool(mask.all())):
+            raise ValueError(
+                f"attach: with cp={self.parallel.cp} there must be neither padding nor a cache that holds keys, got "
+                f"{f'{self.past} keys' if self.past else 'padding'}; generate in one process, with cp=1"
+            )
 
     def _first_tokens(self, mask: Tensor | None, device: torch.device) -> Tensor:
         """The first token of each row that is no padding, [B]."""

@@ -10,9 +10,10 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 
 from flash_indexer.indexer import no_autocast
-from flash_indexer.models.families import FAMILIES
+from flash_indexer.models.families import FAMILIES, given_cache
 from flash_indexer.models.hooks import uncompiled
 from flash_indexer.models.index_cache import prepare_layer
+from flash_indexer.models.shared_indexers import Operands
 from flash_indexer.models.sparse_forward import SparseForward
 
 SPARSE_ATTENTION = "lightning_indexer_sparse"
@@ -47,10 +48,23 @@ class SparseTap:
         self.rope: tuple[Tensor, Tensor] | None = None
         self.cache: Any = None
 
+    def install(self) -> list[Callable[[], object]]:
+        """Adds the hooks of an attached layer to its self-attention; what takes each off again."""
+        reads = self.module.register_forward_pre_hook(uncompiled(self.read_inputs), with_kwargs=True)
+        undo: list[Callable[[], object]] = [reads.remove]
+        if isinstance(norm := getattr(self.module, "q_a_layernorm", None), nn.Module):
+            undo.append(norm.register_forward_hook(uncompiled(self.read_residual)).remove)
+        return undo
+
+    def operands(self, indexer: nn.Module, wide: Callable[[Tensor], Tensor]) -> Operands:
+        """The indexer's operands, of what was read in this forward."""
+        made: Operands = indexer(*self.take(wide))
+        return made
+
     def read_inputs(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Before the layer's self-attention, and so before it writes to its cache: hidden states, and cos and sin."""
         self.hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
-        self.cache = kwargs.get("past_key_values")
+        self.cache = given_cache(kwargs)
         if self.cache is not None:
             prepare_layer(self.cache, self.layer)
         if self.rotary is None:

@@ -2,7 +2,8 @@
 
 At the first forward, at the first one with several documents in a row, and whenever sequences get twice as long: each
 layer's own mask is compared with the intervals of the teacher, and each attached layer's attention module is run twice
-more on the first tokens of the same hidden states, once attached and once with Transformers' eager attention.
+more on the first tokens of the same hidden states, once attached and once with Transformers' eager attention. A mask
+that may depend on what a batch holds, as on its images, is compared in every forward.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from flash_indexer.models.capture import AttentionForm
 from flash_indexer.models.documents import document_begins
 from flash_indexer.models.layer_mask import LayerMask
 from flash_indexer.models.packing import Packing, causal_attention, packing
-from flash_indexer.models.replay import attention_function, difference, first_output, shortened, with_mask
+from flash_indexer.models.replay import attention_function, difference, first_output, shortened, tolerance, with_mask
 
 QUERIES = 256
 """Queries of each layer that are compared at most."""
@@ -44,6 +45,9 @@ class Verification:
     def __init__(self) -> None:
         self.replaying = False
         self._batch: _Batch | None = None
+        self._seen: _Batch | None = None
+        self._positions: Tensor | None = None
+        self._forwards = 0
         self._done: set[tuple[bool, int]] = set()
         self._masks: dict[int, LayerMask | None] = {}
         self._failures: list[str] = []
@@ -53,25 +57,32 @@ class Verification:
 
     def begin(self, positions: Tensor) -> None:
         """Before the decoder runs on tokens at positions [B, L] of this process."""
-        kind = bool((positions.diff(dim=1) != 1).any()), positions.shape[1].bit_length()
-        self._batch = None if kind in self._done else _Batch(positions, packing(positions), kind)
-        self._failures, self._masks = [], {}
+        kind = _kind(positions)
+        self._seen = self._batch = None if kind in self._done else _Batch(positions, packing(positions), kind)
+        self._positions, self._failures, self._masks = positions, [], {}
+        self._forwards += 1
 
     def end(self) -> None:
         """After the decoder, also where it raised."""
-        self._batch, self._masks = None, {}
+        self._batch = self._seen = self._positions = None
+        self._masks = {}
 
     @torch.no_grad()
     def check_mask(self, layer: int, form: AttentionForm, mask: LayerMask | None) -> None:
         """Compares what the layer's own mask says of sampled queries with the keys that the teacher sees."""
-        if self._batch is None:
+        if self._seen is None and mask is not None and mask.varies:
+            assert self._positions is not None
+            self._seen = _Batch(self._positions, packing(self._positions), _kind(self._positions))
+        if (batch := self._batch if mask is None or not mask.varies else self._seen) is None:
             return
         self._masks[layer] = mask
-        B, L = self._batch.positions.shape
-        device = self._batch.positions.device
+        B, L = batch.positions.shape
+        device = batch.positions.device
         queries = torch.linspace(0, L - 1, min(L, max(1, QUERIES // B)), device=device).long()
+        if mask is not None and mask.varies:  # others in every forward: a short image lies between two queries
+            queries = ((queries + self._forwards) % L).sort().values
         rows = torch.arange(B, device=device)[:, None] * L
-        bounds = [x.view(B, L).long()[:, queries] - rows for x in self._batch.packed.visible(form.window, form.chunk)]
+        bounds = [x.view(B, L).long()[:, queries] - rows for x in batch.packed.visible(form.window, form.chunk)]
         teacher = _between(bounds, L)
         own = (torch.arange(L, device=device) <= queries[:, None]).expand(B, 1, -1, -1)
         if mask is not None:
@@ -79,7 +90,7 @@ class Verification:
         differ = (own != teacher[:, None]).any(1)
         if not bool(differ.any()):
             return
-        if self._batch.kind[0] and bool((own == _of_whole_rows(form, queries, L)).all()):
+        if batch.kind[0] and bool((own == _of_whole_rows(form, queries, L)).all()):
             self.say_documents(f"the mask that the model forms itself (layer {layer}'s) knows no documents")
             return
         b, n, key = differ.nonzero()[0].tolist()
@@ -121,10 +132,11 @@ class Verification:
             return
         finally:
             self.replaying = False
-        compared = [("output", *difference(attached, own))]
+        allowed = tolerance(module, attached.dtype)
+        compared = {"output": difference(attached, own)}
         if teacher is not None and weights is not None:
-            compared.append(("mean attention", *difference(teacher, weights.to(teacher.dtype))))
-        for what, found, allowed in compared:
+            compared["mean attention"] = difference(teacher, weights.to(teacher.dtype))
+        for what, found in compared.items():
             if not found <= allowed:
                 self._failures.append(
                     f"layer {layer}: the {what} of {type(module).__name__} differs from that of eager attention by "
@@ -173,14 +185,13 @@ class Verification:
         Raises:
             ValueError: naming a layer and what is different.
         """
-        if self._batch is None:
-            return
         if self._failures:
             raise ValueError(
                 f"attach: the teacher must be the model's own attention, but {self._failures[0]}. The model, or this "
                 "form of batch, can't be used with the layers that are attached"
             )
-        self._done.add(self._batch.kind)
+        if self._batch is not None:
+            self._done.add(self._batch.kind)
 
     def say_documents(self, why: str) -> None:
         """Warns once that the model by itself would attend across the documents of a row."""
@@ -191,6 +202,11 @@ class Verification:
                 stacklevel=2,
             )
         self._said = True
+
+
+def _kind(positions: Tensor) -> tuple[bool, int]:
+    """What forwards have in common that need to be looked at once: see `_Batch`."""
+    return bool((positions.diff(dim=1) != 1).any()), positions.shape[1].bit_length()
 
 
 def _between(bounds: Sequence[Tensor], num_keys: int) -> Tensor:

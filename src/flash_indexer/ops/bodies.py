@@ -20,6 +20,10 @@ GENERATIONS = {sizes.CAPABILITY: name for name, sizes in catalog.GENERATIONS.ite
 """Compute capability -> the folder of kernels that is built for it."""
 
 
+class NoKernel(RuntimeError):
+    """Within `need_kernels`, where the torch body would run on a GPU."""
+
+
 def _is_installed(package: str) -> bool:
     try:
         return find_spec(package) is not None
@@ -29,6 +33,7 @@ def _is_installed(package: str) -> bool:
 
 _TILELANG_IS_HERE = _is_installed("tilelang")
 _named: list[str] = []
+_needed: list[bool] = []
 _said: set[str] = set()
 
 
@@ -45,6 +50,8 @@ def choose(op: str, device: torch.device, refusal: Callable[[], str | None]) -> 
     reason = no_kernels(device) or refusal()
     if reason is None:
         return generation(device)
+    if _needed:
+        raise NoKernel(f"{op} has no kernel here: {reason}")
     if reason not in _said and not torch.compiler.is_compiling():
         _said.add(reason)
         warnings.warn(
@@ -90,3 +97,13 @@ def use(body: str) -> Iterator[None]:
         yield
     finally:
         _named.pop()
+
+
+@contextmanager
+def need_kernels() -> Iterator[None]:
+    """Within the block an operator that has no kernel for its arguments raises `NoKernel`: for benchmarks and tests."""
+    _needed.append(True)
+    try:
+        yield
+    finally:
+        _needed.pop()

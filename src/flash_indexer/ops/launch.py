@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import cache
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ Wanted = tuple[str, Mapping[str, int]]
 """A kernel by its name and its static sizes."""
 
 
+@cache
 def load(name: str, **static: int) -> Any:
     """The compiled kernel with these static sizes, a callable."""
     from flash_indexer.kernels import cache
@@ -26,6 +28,7 @@ def prepare(kernels: Sequence[Wanted]) -> None:
     cache.prepare(*((name, tuple(static.items())) for name, static in kernels))
 
 
+@cache
 def processors(device: torch.device) -> int:
     """Multiprocessors of the GPU."""
     return int(torch.cuda.get_device_properties(device).multi_processor_count)

@@ -10,6 +10,7 @@ Two layouts of n·world tokens:
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -73,6 +74,34 @@ def gather_tokens(x: Tensor, group: ProcessGroup | DeviceMesh, *, layout: str = 
     check_rows("gather_tokens", "x", x, owners)
     with torch.no_grad():
         return in_order(all_gather(x.detach(), ranks), owners)
+
+
+def gather_with_gradient(x: Tensor, group: ProcessGroup, *, layout: str = "zigzag") -> Tensor:
+    """`gather_tokens`, differentiable: a row's gradient is the sum over ranks of theirs, and goes to its owner.
+
+    Every rank runs backward.
+    """
+    owners = piece_owners(dist.get_world_size(group), layout, "gather_with_gradient")
+    check_rows("gather_with_gradient", "x", x, owners)
+    gathered: Tensor = _Gather.apply(x, group, owners)  # type: ignore[no-untyped-call]
+    return gathered
+
+
+class _Gather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: ProcessGroup, owners: list[int]) -> Tensor:
+        ctx.group, ctx.owners = group, owners
+        return in_order(all_gather(x, group), owners)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        whole = by_owner(gradient.to(sum_dtype(gradient)), ctx.owners)
+        return reduce_scatter(whole, ctx.group)().to(gradient.dtype), None, None
+
+
+def sum_dtype(x: Tensor) -> torch.dtype:
+    """In which ranks' shares are added: float32, or float64 where x has it."""
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
 def context_parallel_indexer_kl(

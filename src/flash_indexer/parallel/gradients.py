@@ -1,8 +1,8 @@
-"""Sums over processes: gradients in one flat all-reduce, and small tensors; each waited for with a timeout."""
+"""Sums over processes: gradients in flat all-reduces, and small tensors; each waited for with a timeout."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from datetime import timedelta
 
 import torch
@@ -10,6 +10,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.utils import get_total_norm
 
+BUCKET = 2**26
+"""Numbers of a flat all-reduce, unless one gradient alone has more."""
 LARGEST_GRADIENT = 1e12
 """A gradient that is not smaller is no gradient: float32 squares of it, which clipping and Adam take, may overflow."""
 
@@ -27,12 +29,14 @@ def all_sum(x: Tensor, *, timeout: float = 600.0) -> Tensor:
 
 
 def sum_gradients(parameters: Iterable[Tensor], *, replicas: int = 1, timeout: float = 600.0) -> None:
-    """gradient = sum over all processes of gradient / replicas, for every parameter, in one flat float32 all-reduce.
+    """gradient = sum over all processes of gradient / replicas, for every parameter, in flat all-reduces.
 
-    Every process ends with the same bits, so parameters that began equal stay equal.
+    Sums are taken in float32 at least. Every process ends with the same bits, so parameters that began equal stay
+    equal. The copies take as many numbers as
+    BUCKET or the largest gradient has.
 
     Args:
-        parameters: those with a gradient take part: the same ones on every process.
+        parameters: those with a gradient take part: the same ones on every process, see `complete_gradients`.
         replicas: processes that hold the same gradients, which tensor parallelism makes; each counts once.
 
     Raises:
@@ -40,12 +44,39 @@ def sum_gradients(parameters: Iterable[Tensor], *, replicas: int = 1, timeout: f
     """
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return
-    gradients = [p.grad for p in parameters if p.grad is not None]
-    if not gradients:
-        return
-    flat = all_sum(torch.cat([g.flatten().float() for g in gradients]), timeout=timeout).div_(replicas)
+    bucket, size = list[Tensor](), 0
+    for gradient in (p.grad for p in parameters if p.grad is not None):
+        if bucket and size + gradient.numel() > BUCKET:
+            _sum_bucket(bucket, replicas, timeout)
+            bucket, size = [], 0
+        bucket.append(gradient)
+        size += gradient.numel()
+    if bucket:
+        _sum_bucket(bucket, replicas, timeout)
+
+
+def _sum_bucket(gradients: list[Tensor], replicas: int, timeout: float) -> None:
+    wide = [g.flatten().to(torch.promote_types(g.dtype, torch.float32)) for g in gradients]
+    flat = all_sum(torch.cat(wide), timeout=timeout).div_(replicas)
     for gradient, part in zip(gradients, torch.split(flat, [g.numel() for g in gradients]), strict=True):
         gradient.copy_(part.view_as(gradient))
+
+
+def complete_gradients(parameters: Sequence[Tensor], *, timeout: float = 600.0) -> None:
+    """Zeros for each parameter that has a gradient on another process alone, as an expert that got no tokens here.
+
+    A parameter without a gradient on any process keeps none: an optimizer passes it over.
+
+    Raises:
+        RuntimeError: as `all_sum`.
+    """
+    if not dist.is_initialized() or dist.get_world_size() == 1 or not parameters:
+        return
+    has = [float(p.grad is not None) for p in parameters]
+    counts = all_sum(torch.tensor(has, device=parameters[0].device), timeout=timeout).tolist()
+    for parameter, count in zip(parameters, counts, strict=True):
+        if count and parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
 
 
 def unusable_gradient(modules: nn.ModuleDict) -> tuple[str, float] | None:

@@ -224,7 +224,14 @@ def sequence_drawn(drawn: int, count: int, seed: int) -> int:
     return int(torch.randperm(count, generator=generator)[position])
 
 
-def micro_batches(settings: WarmupSettings, per_step: int, dp: int) -> tuple[int, int]:
+class Batches(Protocol):
+    """The settings that the size of a micro-batch follows from."""
+
+    @property
+    def batch_size(self) -> int: ...
+
+
+def micro_batches(settings: Batches, per_step: int, dp: int, command: str = "warmup") -> tuple[int, int]:
     """Sequences of a micro-batch, batch_size at most, and micro-batches of a step, of each of dp processes.
 
     Raises:
@@ -232,8 +239,9 @@ def micro_batches(settings: WarmupSettings, per_step: int, dp: int) -> tuple[int
     """
     if per_step % dp:
         raise ValueError(
-            f"warmup: the number of data-parallel processes must divide the {per_step} sequences of an optimizer step "
-            f"(--batch-size x --accumulation x processes when the run began), got {dp}; start another number of them"
+            f"{command}: the number of data-parallel processes must divide the {per_step} sequences of an optimizer "
+            f"step (--batch-size x --accumulation x processes when the run began), got {dp}; start another number of "
+            "them"
         )
     each = per_step // dp
     size = max(n for n in range(1, min(each, settings.batch_size) + 1) if each % n == 0)

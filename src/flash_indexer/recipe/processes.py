@@ -36,8 +36,9 @@ class ParallelSettings:
     Attributes:
         cp: processes that share a sequence. tp: processes that share its heads. The rest share the data.
         layout: how cp cuts a sequence: "zigzag" balances causal attention, "contiguous" does not.
-        fsdp: shard the frozen base over the processes by FSDP2, instead of a copy on each.
+        fsdp: shard the model over the processes by FSDP2, instead of a copy on each.
         timeout: seconds without an answer after which a process gives the others up.
+        command: what messages begin with.
     """
 
     cp: int = 1
@@ -45,16 +46,19 @@ class ParallelSettings:
     layout: str = "zigzag"
     fsdp: bool = False
     timeout: float = 600.0
+    command: str = "warmup"
 
     def __post_init__(self) -> None:
         """Raises ValueError for a value that no run can use."""
         for name in ("cp", "tp"):
             if getattr(self, name) < 1:
-                raise ValueError(f"warmup: {name} must be at least 1, got {getattr(self, name)}")
+                raise ValueError(f"{self.command}: {name} must be at least 1, got {getattr(self, name)}")
         if self.layout not in LAYOUTS:
-            raise ValueError(f"warmup: layout (--cp-layout) must be one of {LAYOUTS}, got {self.layout!r}")
+            raise ValueError(f"{self.command}: layout (--cp-layout) must be one of {LAYOUTS}, got {self.layout!r}")
         if not 0 < self.timeout <= LONGEST_TIMEOUT:
-            raise ValueError(f"warmup: timeout must be positive and at most {LONGEST_TIMEOUT:g} s, got {self.timeout}")
+            raise ValueError(
+                f"{self.command}: timeout must be positive and at most {LONGEST_TIMEOUT:g} s, got {self.timeout}"
+            )
 
 
 class Processes:
@@ -75,8 +79,9 @@ class Processes:
             if not _is_lost_contact(error):
                 raise
             raise ConnectionError(
-                f"warmup: the processes did not all meet within {settings.timeout:g} s ({_first_line(error)}); check "
-                "that each was started, and that MASTER_ADDR and MASTER_PORT name a machine that all can reach"
+                f"{settings.command}: the processes did not all meet within {settings.timeout:g} s "
+                f"({_first_line(error)}); check that each was started, and that MASTER_ADDR and MASTER_PORT name a "
+                "machine that all can reach"
             ) from error
         self.device: torch.device = accelerator.device
         self.count: int = accelerator.num_processes
@@ -101,8 +106,8 @@ class Processes:
         if bool((each != each[0]).any()):
             other = int((each != each[0]).nonzero()[0])
             raise ValueError(
-                f"warmup: --out must be one folder that all processes see, got {out}, where process {other} found "
-                "another run, or another step of it, than process 0; use a shared disk"
+                f"{self.settings.command}: --out must be one folder that all processes see, got {out}, where process "
+                f"{other} found another run, or another step of it, than process 0; use a shared disk"
             )
 
     @contextmanager
@@ -121,7 +126,8 @@ class Processes:
         refusals = self._all(0)
         if refusals.any():
             raise ValueError(
-                f"warmup: process {int(refusals.nonzero()[0])} could not begin; see its message, in its output"
+                f"{self.settings.command}: process {int(refusals.nonzero()[0])} could not begin; see its message, in "
+                "its output"
             )
 
     def _all(self, own: int) -> Tensor:
@@ -129,6 +135,11 @@ class Processes:
         each = torch.zeros(self.count, dtype=torch.int64, device=self.device)
         each[self.rank] = own
         return all_sum(each, timeout=self.settings.timeout)
+
+    @property
+    def shards(self) -> bool:
+        """Whether FSDP2 shares the model's parameters out over the processes."""
+        return self.settings.fsdp and self.count > 1
 
     @property
     def pieces(self) -> int:
@@ -140,8 +151,8 @@ class Processes:
         """Raises ValueError where cp processes can't take equal parts of a sequence."""
         if sequence_length % self.pieces:
             raise ValueError(
-                f"warmup: sequence_length must be a multiple of {self.pieces} for cp={self.parallel.cp} in layout "
-                f"{self.parallel.layout!r}, got {sequence_length}"
+                f"{self.settings.command}: sequence_length must be a multiple of {self.pieces} for "
+                f"cp={self.parallel.cp} in layout {self.parallel.layout!r}, got {sequence_length}"
             )
 
     def part(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -186,9 +197,9 @@ class Processes:
 
     def _lost_contact(self, reason: str, saved: str) -> ConnectionError:
         return ConnectionError(
-            f"warmup: process {self.rank} of {self.count} lost contact with another process, which died or did not "
-            f"answer for {self.settings.timeout:g} s ({reason}); {saved}: look for the first error of all processes, "
-            "then start again with --resume, with as many processes or another number"
+            f"{self.settings.command}: process {self.rank} of {self.count} lost contact with another process, which "
+            f"died or did not answer for {self.settings.timeout:g} s ({reason}); {saved}: look for the first error of "
+            "all processes, then start again with --resume, with as many processes or another number"
         )
 
     def _end(self, checkpoint: Path, reason: str) -> NoReturn:
@@ -199,7 +210,7 @@ class Processes:
             os._exit(1)
 
 
-def restart_warning() -> str | None:
+def restart_warning(command: str = "warmup") -> str | None:
     """What to say where torchrun, should it start the processes of a run again, hands them the store of dead ones.
 
     torchrun does so under static rendezvous (--master-addr, --master-port, accelerate launch) always, and under c10d
@@ -208,7 +219,7 @@ def restart_warning() -> str | None:
     if not (dist.is_torchelastic_launched() and _torchelastic_use_agent_store()):
         return None
     return (
-        "warmup: if torchrun starts this run again by itself (--max-restarts), its new processes may not find each "
+        f"{command}: if torchrun starts this run again by itself (--max-restarts), its new processes may not find each "
         "other: for that, launch it with TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 torchrun --rdzv-backend c10d, without "
         "--master-addr and --master-port"
     )

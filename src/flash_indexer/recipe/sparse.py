@@ -4,21 +4,24 @@ Source: DeepSeek-V3.2-Exp technical report (2025), section 2.1: topk 2048, lr 7.
 indexers on the KL over the selected keys, their inputs detached.
 
 The data's order is a function of seed and step, and nothing else is random after the adapters' initialisation, so a
-resumed run repeats an uninterrupted one bit for bit on the same machine.
+resumed run repeats an uninterrupted one bit for bit on the same machine, and under another number of processes to the
+rounding of sums: an optimizer step's sequences stay the same ones.
 """
 
 from __future__ import annotations
 
+import json
 from contextlib import ExitStack
 from dataclasses import asdict, replace
 from functools import partial
 from hashlib import sha256
 from pathlib import Path
 from typing import Any, NamedTuple
+from zlib import crc32
 
 import torch
 from rich.console import Console
-from torch import Tensor
+from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from flash_indexer.files.atomic import readable_directory
@@ -28,6 +31,7 @@ from flash_indexer.files.trained import has_trained
 from flash_indexer.models.adapters import add_adapters
 from flash_indexer.models.attach import IndexerHandle, attach
 from flash_indexer.models.load import load_model, model_fingerprint
+from flash_indexer.models.sharding import shard_for_training, shard_model
 from flash_indexer.models.sparse import SparseHandle, sparse_handle
 from flash_indexer.recipe.data import (
     PackedDataset,
@@ -38,10 +42,11 @@ from flash_indexer.recipe.data import (
     pack,
     training_documents,
 )
-from flash_indexer.recipe.language_loss import check_logits
-from flash_indexer.recipe.processes import ParallelSettings, Processes
+from flash_indexer.recipe.language_loss import LanguageLoss, check_logits
+from flash_indexer.recipe.loop import micro_batches
+from flash_indexer.recipe.processes import ParallelSettings, Processes, restart_warning
 from flash_indexer.recipe.run_folder import check_folder, check_new, indexer_folder, locked_folder
-from flash_indexer.recipe.run_record import RUN_FILE
+from flash_indexer.recipe.run_record import CHECKPOINT, RUN_FILE
 from flash_indexer.recipe.sparse_loop import SparseLoop
 from flash_indexer.recipe.sparse_record import STAGE, SparseRunSettings, read_sparse_record, sparse_settings_from
 from flash_indexer.recipe.warmup import default_dtype
@@ -51,21 +56,29 @@ WARMED_UP = 0.3
 
 
 class Start(NamedTuple):
-    """What a run begins with: the model's name and fingerprint, the indexers, and the fingerprint of their file."""
+    """What a run begins with: the model's name and fingerprint, the indexers, their folder and its fingerprint."""
 
     name: str
     fingerprint: str
     indexers: NativeCheckpoint
+    folder: Path
     init_fingerprint: str
 
 
 def train_sparsely(
-    settings: SparseRunSettings | None, out: str | Path, *, resume: bool = False, console: Console | None = None
+    settings: SparseRunSettings | None,
+    out: str | Path,
+    *,
+    resume: bool = False,
+    console: Console | None = None,
+    parallel: ParallelSettings | None = None,
 ) -> SparseHandle:
     """Trains a model whose layers attend to `topk` selected keys, and the indexers that select them.
 
         model      mean over the label tokens of an optimizer step of -log p(token); no label across a document's end
         indexers   mean over tokens, sum over layers, of KL(attention over the selected keys || indexer)
+
+    Both means are over the tokens of all processes, and so are the norms that are clipped.
 
     Writes into `out`: run.json (settings), metrics.jsonl (a row a step), checkpoint/ (indexers, what trained of the
     model, AdamW's state). Nothing is written before the first step was computed. With `resume`, a run found there goes
@@ -73,98 +86,139 @@ def train_sparsely(
 
     Args:
         settings: None where `out` holds a run to resume.
+        parallel: how the run is shared out over the processes that torchrun or accelerate launch started: data
+            parallel, cp, fsdp, or these together; tp must be 1. It may change at a resumption, and with it the number
+            of processes: batch_size * accumulation * data-parallel processes, the sequences of an optimizer step,
+            stays as it was, in micro-batches of batch_size at most.
 
     Returns:
-        The handle of the trained model, sparse.
+        The handle of the trained model, sparse; with fsdp its parameters are this process's shards.
 
     Raises:
-        ValueError, FileNotFoundError: for unusable settings, data or checkpoints; more than one process; where another
-            run writes into `out`.
+        ValueError, FileNotFoundError: for unusable settings, data or checkpoints; where `out` is not one folder that
+            all processes see, and where another run writes into it.
         FloatingPointError: a loss or a gradient is not finite. No step is taken, the last checkpoint stays.
+        ConnectionError: another process died or did not answer in time. The last checkpoint stays.
         Interrupted: a KeyboardInterrupt, after Ctrl-C or SIGTERM: the step under way was finished and saved.
         RuntimeError: a frozen parameter changed or got a gradient.
     """
-    out, console = Path(out), console or Console()
+    out, parallel = Path(out), replace(parallel or ParallelSettings(), command="sparse")
     check_folder("sparse: --out", out)
-    processes = Processes(ParallelSettings())
-    if processes.count > 1:
+    if parallel.tp > 1:
         raise ValueError(
-            f"sparse: a model that trains must be whole in one process, got {processes.count} processes; start one, "
-            "without torchrun"
+            f"sparse: tp must be 1, got {parallel.tp}: the heads of a model that trains are not shared out; share long "
+            "sequences out by --cp, and parameters by --fsdp"
         )
+    processes = Processes(parallel)
+    console = (console or Console()) if processes.is_main else Console(quiet=True)
     say = partial(console.print, highlight=False, soft_wrap=True, markup=False)
-    with ExitStack() as held:
-        held.enter_context(locked_folder(out, say, "sparse"))
-        record = read_sparse_record(out, resume)
-        if record is not None:
-            settings = sparse_settings_from(record["settings"])
-        elif settings is None:
-            raise ValueError(f"sparse: {out} holds no run to resume; give --init-from, the warmed-up indexers")
-        else:
-            check_new(out, "sparse")
-        if settings.dtype == "auto":
-            settings = replace(settings, dtype=str(default_dtype()).removeprefix("torch."))
-        loop = _prepare(settings, out, record, processes.device, console)
+    with processes.telling(out / CHECKPOINT), ExitStack() as held:
+        with processes.refusing_together():
+            if processes.is_main:
+                held.enter_context(locked_folder(out, say, "sparse"))
+        with processes.refusing_together():
+            record = read_sparse_record(out, resume)
+            if record is not None:
+                settings = sparse_settings_from(record["settings"])
+            elif settings is None:
+                raise ValueError(f"sparse: {out} holds no run to resume; give --init-from, the warmed-up indexers")
+            else:
+                check_new(out, "sparse")
+            if settings.dtype == "auto":
+                settings = replace(settings, dtype=str(default_dtype()).removeprefix("torch."))
+        processes.agree(out, -1 if record is None else crc32(json.dumps(record, sort_keys=True).encode()))
+        processes.check_length(settings.sequence_length)
+        for note in notes(settings, processes, record is not None or resume):
+            say(note)
+        loop = _prepare(settings, out, record, processes, console)
         before = model_fingerprint(loop.handle.model) if settings.indexers_alone else None
         loop.train(*loop.load())
         _audit(loop.handle.model, before)
         return loop.handle
 
 
+def notes(settings: SparseRunSettings, processes: Processes, resume: bool) -> list[str]:
+    """What a person should know of options that do nothing, or less than they could, and of what was never tried."""
+    said, parallel = [], processes.settings
+    if processes.count > 1 and processes.device.type == "cuda":
+        said.append(
+            "sparse: training on several processes was compared with one process on CPUs, by gloo, and not yet on "
+            "GPUs; compare the losses of a few steps with those of one GPU"
+        )
+    if parallel.fsdp and processes.count == 1:
+        said.append(
+            "sparse: --fsdp does nothing in one process, which holds the whole model; start several with torchrun"
+        )
+    elif parallel.fsdp and not settings.activation_checkpointing and settings.dtype == "bfloat16":
+        said.append(
+            "sparse: --fsdp without --activation-checkpointing keeps the bfloat16 weights of all layers until the "
+            "backward, whole on each process; pass --activation-checkpointing where memory is short"
+        )
+    if parallel.layout != ParallelSettings.layout and parallel.cp == 1:
+        said.append(f"sparse: --cp-layout {parallel.layout} does nothing without --cp")
+    warning = restart_warning("sparse") if resume else None
+    return said if warning is None else [*said, warning]
+
+
 def _prepare(
-    settings: SparseRunSettings, out: Path, record: dict[str, Any] | None, device: torch.device, console: Console
+    settings: SparseRunSettings, out: Path, record: dict[str, Any] | None, processes: Processes, console: Console
 ) -> SparseLoop:
     """The loop. Writes nothing; says what takes time."""
     say = partial(console.print, highlight=False, soft_wrap=True, markup=False)
-    start, dense, tokenizer = _load(settings, say)
-    model = dense.model
-    layers = _chosen_layers(settings, dense)
-    check_logits(model.config.get_text_config())
-    say("reading the text")
-    documents, warnings = training_documents(settings.data, settings.column)
-    if (warning := length_warning(settings.sequence_length, longest_context(model.config))) is not None:
+    per_step = settings.batch_size * settings.accumulation * processes.parallel.dp
+    if record is not None:
+        per_step = int(record.get("sequences_per_step", settings.batch_size * settings.accumulation))
+    micro_batches(settings, per_step, processes.parallel.dp, "sparse")
+    with processes.refusing_together():
+        start, model, tokenizer = _load(settings, say)
+        layers = _chosen_layers(settings, start)
+        check_logits(model.config.get_text_config())
+        rows, longest = embedding_rows(model), longest_context(model.config)
+        say("reading the text")
+        documents, warnings = training_documents(settings.data, settings.column)
+    if (warning := length_warning(settings.sequence_length, longest)) is not None:
         warnings.append(warning)
     if settings.topk >= settings.sequence_length:
         warnings.append(
             f"topk = {settings.topk} covers the {settings.sequence_length} tokens of a sequence: no key is ever left "
             "out, and the run is one of dense attention"
         )
-    needed = settings.steps * settings.batch_size * settings.accumulation
+    needed = settings.steps * per_step
     say(f"packing {needed} sequences of {settings.sequence_length} tokens")
-    data = pack(
-        documents, tokenizer, sequence_length=settings.sequence_length, seed=settings.seed, max_sequences=needed,
-        vocab_size=embedding_rows(model), progress=True,
-    )  # fmt: skip
-    facts = dict(
-        base_fingerprint=start.fingerprint, init_fingerprint=start.init_fingerprint, data_fingerprint=data.fingerprint
-    )
-    if record is not None:
-        _check_same(record, facts)
-    else:
-        torch.nn.Module.to(model, device)
-        warnings += not_warmed_up(dense, data, layers)
+    with processes.refusing_together():
+        data = pack(
+            documents, tokenizer, sequence_length=settings.sequence_length, seed=settings.seed, max_sequences=needed,
+            vocab_size=rows, progress=processes.is_main,
+        )  # fmt: skip
+        facts = dict(
+            base_fingerprint=start.fingerprint, init_fingerprint=start.init_fingerprint,
+            data_fingerprint=data.fingerprint,
+        )  # fmt: skip
+        if record is not None:
+            _check_same(record, facts)
+    if record is None:
+        warnings += not_warmed_up(_dense(model, start, processes), data, layers, processes)
     for warning in warnings:
         say(f"warning: {warning}")
     say(describe(summary := data.summary(needed)))
-    dense.remove()
-    handle = _sparse(settings, model, start, layers, device)
-    del dense, model
+    handle, loss = _sparse(settings, model, start, layers, processes)
+    del model
 
     def write_record() -> None:
         content = dict(
-            stage=STAGE, settings=asdict(settings) | dict(model=start.name), **facts, torch=torch.__version__,
-            text=asdict(summary), warnings=warnings,
+            stage=STAGE, settings=asdict(settings) | dict(model=start.name), sequences_per_step=per_step, **facts,
+            torch=torch.__version__, text=asdict(summary), warnings=warnings,
         )  # fmt: skip
         write_json(out / RUN_FILE, content)
 
     return SparseLoop(
-        settings, out, handle, data, device, (start.name, start.fingerprint), console,
+        settings, per_step, out, handle, loss, data, processes, (start.name, start.fingerprint), console,
         (lambda: None) if record is not None else write_record,
     )  # fmt: skip
 
 
-def _load(settings: SparseRunSettings, say: Any) -> tuple[Start, IndexerHandle, Any]:
-    """The model as it was warmed up, with its indexers attached, dense."""
+def _load(settings: SparseRunSettings, say: Any) -> tuple[Start, PreTrainedModel, Any]:
+    """The model as it was warmed up, and what its indexers are."""
     folder = readable_directory(indexer_folder(Path(settings.init_from)))
     try:
         indexers = read_native(folder)
@@ -180,34 +234,51 @@ def _load(settings: SparseRunSettings, say: Any) -> tuple[Start, IndexerHandle, 
     model, tokenizer = load_model(name, dtype=getattr(torch, indexers.config.base_dtype))
     fingerprint = model_fingerprint(model)
     try:
-        dense = load_native(model, folder, base_fingerprint=fingerprint)
+        load_native(model, folder, base_fingerprint=fingerprint).remove()
     except ValueError as error:
         raise ValueError(f"sparse: --init-from must hold indexers of the model {name}: {error}") from error
     init = sha256((folder / WEIGHTS_FILE).read_bytes()).hexdigest()
-    return Start(name, fingerprint, indexers, init), dense, tokenizer
+    return Start(name, fingerprint, indexers, folder, init), model, tokenizer
 
 
-def _chosen_layers(settings: SparseRunSettings, dense: IndexerHandle) -> tuple[int, ...]:
-    missing = sorted(set(settings.layers or ()) - set(dense.layers))
+def _dense(model: PreTrainedModel, start: Start, processes: Processes) -> IndexerHandle:
+    """The model, dense, with its indexers attached, on the device or shared out over the processes."""
+    if processes.device.type == "cuda":
+        torch.nn.Module.to(model, torch.bfloat16)
+    if processes.shards:
+        shard_model(model, processes.parallel, fsdp=True)
+    else:
+        torch.nn.Module.to(model, processes.device)
+    return load_native(model, start.folder, parallel=processes.parallel)
+
+
+def _chosen_layers(settings: SparseRunSettings, start: Start) -> tuple[int, ...]:
+    held = tuple(start.indexers.config.layers)
+    missing = sorted(set(settings.layers or ()) - set(held))
     if missing:
         raise ValueError(
             f"sparse: --layers must be layers that have an indexer, got {missing}, but {settings.init_from} has them "
-            f"for {list(dense.layers)}; leave out the others, or warm them up first"
+            f"for {list(held)}; leave out the others, or warm them up first"
         )
-    return settings.layers or dense.layers
+    return settings.layers or held
 
 
 @torch.no_grad()
-def not_warmed_up(dense: IndexerHandle, data: PackedDataset, layers: tuple[int, ...]) -> list[str]:
-    """A warning that names the layers whose KL over the uniform prediction's is above WARMED_UP on one sequence."""
-    device = next(dense.model.parameters()).device
-    if device.type == "cuda":
-        torch.nn.Module.to(dense.model, torch.bfloat16)
-    batch: dict[str, Tensor] = {name: value[None].to(device) for name, value in data[0].items()}
+def not_warmed_up(
+    dense: IndexerHandle, data: PackedDataset, layers: tuple[int, ...], processes: Processes
+) -> list[str]:
+    """A warning that names the layers whose KL over the uniform prediction's is above WARMED_UP on one sequence.
+
+    The handle is removed.
+    """
+    batch = processes.part({name: value[None].to(processes.device) for name, value in data[0].items()})
     dense.indexers.train(False)
     dense.decoder(**batch, use_cache=False)
-    dense.indexers.train(True)
-    ratios = {n: float(x.kl / x.uniform_kl) for n, x in dense.losses().items() if float(x.uniform_kl) > 0}
+    found = sorted(dense.losses().items())
+    dense.remove()
+    own = [(float(loss.kl), float(loss.uniform_kl)) for _, loss in found]
+    sums = processes.sum(torch.tensor(own, dtype=torch.float64, device=processes.device)).tolist()
+    ratios = {n: kl / uniform for (n, _), (kl, uniform) in zip(found, sums, strict=True) if uniform > 0}
     if not (bad := {n: ratio for n, ratio in ratios.items() if n in layers and not ratio <= WARMED_UP}):
         return []
     named = ", ".join(f"{n} ({ratio:.2f})" for n, ratio in bad.items())
@@ -219,14 +290,16 @@ def not_warmed_up(dense: IndexerHandle, data: PackedDataset, layers: tuple[int, 
 
 
 def _sparse(
-    settings: SparseRunSettings, model: PreTrainedModel, start: Start, layers: tuple[int, ...], device: torch.device
-) -> SparseHandle:
+    settings: SparseRunSettings, model: PreTrainedModel, start: Start, layers: tuple[int, ...], processes: Processes
+) -> tuple[SparseHandle, LanguageLoss]:
     """The model in the dtypes of the training, with sparse layers; what trains requires gradients."""
     trains_all = settings.lora is None and not settings.indexers_alone
     dtype = torch.float32 if trains_all else getattr(torch, settings.dtype)
-    if model.dtype != dtype:  # a checkpoint may hold more bits than the warm-up's dtype
+    is_shared_out = any(isinstance(parameter, DTensor) for parameter in model.parameters())
+    if model.dtype != dtype or is_shared_out:  # a checkpoint may hold more bits than the warm-up's dtype
         model, _ = load_model(start.name, dtype=dtype)
-    torch.nn.Module.to(model, device)
+    if not processes.shards:
+        torch.nn.Module.to(model, processes.device)
     torch.manual_seed(settings.seed)
     if settings.lora is not None:
         add_adapters(model, settings.lora)
@@ -235,11 +308,17 @@ def _sparse(
     if settings.activation_checkpointing and not settings.indexers_alone:
         model.activation_checkpointing_enable({"use_reentrant": False})
     model.train(not settings.indexers_alone)
+    loss = LanguageLoss(model)
+    if processes.shards:
+        shard_for_training(loss, model, processes.parallel)
     config = start.indexers.config
-    dense = attach(model, num_heads=config.num_heads, head_dim=config.head_dim, rope_dim=config.rope_dim, layers=layers)
+    dense = attach(
+        model, num_heads=config.num_heads, head_dim=config.head_dim, rope_dim=config.rope_dim, layers=layers,
+        parallel=processes.parallel,
+    )  # fmt: skip
     weights = {key: value for key, value in start.indexers.state_dict.items() if key in dense.state_dict()}
     dense.load_state_dict(weights)
-    return sparse_handle(dense, settings.topk)
+    return sparse_handle(dense, settings.topk), loss
 
 
 def _check_same(record: dict[str, Any], facts: dict[str, Any]) -> None:

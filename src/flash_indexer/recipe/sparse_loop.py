@@ -1,4 +1,8 @@
-"""The loop of the sparse stage: the model on its own loss, the indexers on their KL, each with a rate and a clip."""
+"""The loop of the sparse stage: the model on its own loss, the indexers on their KL, each with a rate and a clip.
+
+An optimizer step's sequences are a function of seed and step, however many processes share them out, and its gradient
+is that of one loss over all of them: processes add their parts up, and average nothing.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +11,7 @@ import math
 import shlex
 import signal
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
@@ -15,16 +19,17 @@ from typing import Any, NamedTuple, NoReturn
 import torch
 from rich.console import Console
 from torch import Tensor
-from torch.nn.utils import clip_grad_norm_, get_total_norm
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from flash_indexer.files.atomic import readable_directory
+from flash_indexer.files.tensors import whole
 from flash_indexer.files.trained import load_trained_checkpoint, save_trained, trainable
 from flash_indexer.models.sparse import SparseHandle
-from flash_indexer.parallel.gradients import unusable_gradient
+from flash_indexer.parallel.gradients import complete_gradients, sum_gradients, unusable_gradient
 from flash_indexer.recipe.data import PackedDataset
-from flash_indexer.recipe.language_loss import labels, language_loss
-from flash_indexer.recipe.loop import ADAM_EPS, learning_rate, sequence_drawn
-from flash_indexer.recipe.processes import saved_state
+from flash_indexer.recipe.language_loss import LanguageLoss, labels, padded_labels
+from flash_indexer.recipe.loop import ADAM_EPS, learning_rate, micro_batches, sequence_drawn
+from flash_indexer.recipe.processes import Processes, saved_state
 from flash_indexer.recipe.progress import StepProgress
 from flash_indexer.recipe.run_record import CHECKPOINT, METRICS_FILE, keep_rows
 from flash_indexer.recipe.sparse_record import SparseRunSettings
@@ -35,10 +40,11 @@ MODEL_EPS = 1e-8
 
 
 class StepLosses(NamedTuple):
-    """Means of an optimizer step: nats a label token, and KL a token of each layer."""
+    """Means of an optimizer step: nats a label token, KL a token of each layer; whether a process is to end."""
 
     language: float
     kl: list[float]
+    stopping: bool
 
 
 @dataclass
@@ -46,20 +52,19 @@ class SparseLoop:
     """One run's parts, and the loop over its steps."""
 
     settings: SparseRunSettings
+    per_step: int
+    """Sequences of an optimizer step, over all processes."""
     out: Path
     handle: SparseHandle
+    loss: LanguageLoss
+    """Of the handle's model; FSDP2's root where the model is sharded."""
     data: PackedDataset
-    device: torch.device
+    processes: Processes
     base: tuple[str, str]
     """The model's name and fingerprint."""
     console: Console
     record: Callable[[], None]
-    """Writes run.json; called when the first step has been computed."""
-
-    @property
-    def per_step(self) -> int:
-        """Sequences of an optimizer step."""
-        return self.settings.batch_size * self.settings.accumulation
+    """Writes run.json; called in the main process when the first step has been computed."""
 
     def load(self) -> tuple[torch.optim.AdamW, int]:
         """The optimizer, with the state of the run's checkpoint where there is one, and the steps done."""
@@ -72,23 +77,24 @@ class SparseLoop:
         done = 0
         if readable_directory(self.out / CHECKPOINT).exists():
             done = load_trained_checkpoint(self.out / CHECKPOINT, self.handle, optimizer)
+        self.processes.agree(self.out, done)
         return optimizer, done
 
     def train(self, optimizer: torch.optim.AdamW, done: int) -> None:
         """Steps done + 1 to the last.
 
         Raises:
-            Interrupted: SIGINT or SIGTERM came; the step under way was finished and saved.
+            Interrupted: SIGINT or SIGTERM came to a process; the step under way was finished and saved.
             FloatingPointError: a loss or a gradient is not finite; no step is taken.
         """
-        steps = self.settings.steps
-        started = time.perf_counter() - (keep_rows(self.out / METRICS_FILE, done) if done else 0.0)
+        steps, main = self.settings.steps, self.processes.is_main
+        started = time.perf_counter() - (keep_rows(self.out / METRICS_FILE, done) if main and done else 0.0)
         with (
-            StopSignals() as stop,
-            StepProgress(self.console, steps, done, name="sparse", describe=described) as progress,
+            StopSignals(quiet=not main) as stop,
+            StepProgress(self.console, steps, done, name="sparse", describe=described, quiet=not main) as progress,
         ):
             for step in range(done + 1, steps + 1):
-                losses = self._gradients(step)
+                losses = self._gradients(step, stop)
                 norms, rates = self._clip(step), self._set_rates(optimizer, step)
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=True)
@@ -99,53 +105,88 @@ class SparseLoop:
                     seconds=round(time.perf_counter() - started, 3),
                     tokens=step * self.per_step * self.settings.sequence_length, kl=losses.kl,
                 )  # fmt: skip
-                if step == 1:
+                if step == 1 and main:
                     self.record()
-                stopping = bool(stop.number)
-                self._write(row, optimizer, save=stopping or step % self.settings.save_every == 0)
+                if main:
+                    self._write(row)
+                if losses.stopping or step % self.settings.save_every == 0 or step == steps:
+                    self._save(optimizer, step)
                 progress.step(row)
-                if stopping:
+                if losses.stopping:
+                    self.processes.wait()
                     raise self._interrupted(step, stop)
+            late = torch.tensor([float(bool(stop.number))], device=self.processes.device)
+            if self.processes.sum(late).item() > 0:  # while the last step was saved
+                raise self._interrupted(steps, stop)
 
-    def _gradients(self, step: int) -> StepLosses:
+    def _gradients(self, step: int, stop: StopSignals) -> StepLosses:
         """Gradients of an optimizer step: the model's of nats a label token, the indexers' of KL a token."""
-        batches = [self._batch(step, micro) for micro in range(self.settings.accumulation)]
-        targets = [labels(batch["input_ids"], batch["position_ids"]) for batch in batches]
-        count = max(1, sum(int((target != -100).sum()) for target in targets))
-        tokens = self.per_step * self.settings.sequence_length
+        processes, tokens = self.processes, self.per_step * self.settings.sequence_length
+        parts = list(self._parts(step))
+        counted = torch.tensor(sum(float((target != -100).sum()) for _, target in parts), dtype=torch.float64)
+        count = max(1, int(processes.sum(counted.to(processes.device))))
         self.handle.token_weight = 1 / tokens
         language, kl = 0.0, dict.fromkeys(self.handle.layers, 0.0)
-        for batch, target in zip(batches, targets, strict=True):
+        for batch, target in parts:
             loss = self._loss(batch, target) / count
             if loss.requires_grad:
                 loss.backward()  # type: ignore[no-untyped-call]
             language += float(loss.detach())
             for layer, found in self.handle.losses().items():
                 kl[layer] += float(found.kl) * batch["input_ids"].numel() / tokens
-        for name, value in {"the model": language, **{f"the indexer of layer {n}": x for n, x in kl.items()}}.items():
+        self._sum_gradients()
+        own = torch.tensor([language, *kl.values(), bool(stop.number)], dtype=torch.float64, device=processes.device)
+        language, *kls, stopping = processes.sum(own).tolist()
+        names = ["the model", *(f"the indexer of layer {n}" for n in kl)]
+        for name, value in zip(names, [language, *kls], strict=True):
             if not math.isfinite(value):
                 self._stop(f"the loss of {name} is {value}", step)
-        return StepLosses(language, list(kl.values()))
+        return StepLosses(language, kls, stopping > 0)
+
+    def _sum_gradients(self) -> None:
+        """Over all processes. FSDP2 has summed those of the parameters that it shares out."""
+        parameters: list[Tensor] = list(self.handle.indexers.parameters())
+        if not self.processes.shards:
+            parameters += trainable(self.handle.model).values()
+        timeout = self.processes.settings.timeout
+        complete_gradients(parameters, timeout=timeout)
+        sum_gradients(parameters, timeout=timeout)
 
     def _loss(self, batch: Mapping[str, Tensor], targets: Tensor) -> Tensor:
-        """The model's loss, summed over the targets; where the model is frozen, the indexers learn meanwhile."""
-        learns = not self.settings.indexers_alone
-        narrow = self.settings.dtype == "bfloat16"
-        with torch.set_grad_enabled(learns), torch.autocast(self.device.type, torch.bfloat16, enabled=narrow):
-            hidden = self.handle.decoder(**batch, use_cache=False).last_hidden_state
-            return language_loss(self.handle.model, hidden, targets)
+        """The model's loss, summed over the targets; where the model is frozen, the indexers learn meanwhile.
 
-    def _batch(self, step: int, micro: int) -> dict[str, Tensor]:
-        """A micro-batch; the data is gone through again, in another order, when it ends."""
-        first = (step - 1) * self.per_step + micro * self.settings.batch_size
-        indices = [
-            sequence_drawn(first + n, len(self.data), self.settings.seed) for n in range(self.settings.batch_size)
-        ]
-        items = [self.data[index] for index in indices]
-        return {name: torch.stack([item[name] for item in items]).to(self.device) for name in items[0]}
+        FSDP2 frees a layer's parameters when the layer has run; autocast must not keep copies of them.
+        """
+        learns = not self.settings.indexers_alone
+        narrow = torch.autocast(
+            self.processes.device.type, torch.bfloat16, enabled=self.settings.dtype == "bfloat16",
+            cache_enabled=not self.processes.shards,
+        )  # fmt: skip
+        with torch.set_grad_enabled(learns), narrow:
+            loss: Tensor = self.loss(batch, targets)
+            return loss
+
+    def _parts(self, step: int) -> Iterator[tuple[dict[str, Tensor], Tensor]]:
+        """This process's tokens of its micro-batches of a step, and their targets, found before a batch is cut.
+
+        The data is gone through again, in another order, when it ends.
+        """
+        parallel, settings = self.processes.parallel, self.settings
+        size, count = micro_batches(settings, self.per_step, parallel.dp, "sparse")
+        for micro in range(count):
+            first = (step - 1) * self.per_step + (micro * parallel.dp + parallel.dp_rank) * size
+            items = [self.data[sequence_drawn(first + n, len(self.data), settings.seed)] for n in range(size)]
+            batch = {name: torch.stack([item[name] for item in items]).to(self.processes.device) for name in items[0]}
+            if parallel.cp == 1:
+                yield batch, labels(batch["input_ids"], batch["position_ids"])
+            else:
+                targets = padded_labels(batch["input_ids"], batch["position_ids"])
+                part = self.processes.part(batch | dict(targets=targets))
+                targets = part.pop("targets")
+                yield part, targets
 
     def _clip(self, step: int) -> list[float]:
-        """The norms of the indexers' gradient and of the model's before they were clipped, apart."""
+        """The norms of the indexers' gradient and of the model's before they were clipped, apart, over all shards."""
         if (unusable := unusable_gradient(self.handle.indexers)) is not None:
             self._stop("the gradient of layer {}'s indexer reaches {:.3g}".format(*unusable), step)
         norms = []
@@ -153,12 +194,12 @@ class SparseLoop:
         indexers: list[Tensor] = list(self.handle.indexers.parameters())
         groups = [(indexers, self.settings.indexer_clip), (own, self.settings.clip)]
         for parameters, limit in groups if own else groups[:1]:
-            gradients = [p.grad for p in parameters if p.grad is not None]
-            norm = float(get_total_norm(gradients))
+            total = whole(get_total_norm([p.grad for p in parameters if p.grad is not None]))
+            norm = float(total)
             if not math.isfinite(norm):
                 self._stop(f"the norm of the model's gradient is {norm}", step)
             if limit is not None:
-                clip_grad_norm_(parameters, limit)
+                clip_grads_with_norm_(parameters, limit, total)
             norms.append(norm)
         return norms
 
@@ -170,22 +211,27 @@ class SparseLoop:
             rates.append(group["lr"])
         return rates
 
-    def _write(self, row: dict[str, Any], optimizer: torch.optim.AdamW, *, save: bool) -> None:
+    def _write(self, row: dict[str, Any]) -> None:
         with (self.out / METRICS_FILE).open("a" if row["step"] > 1 else "w", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
-        if save or row["step"] == self.settings.steps:
+
+    def _save(self, optimizer: torch.optim.AdamW, step: int) -> None:
+        """In the main process; of a sharded model in all, which gather its parameters."""
+        main = self.processes.is_main
+        if main or self.processes.shards:
             save_trained(
-                self.out / CHECKPOINT, self.handle, optimizer, row["step"], lora=self.settings.lora,
-                base_name=self.base[0], base_fingerprint=self.base[1],
+                self.out / CHECKPOINT, self.handle, optimizer, step, lora=self.settings.lora, base=self.base,
+                writes=main,
             )  # fmt: skip
 
     def _interrupted(self, step: int, stop: StopSignals) -> Interrupted:
         command = shlex.join(["flash-indexer", "sparse", "--out", str(self.out), "--resume"])
+        number = stop.number or signal.SIGINT
         message = (
-            f"sparse: ended by {NAMES[signal.Signals(stop.number)]} after step {step} of {self.settings.steps}, which "
+            f"sparse: ended by {NAMES[signal.Signals(number)]} after step {step} of {self.settings.steps}, which "
             f"is saved in {self.out / CHECKPOINT}; to go on: {command}"
         )
-        return Interrupted(message, stop.number)
+        return Interrupted(message, number, speaks=self.processes.is_main)
 
     def _stop(self, fault: str, step: int) -> NoReturn:
         raise FloatingPointError(

@@ -121,12 +121,17 @@ def read_any_run(out: Path) -> dict[str, Any]:
     if not file.exists() or f'"stage": "{STAGE}"' not in file.read_text(encoding="utf-8"):
         return read_run(out)
     record = read_sparse_record(out, resume=True)
-    return {} if record is None else dict(record["settings"])
+    if record is None:
+        return {}
+    shared = {name: record[name] for name in ("sequences_per_step",) if name in record}
+    return dict(record["settings"]) | shared
 
 
 def sparse_command(run: Mapping[str, Any], out: str | Path) -> str:
-    """The command line that trains with a sparse run's settings."""
+    """The command line that trains with a sparse run's settings, in one process as much as in several."""
     words = ["flash-indexer", "sparse", "--out", str(out)]
+    if "sequences_per_step" in run:
+        run = {**run, "accumulation": run["sequences_per_step"] // run["batch_size"]}
     for field in fields(SparseRunSettings):
         value = run.get(field.name, field.default)
         if value == field.default:

@@ -81,7 +81,7 @@ def test_query_items_cover_what_their_tokens_see(layout: tuple[Tensor, Tensor, i
     made = make_plan(key_start, key_end, sizes(S, 10 * BYTES_PER_TILE, heads), CPU)
     tokens, covered = TILE // heads, torch.zeros(key_start.shape[0], dtype=torch.bool)
     for chunk in made.chunks:
-        for token, first, count, base in rows(chunk.query):
+        for token, first, count, base in rows(chunk.gradients.query):
             assert token % tokens == 0 and count >= 1 and chunk.begin <= token < chunk.end
             assert base == int(made.blocks.view(-1, 4)[token // TILE, 0])
             assert base + first >= 0 and base + first + count <= chunk.tiles
@@ -103,7 +103,7 @@ def test_key_items_take_each_tile_once_and_reductions_every_slot(
     made = make_plan(key_start, key_end, sizes(S, workspace), CPU)
     for chunk in made.chunks:
         taken, direct, slots = set(), [], {}
-        for key_tile, begin, end, slot in rows(chunk.key):
+        for key_tile, begin, end, slot in rows(chunk.gradients.key):
             for block in range(begin, end):
                 tile = tile_of(made, block * TILE, key_tile)
                 first, last = made.blocks.view(-1, 4)[block, 1:3].tolist()
@@ -115,9 +115,17 @@ def test_key_items_take_each_tile_once_and_reductions_every_slot(
                 slots[slot] = key_tile
         assert taken == set(range(chunk.tiles))
         assert len(direct) == len(set(direct))
-        assert set(slots) == set(range(chunk.slots))
-        reduced = {s: kt for kt, low, high, _ in rows(chunk.reduce) for s in range(low, high)}
+        assert set(slots) == set(range(chunk.gradients.slots))
+        reduced = {s: kt for kt, low, high, _ in rows(chunk.gradients.reduce) for s in range(low, high)}
         assert reduced == slots
+
+
+def test_lists_are_made_when_they_are_asked_for() -> None:
+    key_start, key_end, S = intervals([(4000, 4000)])
+    chunks = make_plan(key_start, key_end, sizes(S, 2**23), CPU).chunks
+    assert len(chunks) > 2 and not any({"score", "gradients"} & vars(chunk).keys() for chunk in chunks)
+    assert chunks[1].score is chunks[1].score and "gradients" not in vars(chunks[1])
+    assert chunks[1].gradients is chunks[1].gradients and not {"score", "gradients"} & vars(chunks[2]).keys()
 
 
 def test_memory_stays_within_the_workspace() -> None:
@@ -125,7 +133,7 @@ def test_memory_stays_within_the_workspace() -> None:
     for workspace in (2**23, 2**25, 2**27):
         made = make_plan(key_start, key_end, sizes(S, workspace), CPU)
         for chunk in made.chunks:
-            held = chunk.tiles * BYTES_PER_TILE + chunk.slots * TILE * 128 * 4
+            held = chunk.tiles * BYTES_PER_TILE + chunk.gradients.slots * TILE * 128 * 4
             assert held <= workspace or chunk.end - chunk.begin <= TILE
     assert len(make_plan(key_start, key_end, sizes(S, 2**29), CPU).chunks) == 1
 
@@ -134,7 +142,7 @@ def test_memory_stays_within_the_workspace() -> None:
 def test_work_is_dealt_evenly(which: str) -> None:
     key_start, key_end, S = intervals([(8192, 8192)])
     chunk: TileChunk = make_plan(key_start, key_end, sizes(S, processors=132), CPU).chunks[0]
-    items = getattr(chunk, which).view(-1, 4).double()
+    items = getattr(chunk.gradients, which).view(-1, 4).double()
     cost = items[:, 2] if which == "query" else items[:, 2] - items[:, 1]
     load = torch.zeros(132, dtype=torch.float64).index_add_(0, torch.arange(items.shape[0]) % 132, cost)
     assert float(load.max() / load.mean()) < 1.03

@@ -108,7 +108,7 @@ def play_kl_rows(p, scores, work, chunk, rows, out, logits) -> None:
             di[at] = values.view(-1, TILE)
 
 
-def play_index_gradients(di, leaves, work, chunk, partials, out) -> None:
+def play_index_gradients(di, leaves, work, chunk, out) -> None:
     index_q, index_k, weights = leaves
     T, _, E = index_q.shape
     S, tokens = index_k.shape[0], TILE // 8
@@ -120,14 +120,15 @@ def play_index_gradients(di, leaves, work, chunk, partials, out) -> None:
         return here, keys, d[:, None] * (torch.einsum("tie,se->tis", index_q[here], index_k[keys]) > 0)
 
     if out.index_q is not None:
-        for token, first, count, base in rows_of(chunk.query):
+        for token, first, count, base in rows_of(chunk.gradients.query):
             parts = [masked(token, tokens, n, base) for n in range(first, first + count)]
             unscaled = sum(m @ index_k[keys] for _, keys, m in parts)
             here = parts[0][0]
             out.weights[here] = (index_q[here] * unscaled).sum(-1)
             out.index_q[here] = unscaled * weights[here, :, None]
     if out.index_k is not None:
-        for key_tile, begin, end, slot in rows_of(chunk.key):
+        partials = out.index_k.new_empty(chunk.gradients.slots * TILE, E)
+        for key_tile, begin, end, slot in rows_of(chunk.gradients.key):
             total = torch.zeros(TILE, E, dtype=di.dtype)
             for block in range(begin, end):
                 base = int(work.blocks.view(-1, 4)[block, 0])
@@ -138,7 +139,7 @@ def play_index_gradients(di, leaves, work, chunk, partials, out) -> None:
                 partials[slot * TILE : (slot + 1) * TILE] = total
             elif end > begin:
                 rows += total[: rows.shape[0]]
-        for key_tile, begin, end, _ in rows_of(chunk.reduce):
+        for key_tile, begin, end, _ in rows_of(chunk.gradients.reduce):
             rows = out.index_k[key_tile * TILE :][:TILE]
             for slot in range(begin, end):
                 rows += partials[slot * TILE : (slot + 1) * TILE][: rows.shape[0]]

@@ -44,15 +44,17 @@ static __device__ __forceinline__ void pack_operand(void* p, const float* s) {
     ((unsigned*)p)[g] = v;
   }
 }
-// and here, where the words are there already, a bitwise AND with an opaque ~0
+// and here a bitwise AND: with a mask,
+static __device__ __forceinline__ unsigned define_word(unsigned x, unsigned mask) {
+  unsigned r;
+  asm volatile("and.b32 %0, %1, %2;" : "=r"(r) : "r"(x), "r"(mask));
+  return r;
+}
+// or, where the words are there already, with an opaque ~0
 template <int WORDS>
 static __device__ __forceinline__ void define_operand(void* p, const unsigned* x, int ones) {
 #pragma unroll
-  for (int g = 0; g < WORDS; ++g) {
-    unsigned r;
-    asm volatile("and.b32 %0, %1, %2;" : "=r"(r) : "r"(x[g]), "r"((unsigned)ones));
-    ((unsigned*)p)[g] = r;
-  }
+  for (int g = 0; g < WORDS; ++g) ((unsigned*)p)[g] = define_word(x[g], (unsigned)ones);
 }
 template <int N>
 static __device__ __forceinline__ void scale_rows(float* o, float first, float second) {

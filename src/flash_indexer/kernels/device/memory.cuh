@@ -76,6 +76,12 @@ static __device__ __forceinline__ void store_shared_matrices(int address, const 
                "r"(v[2]), "r"(v[3])
                : "memory");
 }
+// x in bfloat16
+static __device__ __forceinline__ void store_shared_bfloat16(int address, float x) {
+  unsigned short v;
+  asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(v) : "f"(x));
+  asm volatile("st.shared.u16 [%0], %1;" ::"r"(address), "h"(v) : "memory");
+}
 // stores to shared memory become visible to the copy engine and to tensor cores
 static __device__ __forceinline__ void fence_shared() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 // keeps what is made of it from being hoisted out of a loop, to where registers run out

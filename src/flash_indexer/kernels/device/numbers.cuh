@@ -6,6 +6,8 @@ static __device__ __forceinline__ float exp2_approximate(float x) {
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;
 }
+// whether x is NaN, by its bits: fast arithmetic may take comparisons with NaN as it likes
+static __device__ __forceinline__ bool isnan_bits(float x) { return (__float_as_uint(x) & 0x7fffffffu) > 0x7f800000u; }
 // max(x, y), NaN where one is: fmaxf would hide it
 static __device__ __forceinline__ float max_or_nan(float x, float y) {
   float z;
@@ -32,3 +34,9 @@ static __device__ __forceinline__ unsigned pack(float low, float high) {
 }
 static __device__ __forceinline__ float low_half(unsigned v) { return __uint_as_float(v << 16); }
 static __device__ __forceinline__ float high_half(unsigned v) { return __uint_as_float(v & 0xffff0000u); }
+// 0xffff in each half where s > 0 (bfloat16 has the exponents of float32: the sign survives the rounding)
+static __device__ __forceinline__ unsigned mask_positive(float lo, float hi) {
+  unsigned m;
+  asm("set.gt.u32.bf16x2 %0, %1, %2;" : "=r"(m) : "r"(pack(lo, hi)), "r"(0u));
+  return m;
+}

@@ -131,7 +131,7 @@ def build():
             qempty = T.alloc_barrier([8])
             kfull = T.alloc_barrier([1] * (2 * PANELS))
             kempty = T.alloc_barrier([4] * 4)  # slot * 2 + half
-            pready = T.alloc_barrier([4] * 2)
+            pready = T.alloc_barrier([128] * 2)
             bars = Barriers(qfull, qempty, kfull, kempty, pready)
             shared, tensors = (Ks, Ms), (ITEMS, KS, KE, OUT, LSE)
             tx = T.get_thread_binding()

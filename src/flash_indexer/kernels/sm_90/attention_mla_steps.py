@@ -119,7 +119,7 @@ def softmax(wg, S, x, state, bars, tx):
         "int32", "mla_softmax", S.access_ptr("r"), x.access_ptr("w"), state.f.access_ptr("rw"), state.scale[0],
         at[OWN_M], at[OWN_P],
     )  # fmt: skip
-    release(bars.pready, wg, tx)
+    T.mbarrier_arrive(bars.pready[wg])  # by every thread: each has written and read references, and racecheck follows
 
 
 @T.macro

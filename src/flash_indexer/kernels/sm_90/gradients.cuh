@@ -5,12 +5,6 @@
 static __device__ __forceinline__ int gd_steps(int first, int last, int n) {
   return last <= first ? 0 : max((min(last, n) - first + 127) / 128, 1);
 }
-// 0xffff in each half where s > 0 (bfloat16 has the exponents of float32: the sign survives the rounding)
-static __device__ __forceinline__ unsigned gd_mask(float lo, float hi) {
-  unsigned m;
-  asm("set.gt.u32.bf16x2 %0, %1, %2;" : "=r"(m) : "r"(pack(lo, hi)), "r"(0u));
-  return m;
-}
 // x = di * [s > 0]: rows (token, head), columns keys; di [128 / IP, 128]. A thread's rows share a token unless IP = 8
 template <int IP>
 static __device__ __forceinline__ void gd_query(const float* s, unsigned* x, int di) {
@@ -18,8 +12,8 @@ static __device__ __forceinline__ void gd_query(const float* s, unsigned* x, int
 #pragma unroll
   for (int g = 0; g < 16; ++g) {
     const unsigned d0 = load_shared_word(d + g * 16), d1 = IP == 8 ? load_shared_word(d + 256 + g * 16) : d0;
-    x[2 * g] = d0 & gd_mask(s[4 * g], s[4 * g + 1]);
-    x[2 * g + 1] = d1 & gd_mask(s[4 * g + 2], s[4 * g + 3]);
+    x[2 * g] = d0 & mask_positive(s[4 * g], s[4 * g + 1]);
+    x[2 * g + 1] = d1 & mask_positive(s[4 * g + 2], s[4 * g + 3]);
   }
 }
 // x = di * w * [s > 0]: rows keys, columns (token, head); di [128 / IP, 128], w [128]
@@ -32,8 +26,8 @@ static __device__ __forceinline__ void gd_key(const float* s, unsigned* x, int d
 #pragma unroll
     for (int g = t * (IP / 8); g < (t + 1) * (IP / 8); ++g) {
       const float2 two = load_shared_float2(w + g * 32);
-      x[2 * g] = pack(two.x * d0, two.y * d0) & gd_mask(s[4 * g], s[4 * g + 1]);
-      x[2 * g + 1] = pack(two.x * d1, two.y * d1) & gd_mask(s[4 * g + 2], s[4 * g + 3]);
+      x[2 * g] = pack(two.x * d0, two.y * d0) & mask_positive(s[4 * g], s[4 * g + 1]);
+      x[2 * g + 1] = pack(two.x * d1, two.y * d1) & mask_positive(s[4 * g + 2], s[4 * g + 3]);
     }
   }
 }

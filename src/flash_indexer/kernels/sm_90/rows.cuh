@@ -1,5 +1,6 @@
 #pragma once
 #include "../device/numbers.cuh"
+#include "../device/score_tiles.cuh"
 #define ROWS_THREADS 256
 #define ROWS_WARPS (ROWS_THREADS / 32)
 #define ROWS_KEYS (ROWS_THREADS * 16)
@@ -50,30 +51,33 @@ static __device__ __forceinline__ float2 rows_reduce(float2 v) {
   }
   return v;
 }
-template <bool LOGITS>
+// Where a row's scores and di lie in tiles; `load` and `store` take four columns from c on, of which one at least is in
+// the row's width
+struct TileRow : ScoreRow {
+  using ScoreRow::ScoreRow;
+  __device__ __forceinline__ float4 load(const float* x, int c) const {
+    return __ldcs((const float4*)(x + begin + in_tiles(c)));
+  }
+  __device__ __forceinline__ void store(void* di, int c, const float* d) const {
+    *(uint2*)((unsigned short*)di + begin + in_tiles(c)) = make_uint2(pack(d[0], d[1]), pack(d[2], d[3]));
+  }
+};
+template <bool LOGITS, class Row>
 static __device__ __forceinline__ void rows_row(
-    const float* __restrict__ P, const float* __restrict__ X, const int* blocks,
-    const int* key_start, const int* key_end, const float* weight,
-    void* DI, float* KL, float* ENT, int t) {
+    const float* __restrict__ P, const float* __restrict__ X, const Row& row, const float* weight, void* DI, float* KL,
+    float* ENT, int t) {
   const float inf = INFINITY;
-  const int4 block = *(const int4*)(blocks + 4 * (t >> 7));
-  const int first = block.y << 7, width = (block.z - block.y) << 7;
-  const int low = max(key_start[t], first) - first, high = min(key_end[t], first + width) - first;
-  // column c (from the block's first key) of this row is at row + (c >> 7) * 16384 + (c & 127)
-  const long long row = ((long long)(block.x + block.y) * 128 + (t & 127)) * 128;
-  unsigned short* di = (unsigned short*)DI;
+  const int width = row.width, low = row.low, high = row.high;
   float p[16], x[16];
   float m = -inf, l = 0.0f, mp = LOGITS ? -inf : 0.0f, z = 0.0f;
-  auto place = [](int c) { return (long long)(c >> 7) * 16384 + (c & 127); };
-  P += row, X += row, di += row;
   auto load = [&](int begin) {
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       const int c = begin + (i * ROWS_THREADS + (int)threadIdx.x) * 4;
       float4 a = make_float4(0.0f, 0.0f, 0.0f, 0.0f), b = a;
       if (c < high && c + 4 > low) {
-        a = __ldcs((const float4*)(P + place(c)));
-        b = __ldcs((const float4*)(X + place(c)));
+        a = row.load(P, c);
+        b = row.load(X, c);
       }
       p[4 * i] = a.x, p[4 * i + 1] = a.y, p[4 * i + 2] = a.z, p[4 * i + 3] = a.w;
       x[4 * i] = b.x, x[4 * i + 1] = b.y, x[4 * i + 2] = b.z, x[4 * i + 3] = b.w;
@@ -135,9 +139,7 @@ static __device__ __forceinline__ void rows_row(
         ent -= counts ? q * log_q : 0.0f;
         d[e] = here ? (rows_exp(score) * inverse - q) * w : 0.0f;
       }
-      if (c < width) {
-        *(uint2*)(di + place(c)) = make_uint2(pack(d[0], d[1]), pack(d[2], d[3]));
-      }
+      if (c < width) row.store(DI, c, d);
     }
   }
   __syncthreads();
@@ -146,4 +148,10 @@ static __device__ __forceinline__ void rows_row(
     KL[t] = seen ? result.x : 0.0f;
     ENT[t] = seen ? result.y : 0.0f;
   }
+}
+template <bool LOGITS>
+static __device__ __forceinline__ void rows_tile_row(
+    const float* P, const float* X, const int* blocks, const int* key_start, const int* key_end, const float* weight,
+    void* DI, float* KL, float* ENT, int t) {
+  rows_row<LOGITS>(P, X, TileRow(blocks, key_start[t], key_end[t], t), weight, DI, KL, ENT, t);
 }

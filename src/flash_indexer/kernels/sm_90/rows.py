@@ -46,9 +46,9 @@ def build(logits):
             T.annotate_min_blocks_per_sm(4)
             # for t in rows: KL[t], ENT[t], DI[t] = ...
             T.call_extern(
-                "handle", f"rows_row<{logits}>", T.address_of(P[0, 0]), T.address_of(X[0, 0]), T.address_of(BLOCKS[0]),
-                T.address_of(KS[0]), T.address_of(KE[0]), T.address_of(WT[0]), T.address_of(DI[0, 0]),
-                T.address_of(KL[0]), T.address_of(ENT[0]), row0 + bx,
+                "handle", f"rows_tile_row<{logits}>", T.address_of(P[0, 0]), T.address_of(X[0, 0]),
+                T.address_of(BLOCKS[0]), T.address_of(KS[0]), T.address_of(KE[0]), T.address_of(WT[0]),
+                T.address_of(DI[0, 0]), T.address_of(KL[0]), T.address_of(ENT[0]), row0 + bx,
             )  # fmt: skip
 
     return flash_indexer_rows

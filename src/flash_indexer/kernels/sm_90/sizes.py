@@ -26,11 +26,17 @@ EXP, RELU, SUM = 0, 1, 2  # modes of `score`
 SCORE_STAGES = {32: (8, 4), 64: (8, 4), 96: (7, 6), 128: (8, 4), 192: (7, 6), 256: (8, 5), 576: (5, 9)}  # Q, K rings
 # of e4m3 rows, twice as many columns a stage, and up to two more arrays for what is left of a row (`macros.Chunks`)
 SCORE_FP8 = {32: (8, 4), 64: (8, 4), 96: (8, 6), 128: (8, 4), 192: (5, 4), 256: (8, 5), 576: (6, 5)}
-ROTATED_QUERIES = ((128, 64),)  # E and padded heads whose d_index_q is rotated where it is made: measured there
-SHARED_KEY_SCALES = (192,)  # widths of heads where 128 keys share a scale: measured there
-UNIFORM_FP8 = ((192, EXP), (128, RELU))  # of e4m3: width and mode whose descriptors lie in uniform registers: faster
+UNIFORM_FP8 = ((128, RELU),)  # of e4m3: width and mode whose descriptors lie in uniform registers: faster
+# Faster by parts (docs/journal.md), and not in use before tests/gpu/test_fp8.py has passed with them: E and padded
+# heads whose d_index_q is rotated where it is made, (128, 64); widths of heads where 128 keys share a scale, 192, which
+# goes with (192, EXP) in UNIFORM_FP8
+ROTATED_QUERIES: tuple[tuple[int, int], ...] = ()
+SHARED_KEY_SCALES: tuple[int, ...] = ()
 LSE_STAGES = {64: (2, 6), 96: (6, 9), 128: (4, 8), 192: (6, 7), 256: (4, 8), 576: (9, 4)}  # of the Q and K rings
 LSE_FP8 = {64: (2, 6), 96: (2, 6), 128: (2, 8), 192: (2, 6), 256: (4, 8), 576: (6, 5)}
+GATHERED_INDEX_WIDTHS = (64, 128)  # of the indexer at the selected keys
+INDEX_TABLE_KEYS = 16384  # keys of a table of `sparse_index_table`
+SELECT_TILES = 128  # score tiles of a row that `select` takes
 X_STAGES, Y_STAGES = 2, {32: 10, 64: 8, 128: 4}  # of `gradients`; Y by E: about as many bytes in flight
 
 # Attention: widths of queries, keys and values (others are padded with zeros), keys of a tile at most
@@ -42,6 +48,10 @@ SLOT_BYTES = ITEM_BYTES + 128 * ROW_BYTES  # an item in shared memory, with the 
 BACKUP_BYTES, BACKUP_BYTES_ENTROPY = 256 * 16, 256 * 24  # sums before a tile, of each thread that computes
 NUMBERS_BYTES = 24  # of a query of `head_gradients_key`
 ONCE_WIDTHS = (128, 64)  # the widest D and E of `head_gradients_once`
+# The bit form: columns of a row; by these, of each kernel the rows of what streams by, which registers bound
+BITS_WIDTHS = (64, 128)
+BITS_MAX_KEYS = 16384  # of one segment of `bits`; what takes several has not run on a GPU yet
+BITS_ATTENTION, BITS_QUERY, BITS_KEY = {64: 128, 128: 128}, {64: 128, 128: 64}, {64: 64, 128: 64}
 KERNELS = ("attention", "head_gradients_query", "head_gradients_key")  # of which tiles can be chosen
 
 
@@ -55,6 +65,13 @@ class Kernel(NamedTuple):
     function: str
     compiled: tuple[Sizes, ...]
     streamed: bool = True
+
+
+def sparse_index_bytes(E: int) -> int:
+    """Shared memory of `sparse_index_gradients`: keys, tokens, sums, weights, numbers of keys, barriers."""
+    stages, tokens = 3 if E == 128 else 4, 2
+    sums = 2 * 64 * (4 * E + 16)
+    return stages * (256 * E + 128 * 14 + 16) + tokens * (128 * E + 64 * 4 + 16) + sums
 
 
 def quantized_rows(D: int) -> int:
@@ -158,6 +175,7 @@ ATTENTION = (  # D, V, E, heads of a key head: common sizes, and those of the te
     (256, 256, 64, 8), (128, 64, 64, 5), (128, 64, 128, 12), (64, 64, 32, 4),
 )  # fmt: skip
 INDEX = tuple({"E": E} for E in INDEX_WIDTHS)
+GATHERED_INDEX = tuple({"E": E} for E in GATHERED_INDEX_WIDTHS)
 INDEX_HEADS = tuple({"E": E, "IP": IP} for E, IP in product(INDEX_WIDTHS, PADDED_HEADS))
 GRADIENTS = tuple({"D": D, "E": E, "HG": HG} for D, _, E, HG in ATTENTION)
 
@@ -168,6 +186,11 @@ def attention_sizes() -> Iterator[Sizes]:
         for value_width, index_width in ((V, 0), (V, E), (0, E)):
             shape = {"D": D, "V": value_width, "E": index_width, "HG": HG}
             yield shape | attention(**shape)
+
+
+def bits_sizes(rows: Mapping[int, int]) -> tuple[Sizes, ...]:
+    """Of a kernel of the bit form, from the rows that it has by width."""
+    return tuple({"D": D, "N": N} for D, N in rows.items())
 
 
 BUILDERS = {
@@ -189,6 +212,8 @@ BUILDERS = {
     ),
     "lse": Kernel("lse", "build", tuple({"D": D} for D in HEAD_WIDTHS)),
     "lse_fp8": Kernel("lse", "build_fp8", tuple({"D": D} for D in HEAD_WIDTHS)),
+    "select": Kernel("select", "build", ({},), streamed=False),
+    "sparse_rows": Kernel("sparse_rows", "build", ({},), streamed=False),
     "rows": Kernel("rows", "build", ({"logits": 0}, {"logits": 1}), streamed=False),
     "quantize": Kernel(
         "quantize",
@@ -202,7 +227,7 @@ BUILDERS = {
     "quantize_keys": Kernel(
         "quantize",
         "build_keys",
-        tuple({"D": D, "narrow": narrow} for D in SHARED_KEY_SCALES for narrow in (0, 1)),
+        tuple({"D": 192, "narrow": narrow} for narrow in (0, 1)),
         streamed=False,
     ),
     "rotate": Kernel(
@@ -211,6 +236,12 @@ BUILDERS = {
         tuple({"E": E, "wide": wide} for E in INDEX_WIDTHS for wide in (0, 1)),
         streamed=False,
     ),
+    "sparse_index_gradients": Kernel("sparse_index_gradients", "build", GATHERED_INDEX, streamed=False),
+    "sparse_scatter": Kernel("sparse_scatter", "build", ({},), streamed=False),
+    "sparse_index_scores": Kernel("sparse_index_gradients", "build_scores", GATHERED_INDEX, streamed=False),
+    "sparse_index_largest": Kernel("sparse_index_sums", "build_largest", GATHERED_INDEX, streamed=False),
+    "sparse_index_table": Kernel("sparse_index_sums", "build_table", ({"sum": 0}, {"sum": 1}), streamed=False),
+    "sparse_index_finish": Kernel("sparse_index_sums", "build_finish", GATHERED_INDEX, streamed=False),
     "gradients_query": Kernel(
         "gradients", "build_query", (*INDEX_HEADS, *({"E": E, "IP": IP, "rotation": 1} for E, IP in ROTATED_QUERIES))
     ),
@@ -223,6 +254,14 @@ BUILDERS = {
     "sparse_attention_mla": Kernel("sparse_attention_mla", "build", ({},)),
     "sparse_delta": Kernel("sparse_delta", "build", ({},), streamed=False),
     "sparse_gradients_mla": Kernel("sparse_gradients_mla", "build", ({},), streamed=False),
+    "bits": Kernel("bits", "build", ({},), streamed=False),
+    "bits_keys": Kernel("bits_tables", "build_keys", tuple({"W": W} for W in BITS_WIDTHS), streamed=False),
+    "bits_lists": Kernel("bits_tables", "build_lists", ({},), streamed=False),
+    "bits_numbers": Kernel("bits_tables", "build_numbers", tuple({"D": W} for W in BITS_WIDTHS), streamed=False),
+    "bits_slots": Kernel("bits_tables", "build_slots", ({},), streamed=False),
+    "bits_attention": Kernel("bits_attention", "build", bits_sizes(BITS_ATTENTION)),
+    "bits_gradients_query": Kernel("bits_gradients_query", "build", bits_sizes(BITS_QUERY)),
+    "bits_gradients_key": Kernel("bits_gradients_key", "build", bits_sizes(BITS_KEY)),
     "head_gradients_query": Kernel(
         "head_gradients_query", "build", tuple(x | head_gradients_query(x["D"], x["E"]) for x in GRADIENTS)
     ),

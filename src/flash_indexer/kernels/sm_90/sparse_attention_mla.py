@@ -174,7 +174,7 @@ def build():
             qempty = T.alloc_barrier([8])
             kfull = T.alloc_barrier([GATHER] * (2 * GROUPS))
             kempty = T.alloc_barrier([4] * 4)  # slot * 2 + half
-            pready = T.alloc_barrier([4] * 2)
+            pready = T.alloc_barrier([128] * 2)
             bars = Barriers(qfull, qempty, kfull, kempty, pready)
             tx = T.get_thread_binding()
             count = T.alloc_var("int32")

@@ -164,7 +164,6 @@ def index_gradients(
     leaves: tuple[Tensor, Tensor, Tensor],
     work: Plan,
     chunk: TileChunk,
-    partials: Tensor,
     out: IndexGradients,
 ) -> None:
     """With m[t,j,s] = di[t,s] * [index_q[t,j]·index_k[s] > 0]:
@@ -174,8 +173,7 @@ def index_gradients(
         index_k[s]  += sum_t,j m[t,j,s] * w[t,j] * index_q[t,j]
 
     Args:
-        di: the chunk's tiles, bfloat16. leaves: index_q, index_k, index_weights. partials: float32 [slots * 128, E]
-            scratch.
+        di: the chunk's tiles, bfloat16. leaves: index_q, index_k, index_weights.
     """
     index_q, index_k, index_weights = leaves
     T, I, E = index_q.shape
@@ -185,20 +183,22 @@ def index_gradients(
         rows, base = slice(chunk.begin, chunk.end), chunk.begin
         queries, weights = F.pad(index_q[rows], (0, 0, 0, padded - I)), F.pad(index_weights[rows], (0, padded - I))
     queries, weights, ctas = queries.view(-1, E), weights.view(-1), launch.processors(di.device)
+    items = chunk.gradients
     if out.index_q is not None and out.weights is not None:
-        count = chunk.query.numel() // 4
+        count = items.query.numel() // 4
         name, static = query_gradient(E, padded, out.rotation)
         launch.load(name, **static)(
-            queries, index_k, weights, di, out.index_q.view(-1, E), out.weights.view(-1), chunk.query,
+            queries, index_k, weights, di, out.index_q.view(-1, E), out.weights.view(-1), items.query,
             I, base, T, count, min(count, ctas),
         )  # fmt: skip
     if out.index_k is not None:
-        count = chunk.key.numel() // 4
+        partials = out.index_k.new_empty(max(items.slots, 1) * TILE, E)
+        count = items.key.numel() // 4
         launch.load("gradients_key", E=E, IP=padded)(
-            queries, index_k, weights, di, out.index_k, partials, work.blocks, chunk.key, base, count, min(count, ctas)
+            queries, index_k, weights, di, out.index_k, partials, work.blocks, items.key, base, count, min(count, ctas)
         )
-        if chunk.slots:
-            launch.load("gradients_reduce", E=E)(out.index_k, partials, chunk.reduce, chunk.reduce.numel() // 4)
+        if items.slots:
+            launch.load("gradients_reduce", E=E)(out.index_k, partials, items.reduce, items.reduce.numel() // 4)
 
 
 def finish(d_index_k: Tensor | None, weight: Tensor, kl: Tensor, index_k: Tensor) -> tuple[Tensor, Tensor]:
@@ -221,9 +221,10 @@ def _score(
 ) -> None:
     """low: [rows, H], what is subtracted (lse) or multiplied with (the index weights)."""
     H, D = q.shape[1:]
-    count = chunk.score.numel() // 4
+    items = chunk.score
+    count = items.numel() // 4
     launch.load("score", D=D, mode=mode)(
-        q.view(q.shape[0], -1), k.view(k.shape[0], -1), low.view(-1), out, chunk.score,
+        q.view(q.shape[0], -1), k.view(k.shape[0], -1), low.view(-1), out, items,
         H, H // k.shape[1], scale, first_row, count, min(count, launch.processors(q.device)),
     )  # fmt: skip
 

@@ -63,12 +63,10 @@ class GpuStages:
         index_q, _, weights = self.leaves
         largest = max((shard.teacher.tiles for shard in plan.shards), default=0)
         piece = max((shard.piece for shard in plan.shards), default=0)
-        slots = max((shard.own.slots for shard in plan.shards if shard.own is not None), default=0)
         wide = torch.empty(0, dtype=compute_dtype(self.q), device=self.q.device)
         self.scores = [wide.new_empty(largest * TILE, TILE) for _ in range(chunks_under_way)]
         self.index_scores = wide.new_empty(piece * TILE, TILE)
         self.di = torch.empty_like(self.index_scores, dtype=index_q.dtype)
-        self.partials = wide.new_empty(max(slots, 1) * TILE, index_q.shape[2])
         d_index_q, d_index_k, d_weights = self.sums.gradients
         if self.needs[0] or self.needs[2]:  # one kernel makes both
             d_index_q = torch.empty_like(index_q) if d_index_q is None else d_index_q
@@ -111,10 +109,9 @@ class GpuStages:
             out = di, self.sums.kl, self.sums.entropy
             gpu_body.kl_rows(p, scores, self.plan.own, own, self.row_inputs, out, self.logits)
             if any(self.needs):
-                gpu_body.index_gradients(di, leaves, self.plan.own, own, self.partials, self.out)
-                if (
-                    self.rotated and not self.out.rotation and self.sums.d_index_q is not None
-                ):  # its rows may be sent to other ranks now
+                gpu_body.index_gradients(di, leaves, self.plan.own, own, self.out)
+                if self.rotated and not self.out.rotation and self.sums.d_index_q is not None:
+                    # here, for its rows may be sent to other ranks now
                     rotate_rows(self.sums.d_index_q[own.begin : own.end])
 
     def end(self) -> Sums:

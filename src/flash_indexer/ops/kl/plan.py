@@ -7,7 +7,9 @@ chunk's memory is the area it sees, whatever the layout (causal, packed, sliding
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property, partial
 from typing import NamedTuple
 
 import torch
@@ -32,26 +34,51 @@ class PlanSizes(NamedTuple):
     processors: int
 
 
+class GradientItems(NamedTuple):
+    """Items of the gradients' kernels; slots: partial sums of d_index_k.
+
+    query (token, key tile, count, tile base) · key (key tile, block, end, slot or -1) · reduce (key tile, slot, end, 0)
+    """
+
+    query: Tensor
+    key: Tensor
+    reduce: Tensor
+    slots: int
+
+
 @dataclass(frozen=True)
 class TileChunk:
-    """Rows begin .. end - 1 (begin a multiple of 128), `tiles` score tiles, `slots` partial sums of d_index_k.
+    """Rows begin .. end - 1 (begin a multiple of 128) and `tiles` score tiles.
 
-    Of the keys, those before `keys` are read, in whole tiles.
-
-    Items are flat int32 tensors with four numbers each; item n belongs to the CTA n % grid.
-    score (token, key, tile, 0) · query (token, key tile, count, tile base) · key (key tile, block, end, slot or -1) ·
-    reduce (key tile, slot, end, 0)
+    Of the keys, those before `keys` are read, in whole tiles. Items are flat int32 tensors with four numbers each; item
+    n belongs to the CTA n % grid. They are made once for all layers, when they are first asked for: while the GPU is at
+    the chunk before, and those of gradients while it forms the scores.
     """
 
     begin: int
     end: int
     tiles: int
-    slots: int
     keys: int
-    score: Tensor
-    query: Tensor
-    key: Tensor
-    reduce: Tensor
+    make_score: Callable[[], Tensor]
+    make_gradients: Callable[[], GradientItems]
+
+    @cached_property
+    def score(self) -> Tensor:
+        """(token, key, tile, 0) of every tile."""
+        return self.make_score()
+
+    @cached_property
+    def gradients(self) -> GradientItems:
+        """Of the tiles' gradients."""
+        return self.make_gradients()
+
+
+class Groups(NamedTuple):
+    """First and end key tile that any query of each group of `tokens` neighbours sees."""
+
+    first: Tensor
+    end: Tensor
+    tokens: int
 
 
 @dataclass(frozen=True)
@@ -84,30 +111,42 @@ def plan_spans(
     """The plan whose chunks are these runs of 128-token blocks, each of which sees a key."""
     first, end = visible_tiles(key_start, key_end, TILE)
     base = torch.zeros_like(first)
-    lists: list[Tensor] = []
-    shapes = []
     for begin, stop in spans:
         count = end[begin:stop] - first[begin:stop]
         base[begin:stop] = count.cumsum(0) - count - first[begin:stop]
     blocks = torch.stack([base, first, end, torch.zeros_like(base)], 1)
     tokens = TILE // sizes.padded_heads
-    group_first, group_end = visible_tiles(key_start, key_end, tokens)
-    for begin, stop in spans:
-        lists.append(score_items(blocks, begin, stop, sizes.grouped))
-        lists.append(query_items(group_first, group_end, blocks, begin, stop, tokens, sizes.processors))
-        items, reduce, slots = key_items(first, end, begin, stop, sizes)
-        lists += [items, reduce]
-        keys = min(int(end[begin:stop].max()) * TILE, sizes.S)
-        shapes.append((begin, stop, int((end - first)[begin:stop].sum()), slots, keys))
-    flat = torch.cat([*(x.reshape(-1) for x in lists), blocks.reshape(-1)]).to(torch.int32)
-    flat = to_device(flat, device)
-    pieces = torch.split(flat, [*(x.numel() for x in lists), blocks.numel()])
+    groups = Groups(*visible_tiles(key_start, key_end, tokens), tokens)
     T = key_start.shape[0]
     chunks = tuple(
-        TileChunk(b * TILE, min(e * TILE, T), tiles, slots, keys, *pieces[4 * n : 4 * n + 4])
-        for n, (b, e, tiles, slots, keys) in enumerate(shapes)
+        TileChunk(
+            begin * TILE,
+            min(stop * TILE, T),
+            int((end - first)[begin:stop].sum()),
+            min(int(end[begin:stop].max()) * TILE, sizes.S),
+            partial(_score, blocks, begin, stop, sizes, device),
+            partial(_gradients, blocks, groups, begin, stop, sizes, device),
+        )
+        for begin, stop in spans
     )
-    return Plan(chunks, pieces[-1], T > 0 and bool((group_end > group_first).all()))
+    on_device = to_device(blocks.reshape(-1).to(torch.int32), device)
+    return Plan(chunks, on_device, T > 0 and bool((groups.end > groups.first).all()))
+
+
+def _score(blocks: Tensor, begin: int, stop: int, sizes: PlanSizes, device: torch.device) -> Tensor:
+    return to_device(score_items(blocks, begin, stop, sizes.grouped).reshape(-1).to(torch.int32), device)
+
+
+def _gradients(
+    blocks: Tensor, groups: Groups, begin: int, stop: int, sizes: PlanSizes, device: torch.device
+) -> GradientItems:
+    """In one copy to the device."""
+    query = query_items(groups, blocks, begin, stop, sizes.processors)
+    key, reduce, slots = key_items(blocks[:, 1], blocks[:, 2], begin, stop, sizes)
+    lists = [x.reshape(-1) for x in (query, key, reduce)]
+    flat = to_device(torch.cat(lists).to(torch.int32), device)
+    a, b, c = torch.split(flat, [x.numel() for x in lists])
+    return GradientItems(a, b, c, slots)
 
 
 def cut(first: Tensor, end: Tensor, sizes: PlanSizes) -> list[tuple[int, int]]:
@@ -162,15 +201,14 @@ def score_items(blocks: Tensor, begin: int, stop: int, grouped: bool) -> Tensor:
     return items[torch.argsort((block // side * (1 << 40)) + key_tile * side + block % side)]
 
 
-def query_items(
-    group_first: Tensor, group_end: Tensor, blocks: Tensor, begin: int, stop: int, tokens: int, processors: int
-) -> Tensor:
-    """(token, first key tile, count, tile base) of every group of `tokens` tokens that sees a key, longest first."""
-    groups = torch.arange(begin * TILE // tokens, min(stop * TILE // tokens, group_first.shape[0]))
-    count = group_end[groups] - group_first[groups]
-    groups, count = groups[count > 0], count[count > 0]
-    base = blocks[groups * tokens // TILE, 0]
-    return balance(torch.stack([groups * tokens, group_first[groups], count, base], 1), count, processors)
+def query_items(groups: Groups, blocks: Tensor, begin: int, stop: int, processors: int) -> Tensor:
+    """(token, first key tile, count, tile base) of every group of tokens that sees a key, longest first."""
+    tokens = groups.tokens
+    chosen = torch.arange(begin * TILE // tokens, min(stop * TILE // tokens, groups.first.shape[0]))
+    count = groups.end[chosen] - groups.first[chosen]
+    chosen, count = chosen[count > 0], count[count > 0]
+    base = blocks[chosen * tokens // TILE, 0]
+    return balance(torch.stack([chosen * tokens, groups.first[chosen], count, base], 1), count, processors)
 
 
 def key_items(first: Tensor, end: Tensor, begin: int, stop: int, sizes: PlanSizes) -> tuple[Tensor, Tensor, int]:

@@ -18,7 +18,8 @@ Contract of slots: only the first count[t] slots of a row are read. Behind them 
 and di = 0. Keys and values that a query did not select have no part in its results, finite or not. In torch, on any
 device, the contents of a selection are checked; a kernel skips a slot whose index is not from 0 to S - 1.
 
-A GPU body (gpu_body.py) has these functions, as torch_select, torch_attention and torch_index have them:
+A GPU body (gpu_body.py gathers keys, gpu_bits.py takes dense tiles) has some of these functions, as torch_select,
+torch_attention and torch_index have them:
 
     select(index_q, index_k, index_weights, key_start, key_end, topk, always, workspace_bytes) -> Selection
     forward(problem) -> out, lse
@@ -39,10 +40,19 @@ import torch
 from torch import Tensor
 
 from flash_indexer.intervals import check_intervals
+from flash_indexer.kernels.sm_90.sizes import BITS_WIDTHS
 from flash_indexer.ops import bodies
 from flash_indexer.ops.blockwise import compute_dtype
 from flash_indexer.ops.bodies import TORCH
-from flash_indexer.ops.sparse import gpu_body, torch_attention, torch_index, torch_select
+from flash_indexer.ops.sparse import (
+    gpu_bits,
+    gpu_body,
+    gpu_index,
+    gpu_select,
+    torch_attention,
+    torch_index,
+    torch_select,
+)
 from flash_indexer.ops.sparse.problem import KeySums, Leaves, Needs, SparseProblem, new_key_sums
 from flash_indexer.ops.sparse.selection import Selection, check_selection
 
@@ -76,17 +86,21 @@ def select_rows(
     leaves: Leaves, key_start: Tensor, key_end: Tensor, topk: int, always: tuple[int, int], workspace_bytes: int
 ) -> Selection:
     """S_t of the queries, among the keys key_start[t] <= s < key_end[t]: see `select_keys`."""
-    bodies.choose("select_keys", leaves[0].device, gpu_body.refusal)
-    check_intervals(key_start, key_end, leaves[1].shape[0])
+    body = bodies.choose("select_keys", leaves[0].device, lambda: gpu_select.refusal(leaves))
+    if body == TORCH:
+        check_intervals(key_start, key_end, leaves[1].shape[0])
+    step = torch_select.select if body == TORCH else gpu_select.select
     with torch.autocast(leaves[0].device.type, enabled=False):
-        return torch_select.select(*leaves, key_start, key_end, topk, always, workspace_bytes)
+        return step(*leaves, key_start, key_end, topk, always, workspace_bytes)
 
 
 def sparse_forward(problem: SparseProblem) -> tuple[Tensor, Tensor]:
     """out [T, H, V] in q's dtype and lse [T, H]: zeros and -inf for a query without keys, NaN where its scores are."""
-    body = _choose(problem, lambda: gpu_body.forward_refusal(problem))
+    bits = _in_tiles(problem)
+    body = _choose(problem, lambda: gpu_bits.refusal(problem) if bits else gpu_body.forward_refusal(problem))
+    step = torch_attention.forward if body == TORCH else gpu_bits.forward if bits else gpu_body.forward
     with torch.autocast(problem.q.device.type, enabled=False):
-        return torch_attention.forward(problem) if body == TORCH else gpu_body.forward(problem)
+        return step(problem)
 
 
 def sparse_target(problem: SparseProblem, lse: Tensor | None) -> Tensor:
@@ -94,9 +108,10 @@ def sparse_target(problem: SparseProblem, lse: Tensor | None) -> Tensor:
 
     lse: [T, H], over the selected keys; None computes it.
     """
-    _choose(problem, gpu_body.refusal)
+    bits = _in_tiles(problem)
+    body = _choose(problem, lambda: gpu_bits.refusal(problem) if bits else gpu_body.refusal())
     with torch.autocast(problem.q.device.type, enabled=False):
-        return torch_attention.target(problem, lse)
+        return torch_attention.target(problem, lse) if body == TORCH else gpu_bits.target(problem, lse)
 
 
 def sparse_backward(
@@ -107,9 +122,10 @@ def sparse_backward(
     Args:
         out, lse: what `sparse_forward` returned. sums: buffers to add dk and dv to; None makes zeros.
     """
-    body = _choose(problem, lambda: gpu_body.backward_refusal(problem, needs))
+    bits = _in_tiles(problem)
+    body = _choose(problem, lambda: gpu_bits.refusal(problem) if bits else gpu_body.backward_refusal(problem, needs))
     sums = new_key_sums(problem, needs) if sums is None else sums
-    step = torch_attention.backward if body == TORCH else gpu_body.backward
+    step = torch_attention.backward if body == TORCH else gpu_bits.backward if bits else gpu_body.backward
     with torch.autocast(problem.q.device.type, enabled=False):
         dq, p_sum = step(problem, d_out, out, lse, needs, sums)
     return SparseGradients(dq, sums.dk, sums.dv, p_sum)
@@ -117,10 +133,12 @@ def sparse_backward(
 
 def sparse_index_scores(leaves: Leaves, selection: Selection, workspace_bytes: int) -> Tensor:
     """i[t,s] = sum_j w[t,j] * ReLU(index_q[t,j]·index_k[s]) at the selected keys, -inf behind them: [T, K]."""
-    bodies.choose("sparse_indexer_kl", leaves[0].device, gpu_body.refusal)
-    check_selection(selection, leaves[1].shape[0])
+    body = bodies.choose("sparse_indexer_kl", leaves[0].device, lambda: gpu_index.refusal(leaves))
+    if body == TORCH:
+        check_selection(selection, leaves[1].shape[0])
+    step = torch_index.index_scores if body == TORCH else gpu_index.index_scores
     with torch.autocast(leaves[0].device.type, enabled=False):
-        return torch_index.index_scores(leaves, selection, workspace_bytes)
+        return step(leaves, selection, workspace_bytes)
 
 
 def sparse_kl_rows(p_sum: Tensor, scores: Tensor, count: Tensor, token_weight: Tensor) -> KLRows:
@@ -129,8 +147,9 @@ def sparse_kl_rows(p_sum: Tensor, scores: Tensor, count: Tensor, token_weight: T
     Args:
         p_sum, scores: [T, K]. count: [T]. token_weight: [T].
     """
-    bodies.choose("sparse_indexer_kl", p_sum.device, gpu_body.refusal)
-    return KLRows(*torch_index.kl_rows(p_sum, scores, count, token_weight.to(p_sum.dtype)))
+    body = bodies.choose("sparse_indexer_kl", p_sum.device, lambda: None)
+    step = torch_index.kl_rows if body == TORCH else gpu_index.kl_rows
+    return KLRows(*step(p_sum, scores, count, token_weight.to(p_sum.dtype)))
 
 
 def sparse_index_gradients(
@@ -147,15 +166,21 @@ def sparse_index_gradients(
 
     d_index_k: the buffer [S, E] to add to; None makes zeros where `needs` wants it.
     """
-    bodies.choose("sparse_indexer_kl", di.device, gpu_body.refusal)
-    check_selection(selection, leaves[1].shape[0])
+    body = bodies.choose("sparse_indexer_kl", di.device, lambda: gpu_index.refusal(leaves))
+    if body == TORCH:
+        check_selection(selection, leaves[1].shape[0])
+    step = torch_index.index_gradients if body == TORCH else gpu_index.index_gradients
     if d_index_k is None and needs[1]:
         d_index_k = torch.zeros(leaves[1].shape, dtype=compute_dtype(leaves[1]), device=di.device)
     with torch.autocast(di.device.type, enabled=False):
-        d_index_q, d_weights = torch_index.index_gradients(
-            di, leaves, selection, needs, d_index_k, deterministic, workspace_bytes
-        )
+        d_index_q, d_weights = step(di, leaves, selection, needs, d_index_k, deterministic, workspace_bytes)
     return IndexGradients(d_index_q, d_index_k, d_weights)
+
+
+def _in_tiles(problem: SparseProblem) -> bool:
+    """Whether kernels take dense tiles with a bit per (query, key), rather than gather keys: MLA's absorbed form alone
+    has heads wide enough, and enough of them, for a gathered key."""
+    return problem.v is not None or problem.k.shape[1] > 1 or problem.q.shape[2] <= BITS_WIDTHS[-1]
 
 
 def _choose(problem: SparseProblem, refusal: Callable[[], str | None]) -> str:

@@ -1,0 +1,28 @@
+"""Records of results/*.jsonl, and tables of Markdown."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+Record = dict[str, Any]
+
+
+def lines_of(path: Path) -> list[Record]:
+    """Every record, oldest first."""
+    if not path.exists():
+        return []
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+
+
+def latest(path: Path) -> dict[str, Record]:
+    """The last record of each size."""
+    return {record.get("name", "all"): record for record in lines_of(path)}
+
+
+def table(titles: str, rows: list[list[str]]) -> list[str]:
+    """A Markdown table. titles: "a | b": the first column to the left, all others to the right."""
+    names = titles.split(" | ")
+    marks = ["---"] + ["---:"] * (len(names) - 1)
+    return [f"| {' | '.join(cells)} |" for cells in (names, marks, *rows)]

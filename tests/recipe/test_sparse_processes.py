@@ -1,0 +1,430 @@
+"""The sparse stage on 2 and 4 processes, in every way of sharing it out, against one: gradients, losses, parameters."""
+
+from __future__ import annotations
+
+import io
+import json
+import signal
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from rich.console import Console
+from safetensors.torch import load_file
+from torch import Tensor
+
+from flash_indexer.models.load import load_model
+from flash_indexer.recipe.processes import ParallelSettings, Processes
+from flash_indexer.recipe.run_record import read_metrics
+from flash_indexer.recipe.sparse import notes
+from flash_indexer.recipe.sparse_record import SparseRunSettings, read_any_run, sparse_command
+from flash_indexer.recipe.warmup import warm_up
+
+STEPS = 20
+EXACT = """
+import torch
+from flash_indexer.recipe import sparse as stage
+load, attach, prepare = stage.load_model, stage.attach, stage._sparse
+def load_in_float64(name, dtype):
+    model, tokenizer = load(name, dtype=torch.float64)
+    model.set_experts_implementation("eager")  # torch's grouped products know no float64
+    return model, tokenizer
+def attach_in_float64(model, **options):
+    handle = attach(model, **options)
+    handle.indexers.double()
+    return handle
+def prepare_in_float64(settings, model, *rest):
+    stage.load_model, stage.attach = load_in_float64, attach_in_float64
+    return prepare(settings, model.double(), *rest)
+stage._sparse = prepare_in_float64
+"""
+"""In float64, where no rounding decides which key is selected; the loss is float32, row by row."""
+RUN = """
+import os, sys
+os.environ.update(environment)
+from pathlib import Path
+from rich.console import Console
+from flash_indexer.files.tensors import write_tensors
+from flash_indexer.files.trained import trainable
+from flash_indexer.recipe import sparse as stage
+from flash_indexer.recipe.processes import ParallelSettings, leave
+from flash_indexer.recipe.sparse_loop import SparseLoop
+from flash_indexer.recipe.sparse_record import SparseRunSettings
+
+clip = SparseLoop._clip
+def clip_and_save(self, step):
+    if step == 1:
+        named = dict(self.handle.indexers.named_parameters()) | trainable(self.handle.model)
+        found = {name: parameter.grad for name, parameter in named.items() if parameter.grad is not None}
+        write_tensors(Path(out + ".gradients") if self.processes.is_main else None, found)
+    return clip(self, step)
+SparseLoop._clip = clip_and_save
+sys.stderr = open(f"{out}.{environment.get('RANK', 0)}", "a")  # an error that ends the process is read there too
+console = Console(file=sys.stderr, width=500)
+try:
+    handle = stage.train_sparsely(
+        SparseRunSettings(**chosen), out, resume=True, console=console, parallel=ParallelSettings(**parallel)
+    )
+    local = [x.to_local() if hasattr(x, "to_local") else x for x in handle.model.parameters()]
+    Path(f"{out}.held.{environment.get('RANK', 0)}").write_text(str(sum(x.numel() for x in local)))
+except (ValueError, ConnectionError) as error:
+    console.print(str(error), markup=False)
+    console.file.flush()
+    os._exit(1 if isinstance(error, ConnectionError) else 2)
+leave()
+"""
+STOP = """
+import os
+from flash_indexer.recipe.sparse_loop import SparseLoop
+gradients = SparseLoop._gradients
+def stopping(self, step, stop):
+    if step == 11:
+        os._exit(3)
+    return gradients(self, step, stop)
+SparseLoop._gradients = stopping
+"""
+
+
+@pytest.fixture(scope="module")
+def tied(tmp_path_factory: pytest.TempPathFactory, checkpoint: Path) -> Path:
+    """The tiny Llama, whose output layer has the embedding's weights. Read only."""
+    path = tmp_path_factory.mktemp("tied") / "model"
+    model, tokenizer = load_model(checkpoint, dtype=torch.float32)
+    model.config.tie_word_embeddings = True
+    model.tie_weights()
+    model.save_pretrained(path)
+    tokenizer.save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def warmed_up(
+    tmp_path_factory: pytest.TempPathFactory, tiny_settings: Callable[..., Any]
+) -> Callable[[Path], dict[str, Any]]:
+    """`warmed_up(checkpoint, **sizes)`: a run's settings that begin with indexers after two steps. Read only."""
+    made: dict[Path, str] = {}
+
+    def run(model: Path, **sizes: Any) -> dict[str, Any]:
+        if model not in made:
+            out = tmp_path_factory.mktemp("warm") / "run"
+            settings = tiny_settings(model=str(model), rope_dim=None, steps=2, lr=0.01, **sizes)
+            warm_up(settings, out, console=Console(file=io.StringIO()))
+            made[model] = str(out)
+        return dict(init_from=made[model])
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def base(warmed_up: Any, tied: Path, texts: Path) -> dict[str, Any]:
+    """Four sequences a step, of documents that are not equally long."""
+    return dict(
+        **warmed_up(tied), data=str(texts), topk=8, sequence_length=32, batch_size=4, steps=STEPS, lr=1e-3,
+        indexer_lr=2e-3, clip=0.5, indexer_clip=0.05, save_every=8,
+    )  # fmt: skip
+
+
+class Starter:
+    """`start(out, count, parallel, code, codes, **settings)`: the processes of one run. `train` waits for them too."""
+
+    def __init__(self, runs: Any, base: dict[str, Any]) -> None:
+        self.runs, self.base = runs, base
+
+    def __call__(
+        self, out: Path, count: int = 1, *, parallel: dict[str, Any] | None = None, code: str = "",
+        codes: Sequence[str] = (), **changes: Any,
+    ) -> list[Any]:  # fmt: skip
+        """code: runs first on every process. codes: after it, on one each."""
+        chosen, parallel = self.base | changes, parallel or {}
+        programs = [code + (codes[rank] if rank < len(codes) else "") + RUN for rank in range(count)]
+        if count == 1:
+            return [self.runs.start(programs[0], None, out, chosen=chosen, parallel=parallel)]
+        started: list[Any] = self.runs.ranks(count, None, out, codes=programs, chosen=chosen, parallel=parallel)
+        return started
+
+    def train(self, out: Path, count: int = 1, **options: Any) -> Path:
+        self.runs.finish(self(out, count, **options))
+        return out
+
+
+@pytest.fixture(scope="module")
+def start(runs: Any, base: dict[str, Any]) -> Starter:
+    return Starter(runs, base)
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory, start: Starter) -> Callable[..., Path]:
+    """`alone(code, **settings)`: a run of one process, made once."""
+    made: dict[str, Path] = {}
+
+    def run(code: str = EXACT, **changes: Any) -> Path:
+        key = json.dumps([code, changes], sort_keys=True)
+        if key not in made:
+            made[key] = start.train(tmp_path_factory.mktemp("alone") / "run", code=code, **changes)
+        return made[key]
+
+    return run
+
+
+def tensors(out: Path, name: str) -> dict[str, Tensor]:
+    return {key: value.double() for key, value in load_file(f"{out}{name}").items()}
+
+
+def rows(out: Path) -> list[dict[str, Any]]:
+    return [{name: x for name, x in row.items() if name != "seconds"} for row in read_metrics(out / "metrics.jsonl")]
+
+
+def assert_near(found: dict[str, Tensor], truth: dict[str, Tensor], scale: dict[str, Tensor], tolerance: float) -> None:
+    assert found.keys() == truth.keys()
+    for name, x in truth.items():
+        assert float((found[name] - x).norm()) <= tolerance * float(scale[name].norm()) + 1e-12, name
+
+
+def assert_same_training(one: Path, other: Path, checkpoint: Path, *, steps: int = STEPS, near: float = 1e-5) -> None:
+    """The first gradients, the parameters by how far they moved, and the losses and norms of every step."""
+    truth, found = tensors(one, ".gradients"), tensors(other, ".gradients")
+    assert_near(found, truth, truth, near)
+    model, _ = load_model(checkpoint, dtype=torch.float64)
+    began = {name: x.detach() for name, x in model.named_parameters()}
+    for kind in ("trained", "indexer"):
+        truth, found = (tensors(out, f"/checkpoint/{kind}.safetensors") for out in (one, other))
+        moved = {name: x - began[name] if name in began else x for name, x in truth.items()}
+        assert_near(found, truth, moved, near)
+    mine, theirs = rows(one), rows(other)
+    assert len(mine) == len(theirs) == steps
+    for row, same in zip(mine, theirs, strict=True):
+        for name in ("loss", "kl", "norm", "indexer_norm"):
+            assert same[name] == (None if row[name] is None else pytest.approx(row[name], rel=near)), name
+        for name in ("tokens", "lr", "indexer_lr"):
+            assert same[name] == row[name]
+
+
+def assert_same_bits(one: Path, other: Path) -> None:
+    assert rows(one) == rows(other)
+    for file in sorted((one / "checkpoint").iterdir()):
+        assert file.read_bytes() == (other / "checkpoint" / file.name).read_bytes(), file.name
+
+
+@pytest.mark.parametrize(
+    ("count", "parallel", "changes"),
+    [
+        (2, dict(), dict()),
+        pytest.param(2, dict(fsdp=True), dict(), marks=pytest.mark.slow),
+        pytest.param(2, dict(cp=2), dict(), marks=pytest.mark.slow),
+        (2, dict(cp=2, layout="contiguous", fsdp=True), dict(activation_checkpointing=True)),
+        pytest.param(2, dict(cp=2), dict(layers=[1]), marks=pytest.mark.slow),
+        pytest.param(2, dict(fsdp=True), dict(indexers_alone=True), marks=pytest.mark.slow),
+        pytest.param(2, dict(cp=2), dict(indexers_alone=True), marks=pytest.mark.slow),
+        pytest.param(4, dict(), dict(activation_checkpointing=True), marks=pytest.mark.slow),
+        pytest.param(4, dict(cp=2, fsdp=True), dict(), marks=pytest.mark.slow),
+        pytest.param(4, dict(cp=4), dict(), marks=pytest.mark.slow),
+        pytest.param(2, dict(fsdp=True), dict(lora=4), marks=pytest.mark.slow),
+        pytest.param(2, dict(cp=2, fsdp=True), dict(lora=4), marks=pytest.mark.slow),
+    ],
+    ids=lambda x: "-".join(f"{k}={v}" for k, v in x.items()) or "plain" if isinstance(x, dict) else str(x),
+)
+def test_many_processes_train_what_one_does(
+    tmp_path: Path, start: Starter, alone: Any, tied: Path, count: int, parallel: Any, changes: dict[str, Any]
+) -> None:
+    """Micro-batches of two sequences at most, so that four processes that share sequences accumulate."""
+    if "lora" in changes:
+        pytest.importorskip("peft")
+    dp = count // parallel.get("cp", 1)
+    sizes = dict(batch_size=min(2, 4 // dp), accumulation=4 // dp // min(2, 4 // dp))
+    out = start.train(tmp_path / "run", count, parallel=parallel, code=EXACT, **(changes | sizes))
+    settings = {name: x for name, x in changes.items() if name != "activation_checkpointing"}  # which changes no bit
+    assert_same_training(alone(**settings), out, tied, near=1e-3 if "lora" in changes else 1e-5)  # adapters are float32
+    held = [int(Path(f"{out}.held.{rank}").read_text()) for rank in range(count)]
+    whole = int(Path(f"{alone(**settings)}.held.0").read_text())
+    assert sum(held) == whole if parallel.get("fsdp") else held == [whole] * count
+    assert max(held) <= 1.1 * whole / count or not parallel.get("fsdp")
+    assert json.loads((out / "run.json").read_text())["sequences_per_step"] == 4
+    assert f"--accumulation {4 // sizes['batch_size']}" in sparse_command(read_any_run(out), "x") + " --accumulation 1"
+
+
+@pytest.mark.parametrize(
+    ("count", "parallel"),
+    [(2, dict(cp=2, fsdp=True)), pytest.param(4, dict(fsdp=True), marks=pytest.mark.slow)],
+    ids=["cp=2-fsdp", "fsdp"],
+)
+def test_mla_and_experts_train_likewise(
+    tmp_path: Path, start: Starter, alone: Any, warmed_up: Any, mla_checkpoint: Path, count: int, parallel: Any
+) -> None:
+    changes = warmed_up(mla_checkpoint, num_heads=16)
+    size = 4 // (count // parallel.get("cp", 1))
+    out = start.train(tmp_path / "run", count, parallel=parallel, code=EXACT, **(changes | dict(batch_size=size)))
+    assert_same_training(alone(**changes), out, mla_checkpoint)
+
+
+@pytest.mark.slow
+def test_windows_and_layers_without_indexers_see_all_processes_keys(
+    tmp_path: Path, start: Starter, alone: Any, warmed_up: Any, window_checkpoint: Path
+) -> None:
+    changes = dict(**warmed_up(window_checkpoint), layers=[0, 2])
+    out = start.train(tmp_path / "run", 2, parallel=dict(cp=2), code=EXACT, **changes)
+    assert_same_training(alone(**changes), out, window_checkpoint)
+
+
+@pytest.mark.slow
+def test_bfloat16_products_have_the_same_gradients(tmp_path: Path, start: Starter, alone: Any) -> None:
+    """To the rounding of a product of all tokens against two products of half of them."""
+    changes = dict(dtype="bfloat16", steps=1)
+    out = start.train(tmp_path / "run", 2, parallel=dict(fsdp=True), batch_size=2, **changes)
+    truth = tensors(alone("", **changes), ".gradients")
+    assert_near(tensors(out, ".gradients"), truth, truth, 2e-2)
+
+
+DIE = """
+import os, signal
+from flash_indexer.{module} import {owner} as owner
+function, left = owner.{name}, [{call}]
+def dying(*args, **options):
+    left[0] -= 1
+    if left[0] == 0:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return function(*args, **options)
+owner.{name} = dying
+"""
+IN_A_STEP = DIE.format(module="recipe.sparse_loop", owner="SparseLoop", name="_set_rates", call=11)
+WHILE_SAVING = DIE.format(module="files", owner="tensors", name="whole", call=230)
+
+
+@pytest.mark.parametrize(
+    ("parallel", "dying", "code", "mla"),
+    [
+        (dict(cp=2, fsdp=True), 1, IN_A_STEP, True),
+        pytest.param(dict(cp=2), 1, IN_A_STEP, True, marks=pytest.mark.slow),
+        pytest.param(dict(fsdp=True), 0, IN_A_STEP, False, marks=pytest.mark.slow),
+        pytest.param(dict(cp=2, fsdp=True), 0, WHILE_SAVING, False, marks=pytest.mark.slow),
+        pytest.param(dict(), 0, WHILE_SAVING, False, marks=pytest.mark.slow),
+    ],
+    ids=["cp and fsdp, mla", "cp, mla", "fsdp", "cp and fsdp", "data parallel"],
+)
+def test_after_a_kill_the_run_goes_on_with_the_same_bits(
+    tmp_path: Path,
+    start: Starter,
+    warmed_up: Any,
+    mla_checkpoint: Path,
+    parallel: dict[str, Any],
+    dying: int,
+    code: str,
+    mla: bool,
+) -> None:
+    """The process that is not killed says so, and ends."""
+    options: dict[str, Any] = dict(parallel=parallel | dict(timeout=20.0), batch_size=2, steps=12)
+    if mla:
+        options |= warmed_up(mla_checkpoint, num_heads=16)
+    whole = start.train(tmp_path / "whole", 2, **options)
+    codes = [code if rank == dying else "" for rank in range(2)]
+    started = start(tmp_path / "cut", 2, codes=codes, **options)
+    for process in started:
+        process.join(60)
+    assert [process.exitcode for process in started] == [-signal.SIGKILL if n == dying else 1 for n in range(2)]
+    said = Path(f"{tmp_path / 'cut'}.{1 - dying}").read_text()
+    assert f"sparse: process {1 - dying} of 2 lost contact with another process" in said, said
+    assert "checkpoint is intact" in said and "--resume" in said
+    assert 8 <= len(rows(tmp_path / "cut")) <= 12
+    start.train(tmp_path / "cut", 2, **options)
+    assert_same_bits(whole, tmp_path / "cut")
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        ((2, dict(fsdp=True)), (1, dict())),
+        pytest.param((1, dict()), (4, dict(cp=2, fsdp=True)), marks=pytest.mark.slow),
+        pytest.param((4, dict(fsdp=True)), (2, dict(cp=2)), marks=pytest.mark.slow),
+    ],
+    ids=["fsdp to one", "one to cp and fsdp", "fsdp to cp"],
+)
+def test_a_run_goes_on_under_another_number_of_processes(
+    tmp_path: Path, start: Starter, alone: Any, tied: Path, before: Any, after: Any
+) -> None:
+    """Ended by an error in its eleventh step, with a checkpoint of the eighth."""
+    out, codes = tmp_path / "run", [STOP] * 4
+    (first, parallel), (second, other) = before, after
+    size = 4 // (first // parallel.get("cp", 1))
+    start.runs.finish(start(out, first, parallel=parallel, code=EXACT, codes=codes, batch_size=size), 3)
+    start.train(out, second, parallel=other, code=EXACT, batch_size=size)
+    assert_same_training(alone(), out, tied)
+
+
+def test_what_can_not_be_shared_out_is_refused_on_every_process(tmp_path: Path, start: Starter) -> None:
+    """And what does nothing is said; none of it writes anything."""
+    for name, parallel, changes, message in (
+        ("tp", dict(tp=2), {}, "sparse: tp must be 1, got 2: the heads of a model that trains are not shared out"),
+        ("cp", dict(cp=2), dict(sequence_length=30), "sparse: sequence_length must be a multiple of 4 for cp=2"),
+        ("cps", dict(cp=3), {}, "make_parallel: the number of processes must be a multiple of cp * tp = 3 * 1, got 2"),
+    ):
+        start.runs.finish(start(tmp_path / name, 2, parallel=parallel, **changes), exitcode=2)
+        for rank in range(2):
+            assert message in (tmp_path / f"{name}.{rank}").read_text(), name
+        assert not (tmp_path / name / "run.json").exists()
+    out = start.train(tmp_path / "run", parallel=dict(fsdp=True, layout="contiguous"), steps=1)
+    said = (tmp_path / "run.0").read_text()
+    assert "sparse: --fsdp does nothing in one process" in said
+    assert "sparse: --cp-layout contiguous does nothing without --cp" in said
+    start.runs.finish(start(out, 3), exitcode=2)
+    for rank in range(3):
+        assert "must divide the 4 sequences of an optimizer step" in (tmp_path / f"run.{rank}").read_text()
+
+
+def test_a_run_on_gpus_says_that_nobody_has_compared_it(base: dict[str, Any]) -> None:
+    settings, processes = SparseRunSettings(**base, dtype="bfloat16"), Processes(ParallelSettings(fsdp=True))
+    (said,) = notes(settings, processes, False)
+    assert "--fsdp does nothing in one process" in said
+    processes.count, processes.device = 2, torch.device("cuda")
+    first, second = notes(settings, processes, False)
+    assert "not yet on GPUs; compare the losses of a few steps" in first
+    assert "--fsdp without --activation-checkpointing keeps the bfloat16 weights of all layers" in second
+    (first,) = notes(replace(settings, activation_checkpointing=True), processes, False)
+    assert "not yet on GPUs" in first
+
+
+COMMAND = """
+import os, sys
+os.environ.update(environment)
+sys.argv, sys.stdout = arguments, open(f"{out}.{environment['RANK']}", "a")
+sys.stderr = sys.stdout
+from flash_indexer.cli import main
+main()
+"""
+ASKED_TO_END = """
+import os, signal
+from flash_indexer.recipe.sparse_loop import SparseLoop
+parts = SparseLoop._parts
+def asked(self, step):
+    if step == 3:
+        os.kill(os.getpid(), signal.SIGTERM)
+    return parts(self, step)
+SparseLoop._parts = asked
+"""
+
+
+@pytest.mark.slow
+def test_the_command_trains_on_two_processes_ends_when_one_is_asked_to_and_goes_on(
+    tmp_path: Path, runs: Any, base: dict[str, Any]
+) -> None:
+    out = tmp_path / "run"
+    words = ["flash-indexer", "sparse", "--out", str(out), "--cp", "2", "--fsdp", "--resume"]
+    for name, value in (base | dict(steps=6)).items():
+        words += [f"--{name.replace('_', '-')}", str(value)]
+    codes = [COMMAND, ASKED_TO_END + COMMAND]
+    started = runs.ranks(2, None, out, codes=codes, arguments=words)
+    for process in started:
+        process.join(60)
+    assert [process.exitcode for process in started] == [130, 143]
+    assert [row["step"] for row in rows(out)] == [1, 2, 3]
+    assert "after step 3 of 6, which is saved in" in Path(f"{out}.0").read_text().replace("\n", " ")
+    runs.finish(runs.ranks(2, None, out, codes=[COMMAND] * 2, arguments=words))
+    assert [row["step"] for row in rows(out)] == [*range(1, 7)]
+    said = [Path(f"{out}.{rank}").read_text() for rank in range(2)]
+    assert "trained" in said[0] and "trained" not in said[1]
+    started = runs.ranks(2, None, tmp_path / "tp", codes=[COMMAND] * 2, arguments=[*words, "--tp", "2"])
+    for process in started:
+        process.join(60)
+    assert [process.exitcode for process in started] == [1, 1]
+    assert "sparse: tp must be 1, got 2" in Path(f"{tmp_path / 'tp'}.1").read_text()
