@@ -18,15 +18,8 @@ from transformers.models.deepseek_v32.modeling_deepseek_v32 import DeepseekV32Ro
 
 from flash_indexer.files.atomic import atomic_directory
 from flash_indexer.files.export_own import export_own
-from flash_indexer.files.native import (
-    NativeConfig,
-    apart,
-    check_replaceable,
-    check_tensors,
-    describe,
-    save_native,
-    write_config,
-)
+from flash_indexer.files.native import apart, check_replaceable, check_tensors, describe, save_native
+from flash_indexer.files.native_config import NativeConfig, write_config
 from flash_indexer.models.attach import IndexerHandle
 from flash_indexer.models.sparse import SparseHandle
 

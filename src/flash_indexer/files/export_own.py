@@ -11,7 +11,8 @@ from torch.distributed.tensor import DTensor
 from transformers import PreTrainedTokenizerBase
 
 from flash_indexer.files.atomic import atomic_directory
-from flash_indexer.files.native import check_replaceable, check_tensors, describe, write_config
+from flash_indexer.files.native import check_replaceable, check_tensors, describe
+from flash_indexer.files.native_config import write_config
 from flash_indexer.models.attach import IndexerHandle
 
 OWN_FORMAT = "flash-indexer/own"

@@ -9,7 +9,8 @@ from typing import Any
 
 from flash_indexer.files.atomic import readable_directory
 from flash_indexer.files.checkpoint import write_json
-from flash_indexer.files.native import CONFIG_FILE, apart, read_config
+from flash_indexer.files.native import apart
+from flash_indexer.files.native_config import CONFIG_FILE, read_config
 from flash_indexer.models.attach import IndexerHandle
 
 
