@@ -56,6 +56,7 @@ def test_warmup_evaluate_export(warmup: Any, checkpoint: Path, texts: Path, tmp_
     assert done.exit_code == 0, done.output
     text = plain(done.output)
     assert "step 4/4" in text and "held-out KL over uniform" in text
+    assert "evaluating on 2 held-out sequences of 64 tokens" in text
     for named in (out / "checkpoint", out / "report"):
         assert str(named) in text and named.is_dir()
     assert sorted(p.suffix for p in (out / "report").iterdir() if p.suffix != ".png") == [".json", ".md"]

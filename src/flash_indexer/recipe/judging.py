@@ -81,6 +81,9 @@ def judge_and_report(
         folder: of the run or the native indexer, whose metrics the report shows. report: the folder to write.
         run: settings to print. command: what was called, beside what trained.
     """
+    rows = sum(batch["input_ids"].shape[0] for batch in batches)
+    length = batches[0]["input_ids"].shape[1] if batches else 0
+    console.print(f"evaluating on {rows} held-out sequence{'s' * (rows != 1)} of {length:,} tokens", highlight=False)
     with Progress(console=console, disable=not console.is_terminal) as bar:
         task = bar.add_task("evaluating", total=None)
 

@@ -27,7 +27,7 @@ from transformers import PreTrainedModel
 from flash_indexer.files.atomic import readable_directory
 from flash_indexer.files.checkpoint import write_json
 from flash_indexer.files.native import WEIGHTS_FILE, NativeCheckpoint, load_native, read_native
-from flash_indexer.files.trained import has_trained
+from flash_indexer.files.trained import MODEL_FOLDER, has_trained
 from flash_indexer.models.adapters import add_adapters
 from flash_indexer.models.attach import IndexerHandle, attach
 from flash_indexer.models.load import load_model, model_fingerprint
@@ -181,7 +181,7 @@ def _prepare(
     if settings.topk >= settings.sequence_length:
         warnings.append(
             f"topk = {settings.topk} covers the {settings.sequence_length} tokens of a sequence: no key is ever left "
-            "out, and the run is one of dense attention"
+            "out, and the run is one of dense attention; give a smaller --topk or a longer --sequence-length"
         )
     needed = settings.steps * per_step
     say(f"packing {needed} sequences of {settings.sequence_length} tokens")
@@ -227,9 +227,10 @@ def _load(settings: SparseRunSettings, say: Any) -> tuple[Start, PreTrainedModel
     if has_trained(folder):
         raise ValueError(
             f"sparse: --init-from must name indexers of an untouched model, got {settings.init_from}, a sparse run "
-            "whose model trained with them; go on with --resume, or export it and give the export's model/ as --model"
+            "whose model trained with them; go on with --resume, or export it with --format native and name the export"
         )
-    name = settings.model or indexers.config.base_name
+    held = folder / MODEL_FOLDER  # of an exported sparse run: the model that trained
+    name = settings.model or (str(held) if held.is_dir() else indexers.config.base_name)
     say(f"loading {name}")
     model, tokenizer = load_model(name, dtype=getattr(torch, indexers.config.base_dtype))
     fingerprint = model_fingerprint(model)
