@@ -246,6 +246,10 @@ def test_layers_that_are_not_warmed_up_are_named(tmp_path: Path, run: Run) -> No
     run(tmp_path / "wide", steps=1, topk=32)
     assert "topk = 32 covers the 32 tokens of a sequence" in run.printed  # type: ignore[attr-defined]
     assert (default := SparseRunSettings(init_from="any")).sequence_length > default.topk
+    assert "of the text's tokens see more" not in run.printed  # type: ignore[attr-defined]
+    (tmp_path / "short.jsonl").write_text('{"text": "w1 w2 w3 w4"}\n' * 99)
+    run(tmp_path / "short", steps=1, data=str(tmp_path / "short.jsonl"))
+    assert "0.0% of the text's tokens see more than topk = 8 keys" in run.printed  # type: ignore[attr-defined]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("flash_indexer.recipe.sparse.WARMED_UP", 1e9)
         run(tmp_path / "warm", steps=1)

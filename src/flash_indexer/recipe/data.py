@@ -104,6 +104,13 @@ class PackedDataset(torch.utils.data.Dataset[dict[str, Tensor]]):
     def __len__(self) -> int:
         return self.tokens.numel() // self.sequence_length
 
+    def share_that_sees_more(self, keys: int) -> float:
+        """The part of all tokens that see more than `keys` keys, themselves included, of their document."""
+        sequences = torch.arange(0, self.tokens.numel(), self.sequence_length)
+        starts = torch.cat([self.document_starts, sequences]).unique()
+        lengths = starts.diff(append=torch.tensor([self.tokens.numel()]))
+        return float((lengths - keys).clamp_min(0).sum() / self.tokens.numel())
+
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         if not 0 <= index < len(self):
             raise IndexError(f"PackedDataset: index must be in 0..{len(self) - 1}, got {index}")

@@ -54,6 +54,9 @@ from flash_indexer.recipe.warmup import default_dtype
 WARMED_UP = 0.3
 """KL over the uniform prediction's, above which an indexer would learn little but its own ranking."""
 
+MANY = 0.1
+"""The part of a text's tokens that see more than topk keys, below which a run is nearly one of dense attention."""
+
 
 class Start(NamedTuple):
     """What a run begins with: the model's name and fingerprint, the indexers, their folder and its fingerprint."""
@@ -196,6 +199,12 @@ def _prepare(
         )  # fmt: skip
         if record is not None:
             _check_same(record, facts)
+    share = data.share_that_sees_more(settings.topk)
+    if settings.topk < settings.sequence_length and share < MANY:
+        warnings.append(
+            f"{share:.1%} of the text's tokens see more than topk = {settings.topk} keys, for documents do not attend "
+            "to each other: the others leave no key out; give longer documents or a smaller --topk"
+        )
     if record is None:
         warnings += not_warmed_up(_dense(model, start, processes), data, layers, processes)
     for warning in warnings:
