@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import signal
 import sys
 from collections.abc import Callable
@@ -251,6 +252,9 @@ def test_layers_that_are_not_warmed_up_are_named(tmp_path: Path, run: Run) -> No
     run(tmp_path / "short", steps=1, data=str(tmp_path / "short.jsonl"))
     assert "0.0% of the text's tokens see more than topk = 8 keys" in run.printed  # type: ignore[attr-defined]
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("flash_indexer.recipe.sparse.FEW", 2)
+        run(tmp_path / "few", steps=1)
+        assert re.search(r"of layers 0-2 \([\d.]+ to [\d.]+\) are not", run.printed)  # type: ignore[attr-defined]
         patch.setattr("flash_indexer.recipe.sparse.WARMED_UP", 1e9)
         run(tmp_path / "warm", steps=1)
     assert "warmed up" not in run.printed  # type: ignore[attr-defined]

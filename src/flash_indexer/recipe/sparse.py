@@ -30,11 +30,13 @@ from flash_indexer.files.native import WEIGHTS_FILE, NativeCheckpoint, load_nati
 from flash_indexer.files.trained import MODEL_FOLDER, has_trained
 from flash_indexer.models.adapters import add_adapters
 from flash_indexer.models.attach import IndexerHandle, attach
+from flash_indexer.models.layers import spans
 from flash_indexer.models.load import load_model, model_fingerprint
 from flash_indexer.models.sharding import shard_for_training, shard_model
 from flash_indexer.models.sparse import SparseHandle, sparse_handle
 from flash_indexer.recipe.data import (
     PackedDataset,
+    counted,
     describe,
     embedding_rows,
     length_warning,
@@ -54,6 +56,8 @@ from flash_indexer.recipe.warmup import default_dtype
 WARMED_UP = 0.3
 """KL over the uniform prediction's, above which an indexer would learn little but its own ranking."""
 
+FEW = 8
+"""Layers that a warning names one by one."""
 MANY = 0.1
 """The part of a text's tokens that see more than topk keys, below which a run is nearly one of dense attention."""
 
@@ -187,7 +191,7 @@ def _prepare(
             "out, and the run is one of dense attention; give a smaller --topk or a longer --sequence-length"
         )
     needed = settings.steps * per_step
-    say(f"packing {needed} sequences of {settings.sequence_length} tokens")
+    say(f"packing {counted(needed, 'sequence')} of {settings.sequence_length:,} tokens")
     with processes.refusing_together():
         data = pack(
             documents, tokenizer, sequence_length=settings.sequence_length, seed=settings.seed, max_sequences=needed,
@@ -292,6 +296,8 @@ def not_warmed_up(
     if not (bad := {n: ratio for n, ratio in ratios.items() if n in layers and not ratio <= WARMED_UP}):
         return []
     named = ", ".join(f"{n} ({ratio:.2f})" for n, ratio in bad.items())
+    if len(bad) > FEW:
+        named = f"{spans(list(bad))} ({min(bad.values()):.2f} to {max(bad.values()):.2f})"
     return [
         f"the indexers of layers {named} are not warmed up: their KL over the uniform prediction's is above "
         f"{WARMED_UP}, and the loss over selected keys would confirm their own ranking; run `flash-indexer warmup` for "
