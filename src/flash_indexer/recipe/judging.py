@@ -126,6 +126,6 @@ def ended_by_time(run: Mapping[str, Any], out: Path) -> str | None:
     command = shlex.join(["flash-indexer", "warmup", "--out", str(out), "--resume", "--steps", str(more)])
     return (
         f"time ended it: --minutes {run['minutes']:g} allowed {counted(steps, 'step')} of {tokens:,} tokens, and "
-        f"KL/uniform is {rows[-1]['kl_over_uniform']:.3f} now. A longer run gets lower: the recorded one on SmolLM2-135M "
-        f"reached {LONGER_RATIO} after {LONGER_STEPS} steps, {LONGER_TOKENS:,} tokens. To go on: {command}"
+        f"KL/uniform is {rows[-1]['kl_over_uniform']:.3f} now. A longer run gets lower: the recorded one on "
+        f"SmolLM2-135M reached {LONGER_RATIO} after {LONGER_STEPS} steps, {LONGER_TOKENS:,} tokens. To go on: {command}"
     )
