@@ -96,7 +96,7 @@ def test_threads_may_ask_side_by_side(monkeypatch: pytest.MonkeyPatch) -> None:
     """The backwards of layers on two devices do: here another thread asks while this one compares contents."""
     several = [causal_intervals(torch.tensor([0, end, 90])) for end in (30, 40, 50, 60)]
     for n in range(2):
-        cached(*several[n], 90, "a", lambda *_: n)
+        cached(*several[n], 90, "a", lambda *_, made=n: made)
     equal, threads = torch.equal, [Thread(target=cached, args=(*several[2], 90, "a", lambda *_: 2))]
 
     def interrupted(a: Tensor, b: Tensor) -> bool:
