@@ -147,7 +147,7 @@ def refuse_other_sparse_settings(recorded: Mapping[str, Any], settings: Mapping[
     """Raises ValueError where an option given beside --resume says something else than the run was started with."""
     for name, value in settings.items():
         before = recorded[name]
-        if (name, value) == ("dtype", "auto") or (name == "model" and value is None):
+        if name == "activation_checkpointing" or (name, value) in (("dtype", "auto"), ("model", None)):
             continue
         if name in ("model", "data", "init_from") and value is not None and before is not None:
             before, value = os.path.normpath(before), os.path.normpath(value)
