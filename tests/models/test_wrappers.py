@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from accelerate import cpu_offload
+from own_models import own_model
 from torch import Tensor, nn
 from transformers import (
     AutoModelForCausalLM,
@@ -117,6 +118,17 @@ def test_keys_of_adapters_are_refused(tiny: Tiny) -> None:
     wrapped = with_adapters(tiny("llama"), adapters("PrefixTuningConfig", num_virtual_tokens=3))
     with pytest.raises(ValueError, match="got 'default' of type PREFIX_TUNING, whose learned keys no indexer could"):
         attached(wrapped)
+
+
+@pytest.mark.parametrize("topk", [None, 6])
+def test_adapters_on_a_models_own_indexers_are_refused(topk: int | None) -> None:
+    """New ones change nothing, so ranks don't show them; they would not train, and no checkpoint could be saved."""
+    options: dict[str, Any] = dict(r=2, target_modules="all-linear")
+    wrapped = with_adapters(own_model("deepseek_v32"), adapters("LoraConfig", **options))
+    with pytest.raises(ValueError, match=r"without adapters, .* got one on wq_b of layer 0; merge it, or leave"):
+        attach(wrapped, indexers="own", topk=topk)
+    beside = adapters("LoraConfig", **options, exclude_modules=r".*\.indexer\..*")
+    attach(with_adapters(own_model("deepseek_v32"), beside), indexers="own", topk=topk).remove()
 
 
 def test_dropout_of_adapters_is_refused_in_training_mode(tiny: Tiny) -> None:
