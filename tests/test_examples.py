@@ -63,7 +63,11 @@ def test_the_sparse_example_trains_and_generates(tmp_path: Path, runs: Any, chec
 
 @pytest.mark.parametrize(
     ("name", "options"),
-    [("compressed_keys", []), ("key_blocks", []), ("key_blocks", ["--scores", "highest-key"])],
+    [
+        ("compressed_keys", []),
+        ("key_blocks", []),
+        pytest.param("key_blocks", ["--scores", "highest-key"], marks=pytest.mark.slow),
+    ],
     ids=lambda x: "-".join(x) if isinstance(x, list) else x,
 )
 def test_indexers_of_pooled_keys_learn(tmp_path: Path, runs: Any, name: str, options: list[str]) -> None:

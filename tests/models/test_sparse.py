@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -235,6 +236,27 @@ def test_a_frozen_models_indexers_learn_the_same_in_the_forward(tiny: Tiny, name
     handle.indexers.eval()
     logits(handle.model, ids)
     assert all(parameter.grad is None for parameter in handle.indexers.parameters()) and len(handle.losses()) == 3
+
+
+@pytest.mark.parametrize("deterministic", [True, False])
+def test_every_operator_is_told_whether_sums_have_one_order(
+    tiny: Tiny, deterministic: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: dict[str, set[bool]] = {}
+    names = ("dsa_attention", "sparse_attention", "sparse_indexer_kl")
+
+    def spy(name: str, real: Any, *args: Any, **kwargs: Any) -> Any:
+        told.setdefault(name, set()).add(kwargs["deterministic"])
+        return real(*args, **kwargs)
+
+    for name in names:
+        monkeypatch.setattr(sparse, name, partial(spy, name, getattr(sparse, name)))
+    handle, ids = sparsely(tiny("llama")), tokens(2, 21)
+    handle.deterministic = deterministic
+    gradients_of(handle, ids)
+    with torch.no_grad():
+        logits(handle.model, ids)
+    assert told == {name: {deterministic} for name in names}
 
 
 def test_generation_never_trains(tiny: Tiny) -> None:

@@ -30,6 +30,8 @@ IDS = torch.randint(0, 57, (1, 17), generator=torch.Generator().manual_seed(2))
 IMAGE = 60
 """The token in whose place a vision model puts a part of an image."""
 
+SLOW_BACKENDS = [pytest.param(name, marks=pytest.mark.slow) for name in ("aot_eager", "inductor")]
+
 
 def attached(model: nn.Module, **options: Any) -> IndexerHandle:
     torch.manual_seed(1)
@@ -168,7 +170,7 @@ def test_other_wrappers_are_refused(tiny: Tiny) -> None:
 
 
 @pytest.mark.parametrize("ran_before", [False, True])
-@pytest.mark.parametrize("backend", ["eager", "aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("backend", ["eager", *SLOW_BACKENDS])
 def test_compiled_models_are_attached(tiny: Tiny, backend: str, ran_before: bool) -> None:
     torch.compiler.reset()
     want = kls(attached(tiny("llama", num_hidden_layers=1)))

@@ -442,6 +442,19 @@ def test_adapters_without_their_package_are_refused(tmp_path: Path, run: Run, mo
     assert not (tmp_path / "run").exists()
 
 
+def test_a_run_says_whether_sums_have_one_order(tmp_path: Path, base: dict[str, Any]) -> None:
+    words = ["sparse", "--out", str(tmp_path / "run"), "--any-order"]
+    for name, value in (base | dict(steps=1)).items():
+        words += [f"--{name.replace('_', '-')}", str(value)]
+    assert CliRunner().invoke(app, words).exit_code == 0
+    file = tmp_path / "run" / "run.json"
+    record = json.loads(file.read_text())
+    assert record["settings"].pop("deterministic") is False
+    file.write_text(json.dumps(record))  # as of a run before there was a choice
+    options = ["sparse", "--out", str(tmp_path / "run"), "--resume", "--deterministic"]
+    assert CliRunner().invoke(app, options).exit_code == 0
+
+
 def test_the_command_trains_resumes_and_refuses(tmp_path: Path, base: dict[str, Any]) -> None:
     out = str(tmp_path / "run")
     words = ["sparse", "--out", out]
@@ -453,6 +466,7 @@ def test_the_command_trains_resumes_and_refuses(tmp_path: Path, base: dict[str, 
     assert CliRunner().invoke(app, same).exit_code == 0
     for options, message in (
         (["--resume", "--topk", "9"], "sparse: --topk must be 8 as when the run began, got 9"),
+        (["--resume", "--any-order"], "sparse: --deterministic must be True as when the run began, got False"),
         (["--init-from", base["init_from"]], "already holds a run; pass --resume"),
     ):
         said = CliRunner().invoke(app, ["sparse", "--out", out, *options])

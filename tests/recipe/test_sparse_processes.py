@@ -214,7 +214,9 @@ def assert_same_bits(one: Path, other: Path) -> None:
         (2, dict(), dict()),
         pytest.param(2, dict(fsdp=True), dict(), marks=pytest.mark.slow),
         pytest.param(2, dict(cp=2), dict(), marks=pytest.mark.slow),
-        (2, dict(cp=2, layout="contiguous", fsdp=True), dict(activation_checkpointing=True)),
+        pytest.param(
+            2, dict(cp=2, layout="contiguous", fsdp=True), dict(activation_checkpointing=True), marks=pytest.mark.slow
+        ),
         pytest.param(2, dict(cp=2), dict(layers=[1]), marks=pytest.mark.slow),
         pytest.param(2, dict(fsdp=True), dict(indexers_alone=True), marks=pytest.mark.slow),
         pytest.param(2, dict(cp=2), dict(indexers_alone=True), marks=pytest.mark.slow),

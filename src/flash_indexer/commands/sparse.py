@@ -38,6 +38,13 @@ def sparse(
     activation_checkpointing: Annotated[
         bool, typer.Option("--activation-checkpointing", help="Compute each layer again in the backward.")
     ] = False,
+    deterministic: Annotated[
+        bool,
+        typer.Option(
+            "--deterministic/--any-order",
+            help="The same bits every time, or sums in any order: faster for MLA on Hopper GPUs.",
+        ),
+    ] = True,
     seed: Annotated[int, typer.Option(help="Seed of data order and adapters.")] = 0,
     dtype: Annotated[
         str, typer.Option(help="float32, bfloat16 (float32 masters) or auto (bfloat16 on CUDA).")

@@ -43,6 +43,8 @@ class SparseHandle(IndexerHandle):
         token_weight: weight of every token's KL in the indexers' loss; None means 1/T of each forward, T over all
             processes that share the sequence.
         kl_scale: a tensor of no dimension by which the indexers' loss is multiplied; None means 1.
+        deterministic: the same gradients to the bit every time. False lets MLA's backward run in the kernels of Hopper
+            GPUs, which add the keys' gradients in any order.
         on_selection: called with each layer's index and selection in forwards without gradients; None for none.
     """
 
@@ -50,6 +52,7 @@ class SparseHandle(IndexerHandle):
         vars(self).update(vars(dense))
         self.topk, self.always = topk, (0, 0)
         self.kl_scale: Tensor | None = None
+        self.deterministic = True
         self.on_selection: Callable[[int, Selection], None] | None = None
         self._undo = []
         self._last: tuple[dict[int, Tensor], dict[int, Tensor]] | None = None
@@ -125,7 +128,9 @@ class SparseHandle(IndexerHandle):
             )
             if self.on_selection is not None:
                 self.on_selection(tap.layer, selection)
-            out, lse = sparse_attention(*tensors, selection, softmax_scale=scale, value_dim=width)
+            out, lse = sparse_attention(
+                *tensors, selection, softmax_scale=scale, value_dim=width, deterministic=self.deterministic
+            )
             kl = None
             if tap.cache is None and not torch.is_grad_enabled():
                 kl = self._learn(tap, forward, (query, tensors[1]), leaves, selection, scale, lse)
@@ -151,7 +156,7 @@ class SparseHandle(IndexerHandle):
         return dsa_attention(
             q, k, v, *leaves, softmax_scale=scale, key_start=visible[0], key_end=visible[1], topk=self.topk,
             value_dim=width, always=self.always, token_weight=self._token_weights(leaves[2], q), kl="backward",
-            kl_scale=self.kl_scale, kl_out=kl,
+            kl_scale=self.kl_scale, kl_out=kl, deterministic=self.deterministic,
         ).out  # fmt: skip
 
     def _attend_in_part(
@@ -179,6 +184,7 @@ class SparseHandle(IndexerHandle):
                 layout=forward.parallel.layout, softmax_scale=scale, key_start=visible[0], key_end=visible[1],
                 topk=self.topk, value_dim=width, always=self.always, token_weight=weights,
                 kl="forward" if now else "backward", kl_scale=None if now else self.kl_scale, kl_out=kl,
+                deterministic=self.deterministic,
             )  # fmt: skip
             if made.loss is not None and made.loss.requires_grad:
                 loss = made.loss if self.kl_scale is None else made.loss * self.kl_scale
@@ -203,7 +209,13 @@ class SparseHandle(IndexerHandle):
         weight = self._token_weights(leaves[2], qk[0])
         with torch.enable_grad():
             loss, kl, entropy = sparse_indexer_kl(
-                *qk, *leaves, selection, softmax_scale=scale, lse=lse, token_weight=weight
+                *qk,
+                *leaves,
+                selection,
+                softmax_scale=scale,
+                lse=lse,
+                token_weight=weight,
+                deterministic=self.deterministic,
             )
             if loss.requires_grad:
                 loss = loss if self.kl_scale is None else loss * self.kl_scale

@@ -323,7 +323,9 @@ def _sparse(
     )  # fmt: skip
     weights = {key: value for key, value in start.indexers.state_dict.items() if key in dense.state_dict()}
     dense.load_state_dict(weights)
-    return sparse_handle(dense, settings.topk), loss
+    handle = sparse_handle(dense, settings.topk)
+    handle.deterministic = settings.deterministic
+    return handle, loss
 
 
 def _check_same(record: dict[str, Any], facts: dict[str, Any]) -> None:

@@ -55,6 +55,8 @@ class SparseRunSettings:
     """Largest norm of the model's gradient; None: no clipping. indexer_clip: of the indexers'."""
     indexer_clip: float | None = None
     activation_checkpointing: bool = False
+    deterministic: bool = True
+    """False: MLA's backward may run in the kernels that add the keys' gradients in any order."""
     seed: int = 0
     dtype: str = "auto"
     """ "float32", "bfloat16" (products; parameters that train are float32), or "auto": bfloat16 on CUDA."""
@@ -146,7 +148,7 @@ def sparse_command(run: Mapping[str, Any], out: str | Path) -> str:
 def refuse_other_sparse_settings(recorded: Mapping[str, Any], settings: Mapping[str, Any]) -> None:
     """Raises ValueError where an option given beside --resume says something else than the run was started with."""
     for name, value in settings.items():
-        before = recorded[name]
+        before = recorded.get(name, SparseRunSettings.__dataclass_fields__[name].default)
         if name == "activation_checkpointing" or (name, value) in (("dtype", "auto"), ("model", None)):
             continue
         if name in ("model", "data", "init_from") and value is not None and before is not None:
