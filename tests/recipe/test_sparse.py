@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import shlex
 import signal
 import sys
 from collections.abc import Callable
@@ -453,6 +454,15 @@ def test_a_run_says_whether_sums_have_one_order(tmp_path: Path, base: dict[str, 
     file.write_text(json.dumps(record))  # as of a run before there was a choice
     options = ["sparse", "--out", str(tmp_path / "run"), "--resume", "--deterministic"]
     assert CliRunner().invoke(app, options).exit_code == 0
+
+
+def test_the_command_of_a_run_is_one_that_the_command_line_takes(tmp_path: Path, base: dict[str, Any]) -> None:
+    """With every switch that a run can have; --steps 0 is refused when all else was read."""
+    switches = dict(activation_checkpointing=True, deterministic=False, layers=[0, 2], clip=None, lora=2)
+    words = shlex.split(sparse_command(base | switches, tmp_path / "run"))
+    assert "--any-order" in words and "--activation-checkpointing" in words
+    said = CliRunner().invoke(app, [*words[1:], "--steps", "0"])
+    assert said.exit_code == 1 and "sparse: steps must be positive and finite, got 0" in said.output, said.output
 
 
 def test_the_command_trains_resumes_and_refuses(tmp_path: Path, base: dict[str, Any]) -> None:

@@ -138,6 +138,9 @@ def sparse_command(run: Mapping[str, Any], out: str | Path) -> str:
         value = run.get(field.name, field.default)
         if value == field.default:
             continue
+        if field.name == "deterministic":
+            words.append("--any-order")
+            continue
         words.append(f"--{field.name.replace('_', '-')}")
         if value is not True:
             shown = 0 if value is None else ",".join(map(str, value)) if field.name == "layers" else value
