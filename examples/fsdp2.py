@@ -1,6 +1,7 @@
 """A loop over processes with the frozen model sharded by FSDP2: torchrun --nproc-per-node 8 examples/fsdp2.py ..."""
 
 import argparse
+import os
 from pathlib import Path
 
 import torch
@@ -22,6 +23,8 @@ parser.add_argument("--out", required=True)
 parser.add_argument("--steps", type=int, default=1000)
 parser.add_argument("--sequence-length", type=int, default=1024)
 options = parser.parse_args()
+if "RANK" not in os.environ:
+    raise SystemExit("start this with torchrun: torchrun --nproc-per-node 1 examples/fsdp2.py ...")
 if Path(options.out).exists():
     raise SystemExit(f"--out must not exist yet, got {options.out}")
 

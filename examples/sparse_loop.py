@@ -13,13 +13,17 @@ from flash_indexer.recipe.language_loss import labels
 
 parser = argparse.ArgumentParser()
 parser.add_argument("--model", required=True)
-parser.add_argument("--indexers", required=True, help="what the warm-up left: a native folder")
+parser.add_argument("--indexers", required=True, help="a native folder: the run's checkpoint/ or an export")
 parser.add_argument("--data", required=True)
 parser.add_argument("--out", required=True)
 parser.add_argument("--topk", type=int, default=2048)
 parser.add_argument("--steps", type=int, default=200)
-parser.add_argument("--sequence-length", type=int, default=1024)
+parser.add_argument("--sequence-length", type=int, default=4096)
 options = parser.parse_args()
+if options.topk >= options.sequence_length:
+    raise SystemExit(
+        f"--topk must be below --sequence-length = {options.sequence_length}, got {options.topk}: else none is left out"
+    )
 if Path(options.out).exists():
     raise SystemExit(f"--out must not exist yet, got {options.out}")
 

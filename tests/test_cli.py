@@ -56,6 +56,7 @@ def test_warmup_evaluate_export(warmup: Any, checkpoint: Path, texts: Path, tmp_
     assert done.exit_code == 0, done.output
     text = plain(done.output)
     assert "step 4/4" in text and "held-out KL over uniform" in text
+    assert "evaluating on 2 held-out sequences of 64 tokens" in text
     for named in (out / "checkpoint", out / "report"):
         assert str(named) in text and named.is_dir()
     assert sorted(p.suffix for p in (out / "report").iterdir() if p.suffix != ".png") == [".json", ".md"]
@@ -216,7 +217,7 @@ def test_a_run_that_time_ended_says_how_to_go_on(warmup: Any, tmp_path: Path) ->
     words = ["--out", tmp_path / "timed", "--minutes", 1e-9, "--evaluate-sequences", 0]
     settings = json.loads((tmp_path / "run" / "run.json").read_text())["settings"]
     timed = run("warmup", "--model", settings["model"], "--data", settings["data"], "--sequence-length", 64, *words)
-    assert "time ended it: --minutes 1e-09 allowed 1 steps of 64 tokens" in plain(timed.output), timed.output
+    assert "time ended it: --minutes 1e-09 allowed 1 step of 64 tokens" in plain(timed.output), timed.output
     assert f"To go on: flash-indexer warmup --out {tmp_path}/timed --resume --steps" in plain(timed.output)
 
 

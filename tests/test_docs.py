@@ -11,10 +11,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import typer
 from typer.exceptions import TyperException
 
 from flash_indexer.cli import app
+from flash_indexer.files.export import export
+from flash_indexer.files.native import save_native
+from flash_indexer.files.trained import save_sparse
+from flash_indexer.models.attach import attach
+from flash_indexer.models.load import load_model
+from flash_indexer.models.sparse import sparse_handle
 
 ROOT = Path(__file__).resolve().parents[1]
 SOURCE = ROOT / "src" / "flash_indexer"
@@ -116,6 +123,25 @@ def test_a_snippet_of_readme_does_what_its_text_says(tmp_path: Path, runs: Any, 
     code = PREPARED[word] + snippet + CHECKED[word]
     processes = 2 if word == "context_positions" else 1
     runs.finish(runs.ranks(processes, None, tmp_path, codes=[code] * processes, folder=str(tmp_path)))
+
+
+def test_the_snippets_of_the_handover_generate(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, checkpoint: Path, mla_checkpoint: Path, capsys: Any
+) -> None:
+    """Each from what the commands before it leave, made here from Python: the folders of the page, tiny models."""
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(checkpoint, "path/to/llama-8b")
+    model, tokenizer = load_model(checkpoint, dtype=torch.bfloat16)
+    handle = attach(model, num_heads=8, head_dim=32)
+    save_native(handle, "runs/warm/checkpoint", base_name="tiny")
+    save_sparse(sparse_handle(handle, 4), "exported", tokenizer=tokenizer, base_name="tiny")
+    mla, _ = load_model(mla_checkpoint, dtype=torch.float32)
+    export(attach(mla, num_heads=8, head_dim=32), "exported-mla", index_topk=4, tokenizer=tokenizer)
+    snippets = blocks((ROOT / "docs" / "handover.md").read_text(encoding="utf-8"), "python")
+    assert len(snippets) == 3
+    for snippet in snippets:
+        exec(compile(snippet.replace("topk=2048", "topk=4"), "handover.md", "exec"), {})
+    assert len(capsys.readouterr().out.splitlines()) == 3
 
 
 def test_readme_has_a_snippet_of_each_subject() -> None:

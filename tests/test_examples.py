@@ -62,6 +62,27 @@ def test_the_sparse_example_trains_and_generates(tmp_path: Path, runs: Any, chec
 
 
 @pytest.mark.parametrize(
+    ("name", "options", "said"),
+    [
+        (
+            "sparse_loop",
+            ["--indexers", "x", "--topk", "64", "--sequence-length", "64"],
+            "--topk must be below .* 64, got 64",
+        ),
+        ("fsdp2", [], "start this with torchrun"),
+    ],
+)
+def test_an_example_says_what_it_needs(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, name: str, options: list[str], said: str
+) -> None:
+    monkeypatch.delenv("RANK", raising=False)
+    path = f"{ROOT}/examples/{name}.py"
+    monkeypatch.setattr(sys, "argv", [path, "--model", "x", "--data", "x", "--out", str(tmp_path / "out"), *options])
+    with pytest.raises(SystemExit, match=said):
+        runpy.run_path(path, run_name="__main__")
+
+
+@pytest.mark.parametrize(
     ("name", "options"),
     [
         ("compressed_keys", []),

@@ -263,6 +263,7 @@ def export(
         check_replaceable(path, overwrite=overwrite)
         handle, tokenizer, run = judging.load_trained(run_folder, model, console)
         format = format or ("own" if handle.trains_own else "deepseek_v32")
+        _print_path("writing", path)
         if "topk" in run and format == "native":
             from flash_indexer.files.trained import save_sparse
             from flash_indexer.models.sparse import sparse_handle

@@ -6,6 +6,7 @@ import errno
 import json
 import re
 import resource
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -142,6 +143,9 @@ def test_missing_and_foreign_directories(tmp_path: Path, saved: tuple[IndexerHan
     (foreign / "config.json").write_text("{}")
     with pytest.raises(ValueError, match=r"foreign is not a flash-indexer checkpoint: it has no indexer_config.json"):
         read_native(foreign)
+    shutil.copytree(path, tmp_path / "run" / "checkpoint")
+    with pytest.raises(ValueError, match="run is not a flash-indexer checkpoint: .*; give .*run/checkpoint$"):
+        read_native(tmp_path / "run")
     (foreign / "indexer_config.json").write_text("[1]")
     with pytest.raises(ValueError, match="must name a format that begins with 'flash-indexer/'"):
         read_native(foreign)

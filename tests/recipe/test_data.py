@@ -56,6 +56,14 @@ def items_equal(one: PackedDataset, other: PackedDataset) -> bool:
     )
 
 
+def test_the_share_of_tokens_that_see_more_keys_is_that_of_their_positions() -> None:
+    tokens, starts = torch.zeros(60, dtype=torch.int32), torch.tensor([0, 7, 8, 31])
+    packed = PackedDataset(tokens, starts, 20)
+    positions = torch.cat([packed[n]["position_ids"] for n in range(len(packed))])
+    for keys in (1, 5, 8, 12, 20):
+        assert packed.share_that_sees_more(keys) == pytest.approx((positions >= keys).double().mean().item())
+
+
 @pytest.mark.parametrize("length", [1, 7, 64, 500])
 @pytest.mark.parametrize("seed", [0, 1])
 def test_packing_keeps_every_token_and_every_boundary(length: int, seed: int) -> None:

@@ -83,7 +83,13 @@ def test_each_thing_that_takes_time_is_said_as_it_begins(
     tmp_path: Path, recipe: Any, checkpoint: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     recipe(tmp_path / "run", steps=None, minutes=1e-9)
-    order = [f"loading {checkpoint}", "trying a short", "reading the text", "measuring the time", "packing 1 sequences"]
+    order = [
+        f"loading {checkpoint}",
+        "trying a short",
+        "reading the text",
+        "measuring the time",
+        "packing 1 sequence of ",
+    ]
     places = [recipe.printed.find(words) for words in [*order, "step 1/1"]]
     assert -1 not in places and places == sorted(places), recipe.printed
     monkeypatch.setattr(warmup, "load_model", failing)

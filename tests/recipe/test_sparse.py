@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import shlex
 import signal
 import sys
@@ -256,7 +257,15 @@ def test_layers_that_are_not_warmed_up_are_named(tmp_path: Path, run: Run) -> No
     assert len(json.loads((tmp_path / "run" / "run.json").read_text())["warnings"]) == 1
     run(tmp_path / "wide", steps=1, topk=32)
     assert "topk = 32 covers the 32 tokens of a sequence" in run.printed  # type: ignore[attr-defined]
+    assert (default := SparseRunSettings(init_from="any")).sequence_length > default.topk
+    assert "of the text's tokens see more" not in run.printed  # type: ignore[attr-defined]
+    (tmp_path / "short.jsonl").write_text('{"text": "w1 w2 w3 w4"}\n' * 99)
+    run(tmp_path / "short", steps=1, data=str(tmp_path / "short.jsonl"))
+    assert "0.0% of the text's tokens see more than topk = 8 keys" in run.printed  # type: ignore[attr-defined]
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("flash_indexer.recipe.sparse.FEW", 2)
+        run(tmp_path / "few", steps=1)
+        assert re.search(r"of layers 0-2 \([\d.]+ to [\d.]+\) are not", run.printed)  # type: ignore[attr-defined]
         patch.setattr("flash_indexer.recipe.sparse.WARMED_UP", 1e9)
         run(tmp_path / "warm", steps=1)
     assert "warmed up" not in run.printed  # type: ignore[attr-defined]
@@ -399,12 +408,15 @@ def test_evaluate_and_export_take_the_model_that_trained(tmp_path: Path, run: Ru
     exported = str(tmp_path / "exported")
     said = CliRunner().invoke(app, ["export", "--run", str(out), exported, "--format", "native"])
     assert said.exit_code == 0, said.output
+    assert f"writing  {exported}\n" in said.output and "shards" not in said.output, "its bar is Transformers' own"
     sparse, tokenizer = load_sparse(exported)
     assert sparse.topk == 8 and not sparse.indexers.training and len(tokenizer) == 61
     want = load_native(handle.model, out / "checkpoint", topk=8)
     assert torch.equal(generated(sparse), generated(want))
     found, _, _ = load_trained(Path(exported), None, Console(file=io.StringIO()))
     assert all(map(torch.equal, found.model.state_dict().values(), handle.model.state_dict().values()))
+    run(tmp_path / "on", init_from=exported, steps=1)  # goes on with the model that trained, and new text
+    assert json.loads((tmp_path / "on" / "run.json").read_text())["settings"]["model"] == f"{exported}/model"
     said = CliRunner().invoke(app, ["export", "--run", str(out), str(tmp_path / "v32")])
     assert said.exit_code == 1 and "needs a model with q_lora_rank" in said.output.replace("\n", " ")
     with pytest.raises(ValueError, match="load_sparse: .* must hold sparse_config.json and model/"):

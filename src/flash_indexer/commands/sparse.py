@@ -25,7 +25,7 @@ def sparse(
     layers: Annotated[str | None, typer.Option(help="Layers that become sparse, such as 0,1,5-9; default all.")] = None,
     lora: Annotated[int | None, typer.Option(help="Train adapters of this rank (PEFT), not the parameters.")] = None,
     indexers_alone: Annotated[bool, typer.Option("--indexers-alone", help="Keep the model frozen.")] = False,
-    sequence_length: Annotated[int, typer.Option(help="Tokens of a packed sequence.")] = 1024,
+    sequence_length: Annotated[int, typer.Option(help="Tokens of a packed sequence; more than K.")] = 4096,
     batch_size: Annotated[int, typer.Option(help="Sequences of a micro-batch.")] = 1,
     accumulation: Annotated[int, typer.Option(help="Micro-batches of an optimizer step.")] = 1,
     steps: Annotated[int, typer.Option(help="Optimizer steps.")] = 200,

@@ -21,6 +21,7 @@ from flash_indexer.files.export_own import export_own
 from flash_indexer.files.native import apart, check_replaceable, check_tensors, describe, save_native
 from flash_indexer.files.native_config import NativeConfig, write_config
 from flash_indexer.models.attach import IndexerHandle
+from flash_indexer.models.load import without_bars
 from flash_indexer.models.sparse import SparseHandle
 
 EXPORT_FORMAT = "flash-indexer/deepseek_v32"
@@ -113,7 +114,7 @@ def export(
     _warn_of_ties(described, index_topk, tied_rows)
     check_replaceable(path, overwrite=overwrite)
     model = _build(handle, converted, described)
-    with atomic_directory(path) as folder:
+    with atomic_directory(path) as folder, without_bars():
         model.save_pretrained(folder, max_shard_size=max_shard_size)
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)

@@ -14,6 +14,7 @@ from flash_indexer.files.atomic import atomic_directory
 from flash_indexer.files.native import check_replaceable, check_tensors, describe
 from flash_indexer.files.native_config import write_config
 from flash_indexer.models.attach import IndexerHandle
+from flash_indexer.models.load import without_bars
 
 OWN_FORMAT = "flash-indexer/own"
 """The format that indexer_config.json names in the folder of a model with trained indexers of its own."""
@@ -43,7 +44,7 @@ def export_own(
     for name, tensor in handle.model.state_dict().items():
         _check_whole(name, tensor)
     check_replaceable(path, overwrite=overwrite)
-    with atomic_directory(path) as folder:
+    with atomic_directory(path) as folder, without_bars():
         handle.model.save_pretrained(folder, max_shard_size=max_shard_size)
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)

@@ -73,9 +73,11 @@ def read_config(folder: Path) -> dict[str, Any]:
         raise FileNotFoundError(f"read_native: no directory {folder}; train or export an indexer there first")
     file = folder / CONFIG_FILE
     if not file.is_file():
+        of_run = folder / "checkpoint"
+        is_run = (of_run / CONFIG_FILE).is_file()
+        wanted = str(of_run) if is_run else "the directory that `flash-indexer export` wrote, or a run's checkpoint/"
         raise ValueError(
-            f"read_native: {folder} is not a flash-indexer checkpoint: it has no {CONFIG_FILE}; give the "
-            "directory that `flash-indexer warmup` or `flash-indexer export` wrote"
+            f"read_native: {folder} is not a flash-indexer checkpoint: it has no {CONFIG_FILE}; give {wanted}"
         )
     try:
         record = json.loads(file.read_text(encoding="utf-8"))

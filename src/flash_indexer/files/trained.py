@@ -30,7 +30,7 @@ from flash_indexer.files.checkpoint import OPTIMIZER_FILE, STATE_FILE, load_opti
 from flash_indexer.files.native import check_replaceable, load_native, read_native, write_native
 from flash_indexer.files.tensors import read_tensors, shared_out, write_tensors
 from flash_indexer.models.adapters import add_adapters, merge_adapters
-from flash_indexer.models.load import load_model, model_fingerprint
+from flash_indexer.models.load import load_model, model_fingerprint, without_bars
 from flash_indexer.models.sparse import SparseHandle, sparse_handle
 
 TRAINED_FILE, SPARSE_FILE, MODEL_FOLDER = "trained.safetensors", "sparse_config.json", "model"
@@ -137,7 +137,7 @@ def save_sparse(
     check_replaceable(path, overwrite=overwrite)
     if any("lora_" in name for name, _ in handle.model.named_parameters()):
         raise ValueError("save_sparse: the model must be without adapters, got some; merge_adapters(model) first")
-    with atomic_directory(path) as folder:
+    with atomic_directory(path) as folder, without_bars():
         write_native(handle, folder, base_name=base_name, base_fingerprint=model_fingerprint(handle.model))
         write_sparse_config(folder, SparseConfig(handle.topk))
         handle.model.save_pretrained(folder / MODEL_FOLDER)

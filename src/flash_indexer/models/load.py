@@ -192,21 +192,30 @@ def _forget_quantisation(model: PreTrainedModel) -> None:
 
 
 @contextmanager
+def without_bars() -> Iterator[None]:
+    """No progress bars of Transformers while it loads or saves: the commands say themselves what takes time."""
+    shown = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    try:
+        yield
+    finally:
+        if shown:
+            transformers_logging.enable_progress_bar()  # type: ignore[no-untyped-call]
+
+
+@contextmanager
 def _quiet(converting: bool) -> Iterator[None]:
     """No loading bars, no warnings. The GGUF conversion draws its own bar on stderr, past Transformers' switch, and
     warns that weights stay packed, which they don't here.
     """
-    shown, verbosity = transformers_logging.is_progress_bar_enabled(), transformers_logging.get_verbosity()
-    if converting:
+    with without_bars():
+        if not converting:
+            yield
+            return
+        verbosity = transformers_logging.get_verbosity()
         transformers_logging.set_verbosity_error()  # type: ignore[no-untyped-call]
-    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-    try:
-        if converting:
+        try:
             with redirect_stderr(io.StringIO()):
                 yield
-        else:
-            yield
-    finally:
-        transformers_logging.set_verbosity(verbosity)
-        if shown:
-            transformers_logging.enable_progress_bar()  # type: ignore[no-untyped-call]
+        finally:
+            transformers_logging.set_verbosity(verbosity)

@@ -104,6 +104,13 @@ class PackedDataset(torch.utils.data.Dataset[dict[str, Tensor]]):
     def __len__(self) -> int:
         return self.tokens.numel() // self.sequence_length
 
+    def share_that_sees_more(self, keys: int) -> float:
+        """The part of all tokens that see more than `keys` keys, themselves included, of their document."""
+        sequences = torch.arange(0, self.tokens.numel(), self.sequence_length)
+        starts = torch.unique(torch.cat([self.document_starts, sequences]))
+        lengths = starts.diff(append=torch.tensor([self.tokens.numel()]))
+        return float((lengths - keys).clamp_min(0).sum() / self.tokens.numel())
+
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         if not 0 <= index < len(self):
             raise IndexError(f"PackedDataset: index must be in 0..{len(self) - 1}, got {index}")
@@ -146,18 +153,18 @@ class PackedDataset(torch.utils.data.Dataset[dict[str, Tensor]]):
 def describe(summary: DataSummary) -> str:
     """One line for people, and a second one where the text repeats."""
     line = (
-        f"text: {_count(summary.documents, 'document')}, {_count(summary.tokens, 'token')} in "
-        f"{_count(summary.sequences, 'sequence')} of {summary.sequence_length:,}; {summary.epochs:.2f} epochs"
+        f"text: {counted(summary.documents, 'document')}, {counted(summary.tokens, 'token')} in "
+        f"{counted(summary.sequences, 'sequence')} of {summary.sequence_length:,}; {summary.epochs:.2f} epochs"
     )
     if summary.empty_documents:
-        line += f"; {_count(summary.empty_documents, 'empty document')} skipped"
+        line += f"; {counted(summary.empty_documents, 'empty document')} skipped"
     if summary.dropped_tokens:
-        line += f"; {_count(summary.dropped_tokens, 'token')} left over, in no sequence"
+        line += f"; {counted(summary.dropped_tokens, 'token')} left over, in no sequence"
     if not summary.is_whole_text:
         line += "; text beyond what the steps need is not read"
     if summary.epochs > 1:
         line += (
-            f"\nthe text repeats: the steps draw {_count(summary.sequences_needed, 'sequence')}, "
+            f"\nthe text repeats: the steps draw {counted(summary.sequences_needed, 'sequence')}, "
             f"{summary.epochs:.1f} times what there is; give more text or fewer steps"
         )
     return line
@@ -279,7 +286,8 @@ def pack(
     )
 
 
-def _count(number: int, noun: str) -> str:
+def counted(number: int, noun: str) -> str:
+    """1 step, 2 steps."""
     return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 

@@ -24,6 +24,7 @@ from flash_indexer.judge.scores import Evaluation
 from flash_indexer.judge.verdict import summary_lines
 from flash_indexer.models.attach import IndexerHandle
 from flash_indexer.models.load import load_model, model_fingerprint
+from flash_indexer.recipe.data import counted
 from flash_indexer.recipe.run_folder import indexer_folder
 from flash_indexer.recipe.run_record import METRICS_FILE, WarmupSettings, read_metrics, warmup_command
 from flash_indexer.recipe.sparse_record import read_any_run, sparse_command
@@ -81,6 +82,9 @@ def judge_and_report(
         folder: of the run or the native indexer, whose metrics the report shows. report: the folder to write.
         run: settings to print. command: what was called, beside what trained.
     """
+    rows = sum(batch["input_ids"].shape[0] for batch in batches)
+    length = batches[0]["input_ids"].shape[1] if batches else 0
+    console.print(f"evaluating on {counted(rows, 'held-out sequence')} of {length:,} tokens", highlight=False)
     with Progress(console=console, disable=not console.is_terminal) as bar:
         task = bar.add_task("evaluating", total=None)
 
@@ -121,7 +125,7 @@ def ended_by_time(run: Mapping[str, Any], out: Path) -> str | None:
     more = max(2 * steps, math.ceil(LONGER_TOKENS / tokens))
     command = shlex.join(["flash-indexer", "warmup", "--out", str(out), "--resume", "--steps", str(more)])
     return (
-        f"time ended it: --minutes {run['minutes']:g} allowed {steps} steps of {tokens:,} tokens, and KL/uniform is "
-        f"{rows[-1]['kl_over_uniform']:.3f} now. A longer run gets lower: the recorded one on SmolLM2-135M reached "
-        f"{LONGER_RATIO} after {LONGER_STEPS} steps, {LONGER_TOKENS:,} tokens. To go on: {command}"
+        f"time ended it: --minutes {run['minutes']:g} allowed {counted(steps, 'step')} of {tokens:,} tokens, and "
+        f"KL/uniform is {rows[-1]['kl_over_uniform']:.3f} now. A longer run gets lower: the recorded one on "
+        f"SmolLM2-135M reached {LONGER_RATIO} after {LONGER_STEPS} steps, {LONGER_TOKENS:,} tokens. To go on: {command}"
     )

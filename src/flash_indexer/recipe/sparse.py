@@ -27,14 +27,16 @@ from transformers import PreTrainedModel
 from flash_indexer.files.atomic import readable_directory
 from flash_indexer.files.checkpoint import write_json
 from flash_indexer.files.native import WEIGHTS_FILE, NativeCheckpoint, load_native, read_native
-from flash_indexer.files.trained import has_trained
+from flash_indexer.files.trained import MODEL_FOLDER, has_trained
 from flash_indexer.models.adapters import add_adapters
 from flash_indexer.models.attach import IndexerHandle, attach
+from flash_indexer.models.layers import spans
 from flash_indexer.models.load import load_model, model_fingerprint
 from flash_indexer.models.sharding import shard_for_training, shard_model
 from flash_indexer.models.sparse import SparseHandle, sparse_handle
 from flash_indexer.recipe.data import (
     PackedDataset,
+    counted,
     describe,
     embedding_rows,
     length_warning,
@@ -53,6 +55,11 @@ from flash_indexer.recipe.warmup import default_dtype
 
 WARMED_UP = 0.3
 """KL over the uniform prediction's, above which an indexer would learn little but its own ranking."""
+
+FEW = 8
+"""Layers that a warning names one by one."""
+MANY = 0.1
+"""The part of a text's tokens that see more than topk keys, below which a run is nearly one of dense attention."""
 
 
 class Start(NamedTuple):
@@ -186,10 +193,10 @@ def _prepare(
     if settings.topk >= settings.sequence_length:
         warnings.append(
             f"topk = {settings.topk} covers the {settings.sequence_length} tokens of a sequence: no key is ever left "
-            "out, and the run is one of dense attention"
+            "out, and the run is one of dense attention; give a smaller --topk or a longer --sequence-length"
         )
     needed = settings.steps * per_step
-    say(f"packing {needed} sequences of {settings.sequence_length} tokens")
+    say(f"packing {counted(needed, 'sequence')} of {settings.sequence_length:,} tokens")
     with processes.refusing_together():
         data = pack(
             documents, tokenizer, sequence_length=settings.sequence_length, seed=settings.seed, max_sequences=needed,
@@ -201,6 +208,12 @@ def _prepare(
         )  # fmt: skip
         if record is not None:
             _check_same(record, facts)
+    share = data.share_that_sees_more(settings.topk)
+    if settings.topk < settings.sequence_length and share < MANY:
+        warnings.append(
+            f"{share:.1%} of the text's tokens see more than topk = {settings.topk} keys, for documents do not attend "
+            "to each other: the others leave no key out; give longer documents or a smaller --topk"
+        )
     if record is None:
         warnings += not_warmed_up(_dense(model, start, processes), data, layers, processes)
     for warning in warnings:
@@ -232,9 +245,10 @@ def _load(settings: SparseRunSettings, say: Any) -> tuple[Start, PreTrainedModel
     if has_trained(folder):
         raise ValueError(
             f"sparse: --init-from must name indexers of an untouched model, got {settings.init_from}, a sparse run "
-            "whose model trained with them; go on with --resume, or export it and give the export's model/ as --model"
+            "whose model trained with them; go on with --resume, or export it with --format native and name the export"
         )
-    name = settings.model or indexers.config.base_name
+    held = folder / MODEL_FOLDER  # of an exported sparse run: the model that trained
+    name = settings.model or (str(held) if held.is_dir() else indexers.config.base_name)
     say(f"loading {name}")
     model, tokenizer = load_model(name, dtype=getattr(torch, indexers.config.base_dtype))
     fingerprint = model_fingerprint(model)
@@ -287,6 +301,8 @@ def not_warmed_up(
     if not (bad := {n: ratio for n, ratio in ratios.items() if n in layers and not ratio <= WARMED_UP}):
         return []
     named = ", ".join(f"{n} ({ratio:.2f})" for n, ratio in bad.items())
+    if len(bad) > FEW:
+        named = f"{spans(list(bad))} ({min(bad.values()):.2f} to {max(bad.values()):.2f})"
     return [
         f"the indexers of layers {named} are not warmed up: their KL over the uniform prediction's is above "
         f"{WARMED_UP}, and the loss over selected keys would confirm their own ranking; run `flash-indexer warmup` for "

@@ -42,7 +42,8 @@ class SparseRunSettings:
     """Rank of the adapters that train in place of the model's parameters; None: these train themselves."""
     indexers_alone: bool = False
     """The model stays frozen."""
-    sequence_length: int = 1024
+    sequence_length: int = 4096
+    """Above topk, else no key is left out and attention is dense."""
     batch_size: int = 1
     accumulation: int = 1
     steps: int = 200

@@ -30,6 +30,7 @@ from flash_indexer.models.load import load_model, model_fingerprint
 from flash_indexer.models.sharding import shard_model
 from flash_indexer.recipe.data import (
     PackedDataset,
+    counted,
     describe,
     embedding_rows,
     length_warning,
@@ -188,12 +189,13 @@ def _prepare(
         steps = _steps_in(handle, pack(documents, tokenizer, **packing, max_sequences=per_step), settings, processes)
     if steps < settings.warmup_steps:
         warnings.append(
-            f"{steps} steps are fewer than the {settings.warmup_steps} of --warmup-steps: the learning rate ends at "
-            f"{learning_rate(settings, steps, steps):.2e} and never reaches --lr {settings.lr:g}"
+            f"{counted(steps, 'step')} {'is' if steps == 1 else 'are'} fewer than the {settings.warmup_steps} of "
+            f"--warmup-steps: the learning rate ends at {learning_rate(settings, steps, steps):.2e} and never reaches "
+            f"--lr {settings.lr:g}"
         )
     for warning in warnings:
         say(f"warning: {warning}")
-    say(f"packing {steps * per_step} sequences of {settings.sequence_length} tokens")
+    say(f"packing {counted(steps * per_step, 'sequence')} of {settings.sequence_length:,} tokens")
     with processes.refusing_together():
         data = pack(documents, tokenizer, **packing, max_sequences=steps * per_step, progress=processes.is_main)
         if record is not None:
