@@ -150,3 +150,9 @@ def test_write_json_is_whole_or_not_at_all(tmp_path: Path) -> None:
     assert json.loads(file.read_text()) == {"steps": 3}
     write_json(file, {"steps": 5})
     assert json.loads(file.read_text()) == {"steps": 5} and [file] == list(tmp_path.iterdir())
+
+
+def test_a_full_disk_is_told_with_the_file(tmp_path: Path) -> None:
+    (tmp_path / ".run.json.partial").symlink_to("/dev/full")
+    with pytest.raises(OSError, match=f"No space left on device: '{tmp_path}/run.json'"):
+        write_json(tmp_path / "run.json", {"steps": 1})

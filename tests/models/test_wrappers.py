@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from accelerate import cpu_offload
+from own_models import own_model
 from torch import Tensor, nn
 from transformers import (
     AutoModelForCausalLM,
@@ -108,6 +109,28 @@ def test_low_rank_adapters_train_in_a_sparse_model(tiny: Tiny) -> None:
     assert all(parameter.grad is not None for parameter in handle.indexers.parameters())
 
 
+@pytest.mark.parametrize("bias", [False, True])
+def test_adapters_of_absorbed_projections_count(tiny: Tiny, bias: bool) -> None:
+    """Nothing is selected away, so that logits and gradients are those of dense attention."""
+    config = adapters("LoraConfig", r=2, target_modules=["kv_b_proj"], lora_bias=bias)
+    wrapped = with_adapters(tiny("deepseek_v3"), config)
+
+    def outcome() -> tuple[Tensor, dict[str, Tensor]]:
+        wrapped.zero_grad()
+        found = wrapped(input_ids=IDS, labels=IDS, use_cache=False)
+        found.loss.backward()
+        gradients = {name: x.grad.clone() for name, x in wrapped.named_parameters() if x.grad is not None}
+        return found.logits.detach(), gradients
+
+    dense, truth = outcome()
+    attached(wrapped, topk=IDS.shape[1])
+    sparse, found = outcome()
+    torch.testing.assert_close(sparse, dense, rtol=1e-4, atol=1e-4)
+    assert any("lora_B" in name and name.endswith("bias") for name in truth) == bias
+    for name, gradient in truth.items():
+        torch.testing.assert_close(found[name], gradient, rtol=1e-3, atol=1e-4)
+
+
 def test_tokens_that_adapters_put_before_a_sequence_are_tokens_of_it(tiny: Tiny) -> None:
     wrapped = with_adapters(tiny("llama"), adapters("PromptTuningConfig", num_virtual_tokens=3))
     handle = attached(wrapped)
@@ -119,6 +142,17 @@ def test_keys_of_adapters_are_refused(tiny: Tiny) -> None:
     wrapped = with_adapters(tiny("llama"), adapters("PrefixTuningConfig", num_virtual_tokens=3))
     with pytest.raises(ValueError, match="got 'default' of type PREFIX_TUNING, whose learned keys no indexer could"):
         attached(wrapped)
+
+
+@pytest.mark.parametrize("topk", [None, 6])
+def test_adapters_on_a_models_own_indexers_are_refused(topk: int | None) -> None:
+    """New ones change nothing, so ranks don't show them; they would not train, and no checkpoint could be saved."""
+    options: dict[str, Any] = dict(r=2, target_modules="all-linear")
+    wrapped = with_adapters(own_model("deepseek_v32"), adapters("LoraConfig", **options))
+    with pytest.raises(ValueError, match=r"without adapters, .* got one on wq_b of layer 0; merge it, or leave"):
+        attach(wrapped, indexers="own", topk=topk)
+    beside = adapters("LoraConfig", **options, exclude_modules=r".*\.indexer\..*")
+    attach(with_adapters(own_model("deepseek_v32"), beside), indexers="own", topk=topk).remove()
 
 
 def test_dropout_of_adapters_is_refused_in_training_mode(tiny: Tiny) -> None:

@@ -169,6 +169,16 @@ def work(made: Plan) -> tuple[int, int, int]:
     return scores, queries, keys
 
 
+def test_rows_found_in_inference_mode_are_for_training_too() -> None:
+    x = make_inputs(SHAPE, seed=9)
+    problem = problem_of(x, sparse_weight(x))
+    with torch.inference_mode():
+        weighted.weighted_part(problem)
+    part, rows = weighted.weighted_part(problem)
+    assert rows is not None
+    assert not any(y.is_inference() for y in (rows, part.key_start, part.key_end))
+
+
 @pytest.mark.parametrize("documents", [1, 4])
 def test_the_plan_is_linear_in_the_part_that_has_weight(documents: int) -> None:
     """One block of 128 rows in every 2, 4, 8 and 16, those in the middle of their run: the mean's work."""

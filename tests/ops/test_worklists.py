@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+from threading import Thread
 
 import pytest
 import torch
@@ -79,6 +80,35 @@ def test_tensors_of_inference_mode_are_never_cached() -> None:
         start, end = intervals(5)
         made = [cached(start, end, 5, "a", lambda *_: object()) for _ in range(2)]
     assert made[0] is not made[1]
+
+
+def test_what_is_kept_of_inference_mode_trains() -> None:
+    start, end = intervals(90)
+    same = intervals(91)
+    cached(*same, 91, "a", lambda *_: 1)
+    with torch.inference_mode():
+        mean_weight(start, end, 90), mean_weight(*intervals(91), 91)
+    assert not mean_weight(start, end, 90).is_inference(), "of the same tensors"
+    assert not mean_weight(*same, 91).is_inference(), "of the same contents"
+
+
+def test_threads_may_ask_side_by_side(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The backwards of layers on two devices do: here another thread asks while this one compares contents."""
+    several = [causal_intervals(torch.tensor([0, end, 90])) for end in (30, 40, 50, 60)]
+    for n in range(2):
+        cached(*several[n], 90, "a", lambda *_, made=n: made)
+    equal, threads = torch.equal, [Thread(target=cached, args=(*several[2], 90, "a", lambda *_: 2))]
+
+    def interrupted(a: Tensor, b: Tensor) -> bool:
+        if threads:
+            thread = threads.pop()
+            thread.start()
+            thread.join()
+        return equal(a, b)
+
+    monkeypatch.setattr(torch, "equal", interrupted)
+    assert [cached(*several[n], 90, "a", lambda *_: 3) for n in (3, 2, 0)] == [3, 2, 0]
+    assert not threads
 
 
 def test_mean_weight() -> None:

@@ -146,14 +146,21 @@ def test_the_first_of_many_processes_holds_the_folder_and_all_are_told(
     assert said[1] == "ValueError: warmup: process 0 could not begin; see its message, in its output"
 
 
-def test_a_folder_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("number", [errno.EACCES, errno.EROFS, errno.ENOSPC])
+def test_a_folder_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int) -> None:
     def denied(path: Any, *args: object) -> None:
-        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        raise OSError(number, os.strerror(number), str(path))
 
     monkeypatch.setattr(os, "open", denied)
-    with pytest.raises(PermissionError, match="--out must be a folder that can be written, got .*Permission denied"):
+    said = f"--out must be a folder that can be written, got .*{os.strerror(number)}"
+    with pytest.raises(PermissionError if number == errno.EACCES else OSError, match=said):
         locked_folder(tmp_path / "run", never).__enter__()
     monkeypatch.undo()
+
+
+def test_a_folder_where_none_can_be_made() -> None:
+    with pytest.raises(FileNotFoundError, match="--out must be a folder that can be written, got /proc/no/run"):
+        locked_folder(Path("/proc/no/run"), never).__enter__()
 
 
 @pytest.mark.parametrize("names", [["model.safetensors"], ["a.txt", "b"], ["report"], [".git"]])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import re
+import shlex
 import signal
 import sys
 from collections.abc import Callable
@@ -202,8 +203,16 @@ def test_adapters_train_in_place_of_the_parameters(tmp_path: Path, run: Run, che
         torch.testing.assert_close(found.model(ids).logits, handle.model.eval()(ids).logits, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("changes", [{}, dict(activation_checkpointing=True, dtype="bfloat16"), dict(layers=(1,))])
-def test_a_resumed_run_has_the_same_bits(tmp_path: Path, run: Run, base: dict[str, Any], changes: Any) -> None:
+@pytest.mark.parametrize(
+    ("changes", "later"),
+    [
+        ({}, {}),
+        (dict(activation_checkpointing=True, dtype="bfloat16"), {}),
+        (dict(layers=(1,)), dict(activation_checkpointing=True)),
+    ],
+)
+def test_a_resumed_run_has_the_same_bits(tmp_path: Path, run: Run, changes: Any, later: Any) -> None:
+    """With layers that are computed again too, where memory is shorter than it was."""
     run(tmp_path / "whole", **changes)
     function, left = SparseLoop._clip, [4]
 
@@ -217,7 +226,9 @@ def test_a_resumed_run_has_the_same_bits(tmp_path: Path, run: Run, base: dict[st
         patch.setattr(SparseLoop, "_clip", interrupted)
         run(tmp_path / "cut", **changes)
     assert len(rows(tmp_path / "cut")) == 3
-    run(tmp_path / "cut", resume=True, **changes)
+    handle = run(tmp_path / "cut", resume=True, **(changes | later))
+    again = any(getattr(module, "gradient_checkpointing", False) for module in handle.model.modules())
+    assert again == (changes | later).get("activation_checkpointing", False)
     assert_same_bits(tmp_path / "whole", tmp_path / "cut")
 
 
@@ -457,6 +468,15 @@ def test_a_run_says_whether_sums_have_one_order(tmp_path: Path, base: dict[str, 
     assert CliRunner().invoke(app, options).exit_code == 0
 
 
+def test_the_command_of_a_run_is_one_that_the_command_line_takes(tmp_path: Path, base: dict[str, Any]) -> None:
+    """With every switch that a run can have; --steps 0 is refused when all else was read."""
+    switches = dict(activation_checkpointing=True, deterministic=False, layers=[0, 2], clip=None, lora=2)
+    words = shlex.split(sparse_command(base | switches, tmp_path / "run"))
+    assert "--any-order" in words and "--activation-checkpointing" in words
+    said = CliRunner().invoke(app, [*words[1:], "--steps", "0"])
+    assert said.exit_code == 1 and "sparse: steps must be positive and finite, got 0" in said.output, said.output
+
+
 def test_the_command_trains_resumes_and_refuses(tmp_path: Path, base: dict[str, Any]) -> None:
     out = str(tmp_path / "run")
     words = ["sparse", "--out", out]
@@ -464,7 +484,8 @@ def test_the_command_trains_resumes_and_refuses(tmp_path: Path, base: dict[str, 
         words += [f"--{name.replace('_', '-')}", str(value)]
     said = CliRunner().invoke(app, words)
     assert said.exit_code == 0 and f"trained  {out}/checkpoint" in said.output.replace("\n", ""), said.output
-    assert CliRunner().invoke(app, ["sparse", "--out", out, "--resume", "--topk", "8"]).exit_code == 0
+    same = ["sparse", "--out", out, "--resume", "--topk", "8", "--activation-checkpointing"]
+    assert CliRunner().invoke(app, same).exit_code == 0
     for options, message in (
         (["--resume", "--topk", "9"], "sparse: --topk must be 8 as when the run began, got 9"),
         (["--resume", "--any-order"], "sparse: --deterministic must be True as when the run began, got False"),

@@ -382,8 +382,11 @@ def test_a_run_on_gpus_says_that_nobody_has_compared_it(base: dict[str, Any]) ->
     first, second = notes(settings, processes, False)
     assert "not yet on GPUs; compare the losses of a few steps" in first
     assert "--fsdp without --activation-checkpointing keeps the bfloat16 weights of all layers" in second
-    (first,) = notes(replace(settings, activation_checkpointing=True), processes, False)
-    assert "not yet on GPUs" in first
+    for changes in (dict(activation_checkpointing=True), dict(lora=4), dict(indexers_alone=True)):
+        (first,) = notes(replace(settings, **changes), processes, False)
+        assert "not yet on GPUs" in first
+    _, second = notes(replace(settings, activation_checkpointing=True, indexers_alone=True), processes, False)
+    assert "--activation-checkpointing does nothing with --indexers-alone" in second
 
 
 COMMAND = """

@@ -78,6 +78,21 @@ def atomic_directory(path: str | os.PathLike[str]) -> Iterator[Path]:
     shutil.rmtree(old, ignore_errors=True)
 
 
+@contextmanager
+def named_errors(path: Path) -> Iterator[None]:
+    """An error of the system that names no file, as that of a full disk, names `path`.
+
+    Raises:
+        OSError: of the same type and errno.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.filename is not None or error.errno is None:
+            raise
+        raise OSError(error.errno, error.strerror, str(path)) from error
+
+
 def readable_directory(path: str | os.PathLike[str]) -> Path:
     """The folder that holds `path`'s content: `path`, or `.NAME.old` where a kill left only that.
 

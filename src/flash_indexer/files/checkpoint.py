@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from flash_indexer.files.atomic import atomic_directory, readable_directory
+from flash_indexer.files.atomic import atomic_directory, named_errors, readable_directory
 from flash_indexer.files.native import load_native, write_native
 from flash_indexer.files.tensors import read_tensors, shared_out
 from flash_indexer.models.attach import IndexerHandle
@@ -104,7 +104,7 @@ def load_optimizer(folder: Path, optimizer: torch.optim.Optimizer) -> None:
 def write_json(path: Path, content: dict[str, Any]) -> None:
     """Writes a JSON file as a whole: the old content or the new, whenever the process is killed."""
     partial = path.with_name(f".{path.name}.partial")
-    with partial.open("w", encoding="utf-8") as file:
+    with named_errors(path), partial.open("w", encoding="utf-8") as file:
         json.dump(content, file, indent=2)
         file.write("\n")
         file.flush()

@@ -189,12 +189,19 @@ def own_modules(attentions: Mapping[int, object], chosen: Sequence[int]) -> nn.M
     """The chosen layers' own indexers, as modules that share the model's parameters.
 
     Raises:
-        ValueError: a family that isn't known, or parameters that are offloaded, sharded or quantised.
+        ValueError: a family that isn't known, adapters on an indexer, or parameters that are offloaded, sharded or
+            quantised.
     """
     modules = nn.ModuleDict()
     for layer in chosen:
         own = own_indexer(attentions[layer])
         assert own is not None
+        if adapted := [name for name, module in own.named_modules() if hasattr(module, "base_layer")]:
+            raise ValueError(
+                'attach: with indexers="own" the indexers must be without adapters, since their own parameters train, '
+                f"got one on {adapted[0]} of layer {layer}; merge it, or leave the indexers out of the adapters: "
+                'LoraConfig(exclude_modules=r".*\\.indexer\\..*")'
+            )
         modules[str(layer)] = OwnIndexer(own)
         for name, parameter in own.named_parameters():
             fault = _fault(parameter)

@@ -111,11 +111,11 @@ class SparseHandle(IndexerHandle):
         wide = (lambda x: x) if q.device.type == "cuda" else at_least_float32
         query, key, value = (wide(x.transpose(1, 2).flatten(0, 1)) for x in (q, k, v))
         tensors: tuple[Tensor, Tensor, Tensor | None] = query, key, value
-        w_v = None
+        expand = None
         if is_absorbable(tap.module):  # key: latents, value: the rotated part of the keys
-            query, w_v = absorbed_query(tap.module, query)
+            query, *expand = absorbed_query(tap.module, query)
             tensors = query, torch.cat([key, value], -1), None
-        width = None if w_v is None else w_v.shape[1]
+        width = None if expand is None else expand[0].shape[1]
         visible = forward.visible(k.shape[2], window)
         if forward.packing is not None:
             out, kl = self._attend_in_part(tap, forward, tensors, leaves, visible, scale, width, again)
@@ -136,7 +136,7 @@ class SparseHandle(IndexerHandle):
                 kl = self._learn(tap, forward, (query, tensors[1]), leaves, selection, scale, lse)
         if kl is not None:
             forward.kl[tap.layer], self._last = kl, (forward.kl, forward.uniform_kl)
-        return (out if w_v is None else expanded_output(out, w_v)).to(q.dtype)
+        return (out if expand is None else expanded_output(out, *expand)).to(q.dtype)
 
     def _learns(self, tap: SparseTap, forward: SparseForward) -> bool:
         """Whether the indexers get gradients: generation, which has a cache and no gradients, never trains them."""

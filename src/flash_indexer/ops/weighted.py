@@ -75,7 +75,8 @@ def _find(token_weight: Tensor) -> _Found:
     version = None if token_weight.is_inference() else token_weight._version
     found: _Found | None = _cache.get(token_weight) if version is not None else None
     if found is None or found.version != version:
-        rows = token_weight.nonzero()[:, 0]
+        with torch.inference_mode(False):  # what is kept is for training as well
+            rows = token_weight.nonzero()[:, 0]
         few = rows.shape[0] <= MOST * token_weight.shape[0] and rows.shape[0] < token_weight.shape[0]
         found = _Found(version or 0, rows if few else None, WeakTensorKeyDictionary())
         if version is not None:
@@ -89,7 +90,8 @@ def _intervals(found: _Found, rows: Tensor, key_start: Tensor, key_end: Tensor) 
     versions = (key_start._version, key_end._version)
     kept = found.intervals.get(key_start)
     if kept is None or kept[0] is not key_end or kept[1] != versions:
-        kept = found.intervals[key_start] = (key_end, versions, (key_start[rows], key_end[rows]))
+        with torch.inference_mode(False):
+            kept = found.intervals[key_start] = (key_end, versions, (key_start[rows], key_end[rows]))
     part: tuple[Tensor, Tensor] = kept[2]
     return part
 

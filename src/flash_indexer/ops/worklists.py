@@ -61,18 +61,20 @@ def cached(
         entry = _Cached(key_end, versions or (0, 0), num_keys, _read(key_start, key_end, num_keys))
         if versions is not None:
             _cache[key_start] = entry
-            if not any(entry.contents is contents for contents in _recent):
+            if not any(entry.contents is contents for contents in tuple(_recent)):
                 _recent.append(entry.contents)
     made = entry.contents.made
     if key not in made:
-        made[key] = make(*entry.contents.on_host)
+        with torch.inference_mode(False):  # what is kept is for training as well
+            made[key] = make(*entry.contents.on_host)
     return cast("_Made", made[key])
 
 
 def _read(key_start: Tensor, key_end: Tensor, num_keys: int) -> _Contents:
     """Copies, on a CPU too: a cache that held its own key would never let it go."""
-    start, end = (x.detach().to("cpu", copy=True) for x in (key_start, key_end))
-    for contents in _recent:
+    with torch.inference_mode(False):
+        start, end = (x.detach().to("cpu", copy=True) for x in (key_start, key_end))
+    for contents in tuple(_recent):  # at once: another thread may add to it meanwhile
         if (contents.device, contents.num_keys) == (key_start.device, num_keys) and all(
             a.dtype == b.dtype and torch.equal(a, b) for a, b in zip(contents.on_host, (start, end), strict=True)
         ):

@@ -20,7 +20,7 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from flash_indexer.files.atomic import readable_directory
+from flash_indexer.files.atomic import named_errors, readable_directory
 from flash_indexer.files.checkpoint import load_checkpoint, save_checkpoint
 from flash_indexer.models.attach import IndexerHandle
 from flash_indexer.parallel.gradients import sum_gradients, unusable_gradient
@@ -119,7 +119,8 @@ class TrainingLoop:
         watch.close()
 
     def _write(self, row: dict[str, Any], optimizer: torch.optim.AdamW, *, save: bool) -> None:
-        with (self.out / METRICS_FILE).open("a" if row["step"] > 1 else "w", encoding="utf-8") as file:
+        path = self.out / METRICS_FILE
+        with named_errors(path), path.open("a" if row["step"] > 1 else "w", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
         if save or row["step"] == self.steps:
             save_checkpoint(

@@ -86,10 +86,10 @@ def locked_folder(out: Path, warn: Callable[[str], None], command: str = "warmup
     made = [path for path in (out, *out.parents) if not path.exists()]
     try:
         descriptor = _take(out / LOCK_FILE, command)
-    except PermissionError as error:
-        raise PermissionError(
-            f"{command}: --out must be a folder that can be written, got {out} ({error.strerror}: {error.filename}); "
-            "choose another --out"
+    except OSError as error:  # no permission, a read-only or full disk, /proc
+        raise type(error)(
+            f"{command}: --out must be a folder that can be written, got {out} ({error.strerror}: "
+            f"{error.filename or out}); choose another --out"
         ) from error
     if descriptor is None:
         warn(

@@ -89,7 +89,7 @@ def train_sparsely(
 
     Writes into `out`: run.json (settings), metrics.jsonl (a row a step), checkpoint/ (indexers, what trained of the
     model, AdamW's state). Nothing is written before the first step was computed. With `resume`, a run found there goes
-    on from its checkpoint, with its own settings.
+    on from its checkpoint, with its own settings; activation_checkpointing, which changes no number, may change.
 
     Args:
         settings: None where `out` holds a run to resume.
@@ -126,7 +126,9 @@ def train_sparsely(
         with processes.refusing_together():
             record = read_sparse_record(out, resume)
             if record is not None:
-                settings = sparse_settings_from(record["settings"])
+                recorded = sparse_settings_from(record["settings"])
+                again = (settings or recorded).activation_checkpointing
+                settings = replace(recorded, activation_checkpointing=again)
             elif settings is None:
                 raise ValueError(f"sparse: {out} holds no run to resume; give --init-from, the warmed-up indexers")
             else:
@@ -147,6 +149,7 @@ def train_sparsely(
 def notes(settings: SparseRunSettings, processes: Processes, resume: bool) -> list[str]:
     """What a person should know of options that do nothing, or less than they could, and of what was never tried."""
     said, parallel = [], processes.settings
+    trains_all = settings.lora is None and not settings.indexers_alone
     if processes.count > 1 and processes.device.type == "cuda":
         said.append(
             "sparse: training on several processes was compared with one process on CPUs, by gloo, and not yet on "
@@ -156,11 +159,13 @@ def notes(settings: SparseRunSettings, processes: Processes, resume: bool) -> li
         said.append(
             "sparse: --fsdp does nothing in one process, which holds the whole model; start several with torchrun"
         )
-    elif parallel.fsdp and not settings.activation_checkpointing and settings.dtype == "bfloat16":
+    elif parallel.fsdp and trains_all and not settings.activation_checkpointing and settings.dtype == "bfloat16":
         said.append(
             "sparse: --fsdp without --activation-checkpointing keeps the bfloat16 weights of all layers until the "
             "backward, whole on each process; pass --activation-checkpointing where memory is short"
         )
+    if settings.activation_checkpointing and settings.indexers_alone:
+        said.append("sparse: --activation-checkpointing does nothing with --indexers-alone, which has no backward")
     if parallel.layout != ParallelSettings.layout and parallel.cp == 1:
         said.append(f"sparse: --cp-layout {parallel.layout} does nothing without --cp")
     warning = restart_warning("sparse") if resume else None

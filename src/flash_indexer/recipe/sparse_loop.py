@@ -21,7 +21,7 @@ from rich.console import Console
 from torch import Tensor
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
-from flash_indexer.files.atomic import readable_directory
+from flash_indexer.files.atomic import named_errors, readable_directory
 from flash_indexer.files.tensors import whole
 from flash_indexer.files.trained import load_trained_checkpoint, save_trained, trainable
 from flash_indexer.models.sparse import SparseHandle
@@ -212,7 +212,8 @@ class SparseLoop:
         return rates
 
     def _write(self, row: dict[str, Any]) -> None:
-        with (self.out / METRICS_FILE).open("a" if row["step"] > 1 else "w", encoding="utf-8") as file:
+        path = self.out / METRICS_FILE
+        with named_errors(path), path.open("a" if row["step"] > 1 else "w", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
 
     def _save(self, optimizer: torch.optim.AdamW, step: int) -> None:

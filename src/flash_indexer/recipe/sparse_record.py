@@ -139,6 +139,9 @@ def sparse_command(run: Mapping[str, Any], out: str | Path) -> str:
         value = run.get(field.name, field.default)
         if value == field.default:
             continue
+        if field.name == "deterministic":
+            words.append("--any-order")
+            continue
         words.append(f"--{field.name.replace('_', '-')}")
         if value is not True:
             shown = 0 if value is None else ",".join(map(str, value)) if field.name == "layers" else value
@@ -150,7 +153,7 @@ def refuse_other_sparse_settings(recorded: Mapping[str, Any], settings: Mapping[
     """Raises ValueError where an option given beside --resume says something else than the run was started with."""
     for name, value in settings.items():
         before = recorded.get(name, SparseRunSettings.__dataclass_fields__[name].default)
-        if (name, value) == ("dtype", "auto") or (name == "model" and value is None):
+        if name == "activation_checkpointing" or (name, value) in (("dtype", "auto"), ("model", None)):
             continue
         if name in ("model", "data", "init_from") and value is not None and before is not None:
             before, value = os.path.normpath(before), os.path.normpath(value)
