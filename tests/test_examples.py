@@ -87,10 +87,11 @@ def test_an_example_says_what_it_needs(
     [
         ("compressed_keys", []),
         ("key_blocks", []),
-        pytest.param("key_blocks", ["--scores", "highest-key"], marks=pytest.mark.slow),
+        ("key_blocks", ["--scores", "highest-key"]),
     ],
     ids=lambda x: "-".join(x) if isinstance(x, list) else x,
 )
+@pytest.mark.slow
 def test_indexers_of_pooled_keys_learn(tmp_path: Path, runs: Any, name: str, options: list[str]) -> None:
     printed = tmp_path / "printed"
     arguments = [f"{ROOT}/examples/{name}.py", "--steps", "76", "--tokens", "400", *options]

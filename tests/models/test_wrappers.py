@@ -185,7 +185,7 @@ def test_compiled_models_are_attached(tiny: Tiny, backend: str, ran_before: bool
     torch.compiler.reset()
 
 
-@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("backend", ["eager", *SLOW_BACKENDS])
 def test_compiled_models_train_sparsely(tiny: Tiny, backend: str) -> None:
     torch.compiler.reset()
     model = tiny("llama", num_hidden_layers=1)

@@ -249,9 +249,10 @@ def test_many_processes_train_what_one_does(
 
 @pytest.mark.parametrize(
     ("count", "parallel"),
-    [(2, dict(cp=2, fsdp=True)), pytest.param(4, dict(fsdp=True), marks=pytest.mark.slow)],
+    [(2, dict(cp=2, fsdp=True)), (4, dict(fsdp=True))],
     ids=["cp=2-fsdp", "fsdp"],
 )
+@pytest.mark.slow
 def test_mla_and_experts_train_likewise(
     tmp_path: Path, start: Starter, alone: Any, warmed_up: Any, mla_checkpoint: Path, count: int, parallel: Any
 ) -> None:
@@ -298,13 +299,14 @@ WHILE_SAVING = DIE.format(module="files", owner="tensors", name="whole", call=23
     ("parallel", "dying", "code", "mla"),
     [
         (dict(cp=2, fsdp=True), 1, IN_A_STEP, True),
-        pytest.param(dict(cp=2), 1, IN_A_STEP, True, marks=pytest.mark.slow),
-        pytest.param(dict(fsdp=True), 0, IN_A_STEP, False, marks=pytest.mark.slow),
-        pytest.param(dict(cp=2, fsdp=True), 0, WHILE_SAVING, False, marks=pytest.mark.slow),
-        pytest.param(dict(), 0, WHILE_SAVING, False, marks=pytest.mark.slow),
+        (dict(cp=2), 1, IN_A_STEP, True),
+        (dict(fsdp=True), 0, IN_A_STEP, False),
+        (dict(cp=2, fsdp=True), 0, WHILE_SAVING, False),
+        (dict(), 0, WHILE_SAVING, False),
     ],
     ids=["cp and fsdp, mla", "cp, mla", "fsdp", "cp and fsdp", "data parallel"],
 )
+@pytest.mark.slow
 def test_after_a_kill_the_run_goes_on_with_the_same_bits(
     tmp_path: Path,
     start: Starter,
