@@ -1,7 +1,7 @@
 """Attention over selected keys on the GPU, in gather form: one key head, MLA's absorbed widths.
 
 `forward` and `backward` are steps as `stages` describes them, for the problems that their refusals let pass;
-`latent_attention` and `latent_gradients` are the launches. The other steps have no kernels yet.
+`latent_attention` and `latent_gradients` are the launches. The target alone, without a backward, has no kernel yet.
 
 Shape legend: T queries, S keys, K slots of a query, H heads.
 """
@@ -32,7 +32,7 @@ class LatentGradients(NamedTuple):
 
 
 def refusal() -> str | None:
-    """Why no kernel takes a step other than the two below."""
+    """Why no kernel takes the target alone."""
     return "this step of the sparse stage has no kernel yet"
 
 

@@ -1,4 +1,7 @@
-"""The indexer at the selected keys by kernels: KL of each row, and the gradients. See `torch_index`."""
+"""The indexer at the selected keys by kernels: KL of each row, and the gradients. See `torch_index`.
+
+`stages` runs `kl_rows` alone so far: see `refusal`.
+"""
 
 from __future__ import annotations
 
