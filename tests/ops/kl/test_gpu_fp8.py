@@ -14,21 +14,14 @@ import torch
 from torch import Tensor
 
 from flash_indexer import causal_intervals, quantize
+from flash_indexer.kernels.sm_90.sizes import ROTATED_QUERIES, SHARED_KEY_SCALES
 from flash_indexer.ops import Problem, launch
-from flash_indexer.ops.kl import gpu_body, gpu_fp8, gpu_stages
+from flash_indexer.ops.kl import gpu_body, gpu_stages
 from flash_indexer.ops.kl.gpu_fp8 import Fp8Teacher
 from flash_indexer.ops.kl.plan import GradientItems, TileChunk
 from flash_indexer.ops.quantization import Quantized, dequantize
 
 T, S, H, G, SCALE = 200, 200, 4, 2, 0.1
-SHARED, ROTATED = (192,), ((128, 64),)
-
-
-@pytest.fixture(autouse=True)
-def sizes(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is not in use yet is tested all the same."""
-    monkeypatch.setattr(gpu_fp8, "SHARED_KEY_SCALES", SHARED)
-    monkeypatch.setattr(gpu_body, "ROTATED_QUERIES", ROTATED)
 
 
 def no_gradients() -> GradientItems:
@@ -74,7 +67,7 @@ def logits(q: Tensor, k: Tensor, q_scale: Tensor, k_scale: Tensor, H: int, HG: i
 
 def play_score(D: int) -> Callable[..., None]:
     def score(q, k, low, q_scale, k_scale, out, items, H, HG, scale, first_row, count, ctas, keys) -> None:
-        if D in SHARED:
+        if D in SHARED_KEY_SCALES:
             signed_once(k_scale)
         else:
             assert (k_scale >= 0).all()
@@ -130,11 +123,11 @@ def problem(D: int, handed_over: bool, spread: float) -> tuple[Problem, Tensor, 
 
 @pytest.mark.parametrize("spread", [0.25, 2.0**-9], ids=["near", "apart"])
 @pytest.mark.parametrize("handed_over", [False, True])
-@pytest.mark.parametrize("D", [64, *SHARED])
+@pytest.mark.parametrize("D", [64, *SHARED_KEY_SCALES])
 def test_the_teacher(D: int, handed_over: bool, spread: float, launches: Counter[str]) -> None:
     given, q, k = problem(D, handed_over, spread)
     teacher = Fp8Teacher(given)
-    assert (teacher.k_scale < 0).any() == (D in SHARED and spread > 0.1)
+    assert (teacher.k_scale < 0).any() == (D in SHARED_KEY_SCALES and spread > 0.1)
     lse = teacher.lse(given.key_start, given.key_end)
     x = torch.einsum("thd,shd->ths", q, k.repeat_interleave(H // G, 1)) * SCALE
     seen = torch.arange(S) < given.key_end[:, None]
@@ -150,7 +143,7 @@ def test_the_teacher(D: int, handed_over: bool, spread: float, launches: Counter
             torch.testing.assert_close(
                 out[tile * 128 :][: block.shape[0], : block.shape[1]], block, rtol=1e-3, atol=1e-5
             )
-    shares = D in SHARED
+    shares = D in SHARED_KEY_SCALES
     quantised = {} if handed_over else {"quantize": 1 + (not shares)}  # queries once, for the logsumexp and the scores
     assert launches == {"lse_fp8": 1, "score_fp8": 2} | quantised | ({"quantize_keys": 1} if shares else {})
 
@@ -159,7 +152,7 @@ def test_the_teacher(D: int, handed_over: bool, spread: float, launches: Counter
 def test_d_index_q_is_rotated_once(E: int, heads: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """By the kernel that makes it, where that one can, or after it."""
     by_kernel = gpu_body.rotates(E, heads)
-    assert by_kernel == ((E, 64 if heads > 32 else heads) in ROTATED)
+    assert by_kernel == ((E, 64 if heads > 32 else heads) in ROTATED_QUERIES)
     kernel = gpu_body.query_gradient(E, 64, by_kernel)
     assert kernel == ("gradients_query", {"E": E, "IP": 64} | ({"rotation": 1} if by_kernel else {}))
     after: list[Tensor] = []

@@ -26,12 +26,9 @@ EXP, RELU, SUM = 0, 1, 2  # modes of `score`
 SCORE_STAGES = {32: (8, 4), 64: (8, 4), 96: (7, 6), 128: (8, 4), 192: (7, 6), 256: (8, 5), 576: (5, 9)}  # Q, K rings
 # of e4m3 rows, twice as many columns a stage, and up to two more arrays for what is left of a row (`macros.Chunks`)
 SCORE_FP8 = {32: (8, 4), 64: (8, 4), 96: (8, 6), 128: (8, 4), 192: (5, 4), 256: (8, 5), 576: (6, 5)}
-UNIFORM_FP8 = ((128, RELU),)  # of e4m3: width and mode whose descriptors lie in uniform registers: faster
-# Faster by parts (docs/journal.md), and not in use before tests/gpu/test_fp8.py has passed with them: E and padded
-# heads whose d_index_q is rotated where it is made, (128, 64); widths of heads where 128 keys share a scale, 192, which
-# goes with (192, EXP) in UNIFORM_FP8
-ROTATED_QUERIES: tuple[tuple[int, int], ...] = ()
-SHARED_KEY_SCALES: tuple[int, ...] = ()
+UNIFORM_FP8 = ((128, RELU), (192, EXP))  # of e4m3: width and mode whose descriptors lie in uniform registers: faster
+ROTATED_QUERIES = ((128, 64),)  # E and padded heads whose d_index_q is rotated where it is made
+SHARED_KEY_SCALES = (192,)  # of e4m3: widths of heads where 128 keys share a scale
 LSE_STAGES = {64: (2, 6), 96: (6, 9), 128: (4, 8), 192: (6, 7), 256: (4, 8), 576: (9, 4)}  # of the Q and K rings
 LSE_FP8 = {64: (2, 6), 96: (2, 6), 128: (2, 8), 192: (2, 6), 256: (4, 8), 576: (6, 5)}
 GATHERED_INDEX_WIDTHS = (64, 128)  # of the indexer at the selected keys

@@ -1,7 +1,4 @@
-"""The indexer at the selected keys by kernels: KL of each row, and the gradients. See `torch_index`.
-
-`stages` runs `kl_rows` alone so far: see `refusal`.
-"""
+"""The indexer at the selected keys by kernels: KL of each row, and the gradients. See `torch_index`."""
 
 from __future__ import annotations
 
@@ -25,14 +22,6 @@ _FINISH = 1024  # numbers that a block of `sparse_index_finish` takes
 
 
 def refusal(leaves: Leaves) -> str | None:
-    """Why `index_scores` and `index_gradients` don't run: so far for every indexer."""
-    return misfit(leaves) or (
-        "the kernels of the indexer's scores and gradients at the selected keys are not in use yet: not all of "
-        "tests/gpu/test_sparse_index.py has been seen to pass on a GPU"
-    )
-
-
-def misfit(leaves: Leaves) -> str | None:
     """Why `index_scores` and `index_gradients` can't take an indexer; None where they can."""
     I, E = leaves[0].shape[1:]
     if E not in GATHERED_INDEX_WIDTHS:
