@@ -50,7 +50,7 @@ INDEX = ("index_q", "index_k", "index_weights")
 
 
 def make(heads: str) -> Tensors:
-    """Each key is selected by some 300 queries; a quarter of the index scores are zeros, so that K cuts through ties."""
+    """Each key is selected by some 300 queries; a quarter of the index scores are zeros: there are ties at K."""
     (H, G, D, V), generator = HEADS[heads], torch.Generator("cuda").manual_seed(0)
 
     def normal(*shape: int) -> Tensor:
