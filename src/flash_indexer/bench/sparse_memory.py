@@ -106,7 +106,7 @@ def make(layer: Layer, device: str = "cuda", dtype: torch.dtype = torch.bfloat16
         normal(T, layer.I, layer.E), normal(T, layer.E, dtype=wide),
         normal(T, layer.I, dtype=wide) * (layer.I * layer.E) ** -0.5,
     )  # fmt: skip
-    return Tensors(*[x.requires_grad_() for x in leaves], d_out=normal(T, layer.H, layer.V))
+    return Tensors._make([*(x.requires_grad_() for x in leaves), normal(T, layer.H, layer.V)])
 
 
 def step(x: Tensors, layer: Layer, deterministic: bool) -> tuple[Tensor, Tensor]:

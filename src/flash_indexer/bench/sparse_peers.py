@@ -25,8 +25,6 @@ from flash_indexer.bench.timing import Size
 from flash_indexer.ops import Needs, bodies, sparse_backward, sparse_forward
 
 CLOSE = 2**-5  # relative difference of norms; both are from bfloat16 products
-_LIKE = {"select": ("dsa_scores", "dsa_topk"), "any_order": ("dsa_backward", "dsa_target"),
-         "learn": ("dsa_index_scores", "dsa_index_gradients")}  # fmt: skip
 Contestants = dict[str, Callable[[], Any]]
 
 
@@ -43,15 +41,6 @@ def peers(size: SparseSize, x: Tensors, answers: Mapping[str, Answer]) -> tuple[
     if size.selection == CAUSAL and size.H % size.G == 0 and (size.H // size.G).bit_count() == 1:
         _add(beside, reasons, "flex", lambda: flex(x, answers))
     return beside, reasons
-
-
-def over_peers(record: Mapping[str, Any]) -> dict[str, float]:
-    """Our steps' times over the sums of cuDNN's, where a record has both."""
-    return {
-        step: record[step]["p50"] / sum(record[name]["p50"] for name in names)
-        for step, names in _LIKE.items()
-        if step in record and all(name in record for name in names)
-    }
 
 
 def selected_keys_of_cudnn(size: SparseSize, x: Tensors, answers: Mapping[str, Answer]) -> Contestants:
@@ -149,8 +138,10 @@ def in_torch(size: SparseSize, x: Tensors) -> Contestants:
 def _add(beside: Contestants, reasons: dict[str, str], name: str, make: Callable[[], Contestants]) -> None:
     """Any failure of another library is a reason, and no failure of ours."""
     try:
-        beside |= make()
-        torch.cuda.synchronize()
+        made = make()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        beside |= made
     except Exception as error:
         reasons[name] = f"{type(error).__name__}: {str(error).strip()}".split("\n")[0][:200]
 
