@@ -52,6 +52,7 @@ def selected_keys_of_cudnn(size: SparseSize, x: Tensors, answers: Mapping[str, A
     DSA = importlib.import_module("cudnn").DSA
 
     ours = next((answer for answer in reversed(list(answers.values())) if answer.p_sum is not None), None)
+    first = answers["one order"]  # it has the selection and the index gradients
     if ours is None or ours.out is None or ours.lse is None or ours.p_sum is None:
         raise RuntimeError("nothing of ours to hold it to")
     indices, count, scores = x.selection
@@ -101,9 +102,9 @@ def selected_keys_of_cudnn(size: SparseSize, x: Tensors, answers: Mapping[str, A
     theirs = teacher()["target"][0].masked_fill(absent, 0.0)
     _hold("dsa_backward", made["dq"], made["dkv"], ours=(ours.dq, None if ours.dk is None else ours.dk[:, 0]))
     _hold("dsa_target", theirs / theirs.sum(-1, keepdim=True), ours=(p[0],))
-    _hold("dsa_index_gradients", gradients["d_index_q"][0], ours=(ours.d_index_q,))
-    if answers["one order"].selection is not None:
-        best = answers["one order"].selection.scores
+    _hold("dsa_index_gradients", gradients["d_index_q"][0], ours=(first.d_index_q,))
+    if first.selection is not None:
+        best = first.selection.scores
         _hold("dsa_topk", topk()["values"].sort(-1).values, ours=(best.sort(-1).values,))
     return {
         "dsa_scores": all_scores, "dsa_topk": topk, "dsa_backward": backward, "dsa_target": teacher,
