@@ -52,10 +52,10 @@ def selected_keys_of_cudnn(size: SparseSize, x: Tensors, answers: Mapping[str, A
     DSA = importlib.import_module("cudnn").DSA
 
     ours = next((answer for answer in reversed(list(answers.values())) if answer.p_sum is not None), None)
-    first = answers["one order"]  # it has the selection and the index gradients
     if ours is None or ours.out is None or ours.lse is None or ours.p_sum is None:
         raise RuntimeError("nothing of ours to hold it to")
     indices, count, scores = x.selection
+    first = answers["one order"]  # it has the selection and the index gradients
     out, lse, p_sum, k = ours.out, ours.lse, ours.p_sum, x.k[:, 0]
     no_sink = torch.full((size.H,), -1e30, device=x.q.device)
     index = x.index_q[None], x.index_k[None], x.index_weights[None].to(x.index_q.dtype)
