@@ -84,7 +84,7 @@ def test_the_problems_have_contention_and_ties() -> None:
     x = make("narrow")
     selection = x.select()
     keys, times = selection.indices[selection.indices >= 0].unique(return_counts=True)
-    assert len(keys) == S and int(times.max()) > 300
+    assert len(keys) > 0.9 * S and int(times.max()) > 300
     full = selection.count == K
     assert int(((selection.scores == 0) & full[:, None]).any(1).sum()) > T // 10
 

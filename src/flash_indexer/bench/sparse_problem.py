@@ -12,7 +12,7 @@ from flash_indexer.ops import Selection, SparseProblem
 from flash_indexer.ops.blockwise import compute_dtype
 
 RANDOM, CAUSAL, CLUSTERED = "random", "causal", "clustered"
-RUN, NEIGHBOURS = 16, 16  # of a clustered selection: keys of a run, queries that share their runs
+RUN, NEIGHBOURS = 16, 64  # of a clustered selection: keys of a run, queries that share their runs
 LATE = 512  # last queries of a long sequence, few enough for the torch body to run beside the kernels
 
 
@@ -22,7 +22,7 @@ class SparseSize:
 
     V: below D where the values are the first V columns of the keys (MLA absorbed). selection: RANDOM keys among those
     visible; CAUSAL, the same where T = S, so that early rows are not full; CLUSTERED, half of them the most recent, the
-    rest in runs of 16 keys that 16 neighbouring queries share.
+    rest in runs of 16 keys that 64 neighbouring queries share.
     """
 
     H: int
