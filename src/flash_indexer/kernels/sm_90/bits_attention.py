@@ -99,7 +99,7 @@ def build(D, N):
             P = T.alloc_fragment((128, N), "bfloat16")
             O = T.alloc_fragment((128, D), "float32")
             fullq = T.alloc_barrier([1])
-            keys, values = new_ring(KST, N, D), new_ring(VST, N, D)
+            values, keys = new_ring(VST, N, D), new_ring(KST, N, D)
             tx = T.get_thread_binding()
             if tx < 256:
                 T.set_max_nreg(REGISTERS[0], 1)
