@@ -25,7 +25,7 @@ LATE = {
     "mqa64_late_16k": "H=64 G=1 D=128, 16,384 keys",
     "mqa64_late_128k": "the same, 131,072 keys",
 }
-LONG = "v32_layer_128k"
+LONG, FIRST = "v32_layer_128k", "sparse_first_call"
 DENSE = {"cudnn": "cuDNN, dense", "fa2": "FlashAttention-2, dense", "flex": "FlexAttention with the same bits"}
 STEPS = ("select", "forward", "backward", "any_order", "learn", "layer", "layer_any_order")
 LIKE = {  # our step, and what of cuDNN's kernels for selected keys does the same
@@ -58,6 +58,7 @@ def sparse(results: Path) -> list[str]:
         *_beside_dense(records),
         *_beside_gathering(records),
         *_memory(records),
+        *_first_call(records),
     ]
 
 
@@ -135,6 +136,14 @@ def _memory(records: dict[str, Record]) -> list[str]:
         f"{record['size']['queries']:,} queries at a time are absorbed,",
         f"and once more in the backward (`bench/sparse_memory.py`); it takes {record['seconds']:.1f} s.",
     ]
+
+
+def _first_call(records: dict[str, Record]) -> list[str]:
+    if FIRST not in records:
+        return []
+    calls = records[FIRST]["first_call"]
+    times = ", ".join(f"{call['first_s']:.2f} s at the heads of `{name}`" for name, call in calls.items())
+    return ["", f"The first call of a process that finds the kernels compiled, forward and backward: {times}."]
 
 
 def _time(record: Record, step: str) -> str:

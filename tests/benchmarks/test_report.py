@@ -161,7 +161,9 @@ def test_the_memory_of_a_long_layer(report: ModuleType, write: Write, determinis
         "name": "v32_layer_128k", "size": {"tokens": 131072, "queries": 4096}, "peak_bytes": 45.26e9,
         "tensor_bytes": 13e9, "seconds": 21.5, "deterministic": deterministic,
     }  # fmt: skip
+    first = {"name": "sparse_first_call", "first_call": {"v32": {"first_s": 0.514, "next_ms": 2.0}}}
     row = {"name": "v32", "peers": [], **timed("select")}
-    text = " ".join(report.sparse(write(sparse=[row, long])))
+    text = " ".join(report.sparse(write(sparse=[row, long, first])))
+    assert "forward and backward: 0.51 s at the heads of `v32`." in text
     assert "131,072 tokens" in text and "45.3 GB are allocated, 13.0 GB" in text and order in text
     assert "4,096 queries at a time" in text and "it takes 21.5 s." in text

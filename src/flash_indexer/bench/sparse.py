@@ -3,8 +3,8 @@
 `sparse_steps` says which steps there are. The contestants take turns with a matrix product and with what `sparse_peers`
 finds: cuDNN's own kernels for selected keys, dense causal attention, FlexAttention with a bit for each (query, key),
 and for few queries the torch body. A step that has no kernel is named with the reason and not timed. Rates count the
-slots that hold a key: 2·H·(D + V) flops each forward, 2·H·(3·D + 2·V) back. A layer of 131,072 tokens comes last, of
-which the memory is what counts: `sparse_memory`.
+slots that hold a key: 2·H·(D + V) flops each forward, 2·H·(3·D + 2·V) back. Last come a layer of 131,072
+tokens, of which the memory is what counts (`sparse_memory`), and the first call of a process (`sparse_first_call`).
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from flash_indexer.bench import sparse_memory
+from flash_indexer.bench import sparse_first_call, sparse_memory
 from flash_indexer.bench.sparse_check import check
 from flash_indexer.bench.sparse_peers import peers
 from flash_indexer.bench.sparse_problem import SIZES, SparseSize, make
@@ -25,19 +25,23 @@ from flash_indexer.bench.sparse_steps import STEPS, Steps, with_kernels
 from flash_indexer.bench.timing import MATMUL, measured, time_in_turns
 
 SUITE, RESULTS = "sparse", "sparse.jsonl"
+PARTS = (sparse_memory, sparse_first_call)
 ROUNDS = 8
 
 
 def run(out: Path, *, commit: str = "unknown", say: Callable[[str], None] = print) -> list[dict[str, Any]]:
-    """Checks, measures and appends a line for each of SIZES, and for a long layer, to out/sparse.jsonl.
+    """Checks, measures and appends a line for each of SIZES, for a long layer and for first calls to out/sparse.jsonl.
 
     Raises:
         OSError: without a GPU of compute capability 9.0. RuntimeError: where a result is wrong.
     """
     records = []
+    lines = {part.NAME: part.line for part in PARTS}
+    measurements: list[tuple[str, Callable[[], dict[str, Any]]]]
     measurements = [(name, partial(measure, size)) for name, size in SIZES.items()]
-    for record in measured([*measurements, (sparse_memory.NAME, sparse_memory.measure)], out / RESULTS, commit):
-        say(sparse_memory.line(record) if record["name"] == sparse_memory.NAME else line(record))
+    measurements += [(part.NAME, part.measure) for part in PARTS]
+    for record in measured(measurements, out / RESULTS, commit):
+        say(lines.get(record["name"], line)(record))
         records.append(record)
     return records
 
