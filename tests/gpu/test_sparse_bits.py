@@ -188,8 +188,8 @@ def test_against_float64(seed: int, layout: str, monkeypatch: pytest.MonkeyPatch
 @pytest.mark.parametrize("layout", ["causal", "few", "scattered"])
 @pytest.mark.parametrize("S", [16384, 16385, 40_000, BITS_ALL_KEYS, BITS_MAX_KEYS])
 def test_more_keys_than_bits_are_made_at_once(S: int, layout: str) -> None:
-    few = dict(T=40 if S <= BITS_ALL_KEYS else 10, H=4) if S > 50_000 else dict(T=150)
-    problem, d_out = make(0, layout, **(FIXED | dict(S=S, K=300) | few))
+    fewer = dict(T=10, H=2, G=1, D=64, V=64) if S > BITS_ALL_KEYS else dict(T=40 if S > 50_000 else 150)
+    problem, d_out = make(0, layout, **(FIXED | dict(S=S, K=300) | fewer))
     truth = truth_of(problem, d_out)
     eager, got = worst_of_four(problem, d_out, truth), run(problem, d_out, truth)
     several = problem.selection.count > 1

@@ -3,8 +3,8 @@
 `sparse_steps` says which steps there are. The contestants take turns with a matrix product and with what `sparse_peers`
 finds: cuDNN's own kernels for selected keys, dense causal attention, FlexAttention with a bit for each (query, key),
 and for few queries the torch body. A step that has no kernel is named with the reason and not timed. Rates count the
-slots that hold a key: 2·H·(D + V) flops each forward, 2·H·(3·D + 2·V) back. Last come a layer of 131,072
-tokens, of which the memory is what counts (`sparse_memory`), and the first call of a process (`sparse_first_call`).
+slots that hold a key: 2·H·(D + V) flops each forward, 2·H·(3·D + 2·V) back. Last come a layer of 131,072 tokens, of
+which the memory is what counts (`sparse_memory`), and the first call of a process (`sparse_first_call`).
 """
 
 from __future__ import annotations
