@@ -25,7 +25,11 @@ def samples() -> list[Kernel]:
 
 
 SAMPLES = samples()
-QUICK = list({name: kernel for kernel in reversed(SAMPLES) for name in (kernel[0],)}.values())  # the first of each
+FIRST = list({name: kernel for kernel in reversed(SAMPLES) for name in (kernel[0],)}.values())  # of each kernel
+LARGE = (
+    "attention_mla", "sparse_attention_mla", "head_gradients_query", "head_gradients_key", "head_gradients_once",
+)  # fmt: skip
+"""Lowered within seconds, not within a fraction of one."""
 STREAMED = [kernel for kernel in SAMPLES if sizes.BUILDERS[kernel[0]].streamed]
 SELECTED = ("sparse_index_gradients", "sparse_index_scores")
 GATHERED = ("sparse_gradients_mla", *SELECTED)  # tensor cores that no copy engine feeds
@@ -43,8 +47,12 @@ ADDING = {
 
 
 def each(kernels: list[Kernel]) -> pytest.MarkDecorator:
-    """One size of each kernel quickly, the others where there is time."""
-    marked = [pytest.param(x, marks=() if x in QUICK else pytest.mark.slow, id=catalog.title(x)) for x in kernels]
+    """One size of each kernel, of the large ones in CI's second step; `make test-all` lowers the other sizes too."""
+    marked = []
+    for kernel in kernels:
+        marks = [pytest.mark.slow] if kernel not in FIRST or kernel[0] in LARGE else []
+        marks += [] if kernel in FIRST else [pytest.mark.every_size]
+        marked.append(pytest.param(kernel, marks=marks, id=catalog.title(kernel)))
     return pytest.mark.parametrize("kernel", marked)
 
 
@@ -74,6 +82,7 @@ def test_tensor_cores_are_fed_by_the_copy_engine(kernel, source):
     assert "__launch_bounds__(384, 1)" in text
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("V", [0, 128])
 def test_without_values_the_output_is_the_entropy(V, source):
     """And no value is copied, packed or stored; with values nothing of the entropy is computed."""
@@ -113,7 +122,12 @@ def test_the_gradients_of_selected_keys_have_the_shared_memory_that_they_lay_out
     assert int(barriers) + int(behind) == SHARED_BYTES <= sizes.SHARED_MEMORY
 
 
-@pytest.mark.parametrize("E", sizes.GATHERED_INDEX_WIDTHS)
+WIDEST = max(sizes.GATHERED_INDEX_WIDTHS)
+
+
+@pytest.mark.parametrize(
+    "E", [pytest.param(E, marks=() if E == WIDEST else pytest.mark.slow) for E in sizes.GATHERED_INDEX_WIDTHS]
+)
 def test_the_indexer_at_selected_keys_has_the_shared_memory_that_it_lays_out(E, source, nvcc, tmp_path):
     """`sizes.sparse_index_bytes` against the layout in its CUDA source, which the compiler evaluates."""
     program = tmp_path / "layout.cu"
