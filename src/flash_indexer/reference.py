@@ -187,9 +187,7 @@ def selected_probabilities(logits: Tensor, selected: Tensor, sinks: Tensor | Non
     return logits.softmax(-1)[..., : selected.shape[-1]].masked_fill(~selected[:, None], 0.0)
 
 
-def sparse_target(
-    q: Tensor, k: Tensor, selected: Tensor, softmax_scale: float, sinks: Tensor | None = None
-) -> Tensor:
+def sparse_target(q: Tensor, k: Tensor, selected: Tensor, softmax_scale: float, sinks: Tensor | None = None) -> Tensor:
     """p[t,s] = sum_h a[t,h,s] / sum_{s in S_t} sum_h a[t,h,s]: [T, S], zeros outside S_t."""
     total = selected_probabilities(teacher_logits(q, k, softmax_scale), selected, sinks).sum(1)
     return total / total.sum(-1, keepdim=True).clamp_min(torch.finfo(total.dtype).tiny)

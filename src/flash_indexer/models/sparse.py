@@ -13,10 +13,11 @@ from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import scaled_dot_product_attention
+from torch.nn.functional import pad, scaled_dot_product_attention
 
 from flash_indexer.indexer import LightningIndexer
 from flash_indexer.models.absorbed import EXPAND, absorbed_query, expanded_output, is_absorbable, keep_latents
+from flash_indexer.models.capture import AttentionForm
 from flash_indexer.models.families import FAMILIES, call_arguments, check_call
 from flash_indexer.models.handle import IndexerHandle
 from flash_indexer.models.hooks import TAP, uncompiled
@@ -95,11 +96,11 @@ class SparseHandle(IndexerHandle):
         return (), inputs | {FORWARD: forward}
 
     def attend_sparsely(
-        self, tap: SparseTap, forward: SparseForward, q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None
+        self, tap: SparseTap, forward: SparseForward, q: Tensor, k: Tensor, v: Tensor, form: AttentionForm
     ) -> Tensor:
         """One layer's attention: [B, H, L, D] against [B, G, S, D] to [B * L, H, V]."""
         if not tap.is_attached:
-            return _dense_attention(forward, q, k, v, scale, window)
+            return _dense_attention(forward, q, k, v, form)
         again = tap.layer in forward.seen  # in the backward of activation checkpointing
         if again and not forward.has_ended:
             raise ValueError(
@@ -116,12 +117,12 @@ class SparseHandle(IndexerHandle):
             query, *expand = absorbed_query(tap.module, query)
             tensors = query, torch.cat([key, value], -1), None
         width = None if expand is None else expand[0].shape[1]
-        visible = forward.visible(k.shape[2], window)
+        visible = forward.visible(k.shape[2], form.window)
         if forward.packing is not None:
-            out, kl = self._attend_in_part(tap, forward, tensors, leaves, visible, scale, width, again)
+            out, kl = self._attend_in_part(tap, forward, tensors, leaves, visible, form.softmax_scale, width, again)
         elif self._learns(tap, forward) and torch.is_grad_enabled():
             kl = None if again else leaves[2].new_full((len(query),), torch.nan)
-            out = self._learn_in_backward(tensors, leaves, visible, scale, width, kl)
+            out = self._learn_in_backward(tensors, leaves, visible, form, width, kl)
         else:
             selection = select_keys(
                 *leaves, key_start=visible[0], key_end=visible[1], topk=self.topk, always=self.always
@@ -129,11 +130,16 @@ class SparseHandle(IndexerHandle):
             if self.on_selection is not None:
                 self.on_selection(tap.layer, selection)
             out, lse = sparse_attention(
-                *tensors, selection, softmax_scale=scale, value_dim=width, deterministic=self.deterministic
+                *tensors,
+                selection,
+                softmax_scale=form.softmax_scale,
+                value_dim=width,
+                sinks=form.sinks,
+                deterministic=self.deterministic,
             )
             kl = None
             if tap.cache is None and not torch.is_grad_enabled():
-                kl = self._learn(tap, forward, (query, tensors[1]), leaves, selection, scale, lse)
+                kl = self._learn(tap, forward, (query, tensors[1]), leaves, selection, form.softmax_scale, lse)
         if kl is not None:
             forward.kl[tap.layer], self._last = kl, (forward.kl, forward.uniform_kl)
         return (out if expand is None else expanded_output(out, *expand)).to(q.dtype)
@@ -147,16 +153,17 @@ class SparseHandle(IndexerHandle):
         tensors: tuple[Tensor, Tensor, Tensor | None],
         leaves: Leaves,
         visible: tuple[Tensor, Tensor],
-        scale: float,
+        form: AttentionForm,
         width: int | None,
         kl: Tensor | None,
     ) -> Tensor:
         """The attention's output, whose backward brings the indexer's gradients with it and writes to `kl`."""
         q, k, v = tensors
         return dsa_attention(
-            q, k, v, *leaves, softmax_scale=scale, key_start=visible[0], key_end=visible[1], topk=self.topk,
-            value_dim=width, always=self.always, token_weight=self._token_weights(leaves[2], q), kl="backward",
-            kl_scale=self.kl_scale, kl_out=kl, deterministic=self.deterministic,
+            q, k, v, *leaves, softmax_scale=form.softmax_scale, key_start=visible[0], key_end=visible[1],
+            topk=self.topk, value_dim=width, sinks=form.sinks, always=self.always,
+            token_weight=self._token_weights(leaves[2], q), kl="backward", kl_scale=self.kl_scale, kl_out=kl,
+            deterministic=self.deterministic,
         ).out  # fmt: skip
 
     def _attend_in_part(
@@ -300,19 +307,38 @@ def sparse_handle(dense: IndexerHandle, topk: int) -> SparseHandle:
     return handle
 
 
-def _dense_attention(
-    forward: SparseForward, q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None
-) -> Tensor:
+def _dense_attention(forward: SparseForward, q: Tensor, k: Tensor, v: Tensor, form: AttentionForm) -> Tensor:
     """A layer without an indexer: [B, H, L, D] against [B, G, S, D] to [B * L, H, V]."""
     k, v = forward.all_keys(k), forward.all_keys(v)
     is_whole = forward.packing is None
     if not is_whole:
         q = q.transpose(1, 2).flatten(0, 1).transpose(0, 1)[None]
     is_first = forward.past == 0 and forward.positions is not None
-    is_plain = window is None and is_whole and is_first and not forward.is_packed
-    mask = None if is_plain else forward.mask(k.shape[2], window)
+    is_plain = form.window is None and is_whole and is_first and not forward.is_packed and form.sinks is None
+    mask = None if is_plain else forward.mask(k.shape[2], form.window)
+    if form.sinks is not None:
+        assert mask is not None
+        q, k, v = _with_sink_key(q, k, v, form.sinks / form.softmax_scale)
+        mask = torch.cat([mask, mask.new_ones(*mask.shape[:-1], 1)], dim=-1)
+    scale = form.softmax_scale
     out = scaled_dot_product_attention(q, k, v, mask, is_causal=is_plain, scale=scale, enable_gqa=True)
     return out.transpose(1, 2).flatten(0, 1)
+
+
+def _with_sink_key(q: Tensor, k: Tensor, v: Tensor, product: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """q and k with columns more, k and v with a last key, whose product with q is `product` [H] and whose value is 0.
+
+    The product is written as a sum of two numbers of q's dtype, to be as exact as in float32; kernels of attention want
+    widths that are multiples of 8.
+    """
+    high = product.to(q.dtype)
+    low = (product - high).to(q.dtype)
+    columns = torch.stack([high, low, *[torch.zeros_like(high)] * 6], dim=-1)
+    q = torch.cat([q, columns[None, :, None].expand(q.shape[0], -1, q.shape[2], -1)], dim=-1)
+    k, v = pad(k, (0, 8, 0, 1)), pad(v, (0, 0, 0, 1))
+    last = torch.zeros_like(k[:, :, -1:])
+    last[..., -8:-6] = 1.0
+    return q, torch.cat([k[:, :, :-1], last], dim=2), v
 
 
 def _check(dense: IndexerHandle, topk: int) -> None:
@@ -340,11 +366,14 @@ def check_sparse(dense: IndexerHandle, topk: int) -> None:
     if dense.target != "mean":
         raise ValueError(f'attach: with topk, target must be "mean", got {dense.target!r}')
     softcap = getattr(dense.model.config.get_text_config(), "attn_logit_softcapping", None)
-    sinks = [module for _, module in dense.found.callers if getattr(module, "sinks", None) is not None]
-    if softcap is not None or sinks:
+    if softcap is not None:
         raise ValueError(
-            "attach: with topk, attention must have neither softcap nor sinks, got "
-            f"{'sinks' if sinks else f'attn_logit_softcapping={softcap}'}; leave topk out"
+            f"attach: with topk, attention must have no softcap, got attn_logit_softcapping={softcap}; leave topk out"
+        )
+    if dense.parallel.cp > 1 and any(getattr(module, "sinks", None) is not None for _, module in dense.found.callers):
+        raise ValueError(
+            f"attach: with topk, cp must be 1 for attention with sinks, got {dense.parallel.cp}; share parameters out "
+            "by FSDP"
         )
     context = getattr(dense.model.config.get_text_config(), "max_position_embeddings", None)
     if context is not None and topk >= context:

@@ -117,8 +117,8 @@ def sparse_attention(
     and rounded once.
 
     Returns:
-        out [T, H, V] in q's dtype, differentiable in q, k, v and sinks; lse [T, H], float32 (float64), not differentiable:
-        zeros and -inf for a query without keys, NaN for one whose selection's scores are.
+        out [T, H, V] in q's dtype, differentiable in q, k, v and sinks; lse [T, H], float32 (float64), not
+        differentiable: zeros and -inf (or its sink) for a query without keys, NaN for one whose selection's scores are.
 
     Raises:
         ValueError, TypeError: naming the argument, what it must be and what it is.
@@ -222,9 +222,9 @@ def _gradient_op(
         like.new_empty(0) if x is None else x.to(like.dtype)
         for x, like in zip((made.dq, made.dk, made.dv), (q, k, k), strict=True)
     )
-    wanted = sinks is not None and needs[3]
-    d_sinks = sink_gradient(d_out, out, lse, sinks, workspace_bytes) if wanted else lse.new_empty(0)
-    return dq, dk, dv, d_sinks
+    if sinks is None or not needs[3]:
+        return dq, dk, dv, (lse if sinks is None else sinks).new_empty(0)
+    return dq, dk, dv, sink_gradient(d_out, out, lse, sinks, workspace_bytes)
 
 
 def _fake_gradients(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
