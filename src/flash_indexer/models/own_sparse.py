@@ -26,7 +26,7 @@ from flash_indexer.models.index_cache import prepare_layer
 from flash_indexer.models.own_hooks import all_keys, stand_in
 from flash_indexer.models.own_indexers import indexer_sources, own_indexer, thaw_own
 from flash_indexer.models.shared_indexers import LayerLoss, Operands, SharedOperands
-from flash_indexer.models.sparse import Leaves, SparseHandle, check_sparse, install_sparsely
+from flash_indexer.models.sparse import Leaves, SparseHandle, check_sparse, install_sparsely, sparse_handle
 from flash_indexer.models.sparse_forward import SparseForward
 from flash_indexer.models.sparse_hooks import Attend, SparseTap
 from flash_indexer.models.sparse_hooks import attention as sparse_attention_function
@@ -161,6 +161,7 @@ def own_sparse_handle(dense: IndexerHandle, topk: int) -> OwnSparseHandle:
         ValueError: another topk or target, an indexer left out, or sequence and heads shared out.
     """
     model, attentions, parallel = dense.model, dict(dense.found.callers), dense.parallel
+    wide = [parameter.detach() for parameter in dense.indexers.parameters()]  # remove() rounds to the model's dtype
     dense.remove()
     check_sparse(dense, topk)
     if parallel.cp * parallel.tp > 1:
@@ -188,7 +189,14 @@ def own_sparse_handle(dense: IndexerHandle, topk: int) -> OwnSparseHandle:
     install_sparsely(handle, taps, OWN_SPARSE_ATTENTION)
     for undo in thaw_own(handle.indexers):
         handle.undo_with(undo)
+    for parameter, value in zip(handle.indexers.parameters(), wide, strict=True):
+        parameter.data.copy_(value)
     return handle
+
+
+def make_sparse(dense: IndexerHandle, topk: int) -> SparseHandle:
+    """`sparse_handle` of fresh indexers, `own_sparse_handle` of a model's own."""
+    return own_sparse_handle(dense, topk) if dense.trains_own else sparse_handle(dense, topk)
 
 
 class NoMask:

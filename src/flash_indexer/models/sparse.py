@@ -101,6 +101,7 @@ class SparseHandle(IndexerHandle):
         """One layer's attention: [B, H, L, D] against [B, G, S, D] to [B * L, H, V]."""
         if not tap.is_attached:
             return _dense_attention(forward, q, k, v, form)
+        scale, window = form.softmax_scale, form.window
         again = tap.layer in forward.seen  # in the backward of activation checkpointing
         if again and not forward.has_ended:
             raise ValueError(
@@ -117,9 +118,9 @@ class SparseHandle(IndexerHandle):
             query, *expand = absorbed_query(tap.module, query)
             tensors = query, torch.cat([key, value], -1), None
         width = None if expand is None else expand[0].shape[1]
-        visible = forward.visible(k.shape[2], form.window)
+        visible = forward.visible(k.shape[2], window)
         if forward.packing is not None:
-            out, kl = self._attend_in_part(tap, forward, tensors, leaves, visible, form.softmax_scale, width, again)
+            out, kl = self._attend_in_part(tap, forward, tensors, leaves, visible, scale, width, again)
         elif self._learns(tap, forward) and torch.is_grad_enabled():
             kl = None if again else leaves[2].new_full((len(query),), torch.nan)
             out = self._learn_in_backward(tensors, leaves, visible, form, width, kl)
@@ -130,16 +131,12 @@ class SparseHandle(IndexerHandle):
             if self.on_selection is not None:
                 self.on_selection(tap.layer, selection)
             out, lse = sparse_attention(
-                *tensors,
-                selection,
-                softmax_scale=form.softmax_scale,
-                value_dim=width,
-                sinks=form.sinks,
+                *tensors, selection, softmax_scale=scale, value_dim=width, sinks=form.sinks,
                 deterministic=self.deterministic,
-            )
+            )  # fmt: skip
             kl = None
             if tap.cache is None and not torch.is_grad_enabled():
-                kl = self._learn(tap, forward, (query, tensors[1]), leaves, selection, form.softmax_scale, lse)
+                kl = self._learn(tap, forward, (query, tensors[1]), leaves, selection, scale, lse)
         if kl is not None:
             forward.kl[tap.layer], self._last = kl, (forward.kl, forward.uniform_kl)
         return (out if expand is None else expanded_output(out, *expand)).to(q.dtype)
