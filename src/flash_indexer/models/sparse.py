@@ -6,16 +6,13 @@ that is frozen it goes backward inside the forward, as in the warm-up.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import pad, scaled_dot_product_attention
 
-from flash_indexer.indexer import LightningIndexer
 from flash_indexer.models.absorbed import EXPAND, absorbed_query, expanded_output, is_absorbable, keep_latents
 from flash_indexer.models.capture import AttentionForm
 from flash_indexer.models.families import FAMILIES, call_arguments, check_call
@@ -25,6 +22,8 @@ from flash_indexer.models.index_cache import add_index_keys
 from flash_indexer.models.install import switch_attention
 from flash_indexer.models.packing import at_least_float32
 from flash_indexer.models.shared_indexers import LayerLoss
+from flash_indexer.models.sparse_checks import check_fresh, check_sparse
+from flash_indexer.models.sparse_dense import attend_densely
 from flash_indexer.models.sparse_forward import SparseForward
 from flash_indexer.models.sparse_hooks import FORWARD, SPARSE_ATTENTION, SPARSE_TAP, SparseTap
 from flash_indexer.ops import Selection, dsa_attention, select_keys, sparse_attention, sparse_indexer_kl
@@ -100,7 +99,7 @@ class SparseHandle(IndexerHandle):
     ) -> Tensor:
         """One layer's attention: [B, H, L, D] against [B, G, S, D] to [B * L, H, V]."""
         if not tap.is_attached:
-            return _dense_attention(forward, q, k, v, form)
+            return attend_densely(forward, q, k, v, form)
         scale, window = form.softmax_scale, form.window
         again = tap.layer in forward.seen  # in the backward of activation checkpointing
         if again and not forward.has_ended:
@@ -294,7 +293,8 @@ def sparse_handle(dense: IndexerHandle, topk: int) -> SparseHandle:
     modules: list[nn.Module] = [module for module in dense.decoder.modules() if TAP in module.__dict__]
     taps = [module.__dict__[TAP] for module in modules]
     dense.remove()
-    _check(dense, topk)
+    check_fresh(dense)
+    check_sparse(dense, topk)
     handle = SparseHandle(dense, topk)
     attached = [tap.layer in handle.layers for tap in taps]
     install_sparsely(handle, [
@@ -304,94 +304,12 @@ def sparse_handle(dense: IndexerHandle, topk: int) -> SparseHandle:
     return handle
 
 
-def _dense_attention(forward: SparseForward, q: Tensor, k: Tensor, v: Tensor, form: AttentionForm) -> Tensor:
-    """A layer without an indexer: [B, H, L, D] against [B, G, S, D] to [B * L, H, V]."""
-    k, v = forward.all_keys(k), forward.all_keys(v)
-    is_whole = forward.packing is None
-    if not is_whole:
-        q = q.transpose(1, 2).flatten(0, 1).transpose(0, 1)[None]
-    is_first = forward.past == 0 and forward.positions is not None
-    is_plain = form.window is None and is_whole and is_first and not forward.is_packed and form.sinks is None
-    mask = None if is_plain else forward.mask(k.shape[2], form.window)
-    if form.sinks is not None:
-        assert mask is not None
-        q, k, v = _with_sink_key(q, k, v, form.sinks / form.softmax_scale)
-        mask = torch.cat([mask, mask.new_ones(*mask.shape[:-1], 1)], dim=-1)
-    scale = form.softmax_scale
-    out = scaled_dot_product_attention(q, k, v, mask, is_causal=is_plain, scale=scale, enable_gqa=True)
-    return out.transpose(1, 2).flatten(0, 1)
-
-
-def _with_sink_key(q: Tensor, k: Tensor, v: Tensor, product: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """q and k with columns more, k and v with a last key, whose product with q is `product` [H] and whose value is 0.
-
-    The product is written as a sum of two numbers of q's dtype, to be as exact as in float32; kernels of attention want
-    widths that are multiples of 8.
-    """
-    high = product.to(q.dtype)
-    low = (product - high).to(q.dtype)
-    columns = torch.stack([high, low, *[torch.zeros_like(high)] * 6], dim=-1)
-    q = torch.cat([q, columns[None, :, None].expand(q.shape[0], -1, q.shape[2], -1)], dim=-1)
-    k, v = pad(k, (0, 8, 0, 1)), pad(v, (0, 0, 0, 1))
-    last = torch.zeros_like(k[:, :, -1:])
-    last[..., -8:-6] = 1.0
-    return q, torch.cat([k[:, :, :-1], last], dim=2), v
-
-
-def _check(dense: IndexerHandle, topk: int) -> None:
-    if not all(type(indexer) is LightningIndexer for indexer in dense.indexers.values()):
-        raise ValueError(
-            "attach: to make a dense handle sparse, its indexers must be LightningIndexers, got a model's own; pass "
-            'topk to attach(model, indexers="own", topk=...) instead'
-        )
-    if dense.found.refused:
-        raise ValueError(
-            "attach: with topk, every layer must have softmax attention, got a model some of whose layers have none; "
-            "leave topk out"
-        )
-    check_sparse(dense, topk)
-
-
-def check_sparse(dense: IndexerHandle, topk: int) -> None:
-    """Raises ValueError for a K, a target, an attention or a sharing that the sparse stage can't have; may warn."""
-    check_topk("attach", topk)
-    if dense.parallel.tp > 1:
-        raise ValueError(
-            f"attach: with topk, tp must be 1, got {dense.parallel.tp}: a sparse model's heads are not shared out; "
-            "share the sequence out by cp, and parameters by FSDP"
-        )
-    if dense.target != "mean":
-        raise ValueError(f'attach: with topk, target must be "mean", got {dense.target!r}')
-    softcap = getattr(dense.model.config.get_text_config(), "attn_logit_softcapping", None)
-    if softcap is not None:
-        raise ValueError(
-            f"attach: with topk, attention must have no softcap, got attn_logit_softcapping={softcap}; leave topk out"
-        )
-    if dense.parallel.cp > 1 and any(getattr(module, "sinks", None) is not None for _, module in dense.found.callers):
-        raise ValueError(
-            f"attach: with topk, cp must be 1 for attention with sinks, got {dense.parallel.cp}; share parameters out "
-            "by FSDP"
-        )
-    context = getattr(dense.model.config.get_text_config(), "max_position_embeddings", None)
-    if context is not None and topk >= context:
-        warnings.warn(
-            f"attach: topk = {topk} covers the model's context of {context} tokens: no key is ever left out",
-            stacklevel=4,
-        )
-
-
 def _check_learns() -> None:
     if torch.is_inference_mode_enabled():
         raise ValueError(
             "attach: the forward must run outside of torch.inference_mode() while the indexers train, since no "
             "gradient exists inside it; use torch.no_grad() around the model, or handle.indexers.eval()"
         )
-
-
-def check_topk(op: str, topk: object) -> None:
-    """Raises ValueError, in the name of `op`, for a number of keys that no query can attend to."""
-    if isinstance(topk, bool) or not isinstance(topk, int) or topk < 1:
-        raise ValueError(f"{op}: topk must be a whole number of keys, 1 or more, got {topk!r}; DeepSeek-V3.2 has 2048")
 
 
 def install_sparsely(handle: SparseHandle, taps: Sequence[SparseTap], function: str = SPARSE_ATTENTION) -> None:

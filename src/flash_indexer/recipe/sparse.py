@@ -74,7 +74,8 @@ def train_sparsely(
         model      mean over the label tokens of an optimizer step of -log p(token); no label across a document's end
         indexers   mean over tokens, sum over layers, of KL(attention over the selected keys || indexer)
 
-    Both means are over the tokens of all processes, and so are the norms that are clipped.
+    Both means are over the tokens of all processes, and so are the norms that are clipped. A model's own indexers train
+    in place, at their own rate, and get the gradients of their KL alone.
 
     Writes into `out`: run.json (settings), metrics.jsonl (a row a step), checkpoint/ (indexers, what trained of the
     model, AdamW's state). Nothing is written before the first step was computed. With `resume`, a run found there goes
