@@ -85,7 +85,8 @@ def reference_dsa(
     d_sinks = None if sinks is None else rest.pop()
     index = torch.autograd.grad(d_loss * loss, (index_q, index_k, index_weights))
     dv = rest[0] if rest else None
-    return SparseResult(out.detach(), lse.detach(), loss.detach(), kl, dq, dk, dv, *index, d_sinks)
+    made = SparseResult(out.detach(), lse.detach(), loss.detach(), kl, dq, dk, dv, *index)
+    return made._replace(d_sinks=d_sinks)
 
 
 def eager_dsa(
@@ -133,7 +134,7 @@ def eager_dsa(
     if sinks is not None:
         d_sinks = -((sinks.float() - lse).exp() * delta[..., 0]).sum(0).to(sinks.dtype)
     narrow = dq.to(low), dk.to(low), None if v is None else dv.to(low)
-    return SparseResult(out.to(low), lse, loss, kl, *narrow, *rounded, d_sinks)
+    return SparseResult(out.to(low), lse, loss, kl, *narrow, *rounded)._replace(d_sinks=d_sinks)
 
 
 def _leaves(inputs: Inputs) -> tuple[Tensor, Tensor, Tensor]:
