@@ -93,11 +93,11 @@ class SparseTrainer(Trainer):
 
     def _clip_grad_norm(self, model: nn.Module) -> Any:
         with self._without_indexers():
-            return super()._clip_grad_norm(model)
+            return super()._clip_grad_norm(model)  # type: ignore[no-untyped-call]
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
         with self._without_indexers():
-            return super()._get_grad_norm(model, grad_norm=grad_norm)
+            return super()._get_grad_norm(model, grad_norm=grad_norm)  # type: ignore[no-untyped-call]
 
     @contextmanager
     def _without_indexers(self) -> Iterator[None]:
