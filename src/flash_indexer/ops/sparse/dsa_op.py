@@ -20,10 +20,10 @@ from flash_indexer.ops.problem import LEAVES, Sums
 from flash_indexer.ops.sinks import sink_gradient
 from flash_indexer.ops.sparse.kl_op import sparse_kl_op
 from flash_indexer.ops.sparse.learning import Learner, mean_weight, runs_of_rows
-from flash_indexer.ops.sparse.op import forward_with_sinks, select_keys, sparse_attention
+from flash_indexer.ops.sparse.op import select_keys, sparse_attention
 from flash_indexer.ops.sparse.problem import KeySums, Leaves, Needs, SparseProblem, new_key_sums
 from flash_indexer.ops.sparse.selection import Selection
-from flash_indexer.ops.sparse.stages import select_rows, sparse_backward
+from flash_indexer.ops.sparse.stages import forward_with_sinks, select_rows, sparse_backward
 
 _OP = "dsa_attention"
 

@@ -21,10 +21,10 @@ from flash_indexer.ops.checks import (
     check_workspace,
 )
 from flash_indexer.ops.recomputed import Recomputed
-from flash_indexer.ops.sinks import share_beside_sinks, sink_gradient
+from flash_indexer.ops.sinks import sink_gradient
 from flash_indexer.ops.sparse.problem import Needs, SparseProblem
 from flash_indexer.ops.sparse.selection import Selection
-from flash_indexer.ops.sparse.stages import select_rows, sparse_backward, sparse_forward
+from flash_indexer.ops.sparse.stages import forward_with_sinks, select_rows, sparse_backward
 
 _SELECT = "flash_indexer::select_keys"
 _ATTENTION, _GRADIENTS = "flash_indexer::sparse_attention", "flash_indexer::sparse_attention_gradients"
@@ -173,15 +173,6 @@ def _attention_op(
     selection = Selection(indices, count, scores)
     problem = SparseProblem(q, k, v, selection, softmax_scale, value_dim, deterministic, workspace_bytes)
     return forward_with_sinks(problem, sinks)
-
-
-def forward_with_sinks(problem: SparseProblem, sinks: Tensor | None) -> tuple[Tensor, Tensor]:
-    """out and lse of `sparse_forward`, with sinks [H] where there are some: what `sparse_backward` takes."""
-    out, lse = sparse_forward(problem)
-    if sinks is None:
-        return out, lse
-    share, whole = share_beside_sinks(lse, sinks)
-    return out.mul_(share[..., None]), whole
 
 
 def _fake_attention(*arguments: Any) -> tuple[Tensor, Tensor]:
