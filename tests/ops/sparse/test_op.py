@@ -111,10 +111,12 @@ def test_autocast_and_strides_change_nothing(make_case: Callable[..., Any]) -> N
 
 @pytest.mark.parametrize("V", [5, -4])
 @pytest.mark.parametrize("needs", [(True, True, True), (False, True, False)])
-def test_opcheck(make_case: Callable[..., Any], V: int, needs: tuple[bool, ...]) -> None:
+@pytest.mark.parametrize("with_sinks", [False, True])
+def test_opcheck(make_case: Callable[..., Any], with_sinks: bool, needs: tuple[bool, ...], V: int) -> None:
     case = make_case("cached_prefix", dtype=torch.float32, V=V)
     tensors = case.tensors((*needs, False, False, False))
-    arguments = (*tensors[:3], *case.selection, case.x.softmax_scale, abs(V), True, 50_000)
+    sinks = torch.randn(case.x.q.shape[1], requires_grad=needs[0]) if with_sinks else None
+    arguments = (*tensors[:3], *case.selection, sinks, case.x.softmax_scale, abs(V), True, 50_000)
     torch.library.opcheck(_sparse_attention, arguments)
 
 
