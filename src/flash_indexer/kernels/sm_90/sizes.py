@@ -33,7 +33,7 @@ LSE_STAGES = {64: (2, 6), 96: (6, 9), 128: (4, 8), 192: (6, 7), 256: (4, 8), 576
 LSE_FP8 = {64: (2, 6), 96: (2, 6), 128: (2, 8), 192: (2, 6), 256: (4, 8), 576: (6, 5)}
 GATHERED_INDEX_WIDTHS = (64, 128)  # of the indexer at the selected keys
 INDEX_TABLE_KEYS = 16384  # keys of a table of `sparse_index_table`
-SELECT_TILES = 128  # score tiles of a row that `select` takes
+SELECT_ROW, SELECT_LIST = 16384, 8192  # keys of a row that `select` holds, keys of a longer one that it lists
 X_STAGES, Y_STAGES = 2, {32: 10, 64: 8, 128: 4}  # of `gradients`; Y by E: about as many bytes in flight
 
 # Attention: widths of queries, keys and values (others are padded with zeros), keys of a tile at most
