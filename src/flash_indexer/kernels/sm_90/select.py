@@ -7,8 +7,8 @@ scores NaN. One CTA takes one row, whose scores become 32-bit ranks of the same 
 
     sample      one rank in 16 says which first digits the K largest have at least: ranks below need not be counted
     threshold   numbers of ranks by their first 11 bits; which digit the K-th largest has; then the next 11 bits of
-                those with that digit, and the last 10. As a rule two rounds are enough: as soon as a digit's ranks are just
-                those that are missing, all of them are taken
+                those with that digit, and the last 10. As a rule two rounds are enough: as soon as the ranks of a digit
+                are just those that are missing, all of them are taken
     ties        where only some of the ranks that equal the threshold are taken: the place of the last one
     order       every warp has a run of neighbours and counts what it takes, a sum over warps gives its first slot,
                 votes give each lane's
