@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from flash_indexer import causal_intervals
-from flash_indexer.kernels.sm_90.sizes import SELECT_LIST, SELECT_ROW
+from flash_indexer.kernels.sm_90.sizes import SELECT_ORDERED, SELECT_ROW
 from flash_indexer.ops import Selection, bodies, select_keys, top_keys
 from flash_indexer.ops.sparse import gpu_select
 from flash_indexer.ops.sparse.plan import TILE_BYTES, score_plan
@@ -116,7 +116,7 @@ LENGTHS = (SELECT_ROW - 5, SELECT_ROW, SELECT_ROW + 1, 2 * SELECT_ROW + 77, 8 * 
 @pytest.mark.parametrize("S", LENGTHS)
 @pytest.mark.parametrize(
     "topk, always",
-    [(1, (0, 0)), (2048, (0, 0)), (2048, (10, 1000)), (SELECT_LIST, (0, 0)), (SELECT_LIST + 9, (3, 4))],
+    [(1, (0, 0)), (2048, (0, 0)), (2048, (10, 1000)), (SELECT_ORDERED, (0, 0)), (SELECT_ORDERED + 9, (3, 4))],
 )
 def test_long_rows(S: int, kind: str, topk: int, always: tuple[int, int]) -> None:
     """About as many keys as the kernel holds, and more: these are listed, or read again for each digit."""

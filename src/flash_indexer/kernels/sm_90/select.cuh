@@ -5,25 +5,24 @@
 // The K keys of largest score of a row, ascending, by one CTA.
 namespace selection {
 constexpr int THREADS = 512, WARPS = THREADS / 32;
-constexpr int VECTORS = 4;                          // of four ranks, of a thread in a segment
+constexpr int VECTORS = 2;                          // of four ranks, of a thread in a segment
 constexpr int SEGMENT = THREADS * VECTORS * 4;      // places
 constexpr int ROW = 16384, LIST = ROW / 2;          // most places of a row that is held; entries of a list
+constexpr int ORDERED = 4096;                       // most slots of a list, or put in order before they are written
 constexpr int SAMPLED = 16, SAMPLED_LONG = 64;      // one in so many ranks says where the K largest begin
 static_assert(LIST % SEGMENT == 0, "a list ends with a segment");
 constexpr unsigned UNSEEN = 0u, LOWEST = 1u, NAN_RANK = 0xfffffffeu, FORCED = 0xffffffffu;
 // What a CTA shares. Of a long row the first half of `ranks` is a list's and the second has their places
 struct Shared {
   unsigned ranks[ROW];
-  int histogram[2048];  // zeros between two uses
+  int histogram[2048];  // zeros between two uses; at last the places of ranks in order, 16 bits each
   int part[2][WARPS];
   int found[3];
 };
 // Larger for a larger score, the same for -0.0 and +0.0 and for every NaN, which is above infinity; never UNSEEN or FORCED
 static __device__ __forceinline__ unsigned rank_of(float x) {
-  unsigned b = __float_as_uint(x);
-  if (b == 0x80000000u) b = 0u;
-  const unsigned r = (int)b < 0 ? ~b : b | 0x80000000u;
-  return (b & 0x7fffffffu) > 0x7f800000u ? NAN_RANK : r;
+  const unsigned b = __float_as_uint(x), r = b ^ ((unsigned)((int)b >> 31) | 0x80000000u);
+  return (b & 0x7fffffffu) > 0x7f800000u ? NAN_RANK : r + (r == 0x7fffffffu);
 }
 static __device__ __forceinline__ float score_of(unsigned r) {
   return __uint_as_float((int)r < 0 ? r & 0x7fffffffu : ~r);
@@ -50,10 +49,18 @@ struct Row {
     has_nan |= r == NAN_RANK;
     return c < forced_low || c >= forced_high ? FORCED : r;
   }
+  // a whole warp together, which as a rule has nothing to look up but scores
   __device__ __forceinline__ void load(int place, unsigned* r) {
     const int c = first + place;
+    const float4* from = (const float4*)(scores + in_tiles(c));
+    if (__all_sync(0xffffffffu, c >= forced_low && c + 4 <= forced_high)) {
+      const float4 x = *from;
+      r[0] = rank_of(x.x), r[1] = rank_of(x.y), r[2] = rank_of(x.z), r[3] = rank_of(x.w);
+      has_nan |= max(max(r[0], r[1]), max(r[2], r[3])) == NAN_RANK;
+      return;
+    }
     float4 x = make_float4(0.f, 0.f, 0.f, 0.f);
-    if (c < high && c + 4 > low) x = *(const float4*)(scores + in_tiles(c));
+    if (c < high && c + 4 > low) x = *from;
     r[0] = rank(c, x.x), r[1] = rank(c + 1, x.y), r[2] = rank(c + 2, x.z), r[3] = rank(c + 3, x.w);
   }
 };
@@ -66,13 +73,11 @@ struct Held {
     r[0] = v.x, r[1] = v.y, r[2] = v.z, r[3] = v.w;
   }
 };
-// Ranks above `floor` are in, and those equal to it up to place `cut`
+// Ranks above `floor` are in, and those equal to it up to place `cut`: a floor of FORCED has none behind its cut
 struct Threshold {
   unsigned floor;
   int cut;
-  __device__ __forceinline__ bool takes(unsigned r, int place) const {
-    return r > floor || (r == floor && place <= cut);
-  }
+  __device__ __forceinline__ bool takes(unsigned r, int place) const { return r >= floor + (place > cut); }
 };
 struct Block {
   Shared& s;
@@ -135,31 +140,38 @@ struct Block {
   // barrier a segment
   template <class Source, class Takes, class Emit>
   __device__ __forceinline__ int each_taken(Source& x, Takes takes, Emit emit) {
-    const unsigned below = (1u << (threadIdx.x & 31)) - 1u;
+    const int lane = threadIdx.x & 31;
     int all = 0;
     for (int begin = 0; begin < x.size; begin += SEGMENT) {
       const Segment at(begin, x.size);
-      unsigned r[VECTORS * 4], taken = 0;
+      unsigned r[VECTORS * 4], taken = 0, numbers = 0;  // a byte a vector
 #pragma unroll
       for (int i = 0; i < VECTORS; ++i) {
         if (i >= at.vectors) break;
         x.load(at.place(i), r + 4 * i);
+        unsigned own = 0;
 #pragma unroll
-        for (int e = 0; e < 4; ++e) taken |= (unsigned)takes(r[4 * i + e], at.place(i) + e) << (4 * i + e);
+        for (int e = 0; e < 4; ++e) own |= (unsigned)takes(r[4 * i + e], at.place(i) + e) << e;
+        taken |= own << (4 * i), numbers |= (unsigned)__popc(own) << (8 * i);
       }
-      const int2 sums = sum_before(__reduce_add_sync(0xffffffffu, __popc(taken)));
-      int n = all + sums.x;
-      all += sums.y;
+      unsigned upto = numbers;  // of lanes up to this one
+#pragma unroll
+      for (int d = 1; d < 32; d <<= 1) {
+        const unsigned y = __shfl_up_sync(0xffffffffu, upto, d);
+        upto += lane >= d ? y : 0u;
+      }
+      const unsigned sums = __shfl_sync(0xffffffffu, upto, 31);
+      int own = 0;
+#pragma unroll
+      for (int i = 0; i < VECTORS; ++i) own += sums >> (8 * i) & 255u;
+      const int2 before = sum_before(own);
+      int n = all + before.x;
+      all += before.y;
 #pragma unroll
       for (int i = 0; i < VECTORS; ++i) {
         if (i >= at.vectors) break;
-        int to = n;
-#pragma unroll
-        for (int e = 0; e < 4; ++e) {
-          const unsigned votes = __ballot_sync(0xffffffffu, taken >> (4 * i + e) & 1);
-          to += __popc(votes & below);
-          n += __popc(votes);
-        }
+        int to = n + ((upto - numbers) >> (8 * i) & 255u);
+        n += sums >> (8 * i) & 255u;
 #pragma unroll
         for (int e = 0; e < 4; ++e)
           if (taken >> (4 * i + e) & 1) emit(to++, r[4 * i + e], at.place(i) + e);
@@ -242,6 +254,18 @@ static __device__ __forceinline__ int make_list(Block& b, Row& x, Threshold thre
   __syncthreads();
   return n;
 }
+// emit(n, rank, place_of(place)) for what the threshold takes of the ranks that are held, `width` in all, ORDERED at most
+template <class Place, class Emit>
+static __device__ __forceinline__ void write_taken(
+    Block& b, Held& held, Threshold threshold, int width, Place place_of, Emit emit) {
+  unsigned* ranks = b.s.ranks;  // in place: the n-th that is taken stands at n or behind it, and has been read
+  unsigned short* order = (unsigned short*)b.s.histogram;
+  b.each_taken(
+      held, [&](unsigned r, int place) { return threshold.takes(r, place); },
+      [&](int to, unsigned r, int place) { ranks[to] = r, order[to] = place; });
+  __syncthreads();
+  for (int i = threadIdx.x; i < width; i += THREADS) emit(i, ranks[i], place_of(order[i]));
+}
 }  // namespace selection
 
 // Row t: keys, their number and their scores. width: slots of a row. first, last: keys that are taken in any case.
@@ -275,33 +299,26 @@ static __device__ __forceinline__ void select_row(
     IDX[to] = row.first_key + column;
     SC[to] = has_nan ? __int_as_float(0x7fffffff) : rank == FORCED ? X[in_tiles(column)] : score_of(rank);
   };
-  if (x.size <= ROW) {
-    const unsigned guess = hold_row(b, x, width);
-    Held held{b.s.ranks, x.size};
-    const Threshold threshold = b.find_threshold(held, width, width, guess);
-    has_nan = __syncthreads_or(x.has_nan);
-    b.each_taken(held, [&](unsigned r, int place) { return threshold.takes(r, place); }, emit);
-    return;
-  }
+  const bool is_held = x.size <= ROW, is_wide = width > ORDERED;
+  Held held{b.s.ranks, x.size};
   Threshold threshold{LOWEST, INT_MAX};
-  int n = LIST + 1;
-  if (width <= LIST) {
-    threshold.floor = sample_row(b, x, width);
-    n = make_list(b, x, threshold);
-  }
-  if (n < width || n > LIST) {
-    threshold = b.find_threshold(x, width, max(width, LIST), LOWEST);
-    if (width <= LIST) n = make_list(b, x, threshold);
+  auto takes = [&](unsigned r, int place) { return threshold.takes(r, place); };
+  if (is_held) {
+    const unsigned guess = hold_row(b, x, width);
+    threshold = b.find_threshold(held, width, width, guess);
+  } else {
+    if (!is_wide) threshold.floor = sample_row(b, x, width), held.size = make_list(b, x, threshold);
+    if (is_wide || held.size < width || held.size > LIST) {
+      threshold = b.find_threshold(x, width, is_wide ? width : LIST, LOWEST);
+      if (!is_wide) held.size = make_list(b, x, threshold);
+    }
+    if (!is_wide) threshold = b.find_threshold(held, width, width, LOWEST);
   }
   has_nan = __syncthreads_or(x.has_nan);
-  if (width > LIST) {
-    b.each_taken(x, [&](unsigned r, int place) { return threshold.takes(r, place); }, emit);
+  if (is_wide) {
+    if (is_held) b.each_taken(held, takes, emit); else b.each_taken(x, takes, emit);
     return;
   }
-  const unsigned* places = b.s.ranks + LIST;
-  Held list{b.s.ranks, n};
-  threshold = b.find_threshold(list, width, width, LOWEST);
-  b.each_taken(
-      list, [&](unsigned r, int place) { return threshold.takes(r, place); },
-      [&](int to, unsigned rank, int place) { emit(to, rank, places[place]); });
+  const unsigned* places = b.s.ranks + LIST;  // of a list
+  write_taken(b, held, threshold, width, [&](int n) { return is_held ? n : (int)places[n]; }, emit);
 }

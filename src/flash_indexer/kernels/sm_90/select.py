@@ -56,7 +56,7 @@ def build():
     ):  # fmt: skip
         with T.Kernel(nrows, threads=THREADS) as bx:
             T.import_source(SOURCE)
-            T.annotate_min_blocks_per_sm(2)
+            T.annotate_min_blocks_per_sm(3)
             shared = T.alloc_shared((SHARED_BYTES,), "uint8")
             # for t in rows: IDX[t], COUNT[t], SC[t] = topk(X[t, KS[t] : KE[t]], width)
             T.call_extern(

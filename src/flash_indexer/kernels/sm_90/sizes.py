@@ -38,7 +38,7 @@ INDEX_KEYS_BYTES = INDEX_RANGE * INDEX_COLUMNS * 4 + 3 * (
     64 * INDEX_COLUMNS * 2 + 64 * 4 + 192 * 16 + 32
 )  # sums; stages
 INDEX_TABLE_KEYS = 16384  # keys of a table of `sparse_index_table`
-SELECT_ROW, SELECT_LIST = 16384, 8192  # keys of a row that `select` holds, keys of a longer one that it lists
+SELECT_ROW, SELECT_ORDERED = 16384, 4096  # of `select`: keys of a row that it holds; slots that it puts in order
 X_STAGES, Y_STAGES = 2, {32: 10, 64: 8, 128: 4}  # of `gradients`; Y by E: about as many bytes in flight
 
 # Attention: widths of queries, keys and values (others are padded with zeros), keys of a tile at most
@@ -241,7 +241,7 @@ BUILDERS = {
     "sparse_index_gradients": Kernel("sparse_index_gradients", "build", GATHERED_INDEX, streamed=False),
     "sparse_index_masks": Kernel("sparse_index_gradients", "build_masks", GATHERED_INDEX, streamed=False),
     "sparse_index_keys": Kernel("sparse_index_keys", "build", GATHERED_INDEX, streamed=False),
-    "sparse_index_spans": Kernel("sparse_index_keys", "build_spans", ({},), streamed=False),
+    "sparse_index_spans": Kernel("sparse_index_spans", "build", ({},), streamed=False),
     "sparse_scatter": Kernel("sparse_scatter", "build", ({},), streamed=False),
     "sparse_index_scores": Kernel("sparse_index_gradients", "build_scores", GATHERED_INDEX, streamed=False),
     "sparse_index_largest": Kernel("sparse_index_sums", "build_largest", GATHERED_INDEX, streamed=False),

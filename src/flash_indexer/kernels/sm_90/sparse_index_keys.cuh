@@ -184,26 +184,6 @@ struct Work {
       store_shared(sums_at(key, g) + (lane & 3) * 8, old[g].x + d[4 * g], old[g].y + d[4 * g + 1]);
   }
 };
-
-// the slots of each run of 256 keys: from the first to behind the last, (0, 0) for none. In any order of keys
-constexpr int SPANS_THREADS = 256, MOST_RUNS = 1024;
-static __device__ __forceinline__ void find_spans(
-    const int* IDX, const int* COUNT, int* SPANS, int t, int width, int S, int runs) {
-  __shared__ int first[MOST_RUNS], last[MOST_RUNS];
-  for (int r = threadIdx.x; r < runs; r += SPANS_THREADS) first[r] = INT_MAX, last[r] = -1;
-  __syncthreads();
-  const int count = min(max(COUNT[t], 0), width);
-  const int* keys = IDX + (long long)t * width;
-  for (int i = threadIdx.x; i < count; i += SPANS_THREADS) {
-    const int key = keys[i], r = key >> 8;
-    if ((unsigned)key >= (unsigned)S) continue;
-    if (i == 0 || keys[i - 1] >> 8 != r) atomicMin(first + r, i);
-    if (i + 1 == count || keys[i + 1] >> 8 != r) atomicMax(last + r, i);
-  }
-  __syncthreads();
-  for (int r = threadIdx.x; r < runs; r += SPANS_THREADS)
-    ((int2*)SPANS)[(long long)t * runs + r] = last[r] < 0 ? make_int2(0, 0) : make_int2(first[r], last[r] + 1);
-}
 }  // namespace index_keys
 
 // OUT[part, keys of the range, 64 columns] = their sums over the part's tokens, by 512 threads

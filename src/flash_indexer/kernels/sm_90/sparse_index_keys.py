@@ -12,7 +12,7 @@ shared memory; tokens that select a key of the range stream past:
 A key's sum is one warpgroup's, which takes one token after the other: the order of additions is that of the tokens, and
 parts are added up in theirs, so the bits are always the same. No logit is formed again and no key is read.
 
-`spans` says where a token's slots of each run of 256 keys are.
+`sparse_index_spans` says where a token's slots of each run of 256 keys are.
 """
 
 import tilelang.language as T
@@ -21,7 +21,7 @@ from flash_indexer.kernels.device.sources import source
 from flash_indexer.kernels.sm_90.macros import PASS_CONFIGS, shared_address
 from flash_indexer.kernels.sm_90.sizes import INDEX_KEYS_BYTES
 
-__all__ = ["PASS_CONFIGS", "build", "build_spans"]
+__all__ = ["PASS_CONFIGS", "build"]
 SOURCE = source(__file__)
 
 
@@ -29,7 +29,7 @@ def build(E):
     """OUT [parts·S, E] float32 is written. Run-time arguments:
 
     IQ [T·I, E] bfloat16, W [T·I] float32, DI [T·width] float32, IDX [T·width] int32, MASKS [T·width·2] int32: as of
-    `sparse_index_masks`, I at most 64; SPANS [T·runs·2] int32 of `build_spans`
+    `sparse_index_masks`, I at most 64; SPANS [T·runs·2] int32 of `sparse_index_spans`
     tokens, I, S, width; ranges: of 768 keys, times E / 64; parts, of so many tokens each: length
     """
     nq, nw, ns, nm, nr, no = (T.dynamic(name) for name in ("nq", "nw", "ns", "nm", "nr", "no"))
@@ -51,25 +51,3 @@ def build(E):
             )  # fmt: skip
 
     return flash_indexer_sparse_index_keys
-
-
-def build_spans():
-    """SPANS [T·runs·2] int32 is written, a CTA a token: its slots of keys 256r .. 256r + 255, from the first to behind
-    the last; slots of other keys may lie between them. Run-time arguments: IDX [T·width], COUNT [T] int32; width, S,
-    runs: ceil(S / 256), at most 1,024.
-    """
-    ns, nt, nr = T.dynamic("ns"), T.dynamic("nt"), T.dynamic("nr")
-
-    @T.prim_func
-    def flash_indexer_sparse_index_spans(
-        IDX: T.Tensor((ns,), "int32"), COUNT: T.Tensor((nt,), "int32"), SPANS: T.Tensor((nr,), "int32"),
-        width: T.int32, S: T.int32, runs: T.int32,
-    ):  # fmt: skip
-        with T.Kernel(nt, threads=256) as bx:
-            T.import_source(SOURCE)
-            T.call_extern(
-                "handle", "index_keys::find_spans", T.address_of(IDX[0]), T.address_of(COUNT[0]),
-                T.address_of(SPANS[0]), bx, width, S, runs,
-            )  # fmt: skip
-
-    return flash_indexer_sparse_index_spans
