@@ -259,9 +259,10 @@ def test_ranges_where_slots_crowd(I: int, E: int, monkeypatch: pytest.MonkeyPatc
         assert_close(name, *(y.flatten(0, -2) for y in each))
 
 
-def test_which_form_is_chosen() -> None:
+def test_which_form_is_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
     """Dense tiles where a query selects a quarter of what its block sees, or heads are few; else gathered ones, with
     ranges of keys where these are few."""
+    monkeypatch.setattr(gpu_index, "_RANGED_WIDTHS", (64, 128))
     many = make(256, 300, 8, 64, 128).leaves
     assert gpu_index.ranges_are_faster(16384, many, 2048) and not gpu_index.ranges_are_faster(131072, many, 2048)
     leaves = make(256, 300, 8, 64, 128).leaves

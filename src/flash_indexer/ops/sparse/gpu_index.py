@@ -25,6 +25,7 @@ from flash_indexer.ops.worklists import TILE
 _WANTS_QUERY, _WANTS_KEY = 1, 2
 _DENSE_PRODUCT, _DENSE_PAIR = 1.05e-5, 2e-3  # ns of a pair: for each head and column, and beside them
 _SLOT, _SUM = 0.06, 1.5e-3  # ns of a slot: beside the additions, and for each column
+_RANGED_WIDTHS: tuple[int, ...] = ()  # of `ranged_gradients`: GATHERED_INDEX_WIDTHS once it has been seen to be faster
 _RANGE_STEP, _MASKED_SLOT = 4.3, 0.08  # ns of a token in a range of keys, and of a slot before that
 _PARTS = 16  # parts of the tokens, of `sparse_index_keys`, at most
 _TABLE_TOKENS = 32  # that a block of `sparse_index_table` takes at a time
@@ -129,7 +130,8 @@ def ranges_are_faster(S: int, leaves: Leaves, K: int) -> bool:
     """Whether d_index_k's sums in shared memory, for ranges of the S keys, take less time than additions to memory."""
     T, _, E = leaves[0].shape
     steps = T * -(-S // INDEX_RANGE) * (E // INDEX_COLUMNS)
-    return S <= INDEX_RUN * INDEX_RUNS and steps * _RANGE_STEP + T * K * _MASKED_SLOT < T * K * (_SLOT + E * _SUM)
+    takes = E in _RANGED_WIDTHS and S <= INDEX_RUN * INDEX_RUNS
+    return takes and steps * _RANGE_STEP + T * K * _MASKED_SLOT < T * K * (_SLOT + E * _SUM)
 
 
 def ranged_gradients(
