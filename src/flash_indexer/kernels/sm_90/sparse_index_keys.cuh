@@ -5,7 +5,8 @@
 #include "sparse_index_rings.cuh"
 // d_index_k of a range of keys, 64 of its columns, over a run of tokens: sums stay in shared memory, tokens stream past.
 namespace index_keys {
-using namespace sparse_index;
+using sparse_index::Stage, sparse_index::copy_row, sparse_index::copies_arrive, sparse_index::piece;
+using sparse_index::own_mask, sparse_index::mask_of_heads;
 constexpr int KEYS = 256, GROUPS = 3, RANGE = KEYS * GROUPS;  // of a warpgroup; warpgroups
 constexpr int COLUMNS = 64, HEADS = 64, SLOTS = 64, STAGES = 3;  // slots of a warpgroup in a stage
 constexpr int TOKEN = HEADS * COLUMNS * 2, SLOT = 16;
