@@ -89,7 +89,7 @@ def without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(launch, "prepare", lambda kernels: None)
     monkeypatch.setattr(launch, "processors", lambda device: 4)
     monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
-    monkeypatch.setattr(gpu_bits, "_on_its_way", lambda x: (x, SimpleNamespace(synchronize=lambda: None)))
+    monkeypatch.setattr(launch, "on_its_way", lambda x: (x, SimpleNamespace(synchronize=lambda: None)))
 
 
 def some_problem(

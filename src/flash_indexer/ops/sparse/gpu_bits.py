@@ -224,7 +224,7 @@ class _HeadSums:
 
     def __init__(self, problem: SparseProblem, bits: Bits) -> None:
         self.problem, self.occupied = problem, bits.tiles()
-        self.counts, self.known = _on_its_way(self.occupied.sum(1))
+        self.counts, self.known = launch.on_its_way(self.occupied.sum(1))
 
     def write(self, lse: Tensor, p_sum: Tensor) -> None:
         """p_sum [T, K], contiguous; lse [T, H]."""
@@ -255,15 +255,6 @@ class _HeadSums:
                 scores, place, as_int32(indices[rows], S), as_int32(count[rows], K), p_sum[rows].view(-1), K, S, tiles,
                 -(-K // _SLOTS),
             )  # fmt: skip
-
-
-def _on_its_way(x: Tensor) -> tuple[Tensor, torch.Event]:
-    """x on the host, once the event has come."""
-    here = torch.empty(x.shape, dtype=x.dtype, pin_memory=True)
-    here.copy_(x, non_blocking=True)
-    known = torch.Event("cuda")
-    known.record()
-    return here, known
 
 
 def _keys(problem: SparseProblem) -> Keys:

@@ -66,9 +66,12 @@ def backward_refusal(problem: SparseProblem, needs: Needs) -> str | None:
 def forward(problem: SparseProblem) -> tuple[Tensor, Tensor]:
     """out [T, H, V] in q's dtype and lse [T, H]: zeros and -inf for a query without keys, NaN where its scores are."""
     indices, count, scores = problem.selection
+    with torch.cuda.device(scores.device):
+        has_nan = scores[:, :1].isnan().any(-1)  # a row with NaN has nothing else
+        any_nan, known = launch.on_its_way(has_nan.any())
     out, lse = latent_attention(problem.q, problem.k[:, 0], indices, count, softmax_scale=problem.softmax_scale)
-    has_nan = scores.isnan().any(-1)
-    if bool(has_nan.any()):
+    known.synchronize()  # for what came before the attention
+    if bool(any_nan):
         out[has_nan], lse[has_nan] = torch.nan, torch.nan
     return out, lse
 
