@@ -239,12 +239,14 @@ struct Attending {
 }  // namespace sparse
 
 // The whole kernel, for 384 threads of two CTAs; `sm` the address of BYTES of shared memory.
+template <int MODE>
 static __device__ __forceinline__ void sparse_gradients(
     int sm, const void* q, const void* k, const void* g, const int* indices, const int* count, const float* lse,
-    const float* delta, void* dq, float* dk, float* p_sum, int T, int H, int S, int width, float scale) {
+    const float* delta, void* dq, float* dk, float* p_sum, const float* grid, int* sums, int T, int H, int S,
+    int width, float scale) {
   using namespace sparse;
   const Problem x{(const char*)q, (const char*)k, (const char*)g, indices, count, lse, delta, (char*)dq, dk, p_sum,
-                  T, H, S, width, scale};
+                  grid, sums, sums + (int64_t)S * D, sums + (int64_t)S * D * 2, T, H, S, width, scale};
   const int rank = cluster_rank(), warpgroup = __shfl_sync(0xffffffffu, (int)threadIdx.x >> 7, 0), bar = sm + BARRIERS;
   if (threadIdx.x == 0) {
     if ((sm & 0xffffff) != BASE) __trap();
@@ -262,7 +264,7 @@ static __device__ __forceinline__ void sparse_gradients(
   cluster_sync();
   if (warpgroup == 2) {
     asm volatile("setmaxnreg.dec.sync.aligned.u32 72;");
-    add_gradients(x, sm, rank);
+    add_gradients<MODE % 10, MODE / 10 == 1>(x, sm, rank);
   } else {
     asm volatile("setmaxnreg.inc.sync.aligned.u32 216;");
     if (warpgroup == 0)

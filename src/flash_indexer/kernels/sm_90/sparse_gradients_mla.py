@@ -36,7 +36,7 @@ D, V = MLA_WIDTHS
 SHARED_BYTES = 227328 + 128  # BYTES of sparse_gradients_tiles.cuh
 
 
-def build():
+def build(mode):
     """Gradients of attention over selected keys. Run-time arguments:
 
     Q     [T·H, 576], K [S, 576], G [T·H, 512] bfloat16     G: the gradient of out
@@ -50,23 +50,24 @@ def build():
     """
     nqh, tk, nx, nt = T.dynamic("nqh"), T.dynamic("tk"), T.dynamic("nx"), T.dynamic("nt")
     nh, nd = T.dynamic("nh"), T.dynamic("nd")
+    ng, nz = T.dynamic("ng"), T.dynamic("nz")
 
     @T.prim_func
     def flash_indexer_sparse_gradients_mla(
         Q: T.Tensor((nqh, D), "bfloat16"), K: T.Tensor((tk, D), "bfloat16"), G: T.Tensor((nqh, V), "bfloat16"),
         IDX: T.Tensor((nx,), "int32"), COUNT: T.Tensor((nt,), "int32"), LSE: T.Tensor((nh,), "float32"),
         DELTA: T.Tensor((nh,), "float32"), DQ: T.Tensor((nqh, D), "bfloat16"), DK: T.Tensor((nd,), "float32"),
-        PSUM: T.Tensor((nx,), "float32"), tokens: T.int32, H: T.int32, S: T.int32, width: T.int32, pairs: T.int32,
+        PSUM: T.Tensor((nx,), "float32"), GRID: T.Tensor((ng,), "float32"), SUMS: T.Tensor((nz,), "int32"), tokens: T.int32, H: T.int32, S: T.int32, width: T.int32, pairs: T.int32,
         scale: T.float32,
     ):  # fmt: skip
         with T.Kernel(pairs * 2, threads=384, cluster_dims=(2, 1, 1)):
             T.import_source(SOURCE)
             shared = T.alloc_shared((SHARED_BYTES,), "uint8")
             T.call_extern(
-                "handle", "sparse_gradients", shared_address(shared), T.address_of(Q[0, 0]), T.address_of(K[0, 0]),
+                "handle", f"sparse_gradients<{mode}>", shared_address(shared), T.address_of(Q[0, 0]), T.address_of(K[0, 0]),
                 T.address_of(G[0, 0]), T.address_of(IDX[0]), T.address_of(COUNT[0]), T.address_of(LSE[0]),
-                T.address_of(DELTA[0]), T.address_of(DQ[0, 0]), T.address_of(DK[0]), T.address_of(PSUM[0]), tokens, H,
-                S, width, scale,
+                T.address_of(DELTA[0]), T.address_of(DQ[0, 0]), T.address_of(DK[0]), T.address_of(PSUM[0]),
+                T.address_of(GRID[0]), T.address_of(SUMS[0]), tokens, H, S, width, scale,
             )  # fmt: skip
 
     return flash_indexer_sparse_gradients_mla

@@ -38,6 +38,8 @@ struct Problem {
   const float *lse, *delta;
   char* dq;
   float *dk, *p_sum;
+  const float* grid;      // of the exact sums: a power of two for each key
+  int *low, *high, *bad;  // [S, D], [S, D], [S]
   int T, H, S, width;
   float scale;
 };
