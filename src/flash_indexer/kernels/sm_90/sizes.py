@@ -253,7 +253,12 @@ BUILDERS = {
     "sparse_exact_table": Kernel("sparse_exact_sums", "build_table", ({},), streamed=False),
     "sparse_exact_grid": Kernel("sparse_exact_sums", "build_grid", ({},), streamed=False),
     "sparse_exact_finish": Kernel("sparse_exact_sums", "build_finish", ({},), streamed=False),
-    "sparse_gradients_mla": Kernel("sparse_gradients_mla", "build", tuple({"mode": m} for m in (0, 1, 2, 3, 5, 10, 11, 12, 13, 15)), streamed=False),
+    "sparse_gradients_mla": Kernel(
+        "sparse_gradients_mla",
+        "build",
+        tuple({"exact": exact, "half": half} for exact in (0, 1) for half in (0, 1)),
+        streamed=False,
+    ),
     "bits": Kernel("bits", "build", ({},), streamed=False),
     "bits_keys": Kernel("bits_tables", "build_keys", tuple({"W": W} for W in BITS_WIDTHS), streamed=False),
     "bits_lists": Kernel("bits_tables", "build_lists", ({},), streamed=False),

@@ -44,18 +44,20 @@ static __device__ __forceinline__ void exact_grid(
   const int unit = exponent_of(fminf(fmaxf(mean, 1.2e-38f), 3e38f)) + 1 - HIGH_BITS;  // exponent of a high unit
   GRID[s] = power_of_two(min(max(LOW_BITS - unit, -126), 126));
 }
-// DK[s] += the sums of both, in units of the grid; NaN where a term was none, or too large for both
+// DK[s] += the sums of both, in units of the grid; NaN where a term was none, or infinite
 template <int D>
-static __device__ __forceinline__ void exact_finish(const int* SUMS, const float* GRID, float* DK, int S, int block) {
+static __device__ __forceinline__ void exact_finish(
+    const int* SUMS, const float* GRID, float* DK, int S, int block) {
   const long long i = (long long)block * EXACT_THREADS + threadIdx.x;  // of pairs
   const long long s = i / (D / 2), numbers = (long long)S * D;
   if (s >= S) return;
-  const int2 low = ((const int2*)SUMS)[i], high = ((const int2*)(SUMS + numbers))[i];
+  const int2 low = low_sums(((const int2*)SUMS)[i]);
+  const int2 high = ((const int2*)(SUMS + numbers))[i];
   const double unit = 1. / GRID[s];
   const bool bad = SUMS[2 * numbers + s];
   const float nan = __int_as_float(0x7fffffff);
   float2 d = ((float2*)DK)[i];
-  d.x += bad ? nan : (float)(((double)low.x + (double)high.x * (1 << LOW_BITS)) * unit);
-  d.y += bad ? nan : (float)(((double)second_of_pair(low) + (double)high.y * (1 << LOW_BITS)) * unit);
+  d.x += bad ? nan : (float)((low.x + high.x * (double)HIGH_UNIT) * unit);
+  d.y += bad ? nan : (float)((low.y + high.y * (double)HIGH_UNIT) * unit);
   ((float2*)DK)[i] = d;
 }

@@ -3,7 +3,7 @@
     TERMS[s]  = number of tokens t with s in S_t
     SHARES[s] = sum_{t: s in S_t} BOUND[t] / LARGEST, in units of 2^-17, each rounded up
     GRID[s]   = 2^n, so that a term x is the integer round(GRID[s] x); 2^n from the mean bound of the key's terms
-    DK[s]    += (LOW + 2^18 HIGH) / GRID[s]
+    DK[s]    += (LOW[s] + 2^18 HIGH[s]) / GRID[s]
 
 BOUND[t], of `sparse_delta`, is as large as any element of the token's term for a key can be. Maxima and sums of
 integers are the same in any order, so the grid is the same bits every time, and with it the gradient. Terms and shares
@@ -62,7 +62,7 @@ def build_grid():
     ):  # fmt: skip
         with T.Kernel((nk + THREADS - 1) // THREADS, threads=THREADS) as bx:
             T.import_source(SOURCE)
-            # GRID = 2^(18 - 16 + 1 - ceil(log2(LARGEST SHARES / TERMS)))
+            # GRID = 2^(18 + 15 - floor(log2(LARGEST 2^-17 SHARES / TERMS)))
             T.call_extern(
                 "handle", "exact_grid", T.address_of(TERMS[0]), T.address_of(SHARES[0]), T.address_of(LARGEST[0]),
                 T.address_of(GRID[0]), nk, bx,
@@ -72,14 +72,13 @@ def build_grid():
 
 
 def build_finish():
-    """DK [S, 576] float32 is added to. From SUMS int32: low [S·576], high [S·576], and [S] that are not 0 where NaN is
-    the sum; GRID [S]."""
+    """DK [S, 576] float32 is added to. From SUMS int32, as `sparse_gradients_mla` makes them; GRID [S] float32."""
     nz, nk = T.dynamic("nz"), T.dynamic("nk")
 
     @T.prim_func
     def flash_indexer_sparse_exact_finish(
         SUMS: T.Tensor((nz,), "int32"), GRID: T.Tensor((nk,), "float32"), DK: T.Tensor((nk, D), "float32")
-    ):
+    ):  # fmt: skip
         with T.Kernel((nk * (D // 2) + THREADS - 1) // THREADS, threads=THREADS) as bx:
             T.import_source(SOURCE)
             # DK += (low + 2^18 high) / GRID

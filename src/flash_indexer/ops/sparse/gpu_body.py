@@ -20,6 +20,7 @@ from flash_indexer.ops.sparse.problem import KeySums, Needs, SparseProblem
 
 _LOG2E = 1.4426950408889634
 _ROWS = 64  # heads of an item
+_HALF_HEADS = 0  # up to which a token's gradients are one CTA's work: 64 once that form has been seen to be right
 
 
 class LatentGradients(NamedTuple):
@@ -183,15 +184,14 @@ def _add_gradients(
         out.view(rows, -1), d_out, q, value, delta, most, H, softmax_scale
     )
     sums = ExactSums.new(most, k, indices, count, H) if deterministic else ExactSums(count, delta)  # not looked at
-    launch.load("sparse_gradients_mla", mode=MODE if deterministic else 0)(
+    half = H <= _HALF_HEADS
+    launch.load("sparse_gradients_mla", exact=int(deterministic), half=int(half))(
         q, k, d_out, *slots, lse.view(-1), delta, found.dq.view(rows, D), found.dk.view(-1), found.p_sum.view(-1),
-        sums.grid, sums.total, T, H, S, indices.shape[1], min(T, launch.processors(q.device) // 2), softmax_scale,
+        sums.grid, sums.total, T, H, S, indices.shape[1], min(T, launch.processors(q.device) // (1 if half else 2)),
+        softmax_scale,
     )  # fmt: skip
     if deterministic:
         sums.add_to(found.dk.view(S, D))
-
-
-MODE = 1
 
 
 def _check(q: Tensor, k: Tensor) -> None:
