@@ -1,10 +1,11 @@
 """What the gradients of attention over selected keys need of each row of 512: a warp a row.
 
-    delta[t,h] = out[t,h]·d_out[t,h]                                                what the softmax's gradient subtracts
+    delta[t,h] = out[t,h]·d_out[t,h]
     most[t]    = max_h max_e |d_out[t,h,e]| + 2 scale value |d_out[t,h]| max_e |q[t,h,e]|
 
-With `value` the largest norm of values, H · most[t] is as large as any element of sum_h dS[t,h,s] q[t,h] + a[t,h,s]
-d_out[t,h], the token's term of dk[s]: a is at most 1, and of |d_out·(v[s] - out)| either product is at most |d_out| value.
+The softmax's gradient subtracts delta. With `value` the largest norm of values, H · most[t] is as large as any element
+of the token's term of dk[s], sum_h dS[t,h,s] q[t,h] + a[t,h,s] d_out[t,h]: a is at most 1, and of d_out·(v[s] - out)
+either product is at most |d_out| value.
 """
 
 import tilelang.language as T

@@ -41,7 +41,7 @@ def build_table():
         with T.Kernel(runs, parts, threads=TABLE_THREADS) as (bx, by):
             T.import_source(SOURCE)
             table = T.alloc_shared((2 * INDEX_TABLE_KEYS * 4,), "uint8")
-            # TERMS.index_add_(0, IDX[t, :count], 1); SHARES.index_add_(0, IDX[t, :count], ceil(2^17 BOUND[t] / LARGEST))
+            # TERMS.index_add_(0, IDX[t], 1), SHARES.index_add_(0, IDX[t], ceil(2^17 BOUND[t] / LARGEST))
             T.call_extern(
                 "handle", "exact_table", T.address_of(IDX[0]), T.address_of(COUNT[0]), T.address_of(BOUND[0]),
                 T.address_of(LARGEST[0]), T.address_of(TERMS[0]), T.address_of(SHARES[0]), nk, width, nt, bx, by, parts,

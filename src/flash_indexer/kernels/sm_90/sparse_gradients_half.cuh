@@ -10,6 +10,7 @@ constexpr int K = 139264;  // keys: 9 panels [64 keys][64]
 constexpr int P = 212992;  // P [64 heads][64 keys], then dS
 constexpr int SUMS = 229376;  // sums of P over the heads of each warp [8][32 keys] float32
 constexpr int BARRIERS = 230400;
+constexpr int BYTES = BARRIERS + 128;
 constexpr int PANEL = 8192;
 enum {
   P_FULL = 0,  // P and dS are written

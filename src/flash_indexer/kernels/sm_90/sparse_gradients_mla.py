@@ -48,7 +48,7 @@ SHARED_BYTES = 227328 + 128, 230400 + 128  # up to the barriers of sparse_gradie
 
 
 def build(exact, half):
-    """Gradients of attention over selected keys. exact (1): dk in integers. half (1): up to 64 heads. Run-time arguments:
+    """exact (1): dk in integers. half (1): up to 64 heads, one CTA a token. Run-time arguments:
 
     Q     [T·H, 576], K [S, 576], G [T·H, 512] bfloat16     G: the gradient of out
     IDX   [T·width] int32               selected keys of each token in its first COUNT slots; one outside 0 .. S - 1 is
@@ -80,9 +80,9 @@ def build(exact, half):
             shared = T.alloc_shared((SHARED_BYTES[half],), "uint8")
             T.call_extern(
                 "handle", f"{NAMES[half]}<{exact}>", shared_address(shared), T.address_of(Q[0, 0]),
-                T.address_of(K[0, 0]), T.address_of(G[0, 0]), T.address_of(IDX[0]), T.address_of(COUNT[0]), T.address_of(LSE[0]),
-                T.address_of(DELTA[0]), T.address_of(DQ[0, 0]), T.address_of(DK[0]), T.address_of(PSUM[0]),
-                T.address_of(GRID[0]), T.address_of(SUMS[0]), tokens, H, S, width, scale,
+                T.address_of(K[0, 0]), T.address_of(G[0, 0]), T.address_of(IDX[0]), T.address_of(COUNT[0]),
+                T.address_of(LSE[0]), T.address_of(DELTA[0]), T.address_of(DQ[0, 0]), T.address_of(DK[0]),
+                T.address_of(PSUM[0]), T.address_of(GRID[0]), T.address_of(SUMS[0]), tokens, H, S, width, scale,
             )  # fmt: skip
 
     return flash_indexer_sparse_gradients_mla

@@ -145,52 +145,52 @@ def latent_gradients(
         ValueError: for other widths or numbers of heads.
     """
     _check(q, k)
-    (T, H, D), S = q.shape, k.shape[0]
+    (T, _, D), S = q.shape, k.shape[0]
     with torch.cuda.device(q.device):
         dq = torch.empty(q.shape, dtype=q.dtype, device=q.device)
         dk = torch.zeros(S, D, device=q.device) if dk is None else dk
         p_sum = torch.zeros(indices.shape, device=q.device)
-        found = LatentGradients(dq, dk, p_sum)
         if not (S and indices.numel()):
-            dq.zero_()
-            return found
-        k, value = launch.aligned(k), largest_value(k) if deterministic else k.new_empty(1, dtype=torch.float32)
-        for first in range(0, T, TOKENS if deterministic else T):
-            rows = slice(first, first + TOKENS) if deterministic else slice(None)
-            part = LatentGradients(dq[rows], dk, p_sum[rows])
-            given = (launch.aligned(x[rows]) for x in (q, d_out, out, lse, indices, count))
-            _add_gradients(*given, k, value, softmax_scale, part, deterministic)
-    return found
+            return LatentGradients(dq.zero_(), dk, p_sum)
+        k = launch.aligned(k)
+        value = largest_value(k) if deterministic else None
+        step = TOKENS if deterministic else T
+        for rows in (slice(first, first + step) for first in range(0, T, step)):
+            of_rows = _Rows(*(launch.aligned(x[rows]) for x in (q, d_out, out, lse, indices, count)))
+            _add_gradients(of_rows, k, value, softmax_scale, LatentGradients(dq[rows], dk, p_sum[rows]))
+    return LatentGradients(dq, dk, p_sum)
 
 
-def _add_gradients(
-    q: Tensor,
-    d_out: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    indices: Tensor,
-    count: Tensor,
-    k: Tensor,
-    value: Tensor,
-    softmax_scale: float,
-    found: LatentGradients,
-    deterministic: bool,
-) -> None:
-    """`latent_gradients` of some queries; `value` as of `largest_value`, not looked at for sums in any order."""
-    (T, H, D), S, rows = q.shape, k.shape[0], q.shape[0] * q.shape[1]
-    q, d_out, slots = q.view(rows, D), d_out.view(rows, -1), (indices.view(-1), count)
+class _Rows(NamedTuple):
+    """Of some queries, what `latent_gradients` takes."""
+
+    q: Tensor
+    d_out: Tensor
+    out: Tensor
+    lse: Tensor
+    indices: Tensor
+    counts: Tensor
+
+
+def _add_gradients(x: _Rows, k: Tensor, value: Tensor | None, softmax_scale: float, found: LatentGradients) -> None:
+    """dq and p_sum of some queries are written to `found`, their terms added to its dk.
+
+    value: what `largest_value` says of k, for sums of integers; None adds in any order.
+    """
+    (T, H, D), S, K = x.q.shape, k.shape[0], x.indices.shape[1]
+    rows, exact, half = T * H, value is not None, H <= _HALF_HEADS
+    q, d_out, indices = x.q.view(rows, D), x.d_out.view(rows, -1), x.indices.view(-1)
     delta, most = torch.empty(rows, device=q.device), torch.zeros(T, device=q.device)
-    launch.load("sparse_delta", bound=int(deterministic))(
-        out.view(rows, -1), d_out, q, value, delta, most, H, softmax_scale
+    launch.load("sparse_delta", bound=int(exact))(
+        x.out.view(rows, -1), d_out, q, delta if value is None else value, delta, most, H, softmax_scale
     )
-    sums = ExactSums.new(most, k, indices, count, H) if deterministic else ExactSums(count, delta)  # not looked at
-    half = H <= _HALF_HEADS
-    launch.load("sparse_gradients_mla", exact=int(deterministic), half=int(half))(
-        q, k, d_out, *slots, lse.view(-1), delta, found.dq.view(rows, D), found.dk.view(-1), found.p_sum.view(-1),
-        sums.grid, sums.total, T, H, S, indices.shape[1], min(T, launch.processors(q.device) // (1 if half else 2)),
-        softmax_scale,
+    sums = ExactSums.new(most, k, x.indices, x.counts, H) if exact else ExactSums(x.counts, delta)  # not looked at
+    launch.load("sparse_gradients_mla", exact=int(exact), half=int(half))(
+        q, k, d_out, indices, x.counts, x.lse.view(-1), delta, found.dq.view(rows, D), found.dk.view(-1),
+        found.p_sum.view(-1), sums.grid, sums.total, T, H, S, K,
+        min(T, launch.processors(q.device) // (1 if half else 2)), softmax_scale,
     )  # fmt: skip
-    if deterministic:
+    if exact:
         sums.add_to(found.dk.view(S, D))
 
 

@@ -52,5 +52,5 @@ class ExactSums(NamedTuple):
 
 def largest_value(k: Tensor) -> Tensor:
     """[1]: the largest norm of values among keys that are finite."""
-    norms = torch.linalg.vector_norm(k[:, : MLA_WIDTHS[1]], dim=1, dtype=torch.float32)
+    norms: Tensor = torch.linalg.vector_norm(k[:, : MLA_WIDTHS[1]], dim=1, dtype=torch.float32)
     return norms.nan_to_num(0.0, 0.0, 0.0).amax().reshape(1)
