@@ -36,9 +36,13 @@ GATHERED = ("sparse_gradients_mla", "sparse_index_keys", *SELECTED)  # tensor co
 OTHERS = [kernel for kernel in SAMPLES if kernel not in STREAMED and kernel[0] not in GATHERED]
 FLOATS = {"red.relaxed.gpu.global.add.v4.f32"}
 BULK = {"cp.reduce.async.bulk.global.shared::cta.bulk_group.add.s32"}  # of integers, the same in any order
+EXACT = {f"red.relaxed.gpu.global.add.{word}" for word in ("u64", "s32")}  # of integers
 TABLES = {f"red.{space}.{op}.u32" for space in ("shared", "relaxed.gpu.global") for op in ("add", "max")}
 ADDING = {
-    **dict.fromkeys(("head_gradients_once", "sparse_gradients_mla"), FLOATS),
+    "head_gradients_once": FLOATS,
+    "sparse_gradients_mla": FLOATS | EXACT,
+    "sparse_delta": {"red.relaxed.gpu.global.max.u32"},
+    **dict.fromkeys(("sparse_exact_table", "sparse_exact_grid", "sparse_exact_finish"), EXACT | {"red.shared.add.u32"}),
     **dict.fromkeys(SELECTED, BULK),
     **dict.fromkeys(("sparse_index_largest", "sparse_index_table", "sparse_index_finish"), BULK | TABLES),
     "select": {"atomicAdd("},  # of integers
@@ -114,13 +118,13 @@ def test_a_kernel_of_one_call_has_nothing_around_it(kernel, source):
     assert "wgmma_ss<" in text and "__syncthreads" not in body and "fence" not in body
 
 
-def test_the_gradients_of_selected_keys_have_the_shared_memory_that_they_lay_out(source):
+@pytest.mark.parametrize("half", [0, 1])
+def test_the_gradients_of_selected_keys_have_the_shared_memory_that_they_lay_out(half, source):
     from flash_indexer.kernels.sm_90.sparse_gradients_mla import SHARED_BYTES
 
-    barriers, behind = re.search(
-        r"BARRIERS = (\d+);\s+constexpr int BYTES = BARRIERS \+ (\d+);", source("sparse_gradients_mla")
-    ).groups()
-    assert int(barriers) + int(behind) == SHARED_BYTES <= sizes.SHARED_MEMORY
+    text = source("sparse_gradients_mla", exact=0, half=half)
+    barriers, behind = re.search(r"BARRIERS = (\d+);\s+constexpr int BYTES = BARRIERS \+ (\d+);", text).groups()
+    assert int(barriers) + int(behind) == SHARED_BYTES[half] <= sizes.SHARED_MEMORY
 
 
 WIDEST = max(sizes.GATHERED_INDEX_WIDTHS)
