@@ -24,6 +24,8 @@ MAX_HEADS, MAX_INDEX_HEADS = 128, 64
 PADDED_HEADS = (8, 16, 32, 64)
 EXP, RELU, SUM = 0, 1, 2  # modes of `score`
 SCORE_STAGES = {32: (8, 4), 64: (8, 4), 96: (7, 6), 128: (8, 4), 192: (7, 6), 256: (8, 5), 576: (5, 9)}  # Q, K rings
+NARROW_STAGES = {32: (16, 8), 64: (12, 8), 128: (4, 5)}  # of `score_narrow`: Q, K rings
+ROWS_CTAS, ROWS_STAGES, ROWS_KEYS = 3, 2, 4096  # of `rows`: CTAs of a multiprocessor, stages of each, keys of a stage
 # of e4m3 rows, twice as many columns a stage, and up to two more arrays for what is left of a row (`macros.Chunks`)
 SCORE_FP8 = {32: (8, 4), 64: (8, 4), 96: (8, 6), 128: (8, 4), 192: (5, 4), 256: (8, 5), 576: (6, 5)}
 UNIFORM_FP8 = ((128, RELU), (192, EXP))  # of e4m3: width and mode whose descriptors lie in uniform registers: faster
@@ -200,7 +202,16 @@ BUILDERS = {
         "score",
         "build",
         (
-            *({"D": D, "mode": mode} for D in HEAD_WIDTHS for mode in (EXP, SUM)),
+            *({"D": D, "mode": EXP} for D in HEAD_WIDTHS),  # the narrow ones for `bits`, as RELU for `select`
+            *({"D": D, "mode": SUM} for D in HEAD_WIDTHS if D not in NARROW_STAGES),
+            *({"D": E, "mode": RELU} for E in INDEX_WIDTHS),
+        ),
+    ),
+    "score_narrow": Kernel(
+        "score_narrow",
+        "build",
+        (
+            *({"D": D, "mode": mode} for D in HEAD_WIDTHS if D in NARROW_STAGES for mode in (EXP, SUM)),
             *({"D": E, "mode": RELU} for E in INDEX_WIDTHS),
         ),
     ),
