@@ -22,6 +22,9 @@ def sparse(
     data: Annotated[str | None, typer.Option(help="Text, JSONL, Parquet or datasets folder.")] = None,
     column: Annotated[str, typer.Option(help="Column that holds the text.")] = "text",
     topk: Annotated[int, typer.Option(help="Keys K that a query attends to.")] = 2048,
+    keys: Annotated[
+        str, typer.Option(help="indexer, or oracle: the keys of largest attention, a bound to compare with.")
+    ] = "indexer",
     layers: Annotated[str | None, typer.Option(help="Layers that become sparse, such as 0,1,5-9; default all.")] = None,
     lora: Annotated[int | None, typer.Option(help="Train adapters of this rank (PEFT), not the parameters.")] = None,
     indexers_alone: Annotated[bool, typer.Option("--indexers-alone", help="Keep the model frozen.")] = False,

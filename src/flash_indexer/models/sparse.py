@@ -22,6 +22,7 @@ from flash_indexer.models.handle import IndexerHandle
 from flash_indexer.models.hooks import TAP, uncompiled
 from flash_indexer.models.index_cache import add_index_keys
 from flash_indexer.models.install import switch_attention
+from flash_indexer.models.oracle import attend_to_oracle_keys
 from flash_indexer.models.packing import at_least_float32
 from flash_indexer.models.shared_indexers import LayerLoss
 from flash_indexer.models.sparse_forward import SparseForward
@@ -45,6 +46,8 @@ class SparseHandle(IndexerHandle):
         kl_scale: a tensor of no dimension by which the indexers' loss is multiplied; None means 1.
         deterministic: the same gradients to the bit every time. False lets MLA's backward run in the kernels of Hopper
             GPUs, which add the keys' gradients in any order.
+        keys: "indexer", or "oracle": layers attend to the `topk` keys of largest attention, an indexer's bound, and the
+            indexers learn on these. In one process.
         on_selection: called with each layer's index and selection in forwards without gradients; None for none.
     """
 
@@ -53,6 +56,7 @@ class SparseHandle(IndexerHandle):
         self.topk, self.always = topk, (0, 0)
         self.kl_scale: Tensor | None = None
         self.deterministic = True
+        self.keys = "indexer"
         self.on_selection: Callable[[int, Selection], None] | None = None
         self._undo = []
         self._last: tuple[dict[int, Tensor], dict[int, Tensor]] | None = None
@@ -117,7 +121,12 @@ class SparseHandle(IndexerHandle):
             tensors = query, torch.cat([key, value], -1), None
         width = None if expand is None else expand[0].shape[1]
         visible = forward.visible(k.shape[2], window)
-        if forward.packing is not None:
+        if self.keys == "oracle":
+            out, kl, selection = self._attend_to_largest(forward, tensors, leaves, visible, scale, width)
+            kl = None if again or tap.cache is not None else kl
+            if self.on_selection is not None and not torch.is_grad_enabled():
+                self.on_selection(tap.layer, selection)
+        elif forward.packing is not None:
             out, kl = self._attend_in_part(tap, forward, tensors, leaves, visible, scale, width, again)
         elif self._learns(tap, forward) and torch.is_grad_enabled():
             kl = None if again else leaves[2].new_full((len(query),), torch.nan)
@@ -158,6 +167,26 @@ class SparseHandle(IndexerHandle):
             value_dim=width, always=self.always, token_weight=self._token_weights(leaves[2], q), kl="backward",
             kl_scale=self.kl_scale, kl_out=kl, deterministic=self.deterministic,
         ).out  # fmt: skip
+
+    def _attend_to_largest(
+        self,
+        forward: SparseForward,
+        tensors: tuple[Tensor, Tensor, Tensor | None],
+        leaves: Leaves,
+        visible: tuple[Tensor, Tensor],
+        scale: float,
+        width: int | None,
+    ) -> tuple[Tensor, Tensor, Selection]:
+        """The output over the keys of largest attention, with the KL [T] of the indexer there."""
+        if forward.packing is not None:
+            raise ValueError(f'attach: keys="oracle" must run in one process, got cp={self.parallel.cp}; leave cp out')
+        if self.indexers.training and not torch.is_grad_enabled():
+            _check_learns()
+        return attend_to_oracle_keys(
+            tensors, leaves, visible, self.topk, softmax_scale=scale, value_dim=width,
+            token_weight=self._token_weights(leaves[2], tensors[0]), kl_scale=self.kl_scale,
+            deterministic=self.deterministic,
+        )  # fmt: skip
 
     def _attend_in_part(
         self,

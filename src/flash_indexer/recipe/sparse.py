@@ -116,6 +116,8 @@ def train_sparsely(
             f"sparse: tp must be 1, got {parallel.tp}: the heads of a model that trains are not shared out; share long "
             "sequences out by --cp, and parameters by --fsdp"
         )
+    if parallel.cp > 1 and settings is not None and settings.keys == "oracle":
+        raise ValueError(f'sparse: keys="oracle" must run with cp=1, got {parallel.cp}; leave --cp out')
     processes = Processes(parallel)
     console = (console or Console()) if processes.is_main else Console(quiet=True)
     say = partial(console.print, highlight=False, soft_wrap=True, markup=False)
@@ -340,7 +342,7 @@ def _sparse(
     weights = {key: value for key, value in start.indexers.state_dict.items() if key in dense.state_dict()}
     dense.load_state_dict(weights)
     handle = sparse_handle(dense, settings.topk)
-    handle.deterministic = settings.deterministic
+    handle.deterministic, handle.keys = settings.deterministic, settings.keys
     return handle, loss
 
 
