@@ -512,5 +512,5 @@ def test_the_oracles_keys_are_a_run_of_their_own(tmp_path: Path, run: Run) -> No
     assert losses["indexer", 8] != losses["oracle", 8]
     assert losses["indexer", 32] == pytest.approx(losses["oracle", 32], rel=1e-6)
     assert "--keys oracle" in sparse_command(read_any_run(tmp_path / "oracle 8"), "x")
-    with pytest.raises(ValueError, match=r'keys must be one of indexer, oracle, got .*best'):
+    with pytest.raises(ValueError, match=r"keys must be one of indexer, oracle, got .*best"):
         run(tmp_path / "best", keys="best")

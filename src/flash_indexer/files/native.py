@@ -18,7 +18,8 @@ from flash_indexer.files.native_config import CONFIG_FILE, FORMAT, NativeConfig,
 from flash_indexer.indexer import LightningIndexer
 from flash_indexer.models.attach import IndexerHandle, attach
 from flash_indexer.models.own_sparse import own_sparse_handle
-from flash_indexer.models.sparse import check_topk, sparse_handle
+from flash_indexer.models.sparse import sparse_handle
+from flash_indexer.models.sparse_checks import check_topk
 from flash_indexer.parallel.mesh import Parallel
 
 WEIGHTS_FILE = "indexer.safetensors"

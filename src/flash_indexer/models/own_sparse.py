@@ -26,7 +26,8 @@ from flash_indexer.models.index_cache import prepare_layer
 from flash_indexer.models.own_hooks import all_keys, stand_in
 from flash_indexer.models.own_indexers import own_indexer, thaw_own
 from flash_indexer.models.shared_indexers import LayerLoss, Operands, SharedOperands
-from flash_indexer.models.sparse import Leaves, SparseHandle, check_sparse, install_sparsely
+from flash_indexer.models.sparse import Leaves, SparseHandle, install_sparsely
+from flash_indexer.models.sparse_checks import check_sparse
 from flash_indexer.models.sparse_forward import SparseForward
 from flash_indexer.models.sparse_hooks import Attend, SparseTap
 from flash_indexer.models.sparse_hooks import attention as sparse_attention_function

@@ -6,17 +6,24 @@ that is frozen it goes backward inside the forward, as in the warm-up.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import scaled_dot_product_attention
 
-from flash_indexer.indexer import LightningIndexer
-from flash_indexer.models.absorbed import EXPAND, absorbed_query, expanded_output, is_absorbable, keep_latents
+from flash_indexer.models.absorbed import (
+    EXPAND,
+    Absorbed,
+    absorbed,
+    absorbed_in_runs,
+    absorbed_query,
+    expanded_output,
+    is_absorbable,
+    keep_latents,
+    needs_runs,
+)
 from flash_indexer.models.families import FAMILIES, call_arguments, check_call
 from flash_indexer.models.handle import IndexerHandle
 from flash_indexer.models.hooks import TAP, uncompiled
@@ -25,7 +32,8 @@ from flash_indexer.models.install import switch_attention
 from flash_indexer.models.oracle import attend_to_oracle_keys
 from flash_indexer.models.packing import at_least_float32
 from flash_indexer.models.shared_indexers import LayerLoss
-from flash_indexer.models.sparse_forward import SparseForward
+from flash_indexer.models.sparse_checks import check_dense_handle, check_learns
+from flash_indexer.models.sparse_forward import SparseForward, dense_attention
 from flash_indexer.models.sparse_hooks import FORWARD, SPARSE_ATTENTION, SPARSE_TAP, SparseTap
 from flash_indexer.ops import Selection, dsa_attention, select_keys, sparse_attention, sparse_indexer_kl
 from flash_indexer.parallel.sparse import context_parallel_dsa_attention
@@ -103,7 +111,7 @@ class SparseHandle(IndexerHandle):
     ) -> Tensor:
         """One layer's attention: [B, H, L, D] against [B, G, S, D] to [B * L, H, V]."""
         if not tap.is_attached:
-            return _dense_attention(forward, q, k, v, scale, window)
+            return dense_attention(forward, q, k, v, scale, window)
         again = tap.layer in forward.seen  # in the backward of activation checkpointing
         if again and not forward.has_ended:
             raise ValueError(
@@ -115,12 +123,15 @@ class SparseHandle(IndexerHandle):
         wide = (lambda x: x) if q.device.type == "cuda" else at_least_float32
         query, key, value = (wide(x.transpose(1, 2).flatten(0, 1)) for x in (q, k, v))
         tensors: tuple[Tensor, Tensor, Tensor | None] = query, key, value
-        expand = None
+        latent, width, visible = None, None, forward.visible(k.shape[2], window)
         if is_absorbable(tap.module):  # key: latents, value: the rotated part of the keys
-            query, *expand = absorbed_query(tap.module, query)
-            tensors = query, torch.cat([key, value], -1), None
-        width = None if expand is None else expand[0].shape[1]
-        visible = forward.visible(k.shape[2], window)
+            latent, width = absorbed(tap.module, q.shape[1]), key.shape[-1]
+            key = torch.cat([key, value], -1)
+        in_backward = forward.packing is None and self._learns(tap, forward) and torch.is_grad_enabled()
+        in_runs = self.keys == "indexer" and in_backward and latent is not None and needs_runs(query, latent)
+        if latent is not None and not in_runs:
+            latent = latent.to(query.dtype)
+            tensors = absorbed_query(query, latent.w_k), key, None
         if self.keys == "oracle":
             out, kl, selection = self._attend_to_largest(forward, tensors, leaves, visible, scale, width)
             kl = None if again or tap.cache is not None else kl
@@ -128,9 +139,13 @@ class SparseHandle(IndexerHandle):
                 self.on_selection(tap.layer, selection)
         elif forward.packing is not None:
             out, kl = self._attend_in_part(tap, forward, tensors, leaves, visible, scale, width, again)
-        elif self._learns(tap, forward) and torch.is_grad_enabled():
+        elif in_backward:
             kl = None if again else leaves[2].new_full((len(query),), torch.nan)
-            out = self._learn_in_backward(tensors, leaves, visible, scale, width, kl)
+            if latent is not None and in_runs:
+                out, latent = self._learn_in_runs(latent, query, key, leaves, visible, scale, kl), None
+            else:
+                weight = self._token_weights(leaves[2], query)
+                out = self._learn_in_backward(tensors, leaves, visible, scale, width, kl, weight)
         else:
             selection = select_keys(
                 *leaves, key_start=visible[0], key_end=visible[1], topk=self.topk, always=self.always
@@ -142,10 +157,10 @@ class SparseHandle(IndexerHandle):
             )
             kl = None
             if tap.cache is None and not torch.is_grad_enabled():
-                kl = self._learn(tap, forward, (query, tensors[1]), leaves, selection, scale, lse)
+                kl = self._learn(tap, forward, (tensors[0], key), leaves, selection, scale, lse)
         if kl is not None:
             forward.kl[tap.layer], self._last = kl, (forward.kl, forward.uniform_kl)
-        return (out if expand is None else expanded_output(out, *expand)).to(q.dtype)
+        return (out if latent is None else expanded_output(out, latent.w_v, latent.b_v)).to(q.dtype)
 
     def _learns(self, tap: SparseTap, forward: SparseForward) -> bool:
         """Whether the indexers get gradients: generation, which has a cache and no gradients, never trains them."""
@@ -159,14 +174,38 @@ class SparseHandle(IndexerHandle):
         scale: float,
         width: int | None,
         kl: Tensor | None,
+        weight: Tensor,
+        selection: Selection | None = None,
     ) -> Tensor:
         """The attention's output, whose backward brings the indexer's gradients with it and writes to `kl`."""
         q, k, v = tensors
         return dsa_attention(
             q, k, v, *leaves, softmax_scale=scale, key_start=visible[0], key_end=visible[1], topk=self.topk,
-            value_dim=width, always=self.always, token_weight=self._token_weights(leaves[2], q), kl="backward",
-            kl_scale=self.kl_scale, kl_out=kl, deterministic=self.deterministic,
+            value_dim=width, always=self.always, token_weight=weight, kl="backward",
+            kl_scale=self.kl_scale, kl_out=kl, deterministic=self.deterministic, selection=selection,
         ).out  # fmt: skip
+
+    def _learn_in_runs(
+        self,
+        latent: Absorbed,
+        q: Tensor,
+        k: Tensor,
+        leaves: Leaves,
+        visible: tuple[Tensor, Tensor],
+        scale: float,
+        kl: Tensor | None,
+    ) -> Tensor:
+        """The same of an MLA layer, absorbed, a run of queries at a time: [T, H, V]. What they select is kept."""
+        start, end = visible
+        selection = select_keys(*leaves, key_start=start, key_end=end, topk=self.topk, always=self.always)
+        weight = self._token_weights(leaves[2], q)
+
+        def attend(rows: slice, q: Tensor, k: Tensor, leaves: Leaves) -> Tensor:
+            some, own = (start[rows], end[rows]), None if kl is None else kl[rows]
+            tensors, width = (q, k, None), latent.w_v.shape[1]
+            return self._learn_in_backward(tensors, leaves, some, scale, width, own, weight[rows], selection.rows(rows))
+
+        return absorbed_in_runs(latent, q, k, leaves, attend)
 
     def _attend_to_largest(
         self,
@@ -181,7 +220,7 @@ class SparseHandle(IndexerHandle):
         if forward.packing is not None:
             raise ValueError(f'attach: keys="oracle" must run in one process, got cp={self.parallel.cp}; leave cp out')
         if self.indexers.training and not torch.is_grad_enabled():
-            _check_learns()
+            check_learns()
         return attend_to_oracle_keys(
             tensors, leaves, visible, self.topk, softmax_scale=scale, value_dim=width,
             token_weight=self._token_weights(leaves[2], tensors[0]), kl_scale=self.kl_scale,
@@ -203,7 +242,7 @@ class SparseHandle(IndexerHandle):
         learns, with_gradients = self._learns(tap, forward), torch.is_grad_enabled()
         now = learns and not with_gradients
         if now:
-            _check_learns()
+            check_learns()
         weights, group = self._token_weights(leaves[2], tensors[0]), forward.parallel.group("cp")
         assert group is not None
         kl = leaves[2].new_full(weights.shape, torch.nan) if learns and with_gradients and not again else None
@@ -234,7 +273,7 @@ class SparseHandle(IndexerHandle):
     ) -> Tensor:
         """The KL [T] of a model that is frozen, and in train() mode its backward, at once."""
         if self.indexers.training:
-            _check_learns()
+            check_learns()
         weight = self._token_weights(leaves[2], qk[0])
         with torch.enable_grad():
             loss, kl, entropy = sparse_indexer_kl(
@@ -319,7 +358,7 @@ def sparse_handle(dense: IndexerHandle, topk: int) -> SparseHandle:
     modules: list[nn.Module] = [module for module in dense.decoder.modules() if TAP in module.__dict__]
     taps = [module.__dict__[TAP] for module in modules]
     dense.remove()
-    _check(dense, topk)
+    check_dense_handle(dense, topk)
     handle = SparseHandle(dense, topk)
     attached = [tap.layer in handle.layers for tap in taps]
     install_sparsely(handle, [
@@ -327,74 +366,6 @@ def sparse_handle(dense: IndexerHandle, topk: int) -> SparseHandle:
         for module, tap, one in zip(modules, taps, attached, strict=True)
     ])  # fmt: skip
     return handle
-
-
-def _dense_attention(
-    forward: SparseForward, q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None
-) -> Tensor:
-    """A layer without an indexer: [B, H, L, D] against [B, G, S, D] to [B * L, H, V]."""
-    k, v = forward.all_keys(k), forward.all_keys(v)
-    is_whole = forward.packing is None
-    if not is_whole:
-        q = q.transpose(1, 2).flatten(0, 1).transpose(0, 1)[None]
-    is_first = forward.past == 0 and forward.positions is not None
-    is_plain = window is None and is_whole and is_first and not forward.is_packed
-    mask = None if is_plain else forward.mask(k.shape[2], window)
-    out = scaled_dot_product_attention(q, k, v, mask, is_causal=is_plain, scale=scale, enable_gqa=True)
-    return out.transpose(1, 2).flatten(0, 1)
-
-
-def _check(dense: IndexerHandle, topk: int) -> None:
-    if not all(type(indexer) is LightningIndexer for indexer in dense.indexers.values()):
-        raise ValueError(
-            "attach: to make a dense handle sparse, its indexers must be LightningIndexers, got a model's own; pass "
-            'topk to attach(model, indexers="own", topk=...) instead'
-        )
-    if dense.found.refused:
-        raise ValueError(
-            "attach: with topk, every layer must have softmax attention, got a model some of whose layers have none; "
-            "leave topk out"
-        )
-    check_sparse(dense, topk)
-
-
-def check_sparse(dense: IndexerHandle, topk: int) -> None:
-    """Raises ValueError for a K, a target, an attention or a sharing that the sparse stage can't have; may warn."""
-    check_topk("attach", topk)
-    if dense.parallel.tp > 1:
-        raise ValueError(
-            f"attach: with topk, tp must be 1, got {dense.parallel.tp}: a sparse model's heads are not shared out; "
-            "share the sequence out by cp, and parameters by FSDP"
-        )
-    if dense.target != "mean":
-        raise ValueError(f'attach: with topk, target must be "mean", got {dense.target!r}')
-    softcap = getattr(dense.model.config.get_text_config(), "attn_logit_softcapping", None)
-    sinks = [module for _, module in dense.found.callers if getattr(module, "sinks", None) is not None]
-    if softcap is not None or sinks:
-        raise ValueError(
-            "attach: with topk, attention must have neither softcap nor sinks, got "
-            f"{'sinks' if sinks else f'attn_logit_softcapping={softcap}'}; leave topk out"
-        )
-    context = getattr(dense.model.config.get_text_config(), "max_position_embeddings", None)
-    if context is not None and topk >= context:
-        warnings.warn(
-            f"attach: topk = {topk} covers the model's context of {context} tokens: no key is ever left out",
-            stacklevel=4,
-        )
-
-
-def _check_learns() -> None:
-    if torch.is_inference_mode_enabled():
-        raise ValueError(
-            "attach: the forward must run outside of torch.inference_mode() while the indexers train, since no "
-            "gradient exists inside it; use torch.no_grad() around the model, or handle.indexers.eval()"
-        )
-
-
-def check_topk(op: str, topk: object) -> None:
-    """Raises ValueError, in the name of `op`, for a number of keys that no query can attend to."""
-    if isinstance(topk, bool) or not isinstance(topk, int) or topk < 1:
-        raise ValueError(f"{op}: topk must be a whole number of keys, 1 or more, got {topk!r}; DeepSeek-V3.2 has 2048")
 
 
 def install_sparsely(handle: SparseHandle, taps: Sequence[SparseTap], function: str = SPARSE_ATTENTION) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
 
 from flash_indexer.models.documents import document_begins, document_positions
 from flash_indexer.models.families import given_cache
@@ -148,3 +149,18 @@ class SparseForward:
                 "attach: position_ids must go on by one in each row beside a cache or padding, got a row of several "
                 "documents; pass use_cache=False and no padding to train on packed documents"
             )
+
+
+def dense_attention(
+    forward: SparseForward, q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None
+) -> Tensor:
+    """A layer without an indexer: [B, H, L, D] against [B, G, S, D] to [B * L, H, V]."""
+    k, v = forward.all_keys(k), forward.all_keys(v)
+    is_whole = forward.packing is None
+    if not is_whole:
+        q = q.transpose(1, 2).flatten(0, 1).transpose(0, 1)[None]
+    is_first = forward.past == 0 and forward.positions is not None
+    is_plain = window is None and is_whole and is_first and not forward.is_packed
+    mask = None if is_plain else forward.mask(k.shape[2], window)
+    out = scaled_dot_product_attention(q, k, v, mask, is_causal=is_plain, scale=scale, enable_gqa=True)
+    return out.transpose(1, 2).flatten(0, 1)

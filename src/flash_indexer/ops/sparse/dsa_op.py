@@ -18,7 +18,7 @@ from flash_indexer.ops.checks import (
 from flash_indexer.ops.problem import LEAVES, Sums
 from flash_indexer.ops.sparse.kl_op import sparse_kl_op
 from flash_indexer.ops.sparse.learning import Learner, mean_weight, runs_of_rows
-from flash_indexer.ops.sparse.op import select_keys, sparse_attention
+from flash_indexer.ops.sparse.op import sparse_attention
 from flash_indexer.ops.sparse.problem import KeySums, Leaves, Needs, SparseProblem, new_key_sums
 from flash_indexer.ops.sparse.selection import Selection
 from flash_indexer.ops.sparse.stages import select_rows, sparse_backward, sparse_forward
@@ -52,6 +52,7 @@ class SparseSettings(NamedTuple):
     deterministic: bool
     save_selection: bool
     workspace_bytes: int
+    selection: Selection | None = None
 
     def checked(self, op: str, q: Tensor, k: Tensor, v: Tensor | None, leaves: Leaves) -> SparseSettings:
         """With value_dim filled in.
@@ -66,10 +67,17 @@ class SparseSettings(NamedTuple):
         check_topk(op, self.topk, self.always)
         check_kl_mode(op, self.kl, self.kl_scale, self.kl_out, q)
         check_workspace(op, self.workspace_bytes)
+        if self.selection is not None and self.selection.indices.shape[0] != sizes.T:
+            raise ValueError(
+                f"{op}: selection must be of the T = {sizes.T} queries, got one of {self.selection.indices.shape[0]}; "
+                "take the rows of the same queries (Selection.rows)"
+            )
         return self._replace(value_dim=width)
 
     def select(self, leaves: Leaves) -> Selection:
-        """The selection by these index tensors; the same bits each time."""
+        """The selection that is given, or that by these index tensors; the same bits each time."""
+        if self.selection is not None:
+            return self.selection
         return select_rows(leaves, self.key_start, self.key_end, self.topk, self.always, self.workspace_bytes)
 
     def problem(self, q: Tensor, k: Tensor, v: Tensor | None, selection: Selection) -> SparseProblem:
@@ -105,6 +113,7 @@ def dsa_attention(
     kl_out: Tensor | None = None,
     deterministic: bool = True,
     save_selection: bool = True,
+    selection: Selection | None = None,
     workspace_bytes: int = 512 * 2**20,
 ) -> DSAAttention:
     """`select_keys`, `sparse_attention` over them, and `sparse_indexer_kl` of the same attention.
@@ -132,6 +141,8 @@ def dsa_attention(
         kl_out: a buffer [T], for kl="backward": NaN from the forward on, KL[t] after backward.
         deterministic: True gives the same gradients to the bit every time.
         save_selection: False selects again in backward instead of keeping indices and scores for it, 8 bytes a slot.
+        selection: what `select_keys` gave for the same index tensors, intervals, topk and always, where it is known;
+            its scores are taken as theirs. None selects.
         workspace_bytes: bound on the memory for scores, gathered keys and values, and logits.
 
     Dtypes: on CUDA q, k, v, index_q, index_k bfloat16 and the rest float32; on the CPU float32 or float64 throughout.
@@ -149,12 +160,10 @@ def dsa_attention(
     leaves = index_q, index_k, index_weights
     settings = SparseSettings(
         softmax_scale, key_start, key_end, topk, value_dim, always, token_weight, kl, kl_scale, kl_out, deterministic,
-        save_selection, workspace_bytes,
+        save_selection, workspace_bytes, selection,
     ).checked(_OP, q, k, v, leaves)  # fmt: skip
     if kl == "forward" and save_selection:
-        chosen = select_keys(
-            *leaves, key_start=key_start, key_end=key_end, topk=topk, always=always, workspace_bytes=workspace_bytes
-        )
+        chosen = settings.select(leaves)
         out, lse = sparse_attention(
             q, k, v, chosen, softmax_scale=softmax_scale, value_dim=value_dim, deterministic=deterministic,
             workspace_bytes=workspace_bytes,

@@ -1,0 +1,65 @@
+"""What can't be sparse, and why: refused before a model is changed."""
+
+from __future__ import annotations
+
+import warnings
+
+import torch
+
+from flash_indexer.indexer import LightningIndexer
+from flash_indexer.models.handle import IndexerHandle
+
+
+def check_dense_handle(dense: IndexerHandle, topk: int) -> None:
+    """Raises ValueError for a handle that `sparse_handle` can't make sparse; may warn."""
+    if not all(type(indexer) is LightningIndexer for indexer in dense.indexers.values()):
+        raise ValueError(
+            "attach: to make a dense handle sparse, its indexers must be LightningIndexers, got a model's own; pass "
+            'topk to attach(model, indexers="own", topk=...) instead'
+        )
+    if dense.found.refused:
+        raise ValueError(
+            "attach: with topk, every layer must have softmax attention, got a model some of whose layers have none; "
+            "leave topk out"
+        )
+    check_sparse(dense, topk)
+
+
+def check_sparse(dense: IndexerHandle, topk: int) -> None:
+    """Raises ValueError for a K, a target, an attention or a sharing that the sparse stage can't have; may warn."""
+    check_topk("attach", topk)
+    if dense.parallel.tp > 1:
+        raise ValueError(
+            f"attach: with topk, tp must be 1, got {dense.parallel.tp}: a sparse model's heads are not shared out; "
+            "share the sequence out by cp, and parameters by FSDP"
+        )
+    if dense.target != "mean":
+        raise ValueError(f'attach: with topk, target must be "mean", got {dense.target!r}')
+    softcap = getattr(dense.model.config.get_text_config(), "attn_logit_softcapping", None)
+    sinks = [module for _, module in dense.found.callers if getattr(module, "sinks", None) is not None]
+    if softcap is not None or sinks:
+        raise ValueError(
+            "attach: with topk, attention must have neither softcap nor sinks, got "
+            f"{'sinks' if sinks else f'attn_logit_softcapping={softcap}'}; leave topk out"
+        )
+    context = getattr(dense.model.config.get_text_config(), "max_position_embeddings", None)
+    if context is not None and topk >= context:
+        warnings.warn(
+            f"attach: topk = {topk} covers the model's context of {context} tokens: no key is ever left out",
+            stacklevel=4,
+        )
+
+
+def check_learns() -> None:
+    """Raises ValueError where no gradient can exist."""
+    if torch.is_inference_mode_enabled():
+        raise ValueError(
+            "attach: the forward must run outside of torch.inference_mode() while the indexers train, since no "
+            "gradient exists inside it; use torch.no_grad() around the model, or handle.indexers.eval()"
+        )
+
+
+def check_topk(op: str, topk: object) -> None:
+    """Raises ValueError, in the name of `op`, for a number of keys that no query can attend to."""
+    if isinstance(topk, bool) or not isinstance(topk, int) or topk < 1:
+        raise ValueError(f"{op}: topk must be a whole number of keys, 1 or more, got {topk!r}; DeepSeek-V3.2 has 2048")
