@@ -507,7 +507,7 @@ def test_the_oracles_keys_are_a_run_of_their_own(tmp_path: Path, run: Run) -> No
             handle = run(out, keys=keys, topk=topk, steps=2)
             assert handle.keys == keys and read_any_run(out)["keys"] == keys
             losses[keys, topk] = [row["loss"] for row in rows(out)]
-            assert all(0 < kl for row in rows(out) for kl in row["kl"])
+            assert all(kl > 0 for row in rows(out) for kl in row["kl"])
             assert all(row["indexer_norm"] > 0 for row in rows(out))
     assert losses["indexer", 8] != losses["oracle", 8]
     assert losses["indexer", 32] == pytest.approx(losses["oracle", 32], rel=1e-6)

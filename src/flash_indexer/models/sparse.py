@@ -133,8 +133,8 @@ class SparseHandle(IndexerHandle):
             latent = latent.to(query.dtype)
             tensors = absorbed_query(query, latent.w_k), key, None
         if self.keys == "oracle":
-            out, kl, selection = self._attend_to_largest(forward, tensors, leaves, visible, scale, width)
-            kl = None if again or tap.cache is not None else kl
+            out, found, selection = self._attend_to_largest(forward, tensors, leaves, visible, scale, width)
+            kl = None if again or tap.cache is not None else found
             if self.on_selection is not None and not torch.is_grad_enabled():
                 self.on_selection(tap.layer, selection)
         elif forward.packing is not None:
