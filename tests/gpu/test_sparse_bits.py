@@ -186,7 +186,7 @@ def test_against_float64(seed: int, layout: str, monkeypatch: pytest.MonkeyPatch
 
 @pytest.mark.parametrize("S", [16384, 16385, 40_000])
 def test_more_keys_than_bits_are_made_at_once(S: int) -> None:
-    """Beyond what `refusal` lets pass as well."""
+    """One segment of `bits`, a key more, and several."""
     problem, d_out = make(0, "causal", **(FIXED | dict(T=70, S=S, K=300)))
     truth = truth_of(problem, d_out)
     eager, got = worst_of_four(problem, d_out, truth), run(problem, d_out, truth)

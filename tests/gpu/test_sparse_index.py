@@ -245,9 +245,10 @@ def test_a_small_workspace_takes_rows_in_chunks(form: str) -> None:
 
 
 def test_which_form_is_chosen() -> None:
-    """Dense tiles where a query selects a quarter of what its block sees, or heads are few; else gathered ones."""
-    leaves = make(256, 300, 8, 64, 128).leaves
-    few = make(256, 300, 8, 8, 64).leaves
-    tiles = 2 * 128
+    """Dense tiles where a query selects a quarter of what its block sees, or heads are few; else gathered ones, as for few tokens."""
+    leaves = make(2560, 300, 8, 64, 128).leaves
+    few = make(2560, 300, 8, 8, 64).leaves
+    tiles = 20 * 128
     assert gpu_index.dense_is_faster(tiles, leaves, 8192) and not gpu_index.dense_is_faster(tiles, leaves, 2048)
     assert gpu_index.dense_is_faster(tiles, few, 2048) and not gpu_index.dense_is_faster(tiles, few, 128)
+    assert not gpu_index.dense_is_faster(128, tuple(x[:128] for x in few), 2048)

@@ -50,7 +50,7 @@ def refusal(problem: SparseProblem) -> str | None:
         return f"attention over selected keys takes 1 to {MAX_HEADS} heads, got H={q.shape[1]}; split the heads"
     if problem.k.shape[0] > BITS_MAX_KEYS:
         return (
-            f"attention over selected keys in tiles takes up to {BITS_MAX_KEYS} keys so far, got "
+            f"attention over selected keys in tiles takes up to {BITS_MAX_KEYS} keys, got "
             f"S={problem.k.shape[0]}; pack fewer documents together"
         )
     if not problem.softmax_scale > 0:
