@@ -1,9 +1,9 @@
-"""The recorded sparse stage of the embedded SmolLM2-135M, from text to judgement: what docs/smollm2-135m/sparse.md is of.
+"""The sparse stage of the embedded SmolLM2-135M beside a dense control and the oracle's keys, from text to judgement.
 
     python benchmarks/record_stage.py --out runs/stage --jobs 3
 
 1. text      train, validation and held-out documents (`stage_text.py`)
-2. warm-up   WARM_UP, as the recorded warm-up's
+2. warm-up   360 steps of 2,048 tokens, as the recorded warm-up's
 3. rates     short runs, dense, of each of RATES, then with the indexers' keys of each of INDEXER_RATES; the lowest
              perplexity on the validation text wins, and all three runs have the same
 4. runs      on the same tokens: dense attention (K = the sequence's length), the indexer's keys and the oracle's at
@@ -26,8 +26,6 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 HERE = Path(__file__).parent
-LENGTH, TOPK_OF_RATES = 2048, 128
-WARM_UP = ["--steps", "360"]
 RATES = ("3e-5", "1e-4", "3e-4")
 INDEXER_RATES = ("1e-4", "3e-4", "1e-3")
 SCHEDULE = ["--warmup-steps", "10", "--decay", "cosine"]
@@ -37,7 +35,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--model", default="smollm2-135m")
-    parser.add_argument("--topk", type=int, nargs="+", default=[128, 256])
+    parser.add_argument("--text", type=Path, help="folder of train, validation and held_out.jsonl; default: made")
+    parser.add_argument("--length", type=int, default=2048, help="tokens of a sequence")
+    parser.add_argument("--warm-up-steps", type=int, default=360)
+    parser.add_argument("--topk", type=int, nargs="+", default=[128, 256], help="rates are chosen at the first")
     parser.add_argument("--steps", type=int, default=600)
     parser.add_argument("--rate-steps", type=int, default=60)
     parser.add_argument("--batch-size", type=int, default=4)
@@ -56,32 +57,38 @@ class Stage:
     """The steps, in order; each is left out where its result is there."""
 
     def __init__(self, options: argparse.Namespace) -> None:
-        self.options, self.out, self.text = options, options.out, options.out / "text"
+        self.options, self.out, self.text = options, options.out, options.text or options.out / "text"
         (self.out / "logs").mkdir(parents=True, exist_ok=True)
         if not (self.text / "train.jsonl").exists():
             self.together({"text": [sys.executable, str(HERE / "stage_text.py"), "--out", str(self.text)]})
 
     def warm_up(self) -> None:
-        words = ["--model", self.options.model, *self.common(), *WARM_UP, "--evaluate-sequences", "0"]
+        words = [
+            "--model",
+            self.options.model,
+            *self.common(),
+            "--steps",
+            str(self.options.warm_up_steps),
+            "--evaluate-sequences",
+            "0",
+        ]
         self.together({"warm": command("warmup", self.out / "warm", words)})
 
     def rates(self) -> None:
         if (self.out / "rates.json").exists():
             return
-        steps = self.options.rate_steps
-        dense = {f"rate-{lr}": self.sparse(f"rate-{lr}", LENGTH, "indexer", lr, "3e-4", steps) for lr in RATES}
+        steps, length, topk = self.options.rate_steps, self.options.length, self.options.topk[0]
+        dense = {f"rate-{lr}": self.sparse(f"rate-{lr}", length, "indexer", lr, "3e-4", steps) for lr in RATES}
         self.together(dense)
         lr = self.best({lr: f"rate-{lr}" for lr in RATES}, "dense")
         names = {rate: f"indexer-rate-{rate}" for rate in INDEXER_RATES}
-        self.together(
-            {name: self.sparse(name, TOPK_OF_RATES, "indexer", lr, rate, steps) for rate, name in names.items()}
-        )
-        rate = self.best(names, f"indexer {TOPK_OF_RATES}")
+        self.together({name: self.sparse(name, topk, "indexer", lr, rate, steps) for rate, name in names.items()})
+        rate = self.best(names, f"indexer {topk}")
         (self.out / "rates.json").write_text(json.dumps(dict(lr=lr, indexer_lr=rate)) + "\n", encoding="utf-8")
 
     def runs(self) -> None:
         chosen, steps = json.loads((self.out / "rates.json").read_text(encoding="utf-8")), self.options.steps
-        wanted = [("dense", LENGTH, "indexer")]
+        wanted = [("dense", self.options.length, "indexer")]
         wanted += [(f"{keys}-{topk}", topk, keys) for topk in self.options.topk for keys in ("indexer", "oracle")]
         self.together({
             name: self.sparse(name, topk, keys, chosen["lr"], chosen["indexer_lr"], steps)
@@ -100,7 +107,7 @@ class Stage:
 
     def common(self) -> list[str]:
         data = ["--data", str(self.text / "train.jsonl")]
-        return [*data, "--sequence-length", str(LENGTH), "--dtype", self.options.dtype]
+        return [*data, "--sequence-length", str(self.options.length), "--dtype", self.options.dtype]
 
     def sparse(self, name: str, topk: int, keys: str, lr: str, indexer_lr: str, steps: int) -> list[str]:
         words = [

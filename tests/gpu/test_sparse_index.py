@@ -245,7 +245,7 @@ def test_a_small_workspace_takes_rows_in_chunks(form: str) -> None:
 
 
 def test_which_form_is_chosen() -> None:
-    """Dense tiles where a query selects a quarter of what its block sees, or heads are few; else gathered ones, as for few tokens."""
+    """Dense tiles where a query selects a quarter of what its block sees, or heads are few, of many tokens."""
     leaves = make(2560, 300, 8, 64, 128).leaves
     few = make(2560, 300, 8, 8, 64).leaves
     tiles = 20 * 128
