@@ -14,9 +14,14 @@ import math
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from matplotlib import rc_context
 from matplotlib.figure import Figure
+from matplotlib.ticker import PercentFormatter
+
+from flash_indexer.judge.plots import STYLE
 
 MOST_OVER_ORACLE, MOST_OF_BEFORE = 1.2, 1 / 3
+SMOOTH = 20
 COLOURS = {"dense": "#8C8C8C", "indexer": "#0072B2", "oracle": "#222222"}
 
 
@@ -116,8 +121,8 @@ def page(found: dict[str, Any], record: Path, out: Path) -> str:
         *(f"- {line}" for line in verdict(found)), "",
         "## What few keys cost", "",
         f"Perplexity on {tokens:,} held-out tokens, in {found['sequences']} sequences. Before: the untouched model "
-        "with the warm-up's indexers, over its own dense attention. Behind that: over the dense run, which trained on the "
-        "same tokens at the same rates. Error bars are paired, over sequences.", "", *table, "",
+        "with the warm-up's indexers, over its own dense attention. Behind that: over the dense run, which trained on "
+        "the same tokens at the same rates. Error bars are paired, over sequences.", "", *table, "",
         "![What few keys cost, before and after](sparse_costs.png)", "",
         "## Training", "",
         f"Rates, chosen on validation text: {rates['lr']} for the model, {rates['indexer_lr']} for the indexers.", "",
@@ -128,39 +133,45 @@ def page(found: dict[str, Any], record: Path, out: Path) -> str:
 
 
 def plot_losses(record: Path, sparse: list[str]) -> Figure:
-    """Nats a token of the dense run and of those on few keys, by step."""
-    figure = Figure(figsize=(9, 5), layout="constrained")
-    ax = figure.add_subplot()
-    for name in ["dense", *sparse, *(name.replace("indexer", "oracle") for name in sparse)]:
-        lines = (record / name / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-        losses = [json.loads(line)["loss"] for line in lines]
-        keys, _, topk = name.partition("-")
-        style = "-" if sparse and (not topk or name.endswith(sparse[0].partition("-")[2])) else "--"
-        ax.plot(range(1, len(losses) + 1), smooth(losses), style, color=COLOURS[keys], label=name, linewidth=1.6)
-    ax.set_xlabel("step")
-    ax.set_ylabel("nats a token, mean of the last 20 steps")
-    ax.legend(frameon=False)
+    """Nats a token of the dense run and of those on few keys, by step; further K are dashed."""
+    with rc_context(STYLE):
+        figure = Figure(figsize=(9, 5), layout="constrained")
+        ax = figure.add_subplot(xlabel="step", ylabel=f"nats a token, mean of the last {SMOOTH} steps")
+        first = sparse[0].removeprefix("indexer") if sparse else ""
+        for name in ["dense", *sparse, *(name.replace("indexer", "oracle") for name in sparse)]:
+            lines = (record / name / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+            losses = [json.loads(line)["loss"] for line in lines]
+            style = "-" if name == "dense" or name.endswith(first) else "--"
+            colour = COLOURS[name.partition("-")[0]]
+            ax.plot(range(1, len(losses) + 1), smooth(losses), style, color=colour, label=name, linewidth=1.6)
+        ax.legend()
     return figure
 
 
-def smooth(losses: list[float], window: int = 20) -> list[float]:
-    """The mean of the last `window` values, of fewer at the start."""
-    return [sum(losses[max(0, n - window) : n]) / min(n, window) for n in range(1, len(losses) + 1)]
+def smooth(losses: list[float]) -> list[float]:
+    """The mean of the last SMOOTH values, of fewer at the start."""
+    return [sum(losses[max(0, n - SMOOTH) : n]) / min(n, SMOOTH) for n in range(1, len(losses) + 1)]
 
 
 def plot_costs(found: list[AtK]) -> Figure:
-    """Bars: the indexer's and the oracle's keys, before and after, at each K."""
-    figure = Figure(figsize=(9, 4.5), layout="constrained")
-    ax = figure.add_subplot()
-    for number, at in enumerate(found):
-        bars = (("indexer", at.before, 0.35), ("oracle", at.oracle_before, 0.35))
-        bars += (("indexer", at.after, 1.0), ("oracle", at.oracle_after, 1.0))
-        for place, (keys, cost, alpha) in enumerate(bars):
-            x = number + (place - 1.5) * 0.2
-            ax.bar(x, cost.cost, 0.18, yerr=cost.error, color=COLOURS[keys], alpha=alpha)
-            ax.annotate(f"{cost.cost:+.1%}", (x, max(cost.cost, 0.0)), ha="center", va="bottom", fontsize=9)
-    ax.set_xticks(range(len(found)), [f"K={at.topk}: indexer, oracle before; indexer, oracle after" for at in found])
-    ax.set_ylabel("perplexity over dense attention")
+    """Bars: the indexer's and the oracle's keys, before (pale) and after, at each K."""
+    with rc_context(STYLE):
+        figure = Figure(figsize=(9, 4.5), layout="constrained")
+        ax = figure.add_subplot(ylabel="perplexity over dense attention")
+        for number, at in enumerate(found):
+            each = (("indexer", at.before), ("oracle", at.oracle_before))
+            each += (("indexer", at.after), ("oracle", at.oracle_after))
+            for place, (keys, cost) in enumerate(each):
+                x, is_after = number + (place - 1.5) * 0.2, place > 1
+                label = None if number else f"{keys}'s keys, {'after' if is_after else 'before'}"
+                ax.bar(
+                    x, cost.cost, 0.18, yerr=cost.error, color=COLOURS[keys], alpha=1.0 if is_after else 0.35,
+                    label=label, ecolor="#777777",
+                )  # fmt: skip
+                ax.annotate(f" {cost.cost:+.1%}", (x, max(cost.cost, 0.0)), ha="left", va="bottom", fontsize=10)
+        ax.set_xticks(range(len(found)), [f"K={at.topk}" for at in found])
+        ax.yaxis.set_major_formatter(PercentFormatter(1.0))
+        ax.legend()
     return figure
 
 
