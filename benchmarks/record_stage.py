@@ -39,9 +39,11 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=2048, help="tokens of a sequence")
     parser.add_argument("--warm-up-steps", type=int, default=360)
     parser.add_argument("--topk", type=int, nargs="+", default=[128, 256], help="rates are chosen at the first")
-    parser.add_argument("--steps", type=int, default=600)
-    parser.add_argument("--rate-steps", type=int, default=60)
-    parser.add_argument("--batch-size", type=int, default=4)
+    parser.add_argument("--steps", type=int, default=300, help="of each of the runs")
+    parser.add_argument("--rate-steps", type=int, default=40)
+    parser.add_argument(
+        "--batch-size", type=int, default=8, help="sequences; the host sets the pace, so many cost little"
+    )
     parser.add_argument("--sequences", type=int, default=98, help="held-out ones, of 2,048 tokens")
     parser.add_argument("--jobs", type=int, default=3, help="commands at a time")
     parser.add_argument("--dtype", default="bfloat16")
