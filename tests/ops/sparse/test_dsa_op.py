@@ -174,6 +174,24 @@ def test_selecting_again_keeps_no_selection(make_case: Callable[..., Any]) -> No
         assert kept == [2, 0], mode
 
 
+@pytest.mark.parametrize("mode", MODES)
+def test_a_known_selection_is_taken_and_nothing_selected(
+    make_case: Callable[..., Any], mode: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    case = make_case("packed")
+    expected = measure(case, mode)
+    monkeypatch.setattr(torch_select, "select", None)
+    found = measure(case, mode, selection=case.selection)
+    for name, x in expected.items():
+        assert x is found[name] is None or torch.equal(found[name], x), name
+
+
+def test_a_selection_of_other_queries_is_refused(make_case: Callable[..., Any]) -> None:
+    case = make_case("packed")
+    with pytest.raises(ValueError, match=r"selection must be of the T = 91 queries, got one of 90; take the rows"):
+        call(case, case.tensors(), selection=case.selection.rows(slice(90)))
+
+
 def test_a_second_backward_is_refused_and_no_kl_is_counted_twice(make_case: Callable[..., Any]) -> None:
     case = make_case("packed")
     tensors = case.tensors()

@@ -18,7 +18,7 @@ from flash_indexer.ops.checks import (
 from flash_indexer.ops.problem import LEAVES, Sums
 from flash_indexer.ops.sparse.kl_op import sparse_kl_op
 from flash_indexer.ops.sparse.learning import Learner, mean_weight, runs_of_rows
-from flash_indexer.ops.sparse.op import sparse_attention
+from flash_indexer.ops.sparse.op import select_keys, sparse_attention
 from flash_indexer.ops.sparse.problem import KeySums, Leaves, Needs, SparseProblem, new_key_sums
 from flash_indexer.ops.sparse.selection import Selection
 from flash_indexer.ops.sparse.stages import select_rows, sparse_backward, sparse_forward
@@ -163,7 +163,11 @@ def dsa_attention(
         save_selection, workspace_bytes, selection,
     ).checked(_OP, q, k, v, leaves)  # fmt: skip
     if kl == "forward" and save_selection:
-        chosen = settings.select(leaves)
+        chosen = selection
+        if chosen is None:
+            chosen = select_keys(
+                *leaves, key_start=key_start, key_end=key_end, topk=topk, always=always, workspace_bytes=workspace_bytes
+            )
         out, lse = sparse_attention(
             q, k, v, chosen, softmax_scale=softmax_scale, value_dim=value_dim, deterministic=deterministic,
             workspace_bytes=workspace_bytes,
