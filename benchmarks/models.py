@@ -2,6 +2,7 @@
 
     python benchmarks/models.py            tries every type of causal language model, records all, writes docs/models.md
     python benchmarks/models.py llama      tries these and prints the verdicts; records nothing
+    python benchmarks/models.py --beside   tries all with another version of Transformers; the page says what differs
 
 Every type is built tiny, with random weights, once for eager attention and once for attaching. "right" means that,
 alone and as packed documents, every attached layer's target distribution is that of the float64 mean of eager's own
@@ -16,7 +17,7 @@ import re
 import sys
 import traceback
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -272,8 +273,8 @@ def place(error: BaseException) -> str:
     return f"{type(error).__name__}: {first_line(error)} ({Path(last.filename).name}:{last.lineno})"
 
 
-def page(verdicts: list[Verdict], version: str) -> str:
-    """docs/models.md."""
+def page(verdicts: list[Verdict], version: str, others: Sequence[tuple[list[Verdict], str]] = ()) -> str:
+    """docs/models.md. others: records of other versions of Transformers."""
     groups = {name: [x for x in verdicts if x.verdict == name] for name in VERDICTS}
     right = groups["right"]
     worst = max((x.error or 0.0 for x in right), default=0.0)
@@ -289,6 +290,7 @@ def page(verdicts: list[Verdict], version: str) -> str:
         "",
         *table("verdict | types", [[name, str(len(found))] for name, found in groups.items() if found]),
         "",
+        *(line for other in others for line in (compared(verdicts, *other), "")),
         f"The largest difference of a probability, a KL or an output of those that are right is {worst:.1e}. A model "
         "that is "
         "not in this list, or a modified one, is compared with its own eager attention at its first forward, layer by "
@@ -311,6 +313,20 @@ def page(verdicts: list[Verdict], version: str) -> str:
     return "\n".join(lines) + "\n"
 
 
+def compared(verdicts: list[Verdict], others: list[Verdict], version: str) -> str:
+    """What another version of Transformers changes."""
+    before, after = ({x.model_type: x.verdict for x in found} for found in (verdicts, others))
+    right = sum(verdict == "right" for verdict in after.values())
+    changes = [
+        f"`{x}` was {before[x]}, is {after[x]}" for x in sorted(before.keys() & after.keys()) if before[x] != after[x]
+    ]
+    news = [f"`{name}` {after[name]}" for name in sorted(after.keys() - before.keys())]
+    gone = [f"`{name}`" for name in sorted(before.keys() - after.keys())]
+    parts = [("other verdicts", changes), ("new", news), ("gone", gone)]
+    said = "; ".join(f"{title}: {', '.join(found)}" for title, found in parts if found) or "all as above"
+    return f"With Transformers {version} {right} of {len(after)} types are right. {said[0].upper()}{said[1:]}."
+
+
 def reason(text: str) -> str:
     """What is in the way, without the sentence before it."""
     found = re.search(r"docs/models.md; got .*? none can be a teacher \((.*)\)$", text)
@@ -325,17 +341,24 @@ def table(titles: str, rows: list[list[str]]) -> list[str]:
     ]
 
 
-def recorded() -> tuple[list[Verdict], str]:
+def recorded(path: Path = RESULTS) -> tuple[list[Verdict], str]:
     """The verdicts of the last run over all types, and its version of Transformers."""
-    head, *rest = RESULTS.read_text(encoding="utf-8").splitlines()
+    head, *rest = path.read_text(encoding="utf-8").splitlines()
     return [Verdict(**json.loads(line)) for line in rest], json.loads(head)["transformers"]
+
+
+def recorded_beside() -> list[tuple[list[Verdict], str]]:
+    """The same of other versions."""
+    return [recorded(path) for path in sorted(RESULTS.parent.glob("models-*.jsonl"))]
 
 
 def main() -> None:
     """Tries the types that are named, or all."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("types", nargs="*")
-    names = parser.parse_args().types
+    parser.add_argument("--beside", action="store_true", help="record as another version of Transformers")
+    options = parser.parse_args()
+    names = options.types
     transformers.logging.set_verbosity_error()
     torch.set_num_threads(1)
     verdicts = []
@@ -346,8 +369,9 @@ def main() -> None:
     if not names:
         head = dict(transformers=transformers.__version__, torch=torch.__version__)
         lines = [json.dumps(x) for x in (head, *(verdict._asdict() for verdict in verdicts))]
-        RESULTS.write_text("\n".join(lines) + "\n", encoding="utf-8")
-        PAGE.write_text(page(*recorded()), encoding="utf-8")
+        beside = RESULTS.with_name(f"models-{transformers.__version__}.jsonl")
+        (beside if options.beside else RESULTS).write_text("\n".join(lines) + "\n", encoding="utf-8")
+        PAGE.write_text(page(*recorded(), recorded_beside()), encoding="utf-8")
 
 
 if __name__ == "__main__":

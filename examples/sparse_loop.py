@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 
 from flash_indexer.files.native import load_native
-from flash_indexer.files.trained import load_sparse, save_sparse
+from flash_indexer.files.trained import load_sparse, save_sparse, trainable
 from flash_indexer.models.load import load_model
 from flash_indexer.recipe.data import load_documents, pack
 from flash_indexer.recipe.language_loss import labels
@@ -33,8 +33,9 @@ packed = pack(load_documents(options.data), tokenizer, sequence_length=options.s
 
 model.to(device).requires_grad_(True)
 handle = load_native(model, options.indexers, topk=options.topk)  # each query attends to topk keys from here on
+own = list(trainable(model, handle.indexers).values())  # the model's, without the indexers that it may have itself
 groups = [
-    {"params": model.parameters(), "lr": 7.3e-6},
+    {"params": own, "lr": 7.3e-6},
     {"params": handle.indexers.parameters(), "lr": 7.3e-6, "eps": 1e-12},
 ]
 optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
@@ -45,7 +46,7 @@ for step in range(options.steps):
         logits = model(**batch, use_cache=False).logits[:, :-1]
     loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
     loss.backward()  # the indexers' gradients, of their KL alone, come with it
-    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)  # the model's alone
+    torch.nn.utils.clip_grad_norm_(own, 1.0)  # the model's alone
     optimizer.step()
     optimizer.zero_grad()
     losses = [loss.kl for loss in handle.losses().values()]

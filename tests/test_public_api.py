@@ -29,10 +29,10 @@ SIGNATURES = {
     "Selection": "(indices, count, scores)",
     "SparseAttention": "(out, lse)",
     "dsa_attention": f"(q, k, v, {INDEX_OPERANDS}, *, softmax_scale, key_start, key_end, topk, value_dim=None, "
-    "always=(0, 0), token_weight=None, kl='forward', kl_scale=None, kl_out=None, deterministic=True, "
+    "sinks=None, always=(0, 0), token_weight=None, kl='forward', kl_scale=None, kl_out=None, deterministic=True, "
     "save_selection=True, workspace_bytes=536870912)",
     "select_keys": f"({INDEX_OPERANDS}, *, key_start, key_end, topk, always=(0, 0), workspace_bytes=536870912)",
-    "sparse_attention": "(q, k, v, selection, *, softmax_scale, value_dim=None, deterministic=True, "
+    "sparse_attention": "(q, k, v, selection, *, softmax_scale, value_dim=None, sinks=None, deterministic=True, "
     "workspace_bytes=536870912)",
     "sparse_indexer_kl": f"(q, k, {INDEX_OPERANDS}, selection, *, softmax_scale, lse=None, token_weight=None, "
     "deterministic=True, workspace_bytes=536870912)",

@@ -264,11 +264,13 @@ def export(
         handle, tokenizer, run = judging.load_trained(run_folder, model, console)
         format = format or ("own" if handle.trains_own else "deepseek_v32")
         _print_path("writing", path)
+        if "topk" in run and handle.trains_own:  # so many keys Transformers and servers are to select as well
+            handle.model.config.get_text_config().index_topk = run["topk"]
         if "topk" in run and format == "native":
             from flash_indexer.files.trained import save_sparse
-            from flash_indexer.models.sparse import sparse_handle
+            from flash_indexer.models.own_sparse import make_sparse
 
-            sparse = sparse_handle(handle, run["topk"])
+            sparse = make_sparse(handle, run["topk"])
             save_sparse(sparse, path, tokenizer=tokenizer, base_name=run["model"], overwrite=overwrite)
             judging.print_path(console, "exported", path)
             return

@@ -158,27 +158,38 @@ def selected_keys(
     return selected
 
 
-def sparse_attention(q: Tensor, k: Tensor, v: Tensor, selected: Tensor, softmax_scale: float) -> tuple[Tensor, Tensor]:
+def sparse_attention(
+    q: Tensor, k: Tensor, v: Tensor, selected: Tensor, softmax_scale: float, sinks: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """out[t,h] = sum_{s in S_t} a[t,h,s] v[s,g(h)], a = softmax over S_t of scale * q[t,h]·k[s,g(h)]; lse over S_t.
 
-    out [T, H, V] and lse [T, H]: zeros and -inf for a query that selected nothing.
+    sinks: [H], a further logit of each head's softmax, whose value is zero; lse counts it.
+
+    out [T, H, V] and lse [T, H]: zeros and -inf (the sink) for a query that selected nothing.
     """
     logits = teacher_logits(q, k, softmax_scale)
     values = v.repeat_interleave(q.shape[1] // v.shape[1], dim=1)
-    out = torch.einsum("ths,shv->thv", selected_probabilities(logits, selected), values)
-    return out, logits.masked_fill(~selected[:, None], -torch.inf).logsumexp(-1)
+    out = torch.einsum("ths,shv->thv", selected_probabilities(logits, selected, sinks), values)
+    lse = logits.masked_fill(~selected[:, None], -torch.inf).logsumexp(-1)
+    return out, lse if sinks is None else torch.logaddexp(lse, sinks)
 
 
-def selected_probabilities(logits: Tensor, selected: Tensor) -> Tensor:
-    """softmax over S_t: logits [T, H, S] -> [T, H, S], zeros outside; rows that selected nothing have no gradient."""
+def selected_probabilities(logits: Tensor, selected: Tensor, sinks: Tensor | None = None) -> Tensor:
+    """softmax over S_t, and the sinks [H] where there are some: logits [T, H, S] -> [T, H, S], zeros outside S_t.
+
+    Rows that selected nothing have no gradient.
+    """
     none = ~selected.any(-1)[:, None, None]
     outside = ~selected[:, None] & ~none
-    return logits.masked_fill(outside, -torch.inf).softmax(-1).masked_fill(~selected[:, None], 0.0)
+    logits = logits.masked_fill(outside, -torch.inf)
+    if sinks is not None:
+        logits = torch.cat([logits, sinks[None, :, None].expand(len(logits), -1, 1)], dim=-1)
+    return logits.softmax(-1)[..., : selected.shape[-1]].masked_fill(~selected[:, None], 0.0)
 
 
-def sparse_target(q: Tensor, k: Tensor, selected: Tensor, softmax_scale: float) -> Tensor:
+def sparse_target(q: Tensor, k: Tensor, selected: Tensor, softmax_scale: float, sinks: Tensor | None = None) -> Tensor:
     """p[t,s] = sum_h a[t,h,s] / sum_{s in S_t} sum_h a[t,h,s]: [T, S], zeros outside S_t."""
-    total = selected_probabilities(teacher_logits(q, k, softmax_scale), selected).sum(1)
+    total = selected_probabilities(teacher_logits(q, k, softmax_scale), selected, sinks).sum(1)
     return total / total.sum(-1, keepdim=True).clamp_min(torch.finfo(total.dtype).tiny)
 
 
@@ -192,6 +203,7 @@ def sparse_indexer_kl(
     *,
     softmax_scale: float,
     token_weight: Tensor | None = None,
+    sinks: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """KL[t] = sum_{s in S_t} p[t,s] (log p[t,s] - log softmax over S_t of i[t,:]), with p log p = 0 at p = 0.
 
@@ -199,7 +211,7 @@ def sparse_indexer_kl(
         loss: sum_t token_weight[t] * KL[t]; token_weight None means 1/n for the n queries that selected a key.
         kl: [T], 0 for a query that selected nothing.
     """
-    p = sparse_target(q, k, selected, softmax_scale).detach()
+    p = sparse_target(q, k, selected, softmax_scale, sinks).detach()
     scores = (index_weights[:, :, None] * torch.einsum("tie,se->tis", index_q, index_k).relu()).sum(1)
     some = selected.any(-1)
     log_q = scores.masked_fill(~selected & some[:, None], -torch.inf).log_softmax(-1).masked_fill(p == 0, 0.0)

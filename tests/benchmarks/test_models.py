@@ -65,9 +65,21 @@ def test_the_judge_sees_what_is_wrong(
     assert verdict.verdict == "wrong" and what in verdict.text
 
 
+def test_what_another_version_changes_is_said(models: ModuleType) -> None:
+    before = [models.Verdict(name, "right", "", [0], 0.0) for name in ("a", "b")]
+    after = [before[0], before[1]._replace(verdict="refused"), models.Verdict("c", "right", "", [0], 0.0)]
+    assert models.compared(before, before, "9") == "With Transformers 9 2 of 2 types are right. All as above."
+    assert models.compared(before, after, "9") == (
+        "With Transformers 9 2 of 3 types are right. Other verdicts: `b` was right, is refused; new: `c` right."
+    )
+    assert models.compared(after, before, "9").endswith("`b` was refused, is right; gone: `c`.")
+
+
 def test_the_page_is_made_from_the_record(models: ModuleType) -> None:
     verdicts, version = models.recorded()
-    assert models.PAGE.read_text(encoding="utf-8") == models.page(verdicts, version)
+    others = models.recorded_beside()
+    assert models.PAGE.read_text(encoding="utf-8") == models.page(verdicts, version, others)
+    assert [version for _, version in others] == ["5.24.0"] and all(x.verdict != "wrong" for x in others[0][0])
     found = {verdict.model_type: verdict.verdict for verdict in verdicts}
     assert not {"wrong", "crash"} & set(found.values())
     assert sum(verdict == "right" for verdict in found.values()) >= 85

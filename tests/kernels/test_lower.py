@@ -25,16 +25,24 @@ def samples() -> list[Kernel]:
 
 
 SAMPLES = samples()
-QUICK = list({name: kernel for kernel in reversed(SAMPLES) for name in (kernel[0],)}.values())  # the first of each
+FIRST = list({name: kernel for kernel in reversed(SAMPLES) for name in (kernel[0],)}.values())  # of each kernel
+LARGE = (
+    "attention_mla", "sparse_attention_mla", "head_gradients_query", "head_gradients_key", "head_gradients_once",
+)  # fmt: skip
+"""Lowered within seconds, not within a fraction of one."""
 STREAMED = [kernel for kernel in SAMPLES if sizes.BUILDERS[kernel[0]].streamed]
 SELECTED = ("sparse_index_gradients", "sparse_index_masks", "sparse_index_scores")
 GATHERED = ("sparse_gradients_mla", "sparse_index_keys", *SELECTED)  # tensor cores that no copy engine feeds
 OTHERS = [kernel for kernel in SAMPLES if kernel not in STREAMED and kernel[0] not in GATHERED]
 FLOATS = {"red.relaxed.gpu.global.add.v4.f32"}
 BULK = {"cp.reduce.async.bulk.global.shared::cta.bulk_group.add.s32"}  # of integers, the same in any order
+EXACT = {f"red.relaxed.gpu.global.add.{word}" for word in ("u64", "s32")}  # of integers
 TABLES = {f"red.{space}.{op}.u32" for space in ("shared", "relaxed.gpu.global") for op in ("add", "max")}
 ADDING = {
-    **dict.fromkeys(("head_gradients_once", "sparse_gradients_mla"), FLOATS),
+    "head_gradients_once": FLOATS,
+    "sparse_gradients_mla": FLOATS | EXACT,
+    "sparse_delta": {"red.relaxed.gpu.global.max.u32"},
+    **dict.fromkeys(("sparse_exact_table", "sparse_exact_grid", "sparse_exact_finish"), EXACT | {"red.shared.add.u32"}),
     **dict.fromkeys(SELECTED, BULK),
     **dict.fromkeys(("sparse_index_largest", "sparse_index_table", "sparse_index_finish"), BULK | TABLES),
     "select": {"atomicAdd("},  # of integers
@@ -44,8 +52,12 @@ ADDING = {
 
 
 def each(kernels: list[Kernel]) -> pytest.MarkDecorator:
-    """One size of each kernel quickly, the others where there is time."""
-    marked = [pytest.param(x, marks=() if x in QUICK else pytest.mark.slow, id=catalog.title(x)) for x in kernels]
+    """One size of each kernel, of the large ones in CI's second step; `make test-all` lowers the other sizes too."""
+    marked = []
+    for kernel in kernels:
+        marks = [pytest.mark.slow] if kernel not in FIRST or kernel[0] in LARGE else []
+        marks += [] if kernel in FIRST else [pytest.mark.every_size]
+        marked.append(pytest.param(kernel, marks=marks, id=catalog.title(kernel)))
     return pytest.mark.parametrize("kernel", marked)
 
 
@@ -72,9 +84,10 @@ def test_tensor_cores_are_fed_by_the_copy_engine(kernel, source):
     assert start.count("__syncthreads()") == 1 + cleared, "after the barriers are initialised, and after that"
     assert "__syncthreads()" not in rest, "the rings hold no other"
     assert "tl::tma_load(" in rest and "tl::warpgroup_reg_dealloc<" in rest
-    assert "__launch_bounds__(384, 1)" in text
+    assert f"__launch_bounds__({512 if name == 'score_narrow' else 384}, 1)" in text
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("V", [0, 128])
 def test_without_values_the_output_is_the_entropy(V, source):
     """And no value is copied, packed or stored; with values nothing of the entropy is computed."""
@@ -105,16 +118,21 @@ def test_a_kernel_of_one_call_has_nothing_around_it(kernel, source):
     assert "wgmma_ss<" in text and "__syncthreads" not in body and "fence" not in body
 
 
-def test_the_gradients_of_selected_keys_have_the_shared_memory_that_they_lay_out(source):
+@pytest.mark.parametrize("half", [0, 1])
+def test_the_gradients_of_selected_keys_have_the_shared_memory_that_they_lay_out(half, source):
     from flash_indexer.kernels.sm_90.sparse_gradients_mla import SHARED_BYTES
 
-    barriers, behind = re.search(
-        r"BARRIERS = (\d+);\s+constexpr int BYTES = BARRIERS \+ (\d+);", source("sparse_gradients_mla")
-    ).groups()
-    assert int(barriers) + int(behind) == SHARED_BYTES <= sizes.SHARED_MEMORY
+    text = source("sparse_gradients_mla", exact=0, half=half)
+    barriers, behind = re.search(r"BARRIERS = (\d+);\s+constexpr int BYTES = BARRIERS \+ (\d+);", text).groups()
+    assert int(barriers) + int(behind) == SHARED_BYTES[half] <= sizes.SHARED_MEMORY
 
 
-@pytest.mark.parametrize("E", sizes.GATHERED_INDEX_WIDTHS)
+WIDEST = max(sizes.GATHERED_INDEX_WIDTHS)
+
+
+@pytest.mark.parametrize(
+    "E", [pytest.param(E, marks=() if E == WIDEST else pytest.mark.slow) for E in sizes.GATHERED_INDEX_WIDTHS]
+)
 def test_the_indexer_at_selected_keys_has_the_shared_memory_that_it_lays_out(E, source, nvcc, tmp_path):
     """`sizes.sparse_index_bytes` against the layout in its CUDA source, which the compiler evaluates."""
     check = f"sparse_index::Layout<{E}>::BYTES == {sizes.sparse_index_bytes(E)}"

@@ -163,7 +163,7 @@ def test_layers_without_an_indexer_stay_dense(tiny: Tiny, family: str) -> None:
 
 def generated(model: PreTrainedModel, ids: Tensor, mask: Tensor | None = None, **options: Any) -> Tensor:
     mask = torch.ones_like(ids) if mask is None else mask
-    options = dict(max_new_tokens=8, do_sample=False, pad_token_id=0) | options
+    options = dict(max_new_tokens=5, do_sample=False, pad_token_id=0) | options
     out: Tensor = model.generate(ids, attention_mask=mask, **options)
     return out[:, ids.shape[1] :]
 
@@ -380,9 +380,8 @@ EXPERTS = dict(num_experts_per_tok=2, moe_intermediate_size=32)
             "with topk, every layer must have softmax attention",
         ),
         (Gemma2Config(**SIZES, num_hidden_layers=2, attn_logit_softcapping=50.0), "got attn_logit_softcapping=50.0"),
-        (GptOssConfig(**SIZES, num_hidden_layers=2, num_local_experts=4, num_experts_per_tok=2), "got sinks"),
     ],
-    ids=["hybrid", "softcap", "sinks"],
+    ids=["hybrid", "softcap"],
 )
 def test_attention_that_would_be_another_is_refused_and_undone(config: Any, message: str) -> None:
     torch.manual_seed(0)
@@ -392,3 +391,38 @@ def test_attention_that_would_be_another_is_refused_and_undone(config: Any, mess
         attach(model, num_heads=2, head_dim=32, topk=4)
     assert torch.equal(logits(model, tokens(1, 9)), expected)
     assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("layers", [None, [0, 1]], ids=["the sliding layer stays as it is", "every layer"])
+def test_sinks_are_the_models(layers: list[int] | None) -> None:
+    """Where no key is left out, eager attention's logits, gradients and tokens, in layers with and without indexer."""
+    torch.manual_seed(0)
+    sizes = SIZES | dict(num_hidden_layers=2, num_local_experts=4, num_experts_per_tok=4, sliding_window=6)
+    model = AutoModelForCausalLM.from_config(GptOssConfig(**sizes), attn_implementation="eager").eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.copy_(torch.randn_like(parameter) * (2.0 if "sinks" in name else 0.2) + ("norm" in name))
+    ids, untyped = tokens(1, sum(LENGTHS)), model
+
+    def step(*calls: tuple[Tensor, dict[str, Tensor]]) -> tuple[Tensor, dict[str, Tensor]]:
+        model.zero_grad()
+        made = torch.cat([untyped(row, use_cache=False, **inputs).logits for row, inputs in calls], 1)
+        (made * torch.linspace(-1, 1, 61)).sum().backward()
+        return made.detach(), {name: x.grad.clone() for name, x in model.named_parameters() if x.grad is not None}
+
+    options: dict[str, Any] = dict(max_new_tokens=6, do_sample=False, pad_token_id=0, attention_mask=torch.ones(1, 12))
+    want, gradients = step(*((document, {}) for document in ids.split(LENGTHS, 1)))  # its eager masks know none
+    continued = untyped.generate(ids[:, :12], **options)
+    handle = attach(model, num_heads=3, head_dim=32, layers=layers, topk=40)
+    assert handle.layers == ((1,) if layers is None else (0, 1))
+    got, own = step((ids, packed()))
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
+    assert own.keys() == gradients.keys() and any("sinks" in name for name in own)
+    for name, gradient in own.items():
+        scale = float(gradients[name].abs().max())
+        torch.testing.assert_close(gradient, gradients[name], rtol=1e-3, atol=1e-4 * scale, msg=name)
+    assert all(parameter.grad is not None for parameter in handle.indexers.parameters())
+    assert torch.equal(untyped.generate(ids[:, :12], **options), continued)
+    handle.remove()
+    with pytest.raises(ValueError, match="cp must be 1 for attention with sinks, got 2; share parameters out by FSDP"):
+        attach(model, layers=layers, topk=4, parallel=Parallel(cp=2))

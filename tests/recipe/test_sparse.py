@@ -33,6 +33,7 @@ from flash_indexer.recipe.run_record import read_metrics
 from flash_indexer.recipe.sparse import train_sparsely
 from flash_indexer.recipe.sparse_loop import SparseLoop
 from flash_indexer.recipe.sparse_record import SparseRunSettings, read_any_run, sparse_command
+from flash_indexer.recipe.sparse_start import TOPK
 from flash_indexer.recipe.stopping import Interrupted
 from flash_indexer.recipe.warmup import warm_up
 
@@ -257,7 +258,7 @@ def test_layers_that_are_not_warmed_up_are_named(tmp_path: Path, run: Run) -> No
     assert len(json.loads((tmp_path / "run" / "run.json").read_text())["warnings"]) == 1
     run(tmp_path / "wide", steps=1, topk=32)
     assert "topk = 32 covers the 32 tokens of a sequence" in run.printed  # type: ignore[attr-defined]
-    assert (default := SparseRunSettings(init_from="any")).sequence_length > default.topk
+    assert SparseRunSettings(init_from="any").sequence_length > TOPK
     assert "of the text's tokens see more" not in run.printed  # type: ignore[attr-defined]
     (tmp_path / "short.jsonl").write_text('{"text": "w1 w2 w3 w4"}\n' * 99)
     run(tmp_path / "short", steps=1, data=str(tmp_path / "short.jsonl"))
@@ -295,7 +296,9 @@ def test_what_does_not_fit_is_refused_before_anything_trains(
     tmp_path: Path, run: Run, warm: Path, checkpoint: Path, mla_checkpoint: Path
 ) -> None:
     out = tmp_path / "run"
-    with pytest.raises(FileNotFoundError, match="sparse: --init-from must name a warm-up's run or a native indexer"):
+    with pytest.raises(
+        FileNotFoundError, match="sparse: --init-from must name a warm-up's run, a native indexer or a model"
+    ):
         run(out, init_from=str(tmp_path / "nowhere"))
     with pytest.raises(
         ValueError, match="must hold indexers of the model .*: .*another base model: model_type 'llama'"

@@ -27,17 +27,17 @@ STEPS = 20
 EXACT = """
 import torch
 from flash_indexer.recipe import sparse as stage
-load, attach, prepare = stage.load_model, stage.attach, stage._sparse
-def load_in_float64(name, dtype):
+load, attach, prepare = stage.load_model, stage.attach_start, stage._sparse
+def load_in_float64(name, dtype, indexers):
     model, tokenizer = load(name, dtype=torch.float64)
     model.set_experts_implementation("eager")  # torch's grouped products know no float64
     return model, tokenizer
-def attach_in_float64(model, **options):
-    handle = attach(model, **options)
+def attach_in_float64(model, held, **options):
+    handle = attach(model, held, **options)
     handle.indexers.double()
     return handle
 def prepare_in_float64(settings, model, *rest):
-    stage.load_model, stage.attach = load_in_float64, attach_in_float64
+    stage.load_model, stage.attach_start = load_in_float64, attach_in_float64
     return prepare(settings, model.double(), *rest)
 stage._sparse = prepare_in_float64
 """
@@ -245,6 +245,16 @@ def test_many_processes_train_what_one_does(
     assert max(held) <= 1.1 * whole / count or not parallel.get("fsdp")
     assert json.loads((out / "run.json").read_text())["sequences_per_step"] == 4
     assert f"--accumulation {4 // sizes['batch_size']}" in sparse_command(read_any_run(out), "x") + " --accumulation 1"
+
+
+@pytest.mark.slow
+def test_a_models_own_indexers_train_likewise(
+    tmp_path: Path, start: Starter, alone: Any, warmed_up: Any, own_checkpoint: Path
+) -> None:
+    """Each process holds the whole model, and a part of the sequences."""
+    changes = warmed_up(own_checkpoint, indexers="own", num_heads=8, head_dim=64)
+    out = start.train(tmp_path / "run", 2, code=EXACT, batch_size=2, **changes)
+    assert_same_training(alone(**changes), out, own_checkpoint)
 
 
 @pytest.mark.parametrize(

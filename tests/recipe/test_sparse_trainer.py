@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from torch.nn.utils import clip_grad_norm_
 from transformers import TrainingArguments
 
+from flash_indexer.files.trained import trainable
 from flash_indexer.models.attach import attach
 from flash_indexer.models.load import load_model
 from flash_indexer.models.sparse import SparseHandle, sparse_handle
@@ -72,6 +73,44 @@ def test_it_trains_what_a_plain_loop_trains(tmp_path: Path, checkpoint: Path, da
     assert got == pytest.approx(logged, rel=1e-3) and all("kl" in x for x in trainer.state.log_history if "loss" in x)
     for name, tensor in state(plain).items():
         assert (state(handle)[name] - tensor).norm() <= 2e-3 * tensor.norm() + 1e-6, name
+
+
+def test_a_models_own_indexers_have_a_group_of_their_own(
+    tmp_path: Path, own_checkpoint: Path, data: PackedDataset
+) -> None:
+    """Its rate, and no part in the norm that is clipped; resumed with the same bits."""
+
+    def fresh() -> SparseHandle:
+        model, _ = load_model(own_checkpoint, dtype=torch.float32, indexers="own")
+        return attach(model.requires_grad_(True), indexers="own", topk=8)
+
+    options = OPTIONS | dict(per_device_train_batch_size=4, gradient_accumulation_steps=1)
+    arguments = TrainingArguments(str(tmp_path), **options)
+    trainer = SparseTrainer(fresh(), indexer_lr=3e-3, args=arguments, train_dataset=data)
+    trainer.train()
+    plain = fresh()
+    plain.model.train()
+    own = list(trainable(plain.model, plain.indexers).values())
+    indexers = list(plain.indexers.parameters())
+    assert len(own) + len(indexers) == len(list(plain.model.parameters()))
+    groups = [dict(params=own, lr=1e-3), dict(params=indexers, lr=3e-3, eps=1e-12)]
+    optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
+    for step in range(4):
+        items = [data[4 * step + n] for n in range(4)]
+        ids, positions = (torch.stack([item[name] for item in items]) for name in ("input_ids", "position_ids"))
+        targets = labels(ids, positions)
+        plain.token_weight = 1 / ids.numel()
+        hidden = plain.decoder(input_ids=ids, position_ids=positions, use_cache=False).last_hidden_state
+        (language_loss(plain.model, hidden, targets) / (targets != -100).sum()).backward()
+        clip_grad_norm_(own, 0.5)
+        optimizer.step()
+        optimizer.zero_grad()
+    for name, tensor in plain.model.state_dict().items():
+        torch.testing.assert_close(trainer.handle.model.state_dict()[name], tensor, rtol=1e-4, atol=1e-6, msg=name)
+    again = SparseTrainer(fresh(), indexer_lr=3e-3, args=arguments, train_dataset=data)
+    again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    for name, tensor in trainer.handle.model.state_dict().items():
+        assert torch.equal(again.handle.model.state_dict()[name], tensor), name
 
 
 def test_it_resumes_with_the_same_bits_and_evaluates(tmp_path: Path, checkpoint: Path, data: PackedDataset) -> None:

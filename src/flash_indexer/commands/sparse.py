@@ -16,12 +16,16 @@ app = typer.Typer(add_completion=False)
 def sparse(
     context: typer.Context,
     out: Annotated[Path, typer.Option(help="Folder of the run: settings, metrics, checkpoint.")],
-    init_from: Annotated[str, typer.Option(help="Run or native folder of the warmed-up indexers.")] = "",
+    init_from: Annotated[
+        str, typer.Option(help="Run or native folder of the warmed-up indexers, or a model with some of its own.")
+    ] = "",
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --out, if there is one.")] = False,
     model: Annotated[str | None, typer.Option(help="Model; default: the one they were warmed up on.")] = None,
     data: Annotated[str | None, typer.Option(help="Text, JSONL, Parquet or datasets folder.")] = None,
     column: Annotated[str, typer.Option(help="Column that holds the text.")] = "text",
-    topk: Annotated[int, typer.Option(help="Keys K that a query attends to.")] = 2048,
+    topk: Annotated[
+        int | None, typer.Option(help="Keys K that a query attends to; default 2048, or what the model's config says.")
+    ] = None,
     layers: Annotated[str | None, typer.Option(help="Layers that become sparse, such as 0,1,5-9; default all.")] = None,
     lora: Annotated[int | None, typer.Option(help="Train adapters of this rank (PEFT), not the parameters.")] = None,
     indexers_alone: Annotated[bool, typer.Option("--indexers-alone", help="Keep the model frozen.")] = False,

@@ -17,8 +17,8 @@ from flash_indexer.files.atomic import atomic_directory, readable_directory
 from flash_indexer.files.native_config import CONFIG_FILE, FORMAT, NativeConfig, parse, read_config, write_config
 from flash_indexer.indexer import LightningIndexer
 from flash_indexer.models.attach import IndexerHandle, attach
-from flash_indexer.models.own_sparse import own_sparse_handle
-from flash_indexer.models.sparse import check_topk, sparse_handle
+from flash_indexer.models.own_sparse import make_sparse
+from flash_indexer.models.sparse_checks import check_topk
 from flash_indexer.parallel.mesh import Parallel
 
 WEIGHTS_FILE = "indexer.safetensors"
@@ -184,7 +184,7 @@ def load_native(
         raise
     if topk is None:
         return handle
-    return own_sparse_handle(handle, topk) if handle.trains_own else sparse_handle(handle, topk)
+    return make_sparse(handle, topk)
 
 
 def describe(handle: IndexerHandle, *, base_name: str, base_fingerprint: str | None = None) -> NativeConfig:

@@ -31,7 +31,8 @@ from flash_indexer.files.native import check_replaceable, load_native, read_nati
 from flash_indexer.files.tensors import read_tensors, shared_out, write_tensors
 from flash_indexer.models.adapters import add_adapters, merge_adapters
 from flash_indexer.models.load import load_model, model_fingerprint, without_bars
-from flash_indexer.models.sparse import SparseHandle, sparse_handle
+from flash_indexer.models.own_sparse import make_sparse
+from flash_indexer.models.sparse import SparseHandle
 
 TRAINED_FILE, SPARSE_FILE, MODEL_FOLDER = "trained.safetensors", "sparse_config.json", "model"
 
@@ -64,7 +65,7 @@ def save_trained(
             write_native(handle, folder, base_name=base[0], base_fingerprint=base[1])
             write_sparse_config(folder, SparseConfig(handle.topk, lora))
             (folder / STATE_FILE).write_text(json.dumps({"step": step}) + "\n", encoding="utf-8")
-        write_tensors(None if folder is None else folder / TRAINED_FILE, trainable(handle.model))
+        write_tensors(None if folder is None else folder / TRAINED_FILE, trainable(handle.model, handle.indexers))
         write_tensors(None if folder is None else folder / OPTIMIZER_FILE, optimizer_moments(optimizer))
 
 
@@ -164,9 +165,10 @@ def load_sparse(
             "native` writes them of a sparse run; load indexers alone with load_native(model, path, topk=...)"
         )
     saved = getattr(torch, config.base_dtype)
-    model, tokenizer = load_model(folder / MODEL_FOLDER, dtype=saved if dtype is None else dtype)
+    wide = saved if dtype is None else dtype
+    model, tokenizer = load_model(folder / MODEL_FOLDER, dtype=wide, indexers=config.indexers)
     fingerprint = model_fingerprint(model) if dtype in (None, saved) else None
-    handle = sparse_handle(load_native(model, folder, base_fingerprint=fingerprint), sparse.topk)
+    handle = make_sparse(load_native(model, folder, base_fingerprint=fingerprint), sparse.topk)
     handle.indexers.train(False)
     return handle, tokenizer
 
@@ -195,9 +197,10 @@ def has_trained(folder: Path) -> bool:
         return bool(tensors.keys())
 
 
-def trainable(model: nn.Module) -> dict[str, Tensor]:
-    """The parameters that require gradients, by name; shared ones once."""
-    return {name: value for name, value in model.named_parameters() if value.requires_grad}
+def trainable(model: nn.Module, indexers: nn.Module | None = None) -> dict[str, Tensor]:
+    """The parameters that require gradients, by name; shared ones once, and without those of the model's `indexers`."""
+    apart = set[int]() if indexers is None else {id(value) for value in indexers.parameters()}
+    return {name: x for name, x in model.named_parameters() if x.requires_grad and id(x) not in apart}
 
 
 def write_sparse_config(folder: Path, config: SparseConfig) -> None:

@@ -25,7 +25,8 @@ from flash_indexer.judge.needle import Needle, NeedleScore, needle_scores
 from flash_indexer.judge.selections import SINK
 from flash_indexer.models.attach import IndexerHandle
 from flash_indexer.models.capture import LayerCapture
-from flash_indexer.models.sparse import SparseHandle, sparse_handle
+from flash_indexer.models.own_sparse import make_sparse
+from flash_indexer.models.sparse import SparseHandle
 from flash_indexer.ops import Selection
 
 DENSE, BEFORE, AFTER, CONTROL = "dense", "sparse before", "sparse after", "dense after"
@@ -131,7 +132,7 @@ def measure(
         whole = _joined([token_losses(model, *pair) for pair in inputs])
     with dense.using(lambda capture: None):
         found_dense = needle_scores(model, documents)
-    handle = sparse_handle(dense, topk)
+    handle = make_sparse(dense, topk)
     handle.indexers.train(False)
     kl, chosen, losses = dict.fromkeys(handle.layers, 0.0), list[dict[int, Tensor]](), []
     for pair in inputs:

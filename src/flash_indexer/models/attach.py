@@ -26,7 +26,8 @@ from flash_indexer.models.own_attach import OwnOptions, attach_own
 from flash_indexer.models.own_indexers import has_own_indexers
 from flash_indexer.models.own_sparse import own_sparse_handle
 from flash_indexer.models.rope import check_rope, default_rope_dim, indexer_rotary, rope_parameters
-from flash_indexer.models.sparse import check_topk, sparse_handle
+from flash_indexer.models.sparse import sparse_handle
+from flash_indexer.models.sparse_checks import check_topk
 from flash_indexer.models.sparse_hooks import SPARSE_TAP
 from flash_indexer.models.wrappers import unwrapped
 from flash_indexer.parallel.mesh import Parallel

@@ -24,9 +24,10 @@ from flash_indexer.models.handle import IndexerHandle
 from flash_indexer.models.hooks import uncompiled
 from flash_indexer.models.index_cache import prepare_layer
 from flash_indexer.models.own_hooks import all_keys, stand_in
-from flash_indexer.models.own_indexers import own_indexer, thaw_own
+from flash_indexer.models.own_indexers import indexer_sources, own_indexer, thaw_own
 from flash_indexer.models.shared_indexers import LayerLoss, Operands, SharedOperands
-from flash_indexer.models.sparse import Leaves, SparseHandle, check_sparse, install_sparsely
+from flash_indexer.models.sparse import Leaves, SparseHandle, install_sparsely, sparse_handle
+from flash_indexer.models.sparse_checks import check_sparse
 from flash_indexer.models.sparse_forward import SparseForward
 from flash_indexer.models.sparse_hooks import Attend, SparseTap
 from flash_indexer.models.sparse_hooks import attention as sparse_attention_function
@@ -39,8 +40,8 @@ OWN_SPARSE_ATTENTION = "lightning_indexer_own_sparse"
 class OwnSparseTap(SparseTap):
     """One layer's place in a sparse decoder whose indexers are its own, and what its indexer was called with."""
 
-    def __init__(self, attend: Attend, layer: int, module: nn.Module) -> None:
-        super().__init__(attend, layer, module, is_attached=True, rotary=None)
+    def __init__(self, attend: Attend, layer: int, module: nn.Module, *, is_attached: bool) -> None:
+        super().__init__(attend, layer, module, is_attached=is_attached, rotary=None)
         self.positions: Tensor | None = None
 
     def install(self) -> list[Callable[[], object]]:
@@ -146,20 +147,22 @@ def _part_of_mean(x: Tensor, parts: int) -> Tensor:
 
 
 def own_sparse_handle(dense: IndexerHandle, topk: int) -> OwnSparseHandle:
-    """Makes all layers of a model with indexers of its own attend to the `topk` keys that these rank highest.
+    """Makes the layers of a model that its own indexers serve attend to the `topk` keys that these rank highest.
 
-    As `sparse_handle` does with fresh ones; what is computed is the model's own sparse attention where topk is its
-    config's index_topk. The indexers' parameters are the model's, float32 at least while attached, and get the
-    gradients of their loss alone: leave them out of the optimizer group of the model's other parameters.
+    As `sparse_handle` does with fresh ones; layers without an indexer, as those of a sliding window, stay as they are.
+    What is computed is the model's own sparse attention where topk is its config's index_topk. The indexers' parameters
+    are the model's, float32 at least while attached, and get the gradients of their loss alone: leave them out of the
+    optimizer group of the model's other parameters.
 
     Args:
         dense: what `attach(model, indexers="own")` returned for all layers. It is removed.
         topk: K, 1 or more.
 
     Raises:
-        ValueError: another topk or target, layers without an indexer, or sequence and heads shared out.
+        ValueError: another topk or target, an indexer left out, or sequence and heads shared out.
     """
     model, attentions, parallel = dense.model, dict(dense.found.callers), dense.parallel
+    wide = [parameter.detach() for parameter in dense.indexers.parameters()]  # remove() rounds to the model's dtype
     dense.remove()
     check_sparse(dense, topk)
     if parallel.cp * parallel.tp > 1:
@@ -167,10 +170,10 @@ def own_sparse_handle(dense: IndexerHandle, topk: int) -> OwnSparseHandle:
             f'attach: with topk and indexers="own" the model must be whole in one process, got cp={parallel.cp}, '
             f"tp={parallel.tp}; leave topk or parallel out"
         )
-    if without := [layer for layer in attentions if layer not in dense.sources]:
+    if left_out := [layer for layer in indexer_sources(attentions) if layer not in dense.sources]:
         raise ValueError(
-            f'attach: with topk and indexers="own", an indexer must serve every layer, got none for layers '
-            f"{without[:5]}; leave layers or topk out"
+            'attach: with topk and indexers="own", every layer that an indexer serves must be chosen, since the model '
+            f"attends sparsely there, got none for layers {left_out[:5]}; leave layers or topk out"
         )
     own = getattr(model.config.get_text_config(), "index_topk", None)
     if own is not None and own != topk:
@@ -180,11 +183,21 @@ def own_sparse_handle(dense: IndexerHandle, topk: int) -> OwnSparseHandle:
             stacklevel=3,
         )
     handle = OwnSparseHandle(dense, topk)
-    taps = [OwnSparseTap(handle.attend_sparsely, layer, module) for layer, module in attentions.items()]
+    taps = [
+        OwnSparseTap(handle.attend_sparsely, layer, module, is_attached=layer in dense.sources)
+        for layer, module in attentions.items()
+    ]
     install_sparsely(handle, taps, OWN_SPARSE_ATTENTION)
     for undo in thaw_own(handle.indexers):
         handle.undo_with(undo)
+    for parameter, value in zip(handle.indexers.parameters(), wide, strict=True):
+        parameter.data.copy_(value)
     return handle
+
+
+def make_sparse(dense: IndexerHandle, topk: int) -> SparseHandle:
+    """`sparse_handle` of fresh indexers, `own_sparse_handle` of a model's own."""
+    return own_sparse_handle(dense, topk) if dense.trains_own else sparse_handle(dense, topk)
 
 
 class NoMask:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from flash_indexer.models.capture import AttentionForm
 from flash_indexer.models.documents import document_begins
-from flash_indexer.ops import attention_forward
+from flash_indexer.ops import attention_forward, share_beside_sinks
 from flash_indexer.parallel.context import context_positions, gather_tokens
 from flash_indexer.parallel.mesh import Parallel
 
@@ -109,8 +109,8 @@ def with_sinks(out: Tensor, lse: Tensor, sinks: Tensor | None) -> tuple[Tensor, 
     """out [T, H, V] and lse [T, H] of a softmax in which sinks [H] take part as further logits, whose values are 0."""
     if sinks is None:
         return out, lse
-    with_them = torch.logaddexp(lse, sinks.to(lse.dtype))
-    return (out * (lse - with_them).exp()[..., None]).to(out.dtype), with_them
+    share, whole = share_beside_sinks(lse, sinks)
+    return (out * share[..., None]).to(out.dtype), whole
 
 
 def at_least_float32(x: Tensor) -> Tensor:

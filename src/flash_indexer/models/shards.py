@@ -6,6 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from safetensors import safe_open
+
 
 def shards(directory: Path) -> list[Path]:
     """model.safetensors, or the files that its index names; none where the weights are in another format."""
@@ -13,6 +15,15 @@ def shards(directory: Path) -> list[Path]:
     if index.is_file():
         return [directory / name for name in sorted(set(read_json(index)["weight_map"].values()))]
     return [single] if single.is_file() else []
+
+
+def stored_names(directory: Path) -> set[str]:
+    """The names of the tensors in these files."""
+    names = set[str]()
+    for shard in shards(directory):
+        with safe_open(shard, framework="pt") as file:
+            names.update(file.keys())
+    return names
 
 
 def read_json(path: Path) -> dict[str, Any]:

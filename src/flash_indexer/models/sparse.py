@@ -6,17 +6,15 @@ that is frozen it goes backward inside the forward, as in the warm-up.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import scaled_dot_product_attention
 
-from flash_indexer.indexer import LightningIndexer
 from flash_indexer.models.absorbed import EXPAND, absorbed_query, expanded_output, is_absorbable, keep_latents
+from flash_indexer.models.capture import AttentionForm
 from flash_indexer.models.families import FAMILIES, call_arguments, check_call
 from flash_indexer.models.handle import IndexerHandle
 from flash_indexer.models.hooks import TAP, uncompiled
@@ -24,6 +22,8 @@ from flash_indexer.models.index_cache import add_index_keys
 from flash_indexer.models.install import switch_attention
 from flash_indexer.models.packing import at_least_float32
 from flash_indexer.models.shared_indexers import LayerLoss
+from flash_indexer.models.sparse_checks import check_fresh, check_sparse
+from flash_indexer.models.sparse_dense import attend_densely
 from flash_indexer.models.sparse_forward import SparseForward
 from flash_indexer.models.sparse_hooks import FORWARD, SPARSE_ATTENTION, SPARSE_TAP, SparseTap
 from flash_indexer.ops import Selection, dsa_attention, select_keys, sparse_attention, sparse_indexer_kl
@@ -95,11 +95,12 @@ class SparseHandle(IndexerHandle):
         return (), inputs | {FORWARD: forward}
 
     def attend_sparsely(
-        self, tap: SparseTap, forward: SparseForward, q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None
+        self, tap: SparseTap, forward: SparseForward, q: Tensor, k: Tensor, v: Tensor, form: AttentionForm
     ) -> Tensor:
         """One layer's attention: [B, H, L, D] against [B, G, S, D] to [B * L, H, V]."""
         if not tap.is_attached:
-            return _dense_attention(forward, q, k, v, scale, window)
+            return attend_densely(forward, q, k, v, form)
+        scale, window = form.softmax_scale, form.window
         again = tap.layer in forward.seen  # in the backward of activation checkpointing
         if again and not forward.has_ended:
             raise ValueError(
@@ -121,7 +122,7 @@ class SparseHandle(IndexerHandle):
             out, kl = self._attend_in_part(tap, forward, tensors, leaves, visible, scale, width, again)
         elif self._learns(tap, forward) and torch.is_grad_enabled():
             kl = None if again else leaves[2].new_full((len(query),), torch.nan)
-            out = self._learn_in_backward(tensors, leaves, visible, scale, width, kl)
+            out = self._learn_in_backward(tensors, leaves, visible, form, width, kl)
         else:
             selection = select_keys(
                 *leaves, key_start=visible[0], key_end=visible[1], topk=self.topk, always=self.always
@@ -129,8 +130,9 @@ class SparseHandle(IndexerHandle):
             if self.on_selection is not None:
                 self.on_selection(tap.layer, selection)
             out, lse = sparse_attention(
-                *tensors, selection, softmax_scale=scale, value_dim=width, deterministic=self.deterministic
-            )
+                *tensors, selection, softmax_scale=scale, value_dim=width, sinks=form.sinks,
+                deterministic=self.deterministic,
+            )  # fmt: skip
             kl = None
             if tap.cache is None and not torch.is_grad_enabled():
                 kl = self._learn(tap, forward, (query, tensors[1]), leaves, selection, scale, lse)
@@ -147,16 +149,17 @@ class SparseHandle(IndexerHandle):
         tensors: tuple[Tensor, Tensor, Tensor | None],
         leaves: Leaves,
         visible: tuple[Tensor, Tensor],
-        scale: float,
+        form: AttentionForm,
         width: int | None,
         kl: Tensor | None,
     ) -> Tensor:
         """The attention's output, whose backward brings the indexer's gradients with it and writes to `kl`."""
         q, k, v = tensors
         return dsa_attention(
-            q, k, v, *leaves, softmax_scale=scale, key_start=visible[0], key_end=visible[1], topk=self.topk,
-            value_dim=width, always=self.always, token_weight=self._token_weights(leaves[2], q), kl="backward",
-            kl_scale=self.kl_scale, kl_out=kl, deterministic=self.deterministic,
+            q, k, v, *leaves, softmax_scale=form.softmax_scale, key_start=visible[0], key_end=visible[1],
+            topk=self.topk, value_dim=width, sinks=form.sinks, always=self.always,
+            token_weight=self._token_weights(leaves[2], q), kl="backward", kl_scale=self.kl_scale, kl_out=kl,
+            deterministic=self.deterministic,
         ).out  # fmt: skip
 
     def _attend_in_part(
@@ -290,7 +293,8 @@ def sparse_handle(dense: IndexerHandle, topk: int) -> SparseHandle:
     modules: list[nn.Module] = [module for module in dense.decoder.modules() if TAP in module.__dict__]
     taps = [module.__dict__[TAP] for module in modules]
     dense.remove()
-    _check(dense, topk)
+    check_fresh(dense)
+    check_sparse(dense, topk)
     handle = SparseHandle(dense, topk)
     attached = [tap.layer in handle.layers for tap in taps]
     install_sparsely(handle, [
@@ -300,72 +304,12 @@ def sparse_handle(dense: IndexerHandle, topk: int) -> SparseHandle:
     return handle
 
 
-def _dense_attention(
-    forward: SparseForward, q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None
-) -> Tensor:
-    """A layer without an indexer: [B, H, L, D] against [B, G, S, D] to [B * L, H, V]."""
-    k, v = forward.all_keys(k), forward.all_keys(v)
-    is_whole = forward.packing is None
-    if not is_whole:
-        q = q.transpose(1, 2).flatten(0, 1).transpose(0, 1)[None]
-    is_first = forward.past == 0 and forward.positions is not None
-    is_plain = window is None and is_whole and is_first and not forward.is_packed
-    mask = None if is_plain else forward.mask(k.shape[2], window)
-    out = scaled_dot_product_attention(q, k, v, mask, is_causal=is_plain, scale=scale, enable_gqa=True)
-    return out.transpose(1, 2).flatten(0, 1)
-
-
-def _check(dense: IndexerHandle, topk: int) -> None:
-    if not all(type(indexer) is LightningIndexer for indexer in dense.indexers.values()):
-        raise ValueError(
-            "attach: to make a dense handle sparse, its indexers must be LightningIndexers, got a model's own; pass "
-            'topk to attach(model, indexers="own", topk=...) instead'
-        )
-    if dense.found.refused:
-        raise ValueError(
-            "attach: with topk, every layer must have softmax attention, got a model some of whose layers have none; "
-            "leave topk out"
-        )
-    check_sparse(dense, topk)
-
-
-def check_sparse(dense: IndexerHandle, topk: int) -> None:
-    """Raises ValueError for a K, a target, an attention or a sharing that the sparse stage can't have; may warn."""
-    check_topk("attach", topk)
-    if dense.parallel.tp > 1:
-        raise ValueError(
-            f"attach: with topk, tp must be 1, got {dense.parallel.tp}: a sparse model's heads are not shared out; "
-            "share the sequence out by cp, and parameters by FSDP"
-        )
-    if dense.target != "mean":
-        raise ValueError(f'attach: with topk, target must be "mean", got {dense.target!r}')
-    softcap = getattr(dense.model.config.get_text_config(), "attn_logit_softcapping", None)
-    sinks = [module for _, module in dense.found.callers if getattr(module, "sinks", None) is not None]
-    if softcap is not None or sinks:
-        raise ValueError(
-            "attach: with topk, attention must have neither softcap nor sinks, got "
-            f"{'sinks' if sinks else f'attn_logit_softcapping={softcap}'}; leave topk out"
-        )
-    context = getattr(dense.model.config.get_text_config(), "max_position_embeddings", None)
-    if context is not None and topk >= context:
-        warnings.warn(
-            f"attach: topk = {topk} covers the model's context of {context} tokens: no key is ever left out",
-            stacklevel=4,
-        )
-
-
 def _check_learns() -> None:
     if torch.is_inference_mode_enabled():
         raise ValueError(
             "attach: the forward must run outside of torch.inference_mode() while the indexers train, since no "
             "gradient exists inside it; use torch.no_grad() around the model, or handle.indexers.eval()"
         )
-
-
-def check_topk(op: str, topk: object) -> None:
-    """Raises ValueError, in the name of `op`, for a number of keys that no query can attend to."""
-    if isinstance(topk, bool) or not isinstance(topk, int) or topk < 1:
-        raise ValueError(f"{op}: topk must be a whole number of keys, 1 or more, got {topk!r}; DeepSeek-V3.2 has 2048")
 
 
 def install_sparsely(handle: SparseHandle, taps: Sequence[SparseTap], function: str = SPARSE_ATTENTION) -> None:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 
 from flash_indexer.indexer import no_autocast
+from flash_indexer.models.capture import AttentionForm
 from flash_indexer.models.families import FAMILIES, given_cache
 from flash_indexer.models.hooks import uncompiled
 from flash_indexer.models.index_cache import prepare_layer
@@ -25,15 +26,15 @@ SPARSE_TAP = "_flash_indexer_sparse"
 FORWARD = "flash_indexer_forward"
 """The argument with which a SparseForward travels through the decoder's layers to the attention function."""
 
-Attend = Callable[["SparseTap", SparseForward, Tensor, Tensor, Tensor, float, "int | None"], Tensor]
+Attend = Callable[["SparseTap", SparseForward, Tensor, Tensor, Tensor, AttentionForm], Tensor]
 
 
 class SparseTap:
     """One layer's place in a sparse decoder, and what its hooks have read in the forward under way.
 
     Args:
-        attend: called with this tap, the forward, query [B, H, L, D], key, value, scale and window in the place of the
-            layer's attention; returns [B * L, H, V].
+        attend: called with this tap, the forward, query [B, H, L, D], key, value and what else the attention is, in the
+            place of the layer's attention; returns [B * L, H, V].
         layer: the layer's index. module: its attention. is_attached: whether it has an indexer.
         rotary: the indexer's own rotary embedding; None where it takes the cos and sin that the layer is given.
     """
@@ -105,6 +106,7 @@ def attention(
     scaling: float | None = None,
     dropout: float = 0.0,
     sliding_window: int | None = None,
+    s_aux: Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """The registered attention function: query [B, H, L, D], key [B, G, S, D], value [B, G, S, V], or latents."""
@@ -112,7 +114,7 @@ def attention(
     forward = kwargs.get(FORWARD)
     if tap is None or not isinstance(forward, SparseForward):
         raise ValueError(f"attach: {type(module).__name__} is not of the attached decoder; attachable are {FAMILIES}")
-    for name in ("softcap", "s_aux", "position_bias"):
+    for name in ("softcap", "position_bias"):
         if kwargs.get(name) is not None:
             raise ValueError(f"attach: sparse attention with {name} is not supported; leave topk out")
     if kwargs.get("is_causal") is False:
@@ -133,7 +135,7 @@ def attention(
         )
     scale = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
     with no_autocast(device):
-        out = tap.attend(tap, forward, query, key, value, scale, sliding_window)
+        out = tap.attend(tap, forward, query, key, value, AttentionForm(scale, sliding_window, sinks=s_aux))
     return torch.unflatten(out, 0, (query.shape[0], query.shape[2])), None
 
 

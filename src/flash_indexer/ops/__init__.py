@@ -11,6 +11,7 @@ from flash_indexer.ops.kl.torch_body import index_gradients, index_scores, kl_ro
 from flash_indexer.ops.known import known_loss
 from flash_indexer.ops.problem import Problem, Sums, WaitForKeys
 from flash_indexer.ops.quantization import Quantized, quantize
+from flash_indexer.ops.sinks import share_beside_sinks
 from flash_indexer.ops.sparse.dsa_op import DSAAttention, SparseSettings, dsa_attention
 from flash_indexer.ops.sparse.kl_op import sparse_indexer_kl
 from flash_indexer.ops.sparse.learning import Learner, runs_of_rows
@@ -69,6 +70,7 @@ __all__ = [
     "runs_of_rows",
     "select_keys",
     "select_rows",
+    "share_beside_sinks",
     "sparse_attention",
     "sparse_backward",
     "sparse_forward",

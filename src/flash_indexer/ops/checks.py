@@ -164,6 +164,18 @@ def check_sparse_attention(
     return width
 
 
+def check_sinks(op: str, sinks: Tensor | None, q: Tensor) -> None:
+    """Checks sinks [H] beside q [T, H, D]; None is none."""
+    if sinks is None:
+        return
+    _rank(op, "sinks", sinks, "[H]", 1)
+    _shape(op, "sinks", sinks, "[H]", q.shape[1:2])
+    if not sinks.is_floating_point() or sinks.device != q.device:
+        raise ValueError(
+            f"{op}: sinks must be floating point on {q.device} like the queries, got {sinks.dtype} on {sinks.device}"
+        )
+
+
 def check_selection_tensors(op: str, indices: Tensor, count: Tensor, scores: Tensor, like: Tensor) -> None:
     """Checks indices int32 [T, K], count int32 [T], scores [T, K] beside `like` [T, ...]; not their contents."""
     _rank(op, "selection.indices", indices, "[T, K]", 2)

@@ -11,7 +11,7 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from flash_indexer.files.native import load_native, read_native
+from flash_indexer.files.native import load_native
 from flash_indexer.judge.comparison import Comparison, compare, measure
 from flash_indexer.judge.comparison_report import comparison_lines, write_comparison
 from flash_indexer.judge.needle import Needle, needles
@@ -19,6 +19,7 @@ from flash_indexer.models.attach import IndexerHandle, attach
 from flash_indexer.models.load import load_model, load_tokenizer
 from flash_indexer.recipe.judging import load_trained, print_path
 from flash_indexer.recipe.run_folder import indexer_folder
+from flash_indexer.recipe.sparse_start import attach_start, held_indexers
 
 
 def compare_and_report(
@@ -59,17 +60,13 @@ def _documents(run: Mapping[str, Any], batches: Sequence[Mapping[str, Tensor]], 
 
 def _begun_with(run: Mapping[str, Any]) -> IndexerHandle:
     """The model and the indexers that the run began with, on the layers that it made sparse, in its dtype."""
-    model, _ = load_model(run["model"], dtype=getattr(torch, run["dtype"]))
+    _, held = held_indexers(run["init_from"])
+    indexers = "own" if held is None else held.config.indexers
+    model, _ = load_model(run["model"], dtype=getattr(torch, run["dtype"]), indexers=indexers)
     if torch.cuda.is_available():
         torch.nn.Module.cuda(model)
-    source = indexer_folder(Path(run["init_from"]))
-    every = load_native(model, source)
+    if held is None:
+        return attach(model, indexers="own", layers=run.get("layers"))
     if run.get("layers") is None:
-        return every
-    every.remove()
-    config, weights = read_native(source)
-    some = attach(
-        model, num_heads=config.num_heads, head_dim=config.head_dim, rope_dim=config.rope_dim, layers=run["layers"]
-    )
-    some.load_state_dict({key: value for key, value in weights.items() if key in some.state_dict()})
-    return some
+        return load_native(model, indexer_folder(Path(run["init_from"])))
+    return attach_start(model, held, layers=run["layers"])

@@ -14,9 +14,8 @@ import json
 from contextlib import ExitStack
 from dataclasses import asdict, replace
 from functools import partial
-from hashlib import sha256
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 from zlib import crc32
 
 import torch
@@ -24,16 +23,15 @@ from rich.console import Console
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
-from flash_indexer.files.atomic import readable_directory
 from flash_indexer.files.checkpoint import write_json
-from flash_indexer.files.native import WEIGHTS_FILE, NativeCheckpoint, load_native, read_native
-from flash_indexer.files.trained import MODEL_FOLDER, has_trained
+from flash_indexer.files.native import load_native
 from flash_indexer.models.adapters import add_adapters
-from flash_indexer.models.attach import IndexerHandle, attach
+from flash_indexer.models.attach import IndexerHandle
 from flash_indexer.models.layers import spans
 from flash_indexer.models.load import load_model, model_fingerprint
+from flash_indexer.models.own_sparse import make_sparse
 from flash_indexer.models.sharding import shard_for_training, shard_model
-from flash_indexer.models.sparse import SparseHandle, sparse_handle
+from flash_indexer.models.sparse import SparseHandle
 from flash_indexer.recipe.data import (
     PackedDataset,
     counted,
@@ -47,10 +45,11 @@ from flash_indexer.recipe.data import (
 from flash_indexer.recipe.language_loss import LanguageLoss, check_logits
 from flash_indexer.recipe.loop import micro_batches
 from flash_indexer.recipe.processes import ParallelSettings, Processes, restart_warning
-from flash_indexer.recipe.run_folder import check_folder, check_new, indexer_folder, locked_folder
+from flash_indexer.recipe.run_folder import check_folder, check_new, locked_folder
 from flash_indexer.recipe.run_record import CHECKPOINT, RUN_FILE
 from flash_indexer.recipe.sparse_loop import SparseLoop
 from flash_indexer.recipe.sparse_record import STAGE, SparseRunSettings, read_sparse_record, sparse_settings_from
+from flash_indexer.recipe.sparse_start import Start, attach_start, keys_of, load_start
 from flash_indexer.recipe.warmup import default_dtype
 
 WARMED_UP = 0.3
@@ -60,16 +59,6 @@ FEW = 8
 """Layers that a warning names one by one."""
 MANY = 0.1
 """The part of a text's tokens that see more than topk keys, below which a run is nearly one of dense attention."""
-
-
-class Start(NamedTuple):
-    """What a run begins with: the model's name and fingerprint, the indexers, their folder and its fingerprint."""
-
-    name: str
-    fingerprint: str
-    indexers: NativeCheckpoint
-    folder: Path
-    init_fingerprint: str
 
 
 def train_sparsely(
@@ -85,7 +74,8 @@ def train_sparsely(
         model      mean over the label tokens of an optimizer step of -log p(token); no label across a document's end
         indexers   mean over tokens, sum over layers, of KL(attention over the selected keys || indexer)
 
-    Both means are over the tokens of all processes, and so are the norms that are clipped.
+    Both means are over the tokens of all processes, and so are the norms that are clipped. A model's own indexers train
+    in place, at their own rate, and get the gradients of their KL alone.
 
     Writes into `out`: run.json (settings), metrics.jsonl (a row a step), checkpoint/ (indexers, what trained of the
     model, AdamW's state). Nothing is written before the first step was computed. With `resume`, a run found there goes
@@ -140,9 +130,10 @@ def train_sparsely(
         for note in notes(settings, processes, record is not None or resume):
             say(note)
         loop = _prepare(settings, out, record, processes, console)
-        before = model_fingerprint(loop.handle.model) if settings.indexers_alone else None
+        alone = settings.indexers_alone
+        before = model_fingerprint(loop.handle.model, without=loop.handle.indexers) if alone else None
         loop.train(*loop.load())
-        _audit(loop.handle.model, before)
+        _audit(loop.handle, before)
         return loop.handle
 
 
@@ -182,7 +173,8 @@ def _prepare(
         per_step = int(record.get("sequences_per_step", settings.batch_size * settings.accumulation))
     micro_batches(settings, per_step, processes.parallel.dp, "sparse")
     with processes.refusing_together():
-        start, model, tokenizer = _load(settings, say)
+        start, model, tokenizer = load_start(settings, processes.settings, say)
+        settings = replace(settings, topk=(topk := keys_of(settings, model, start)))
         layers = _chosen_layers(settings, start)
         check_logits(model.config.get_text_config())
         rows, longest = embedding_rows(model), longest_context(model.config)
@@ -190,9 +182,9 @@ def _prepare(
         documents, warnings = training_documents(settings.data, settings.column)
     if (warning := length_warning(settings.sequence_length, longest)) is not None:
         warnings.append(warning)
-    if settings.topk >= settings.sequence_length:
+    if topk >= settings.sequence_length:
         warnings.append(
-            f"topk = {settings.topk} covers the {settings.sequence_length} tokens of a sequence: no key is ever left "
+            f"topk = {topk} covers the {settings.sequence_length} tokens of a sequence: no key is ever left "
             "out, and the run is one of dense attention; give a smaller --topk or a longer --sequence-length"
         )
     needed = settings.steps * per_step
@@ -208,10 +200,10 @@ def _prepare(
         )  # fmt: skip
         if record is not None:
             _check_same(record, facts)
-    share = data.share_that_sees_more(settings.topk)
-    if settings.topk < settings.sequence_length and share < MANY:
+    share = data.share_that_sees_more(topk)
+    if topk < settings.sequence_length and share < MANY:
         warnings.append(
-            f"{share:.1%} of the text's tokens see more than topk = {settings.topk} keys, for documents do not attend "
+            f"{share:.1%} of the text's tokens see more than topk = {topk} keys, for documents do not attend "
             "to each other: the others leave no key out; give longer documents or a smaller --topk"
         )
     if record is None:
@@ -235,31 +227,6 @@ def _prepare(
     )  # fmt: skip
 
 
-def _load(settings: SparseRunSettings, say: Any) -> tuple[Start, PreTrainedModel, Any]:
-    """The model as it was warmed up, and what its indexers are."""
-    folder = readable_directory(indexer_folder(Path(settings.init_from)))
-    try:
-        indexers = read_native(folder)
-    except (ValueError, FileNotFoundError) as error:
-        raise type(error)(f"sparse: --init-from must name a warm-up's run or a native indexer: {error}") from error
-    if has_trained(folder):
-        raise ValueError(
-            f"sparse: --init-from must name indexers of an untouched model, got {settings.init_from}, a sparse run "
-            "whose model trained with them; go on with --resume, or export it with --format native and name the export"
-        )
-    held = folder / MODEL_FOLDER  # of an exported sparse run: the model that trained
-    name = settings.model or (str(held) if held.is_dir() else indexers.config.base_name)
-    say(f"loading {name}")
-    model, tokenizer = load_model(name, dtype=getattr(torch, indexers.config.base_dtype))
-    fingerprint = model_fingerprint(model)
-    try:
-        load_native(model, folder, base_fingerprint=fingerprint).remove()
-    except ValueError as error:
-        raise ValueError(f"sparse: --init-from must hold indexers of the model {name}: {error}") from error
-    init = sha256((folder / WEIGHTS_FILE).read_bytes()).hexdigest()
-    return Start(name, fingerprint, indexers, folder, init), model, tokenizer
-
-
 def _dense(model: PreTrainedModel, start: Start, processes: Processes) -> IndexerHandle:
     """The model, dense, with its indexers attached, on the device or shared out over the processes."""
     if processes.device.type == "cuda":
@@ -268,6 +235,8 @@ def _dense(model: PreTrainedModel, start: Start, processes: Processes) -> Indexe
         shard_model(model, processes.parallel, fsdp=True)
     else:
         torch.nn.Module.to(model, processes.device)
+    if start.folder is None:
+        return attach_start(model, start.indexers, parallel=processes.parallel)
     return load_native(model, start.folder, parallel=processes.parallel)
 
 
@@ -318,7 +287,7 @@ def _sparse(
     dtype = torch.float32 if trains_all else getattr(torch, settings.dtype)
     is_shared_out = any(isinstance(parameter, DTensor) for parameter in model.parameters())
     if model.dtype != dtype or is_shared_out:  # a checkpoint may hold more bits than the warm-up's dtype
-        model, _ = load_model(start.name, dtype=dtype)
+        model, _ = load_model(start.name, dtype=dtype, indexers=start.indexers.config.indexers)
     if not processes.shards:
         torch.nn.Module.to(model, processes.device)
     torch.manual_seed(settings.seed)
@@ -332,14 +301,8 @@ def _sparse(
     loss = LanguageLoss(model)
     if processes.shards:
         shard_for_training(loss, model, processes.parallel)
-    config = start.indexers.config
-    dense = attach(
-        model, num_heads=config.num_heads, head_dim=config.head_dim, rope_dim=config.rope_dim, layers=layers,
-        parallel=processes.parallel,
-    )  # fmt: skip
-    weights = {key: value for key, value in start.indexers.state_dict.items() if key in dense.state_dict()}
-    dense.load_state_dict(weights)
-    handle = sparse_handle(dense, settings.topk)
+    dense = attach_start(model, start.indexers, layers=layers, parallel=processes.parallel)
+    handle = make_sparse(dense, keys_of(settings, model, start))
     handle.deterministic = settings.deterministic
     return handle, loss
 
@@ -354,9 +317,10 @@ def _check_same(record: dict[str, Any], facts: dict[str, Any]) -> None:
             )
 
 
-def _audit(model: PreTrainedModel, before: str | None) -> None:
+def _audit(handle: SparseHandle, before: str | None) -> None:
     """Frozen means frozen."""
+    model = handle.model
     if with_gradient := [name for name, p in model.named_parameters() if not p.requires_grad and p.grad is not None]:
         raise RuntimeError(f"sparse: frozen parameters got gradients: {with_gradient[:3]}")
-    if before is not None and model_fingerprint(model) != before:
+    if before is not None and model_fingerprint(model, without=handle.indexers) != before:
         raise RuntimeError("sparse: the frozen model's parameters changed during training")

@@ -71,7 +71,7 @@ class SparseLoop:
         groups: list[dict[str, Any]] = [
             dict(params=list(self.handle.indexers.parameters()), lr=self.settings.indexer_lr, eps=ADAM_EPS)
         ]
-        if own := list(trainable(self.handle.model).values()):
+        if own := list(trainable(self.handle.model, self.handle.indexers).values()):
             groups.append(dict(params=own, lr=self.settings.lr, eps=MODEL_EPS))
         optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
         done = 0
@@ -147,7 +147,7 @@ class SparseLoop:
         """Over all processes. FSDP2 has summed those of the parameters that it shares out."""
         parameters: list[Tensor] = list(self.handle.indexers.parameters())
         if not self.processes.shards:
-            parameters += trainable(self.handle.model).values()
+            parameters += trainable(self.handle.model, self.handle.indexers).values()
         timeout = self.processes.settings.timeout
         complete_gradients(parameters, timeout=timeout)
         sum_gradients(parameters, timeout=timeout)
@@ -190,7 +190,7 @@ class SparseLoop:
         if (unusable := unusable_gradient(self.handle.indexers)) is not None:
             self._stop("the gradient of layer {}'s indexer reaches {:.3g}".format(*unusable), step)
         norms = []
-        own = list(trainable(self.handle.model).values())
+        own = list(trainable(self.handle.model, self.handle.indexers).values())
         indexers: list[Tensor] = list(self.handle.indexers.parameters())
         groups = [(indexers, self.settings.indexer_clip), (own, self.settings.clip)]
         for parameters, limit in groups if own else groups[:1]:

@@ -30,12 +30,14 @@ class SparseRunSettings:
     """Everything that determines a sparse run. Recorded in run.json; a resumed run takes it from there."""
 
     init_from: str = ""
-    """Run folder or native indexer folder whose warmed-up indexers the training begins with."""
+    """Run folder or native indexer folder whose warmed-up indexers the training begins with, or a model with some of
+    its own, which are taken as they are."""
     model: str | None = None
     """None: the model that init_from names."""
     data: str | None = None
     column: str = "text"
-    topk: int = 2048
+    topk: int | None = None
+    """None: the model's index_topk where its own indexers train, else 2048."""
     layers: tuple[int, ...] | None = None
     """Layers that become sparse; None: all that have an indexer."""
     lora: int | None = None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,8 @@ from transformers import Trainer
 from flash_indexer.files.native import load_native, write_native
 from flash_indexer.files.trained import SparseConfig, write_sparse_config
 from flash_indexer.models.documents import DOCUMENT_INPUTS, document_positions
+from flash_indexer.models.load import without_bars
+from flash_indexer.models.shards import stored_names
 from flash_indexer.models.sparse import SparseHandle
 from flash_indexer.recipe.data import PackedDataset, check_token_ids, embedding_rows
 from flash_indexer.recipe.language_loss import check_logits, labels, language_loss
@@ -74,10 +77,39 @@ class SparseTrainer(Trainer):
         """The optimizer that the arguments ask for, with a group more: the indexers, without weight decay."""
         if self.optimizer is None:
             lr = self.args.learning_rate if self.indexer_lr is None else self.indexer_lr
-            group = dict(params=list(self.handle.indexers.parameters()), lr=lr, eps=ADAM_EPS, weight_decay=0.0)
-            super().create_optimizer(model).add_param_group(group)
+            indexers = list(self.handle.indexers.parameters())
+            try:
+                for (
+                    parameter
+                ) in indexers:  # a model's own are among its parameters, of which those that train are taken
+                    parameter.requires_grad_(False)
+                optimizer = super().create_optimizer(model)
+            finally:
+                for parameter in indexers:
+                    parameter.requires_grad_(True)
+            optimizer.add_param_group(dict(params=indexers, lr=lr, eps=ADAM_EPS, weight_decay=0.0))
         assert self.optimizer is not None
         return self.optimizer
+
+    def _clip_grad_norm(self, model: nn.Module) -> Any:
+        with self._without_indexers():
+            return super()._clip_grad_norm(model)  # type: ignore[no-untyped-call]
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        with self._without_indexers():
+            return super()._get_grad_norm(model, grad_norm=grad_norm)  # type: ignore[no-untyped-call]
+
+    @contextmanager
+    def _without_indexers(self) -> Iterator[None]:
+        """The gradients of a model's own indexers out of sight of the norm of the model's."""
+        gradients = [(parameter, parameter.grad) for parameter in self.handle.indexers.parameters()]
+        for parameter, _ in gradients:
+            parameter.grad = None
+        try:
+            yield
+        finally:
+            for parameter, gradient in gradients:
+                parameter.grad = gradient
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
@@ -137,5 +169,12 @@ class SparseTrainer(Trainer):
             write_sparse_config(folder, SparseConfig(self.handle.topk))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        """Also what save_pretrained writes under other names, as experts one by one, which the Trainer passes over."""
+        own, folder = self.handle.model, Path(resume_from_checkpoint)
+        if stored_names(folder) <= own.state_dict().keys():
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+        else:
+            with without_bars():
+                stored = type(own).from_pretrained(folder, dtype=own.dtype, local_files_only=True)
+            own.load_state_dict(stored.state_dict())
         load_native(self.handle, resume_from_checkpoint)

@@ -34,6 +34,7 @@ class SparseResult(NamedTuple):
     d_index_q: Tensor
     d_index_k: Tensor
     d_index_weights: Tensor
+    d_sinks: Tensor | None = None
 
 
 def make_values(inputs: Inputs, V: int, *, seed: int) -> Tensor:
@@ -61,25 +62,31 @@ def reference_dsa(
     value_dim: int | None = None,
     token_weight: Tensor | None = None,
     d_loss: float = 1.0,
+    sinks: Tensor | None = None,
 ) -> SparseResult:
     """The truth: the reference in float64 on the given values, differentiated by autograd.
 
     Args:
         inputs, v: of any dtype; v None takes the first value_dim columns of k. selected: bool [T, S]. d_out: [T, H, V].
-        token_weight: [T], None means 1/n.
+        token_weight: [T], None means 1/n. sinks: [H], None for none.
     """
-    x = inputs.double()
-    attended = [y.detach().clone().requires_grad_() for y in (x.q, x.k, *(() if v is None else (v.double(),)))]
+    x, given = inputs.double(), [y.double() for y in (v, sinks) if y is not None]
+    attended = [y.detach().clone().requires_grad_() for y in (x.q, x.k, *given)]
+    sunk = None if sinks is None else attended[-1]
     index_q, index_k, index_weights = (y.detach().clone().requires_grad_() for y in _leaves(x))
     values = attended[1][..., :value_dim] if v is None else attended[2]
-    out, lse = reference.sparse_attention(attended[0], attended[1], values, selected, x.softmax_scale)
+    out, lse = reference.sparse_attention(attended[0], attended[1], values, selected, x.softmax_scale, sunk)
     weight = None if token_weight is None else token_weight.double()
     loss, kl = reference.sparse_indexer_kl(
-        x.q, x.k, index_q, index_k, index_weights, selected, softmax_scale=x.softmax_scale, token_weight=weight
-    )
-    dq, dk, *dv = torch.autograd.grad(out, attended, d_out.double())
+        x.q, x.k, index_q, index_k, index_weights, selected, softmax_scale=x.softmax_scale, token_weight=weight,
+        sinks=None if sinks is None else sinks.double(),
+    )  # fmt: skip
+    dq, dk, *rest = torch.autograd.grad(out, attended, d_out.double())
+    d_sinks = None if sinks is None else rest.pop()
     index = torch.autograd.grad(d_loss * loss, (index_q, index_k, index_weights))
-    return SparseResult(out.detach(), lse.detach(), loss.detach(), kl, dq, dk, dv[0] if dv else None, *index)
+    dv = rest[0] if rest else None
+    made = SparseResult(out.detach(), lse.detach(), loss.detach(), kl, dq, dk, dv, *index)
+    return made._replace(d_sinks=d_sinks)
 
 
 def eager_dsa(
@@ -91,6 +98,7 @@ def eager_dsa(
     value_dim: int | None = None,
     token_weight: Tensor | None = None,
     d_loss: float = 1.0,
+    sinks: Tensor | None = None,
 ) -> SparseResult:
     """The baseline: whole matrices in float32, products of low-precision inputs exact, every sum in float32.
 
@@ -108,6 +116,7 @@ def eager_dsa(
     wide_k, wide_v = (x.repeat_interleave(per_group, dim=1) for x in (k, value))
     logits = reference.teacher_logits(q, k, scale)
     lse = logits.masked_fill(~selected[:, None], -torch.inf).logsumexp(-1)
+    lse = lse if sinks is None else torch.logaddexp(lse, sinks.float())
     a = (logits - lse[..., None]).exp().masked_fill(~selected[:, None], 0.0)
     low_a, upstream = a.to(low).float(), d_out.float()
     out = torch.einsum("ths,shv->thv", low_a, wide_v)
@@ -121,7 +130,11 @@ def eager_dsa(
         dk[..., :value_dim] += dv
     loss, kl, *index = _eager_index(inputs, a.sum(1), selected, token_weight)
     rounded = [(d_loss * x).to(y.dtype) for x, y in zip(index, _leaves(inputs), strict=True)]
-    return SparseResult(out.to(low), lse, loss, kl, dq.to(low), dk.to(low), None if v is None else dv.to(low), *rounded)
+    d_sinks = None
+    if sinks is not None:
+        d_sinks = -((sinks.float() - lse).exp() * delta[..., 0]).sum(0).to(sinks.dtype)
+    narrow = dq.to(low), dk.to(low), None if v is None else dv.to(low)
+    return SparseResult(out.to(low), lse, loss, kl, *narrow, *rounded)._replace(d_sinks=d_sinks)
 
 
 def _leaves(inputs: Inputs) -> tuple[Tensor, Tensor, Tensor]:

@@ -24,6 +24,8 @@ MAX_HEADS, MAX_INDEX_HEADS = 128, 64
 PADDED_HEADS = (8, 16, 32, 64)
 EXP, RELU, SUM = 0, 1, 2  # modes of `score`
 SCORE_STAGES = {32: (8, 4), 64: (8, 4), 96: (7, 6), 128: (8, 4), 192: (7, 6), 256: (8, 5), 576: (5, 9)}  # Q, K rings
+NARROW_STAGES = {32: (16, 8), 64: (12, 8), 128: (4, 5)}  # of `score_narrow`: Q, K rings
+ROWS_CTAS, ROWS_STAGES, ROWS_KEYS = 3, 2, 4096  # of `rows`: CTAs of a multiprocessor, stages of each, keys of a stage
 # of e4m3 rows, twice as many columns a stage, and up to two more arrays for what is left of a row (`macros.Chunks`)
 SCORE_FP8 = {32: (8, 4), 64: (8, 4), 96: (8, 6), 128: (8, 4), 192: (5, 4), 256: (8, 5), 576: (6, 5)}
 UNIFORM_FP8 = ((128, RELU), (192, EXP))  # of e4m3: width and mode whose descriptors lie in uniform registers: faster
@@ -52,7 +54,7 @@ NUMBERS_BYTES = 24  # of a query of `head_gradients_key`
 ONCE_WIDTHS = (128, 64)  # the widest D and E of `head_gradients_once`
 # The bit form: columns of a row; by these, of each kernel the rows of what streams by, which registers bound
 BITS_WIDTHS = (64, 128)
-BITS_MAX_KEYS = 16384  # of one segment of `bits`; what takes several has not run on a GPU yet
+BITS_ALL_KEYS, BITS_MAX_KEYS = 2**17, 2**20  # that are taken whatever gathering costs; at most
 BITS_ATTENTION, BITS_QUERY, BITS_KEY = {64: 128, 128: 128}, {64: 128, 128: 64}, {64: 64, 128: 64}
 KERNELS = ("attention", "head_gradients_query", "head_gradients_key")  # of which tiles can be chosen
 
@@ -200,7 +202,16 @@ BUILDERS = {
         "score",
         "build",
         (
-            *({"D": D, "mode": mode} for D in HEAD_WIDTHS for mode in (EXP, SUM)),
+            *({"D": D, "mode": EXP} for D in HEAD_WIDTHS),  # the narrow ones for `bits`, as RELU for `select`
+            *({"D": D, "mode": SUM} for D in HEAD_WIDTHS if D not in NARROW_STAGES),
+            *({"D": E, "mode": RELU} for E in INDEX_WIDTHS),
+        ),
+    ),
+    "score_narrow": Kernel(
+        "score_narrow",
+        "build",
+        (
+            *({"D": D, "mode": mode} for D in HEAD_WIDTHS if D in NARROW_STAGES for mode in (EXP, SUM)),
             *({"D": E, "mode": RELU} for E in INDEX_WIDTHS),
         ),
     ),
@@ -257,8 +268,16 @@ BUILDERS = {
     "attention": Kernel("attention", "build", tuple(attention_sizes())),
     "attention_mla": Kernel("attention_mla", "build", ({},)),
     "sparse_attention_mla": Kernel("sparse_attention_mla", "build", ({},)),
-    "sparse_delta": Kernel("sparse_delta", "build", ({},), streamed=False),
-    "sparse_gradients_mla": Kernel("sparse_gradients_mla", "build", ({},), streamed=False),
+    "sparse_delta": Kernel("sparse_delta", "build", ({"bound": 0}, {"bound": 1}), streamed=False),
+    "sparse_exact_table": Kernel("sparse_exact_sums", "build_table", ({},), streamed=False),
+    "sparse_exact_grid": Kernel("sparse_exact_sums", "build_grid", ({},), streamed=False),
+    "sparse_exact_finish": Kernel("sparse_exact_sums", "build_finish", ({},), streamed=False),
+    "sparse_gradients_mla": Kernel(
+        "sparse_gradients_mla",
+        "build",
+        tuple({"exact": exact, "half": half} for exact in (0, 1) for half in (0, 1)),
+        streamed=False,
+    ),
     "bits": Kernel("bits", "build", ({},), streamed=False),
     "bits_keys": Kernel("bits_tables", "build_keys", tuple({"W": W} for W in BITS_WIDTHS), streamed=False),
     "bits_lists": Kernel("bits_tables", "build_lists", ({},), streamed=False),

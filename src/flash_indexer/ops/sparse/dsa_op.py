@@ -10,18 +10,20 @@ from torch import Tensor
 from flash_indexer.ops.checks import (
     check_interval_tensors,
     check_kl_mode,
+    check_sinks,
     check_sparse_attention,
     check_teacher_and_index,
     check_topk,
     check_workspace,
 )
 from flash_indexer.ops.problem import LEAVES, Sums
+from flash_indexer.ops.sinks import sink_gradient
 from flash_indexer.ops.sparse.kl_op import sparse_kl_op
 from flash_indexer.ops.sparse.learning import Learner, mean_weight, runs_of_rows, with_rows
 from flash_indexer.ops.sparse.op import select_keys, sparse_attention
 from flash_indexer.ops.sparse.problem import KeySums, Leaves, Needs, SparseProblem, new_key_sums
 from flash_indexer.ops.sparse.selection import Selection
-from flash_indexer.ops.sparse.stages import select_rows, sparse_backward, sparse_forward
+from flash_indexer.ops.sparse.stages import forward_with_sinks, select_rows, sparse_backward
 
 _OP = "dsa_attention"
 
@@ -98,6 +100,7 @@ def dsa_attention(
     key_end: Tensor,
     topk: int,
     value_dim: int | None = None,
+    sinks: Tensor | None = None,
     always: tuple[int, int] = (0, 0),
     token_weight: Tensor | None = None,
     kl: str = "forward",
@@ -113,15 +116,17 @@ def dsa_attention(
         out[t,h] = sum_{s in S_t} a[t,h,s] v[s,g(h)],    a[t,h,:] = softmax over S_t of scale * q[t,h]·k[s,g(h)]
         KL[t]    = sum_{s in S_t} p (log p - log softmax over S_t of i[t,:]),    p = sum_h a / sum_{s in S_t} sum_h a
 
-    q, k and v get the gradients of out alone; index_q, index_k and index_weights those of the KL alone, so detach the
-    indexer's own inputs from the model. No gradient passes through the selection.
+    With sinks the softmax is over these logits and sinks[h], so that p weighs a head by what its sink leaves the keys.
+    q, k, v and sinks get the gradients of out alone; index_q, index_k and index_weights those of the KL alone, so
+    detach the indexer's own inputs from the model. No gradient passes through the selection.
 
     Args:
         q: [T, H, D]. k: [S, G, D], H % G == 0. v: [S, G, V], or None with value_dim=V: the values are k[..., :V].
         index_q: [T, I, E]. index_k: [S, E]. index_weights: [T, I], the factors I^-0.5 and E^-0.5 included.
         softmax_scale: the model's own softmax scale.
-        key_start, key_end: int32 [T], non-decreasing; an empty interval gives out 0, lse -inf, KL 0, zero gradients.
-        topk, always: as in `select_keys`.
+        key_start, key_end: int32 [T], non-decreasing; an empty interval gives out 0, KL 0, zero gradients, and lse -inf
+            or sinks[h].
+        topk, always: as in `select_keys`. sinks: [H] or None, as in `sparse_attention`.
         token_weight: [T]; None means 1/n for the n queries that see a key.
         kl: "forward": loss and KL come with the output; one pass over the selected keys more. "backward": the
             probabilities are formed once, in the backward of out, which also makes the index tensors' gradients, those
@@ -156,11 +161,12 @@ def dsa_attention(
             *leaves, key_start=key_start, key_end=key_end, topk=topk, always=always, workspace_bytes=workspace_bytes
         )
         out, lse = sparse_attention(
-            q, k, v, chosen, softmax_scale=softmax_scale, value_dim=value_dim, deterministic=deterministic,
-            workspace_bytes=workspace_bytes,
+            q, k, v, chosen, softmax_scale=softmax_scale, value_dim=value_dim, sinks=sinks,
+            deterministic=deterministic, workspace_bytes=workspace_bytes,
         )  # fmt: skip
     else:
-        out, lse, chosen = recomputed_attention(settings, q, k, v, leaves)
+        check_sinks(_OP, sinks, q)
+        out, lse, chosen = recomputed_attention(settings, q, k, v, sinks, leaves)
     if kl == "backward":
         return DSAAttention(out, lse, None, kl_out, chosen)
     needs = [torch.is_grad_enabled() and x.requires_grad for x in leaves]
@@ -172,7 +178,7 @@ def dsa_attention(
 
 
 def recomputed_attention(
-    settings: SparseSettings, q: Tensor, k: Tensor, v: Tensor | None, leaves: Leaves
+    settings: SparseSettings, q: Tensor, k: Tensor, v: Tensor | None, sinks: Tensor | None, leaves: Leaves
 ) -> tuple[Tensor, Tensor, Selection]:
     """out, lse and selection of checked arguments; the backward of out forms the probabilities again."""
     if torch.compiler.is_compiling():
@@ -181,21 +187,27 @@ def recomputed_attention(
         leaves = leaves[0].detach(), leaves[1].detach(), leaves[2].detach()
     if settings.kl_out is not None:
         settings.kl_out.fill_(torch.nan)
-    out, lse, *slots = _RecomputedAttention.apply(settings, q, k, v, *leaves)  # type: ignore[no-untyped-call]
+    out, lse, *slots = _RecomputedAttention.apply(settings, q, k, v, sinks, *leaves)  # type: ignore[no-untyped-call]
     return out, lse, Selection(*slots)
 
 
 class _RecomputedAttention(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, settings: SparseSettings, q: Tensor, k: Tensor, v: Tensor | None, *leaves: Tensor
+        ctx: Any,
+        settings: SparseSettings,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor | None,
+        sinks: Tensor | None,
+        *leaves: Tensor,
     ) -> tuple[Tensor, ...]:
         index_q, index_k, index_weights = leaves
         selection = settings.select((index_q, index_k, index_weights))
-        out, lse = sparse_forward(settings.problem(q, k, v, selection))
+        out, lse = forward_with_sinks(settings.problem(q, k, v, selection), sinks)
         ctx.mark_non_differentiable(lse, *selection)
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(q, k, v, *leaves, out, lse, *(selection if settings.save_selection else ()))
+        ctx.save_for_backward(q, k, v, sinks, *leaves, out, lse, *(selection if settings.save_selection else ()))
         ctx.settings, ctx.consumed = settings, False
         return out, lse, *selection
 
@@ -203,22 +215,23 @@ class _RecomputedAttention(torch.autograd.Function):
     def backward(ctx: Any, d_out: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
         refuse_backward(ctx, _OP)
         if d_out is None:
-            return (None,) * 7
-        q, k, v, index_q, index_k, index_weights, out, lse, *slots = ctx.saved_tensors
+            return (None,) * 8
+        q, k, v, sinks, index_q, index_k, index_weights, out, lse, *slots = ctx.saved_tensors
         settings: SparseSettings = ctx.settings
         leaves, wanted = (index_q, index_k, index_weights), ctx.needs_input_grad
         selection = Selection(*slots) if slots else settings.select(leaves)
         ctx.consumed = settings.kl == "backward"
         problem = settings.problem(q, k, v, selection)
         learner = None
-        if ctx.consumed and (any(wanted[4:]) or settings.kl_out is not None):
+        if ctx.consumed and (any(wanted[5:]) or settings.kl_out is not None):
             weight = mean_weight(selection) if settings.token_weight is None else settings.token_weight
-            learner = settings.learner(leaves, selection, weight, (wanted[4], wanted[5], wanted[6]))
+            learner = settings.learner(leaves, selection, weight, (wanted[5], wanted[6], wanted[7]))
         dq, sums, learned = attention_and_learning(problem, d_out, out, lse, wanted[1:4], learner)
         if learned is not None and settings.kl_out is not None:
             settings.kl_out.copy_(learned.kl)
         index = (None, None, None) if learned is None else learned.gradients
-        inputs, gradients = (q, k, v, *leaves), (dq, *sums, *index)
+        d_sinks = sink_gradient(d_out, out, lse, sinks, settings.workspace_bytes) if wanted[4] else None
+        inputs, gradients = (q, k, v, sinks, *leaves), (dq, *sums, d_sinks, *index)
         return None, *(None if x is None else x.to(like.dtype) for x, like in zip(gradients, inputs, strict=True))
 
 

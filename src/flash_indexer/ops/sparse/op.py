@@ -15,18 +15,20 @@ from flash_indexer.ops.checks import (
     check_index_inputs,
     check_interval_tensors,
     check_selection_tensors,
+    check_sinks,
     check_sparse_attention,
     check_topk,
     check_workspace,
 )
 from flash_indexer.ops.recomputed import Recomputed
+from flash_indexer.ops.sinks import sink_gradient
 from flash_indexer.ops.sparse.problem import Needs, SparseProblem
 from flash_indexer.ops.sparse.selection import Selection
-from flash_indexer.ops.sparse.stages import select_rows, sparse_backward, sparse_forward
+from flash_indexer.ops.sparse.stages import forward_with_sinks, select_rows, sparse_backward
 
 _SELECT = "flash_indexer::select_keys"
 _ATTENTION, _GRADIENTS = "flash_indexer::sparse_attention", "flash_indexer::sparse_attention_gradients"
-_LEAVES = ("q", "k", "v")
+_LEAVES = ("q", "k", "v", "sinks")
 
 
 class SparseAttention(NamedTuple):
@@ -89,12 +91,14 @@ def sparse_attention(
     *,
     softmax_scale: float,
     value_dim: int | None = None,
+    sinks: Tensor | None = None,
     deterministic: bool = True,
     workspace_bytes: int = 512 * 2**20,
 ) -> SparseAttention:
-    """out[t,h] = sum_{s in S_t} a[t,h,s] v[s,g(h)],  a[t,h,:] = softmax over S_t of scale * q[t,h]·k[s,g(h)].
+    """out[t,h] = sum_{s in S_t} a[t,h,s] v[s,g(h)],  a[t,h,s] = exp(scale * q[t,h]·k[s,g(h)] - lse[t,h]).
 
-    lse[t,h] = log sum_{s in S_t} exp(scale * q[t,h]·k[s,g(h)]), the natural logarithm, over the selected keys alone.
+    lse[t,h] = log(sum_{s in S_t} exp(scale * q[t,h]·k[s,g(h)]) + exp(sinks[h])), the natural logarithm, over the
+    selected keys alone; without sinks a is the softmax over them.
     Backward forms a again from lse and may run more than once. Keys and values that a query did not select have no part
     in its result, whether they are finite or not.
 
@@ -104,15 +108,17 @@ def sparse_attention(
         selection: of the T queries, as `select_keys` returns it: distinct keys from 0 to S - 1, ascending, in its first
             `count` slots. Checked on the CPU and wherever torch runs; a kernel skips a slot that is out of range.
         softmax_scale: the model's own softmax scale.
+        sinks: [H], floating point and finite: a logit of each head that takes part in the softmax and has no value, as
+            gpt-oss learns it; None for none. A query without keys gives its sink all the mass: out 0, lse sinks[h].
         deterministic: True gives the same gradients of k and v to the bit every time.
         workspace_bytes: bound on the memory for gathered keys, values and logits; one query at least is processed.
 
     Dtypes: on CUDA bfloat16; on the CPU float32 or float64 throughout. Sums over queries are taken in float32 (float64)
-    and rounded once. There are no sinks: a model whose softmax has an additional logit is another operator.
+    and rounded once.
 
     Returns:
-        out [T, H, V] in q's dtype, differentiable in q, k and v; lse [T, H], float32 (float64), not differentiable:
-        zeros and -inf for a query without keys, NaN for one whose selection's scores are.
+        out [T, H, V] in q's dtype, differentiable in q, k, v and sinks; lse [T, H], float32 (float64), not
+        differentiable: zeros and -inf (or its sink) for a query without keys, NaN for one whose selection's scores are.
 
     Raises:
         ValueError, TypeError: naming the argument, what it must be and what it is.
@@ -122,9 +128,10 @@ def sparse_attention(
     op = "sparse_attention"
     width = check_sparse_attention(op, q, k, v, value_dim, softmax_scale)
     check_selection_tensors(op, *selection, q)
+    check_sinks(op, sinks, q)
     check_workspace(op, workspace_bytes)
     return SparseAttention(
-        *_sparse_attention(q, k, v, *selection, float(softmax_scale), width, deterministic, workspace_bytes)
+        *_sparse_attention(q, k, v, *selection, sinks, float(softmax_scale), width, deterministic, workspace_bytes)
     )
 
 
@@ -157,6 +164,7 @@ def _attention_op(
     indices: Tensor,
     count: Tensor,
     scores: Tensor,
+    sinks: Tensor | None,
     softmax_scale: float,
     value_dim: int,
     deterministic: bool,
@@ -164,7 +172,7 @@ def _attention_op(
 ) -> tuple[Tensor, Tensor]:
     selection = Selection(indices, count, scores)
     problem = SparseProblem(q, k, v, selection, softmax_scale, value_dim, deterministic, workspace_bytes)
-    return sparse_forward(problem)
+    return forward_with_sinks(problem, sinks)
 
 
 def _fake_attention(*arguments: Any) -> tuple[Tensor, Tensor]:
@@ -188,6 +196,7 @@ def _gradient_op(
     indices: Tensor,
     count: Tensor,
     scores: Tensor,
+    sinks: Tensor | None,
     out: Tensor,
     lse: Tensor,
     softmax_scale: float,
@@ -195,8 +204,8 @@ def _gradient_op(
     deterministic: bool,
     workspace_bytes: int,
     needs: list[bool],
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of q, k, v, rounded once; empty where not in `needs`."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of q, k, v and sinks, rounded once; empty where not in `needs`."""
     selection = Selection(indices, count, scores)
     problem = SparseProblem(q, k, v, selection, softmax_scale, value_dim, deterministic, workspace_bytes)
     made = sparse_backward(problem, d_out, out, lse, Needs(needs[0], needs[1], needs[2], False))
@@ -204,13 +213,19 @@ def _gradient_op(
         like.new_empty(0) if x is None else x.to(like.dtype)
         for x, like in zip((made.dq, made.dk, made.dv), (q, k, k), strict=True)
     )
-    return dq, dk, dv
+    if sinks is None or not needs[3]:
+        return dq, dk, dv, (lse if sinks is None else sinks).new_empty(0)
+    return dq, dk, dv, sink_gradient(d_out, out, lse, sinks, workspace_bytes)
 
 
-def _fake_gradients(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+def _fake_gradients(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     x = dict(zip(inspect.signature(_gradient_op).parameters, arguments, strict=True))
-    a, b, c = (x["q"].new_empty(x[name].shape if need else 0) for name, need in zip(_LEAVES, x["needs"], strict=True))
-    return a, b, c
+    likes = x["q"], x["q"], x["q"], x["lse"] if x["sinks"] is None else x["sinks"]
+    a, b, c, d = (
+        like.new_empty(x[name].shape if need else 0)
+        for name, like, need in zip(_LEAVES, likes, x["needs"], strict=True)
+    )
+    return a, b, c, d
 
 
 _INPUTS = tuple(inspect.signature(_attention_op).parameters)

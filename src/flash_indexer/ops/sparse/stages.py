@@ -1,7 +1,7 @@
 """The sparse stage's steps, for whoever owns the loop over rows and ranks. None knows autograd or a process group.
 
     select_rows             Selection of the K keys of largest score      index_q, index_k, index_weights, intervals
-    sparse_forward          out, lse                                      SparseProblem
+    sparse_forward          out, lse                                      SparseProblem; with sinks: forward_with_sinks
     sparse_backward         dq, sums dk and dv, p_sum                     SparseProblem, d_out, out, lse
     sparse_target           p_sum alone, where no backward runs           SparseProblem, lse or None
     sparse_index_scores     i[t,s] at the selected keys                   leaves, Selection
@@ -44,6 +44,7 @@ from flash_indexer.kernels.sm_90.sizes import BITS_WIDTHS
 from flash_indexer.ops import bodies
 from flash_indexer.ops.blockwise import compute_dtype
 from flash_indexer.ops.bodies import TORCH
+from flash_indexer.ops.sinks import share_beside_sinks
 from flash_indexer.ops.sparse import (
     gpu_bits,
     gpu_body,
@@ -101,6 +102,15 @@ def sparse_forward(problem: SparseProblem) -> tuple[Tensor, Tensor]:
     step = torch_attention.forward if body == TORCH else gpu_bits.forward if bits else gpu_body.forward
     with torch.autocast(problem.q.device.type, enabled=False):
         return step(problem)
+
+
+def forward_with_sinks(problem: SparseProblem, sinks: Tensor | None) -> tuple[Tensor, Tensor]:
+    """out and lse of `sparse_forward`, with sinks [H] where there are some: what `sparse_backward` takes."""
+    out, lse = sparse_forward(problem)
+    if sinks is None:
+        return out, lse
+    share, whole = share_beside_sinks(lse, sinks)
+    return out.mul_(share[..., None]), whole
 
 
 def sparse_target(problem: SparseProblem, lse: Tensor | None) -> Tensor:
