@@ -81,6 +81,7 @@ def test_teachers_are_a_setting(recipe: Any, own_settings: Any, metrics: Any, tm
     assert shared[0] != pytest.approx(own[0], rel=1e-3) and shared[1] == pytest.approx(own[1])
 
 
+@pytest.mark.usefixtures("blank_plots")
 def test_from_the_command_to_a_model_that_selects_the_same_keys(
     own_checkpoint: Path, texts: Path, tmp_path: Path
 ) -> None:
