@@ -40,8 +40,9 @@ def test_tiles_are_counted_where_the_choice_depends_on_them(monkeypatch: pytest.
         indices[t, : len(keys)], count[t] = torch.tensor(keys, dtype=torch.int32), len(keys)
     selection = Selection(indices, count, torch.zeros(T, K))
     index = torch.zeros(T, 4, 64), torch.zeros(S, 64), torch.zeros(T, 4)
-    for faster, number in ((False, 3), (True, None)):
+    for faster, gathering, number in ((False, 1e9, 3), (True, 1e9, None), (False, 1e5, None)):
         monkeypatch.setattr(gpu_index, "dense_is_faster", lambda *_, faster=faster: faster)
+        monkeypatch.setattr(gpu_index, "gathering_time", lambda *_, gathering=gathering: gathering)
         tiles = gpu_index.count_tiles(index, selection)
         assert (tiles and int(tiles.number)) == number
     none = Selection(indices[:, :0], count * 0, torch.zeros(T, 0))
