@@ -52,7 +52,7 @@ def file(tmp_path, monkeypatch):
 def fake_worker(speeds):
     """A process that says these ratios of candidates, 1.5 of all others; the one that hangs is waited for briefly."""
     names = {str(sorted(sizes.items())): what for sizes, what in speeds}
-    return Worker(FAKE.format(speeds=names), seconds=2.0)
+    return Worker(FAKE.format(speeds=names), seconds=5.0)
 
 
 def run(arguments):
