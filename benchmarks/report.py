@@ -7,8 +7,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from report_attention import attention, per_head, sparse
+from report_attention import attention, per_head
 from report_records import Record, latest, lines_of, table
+from report_sparse import sparse
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"

@@ -1,4 +1,4 @@
-"""Tables of docs/performance.md: the attention alone, with the per-head KL, and over selected keys."""
+"""Tables of docs/performance.md: the attention alone, and with the per-head KL."""
 
 from __future__ import annotations
 
@@ -11,17 +11,6 @@ ATTENTION = {
     "mqa64": "H=64 G=1 D=128, 16 documents of 2,048",
     "mla": "MLA 576/512, absorbed, H=128, 8,192 tokens",
 }
-SPARSE = {
-    "v32": "DeepSeek-V3.2: H=128, 576/512, the last 8,192 of 16,384 positions, random keys",
-    "v32_causal": "the same, 8,192 of 8,192: 12.5% of the slots empty",
-    "v32_clustered": "half of the keys recent, the rest in runs that neighbours share",
-    "v32_128k": "the last 8,192 of 131,072 positions",
-    "v32_64_heads": "H=64, the last 8,192 of 16,384",
-    "gqa32": "H=32 G=8 D=128 I=16 E=64, 8,192 of 8,192",
-    "smollm2": "H=9 G=3 D=64 I=8 E=64, 8,192 of 8,192",
-}
-PEERS = {"cudnn": "cuDNN, dense", "fa2": "FlashAttention-2, dense", "flex": "FlexAttention with the same bits"}
-SPARSE_STEPS = ("select", "forward", "backward", "any_order", "learn", "layer")
 
 
 def per_head(results: Path) -> list[str]:
@@ -53,35 +42,6 @@ def per_head(results: Path) -> list[str]:
         "*Backward, atomic* is `deterministic=False`. `flash-indexer bench --suite mqa64` prints the same table.",
         "",
         *table("tokens | output + KL | backward | both | backward, atomic | attention alone", rows),
-    ]
-
-
-def sparse(results: Path) -> list[str]:
-    """The table of the sparse stage's steps, and of dense attention beside those whose heads let it."""
-    records = latest(results / "sparse.jsonl")
-    rows, beside = [], []
-    for name, title in SPARSE.items():
-        if name in records:
-            record = records[name]
-            times = [f"{record[step]['p50']:.2f} ms" if step in record else "torch" for step in SPARSE_STEPS]
-            rows.append([title, *times])
-            names = {peer.removesuffix("_forward") for peer in record["peers"] if f"{peer[:-8]}_backward" in record}
-            both = [(peer, sum(record[f"{peer}_{way}"]["p50"] for way in ("forward", "backward"))) for peer in names]
-            text = ", ".join(f"{PEERS[peer]} {ms:.2f} ms" for peer, ms in sorted(both, key=lambda pair: pair[1]))
-            beside += [f"{title}: forward and backward of {text}."] if text else []
-    if not rows:
-        return []
-    return [
-        "",
-        "## The sparse stage",
-        "",
-        "K=2,048 keys a query (`flash-indexer bench --suite sparse`). *Select*: index scores of all visible keys and",
-        "the exact top-k. *Backward*: gradients of q, k and v with the head-summed target, the same bits every time;",
-        "*any order*: with `deterministic=False`. *Learn*: KL and the index tensors' gradients. *Layer*: all of it by",
-        '`dsa_attention(kl="backward")`. *torch*: the step has no kernel at that size, and was not timed.',
-        "",
-        *table("size | select | forward | backward | any order | learn | layer", rows),
-        *(["", "In the same rounds:", "", *(f"- {text}" for text in beside)] if beside else []),
     ]
 
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
 import random
 import signal
 import socket
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
+from multiprocessing.forkserver import ensure_running
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
@@ -31,7 +33,9 @@ from flash_indexer.recipe.run_record import WarmupSettings
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # a shell's background job, whose tests press Ctrl-C as well
     signal.signal(signal.SIGINT, signal.default_int_handler)
 torch.set_num_threads(1)  # as many test processes run side by side as there are cores
+os.environ["OMP_NUM_THREADS"] = "1"  # processes that they start have one thread too: accelerate would choose more
 HANG = 240  # seconds after which a process is taken to hang
+GPU_TESTS = Path(__file__).with_name("gpu")
 WORDS = 60
 SIZES: dict[str, Any] = dict(
     vocab_size=WORDS + 1, hidden_size=48, intermediate_size=64, num_hidden_layers=3, max_position_embeddings=256,
@@ -57,6 +61,14 @@ runpy.run_path(programs)["serve"](rank, world, port, backend, seconds, pipe)
 """
 
 
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """Where there is no GPU, its thousands of tests are left out, unless their path or a list of tests is asked for."""
+    if collection_path != GPU_TESTS or torch.cuda.is_available() or config.option.collectonly:
+        return None
+    paths = [Path(config.invocation_params.dir, argument.split("::")[0]).resolve() for argument in config.args]
+    return None if any(path.is_relative_to(GPU_TESTS) for path in paths) else True
+
+
 def write_checkpoint(path: Path, config: Any) -> Path:
     """A model whose attention is far from uniform, with a tokenizer of words."""
     torch.manual_seed(0)
@@ -72,12 +84,13 @@ def write_checkpoint(path: Path, config: Any) -> Path:
 
 
 def fork_server() -> Any:
-    """The one server that new processes are forked from, within milliseconds; it has imported what they all need."""
+    """The one server that new processes are forked from, within milliseconds; it has imported preload.py."""
     server = multiprocessing.get_context("forkserver")
-    models = ["transformers.models.llama.modeling_llama", "transformers.models.deepseek_v3.modeling_deepseek_v3"]
-    models += ["transformers.models.mistral.modeling_mistral"]
-    ours = ["flash_indexer.testing", "flash_indexer.parallel", "flash_indexer.recipe.warmup"]
-    server.set_forkserver_preload([*ours, *models, "torch.distributed.fsdp"])
+    server.set_forkserver_preload(["preload"])
+    folders = [str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]
+    with pytest.MonkeyPatch.context() as patch:  # of sys.path the server knows nothing
+        patch.setenv("PYTHONPATH", os.pathsep.join(filter(None, folders)))
+        ensure_running()
     return server
 
 

@@ -7,9 +7,10 @@ import dataclasses
 import pytest
 import torch
 
-from flash_indexer.bench.sparse import STEPS, contestants, line, with_kernels
-from flash_indexer.bench.sparse_check import check
+from flash_indexer.bench.sparse import line
+from flash_indexer.bench.sparse_check import Answer, check
 from flash_indexer.bench.sparse_problem import CAUSAL, CLUSTERED, RANDOM, SparseSize, make
+from flash_indexer.bench.sparse_steps import STEPS, Steps, with_kernels
 from flash_indexer.ops import bodies, check_selection
 
 ABSORBED = SparseSize(6, 1, 12, 8, 3, 16, 40, 90, 30)
@@ -48,14 +49,19 @@ def test_half_of_a_clustered_selection_is_recent_and_neighbours_share_runs():
 @pytest.mark.parametrize("size", CASES)
 def test_right_results_pass_the_check_and_wrong_ones_do_not(size):
     x = problem(size)
-    steps, answer = contestants(size, x)
-    assert tuple(steps) == STEPS
-    ours, missing = with_kernels({name: step for name, step in steps.items() if name != "layer"})
-    assert not missing and len(ours) == len(STEPS) - 1
-    got = answer()
-    errors = check(size, x, got)
-    assert set(errors) == {"out", "lse", "dq", "dk", "p_sum", "kl", "d_index_q"} and max(errors.values()) < 1e-9
-    for name in errors:
+    steps = Steps(size, x)
+    calls = steps.by_name()
+    assert tuple(calls) == STEPS
+    answers = steps.answers()
+    ours, missing = with_kernels({name: step for name, step in calls.items() if "layer" not in name})
+    assert not missing and len(ours) == len(STEPS) - 2
+    got = answers["one order"]
+    errors, loose = check(size, x, got), check(size, x, answers["any order"])
+    values = {name for name in Answer._fields if getattr(got, name) is not None} - {"selection"}
+    assert set(errors) == values | {"scores", "topk"} and ("dv" in errors) == (x.v is not None)
+    assert set(loose) == {"out", "lse", "dq", "dk", "dv", "p_sum"} & set(errors)
+    assert max((errors | loose).values()) < 1e-9
+    for name in values:
         value = getattr(got, name)
         wrong = value + 0.1 * value.abs().max()
         with pytest.raises(RuntimeError, match=f"no speed is reported: .*'{name}'"):
@@ -64,9 +70,26 @@ def test_right_results_pass_the_check_and_wrong_ones_do_not(size):
             check(size, x, got._replace(**{name: torch.full_like(value, torch.nan)}))
 
 
-def test_the_layer_step_runs_and_leaves_no_gradient():
+def test_a_wrong_selection_does_not_pass_the_check():
+    x = problem(ABSORBED)
+    found = Steps(ABSORBED, x).answers()["one order"].selection
+    check(ABSORBED, x, Answer(selection=found))
+    with pytest.raises(RuntimeError, match="no speed is reported: .*'scores'"):
+        check(ABSORBED, x, Answer(selection=found._replace(scores=found.scores * 1.01)))
+    row = ABSORBED.T - 1
+    indices, scores = found.indices.clone(), found.scores.clone()
+    absent = next(key for key in range(ABSORBED.S) if key not in indices[row].tolist())
+    indices[row, 3] = absent
+    scores[row, 3] = x.index_weights[row] @ (x.index_q[row] @ x.index_k[absent]).relu()
+    with pytest.raises(RuntimeError, match="no speed is reported: .*'topk'"):
+        check(ABSORBED, x, Answer(selection=found._replace(indices=indices, scores=scores)))
+
+
+def test_the_layer_steps_run_and_leave_no_gradient():
     x = problem(GROUPED)
-    contestants(GROUPED, x)[0]["layer"]()
+    calls = Steps(GROUPED, x).by_name()
+    calls["layer"]()
+    calls["layer_any_order"]()
     assert x.q.grad is None and x.index_q.grad is None
 
 

@@ -118,18 +118,52 @@ def test_the_plot_is_drawn(report: ModuleType, tmp_path: Path) -> None:
     assert (tmp_path / "plot.png").stat().st_size > 5000
 
 
+def timed(*names: str, ms: float = 2.5) -> dict[str, Any]:
+    return {name: dict.fromkeys(("p20", "p50", "p80"), ms) for name in names}
+
+
+SPARSE_STEPS = (
+    "select", "forward", "backward", "backward_alone", "any_order", "learn", "layer", "layer_any_order"
+)  # fmt: skip
+
+
 def test_the_sparse_stage_has_a_row_for_each_size_and_names_what_runs_in_torch(
     report: ModuleType, write: Write
 ) -> None:
-    times = dict.fromkeys(("p20", "p50", "p80"), 2.5)
-    steps = dict.fromkeys(("select", "forward", "backward", "any_order", "learn", "layer"), times)
-    absorbed = {"name": "v32", "peers": [], **steps}
+    absorbed = {"name": "v32", "peers": [], **timed(*SPARSE_STEPS)}
     grouped = {
         "name": "gqa32", "peers": ["cudnn_forward", "cudnn_backward", "fa2_forward"],
-        **dict.fromkeys(("select", "forward", "cudnn_forward", "cudnn_backward", "fa2_forward"), times),
+        **timed("select", "forward", "cudnn_forward", "cudnn_backward", "fa2_forward"),
     }  # fmt: skip
     text = report.page(write(indexer_kl=[record("mqa64")], sparse=[absorbed, grouped]))
-    assert "of 16,384 positions, random keys | 2.50 ms" + " | 2.50 ms" * 5 + " |" in text
-    assert "8,192 of 8,192 | 2.50 ms | 2.50 ms | torch | torch | torch | torch |" in text
-    assert "8,192 of 8,192: forward and backward of cuDNN, dense 5.00 ms." in text
+    assert "of 16,384 positions, random keys | 2.50 ms" + " | 2.50 ms" * 6 + " |" in text
+    assert "8,192 of 8,192, random keys | 2.50 ms | 2.50 ms" + " | torch" * 5 + " |" in text
+    assert "8,192 of 8,192, random keys: cuDNN, dense 5.00 ms." in text
+    assert "Over the time of cuDNN's kernels" not in text and "last 512 queries" not in text
     assert "## The sparse stage" not in report.page(write(indexer_kl=[record("mqa64")], sparse=[]))
+
+
+def test_the_sparse_stage_beside_cudnn_dense_attention_and_gathering(report: ModuleType, write: Write) -> None:
+    theirs = timed("dsa_scores", "dsa_topk", "dsa_backward", "dsa_target", "dsa_index_scores", ms=2.0)
+    absorbed = {"name": "v32", "peers": list(theirs), **timed(*SPARSE_STEPS), **theirs}
+    grouped = {"name": "gqa32", "peers": ["cudnn_forward"], **timed(*SPARSE_STEPS, "cudnn_forward", "cudnn_backward")}
+    late = {"name": "mqa64_late_16k", "peers": [], **timed("forward", "backward"),
+            **timed("torch_forward", "torch_backward", ms=10.0)}  # fmt: skip
+    text = "\n".join(report.sparse(write(sparse=[absorbed, grouped, late])))
+    assert "random keys | 0.62 x (2.00 + 2.00 ms) | 0.62 x (2.00 + 2.00 ms) |  |" in text
+    assert "random keys: cuDNN, dense 5.00 ms; ours 5.00 ms, with the target 5.00 ms." in text
+    assert "| H=64 G=1 D=128, 16,384 keys | 5.00 ms | 20.00 ms | 0.25 x |" in text
+
+
+@pytest.mark.parametrize(("deterministic", "order"), [(True, "the same bits every time"), (False, "deterministic=Fal")])
+def test_the_memory_of_a_long_layer(report: ModuleType, write: Write, deterministic: bool, order: str) -> None:
+    long = {
+        "name": "v32_layer_128k", "size": {"tokens": 131072, "queries": 4096}, "peak_bytes": 45.26e9,
+        "tensor_bytes": 13e9, "seconds": 21.5, "deterministic": deterministic,
+    }  # fmt: skip
+    first = {"name": "sparse_first_call", "first_call": {"v32": {"first_s": 0.514, "next_ms": 2.0}}}
+    row = {"name": "v32", "peers": [], **timed("select")}
+    text = " ".join(report.sparse(write(sparse=[row, long, first])))
+    assert "forward and backward: 0.51 s at the heads of `v32`." in text
+    assert "131,072 tokens" in text and "45.3 GB are allocated, 13.0 GB" in text and order in text
+    assert "4,096 queries at a time" in text and "it takes 21.5 s." in text

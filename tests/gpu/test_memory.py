@@ -5,6 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
+from flash_indexer.bench import sparse_memory
+from flash_indexer.bench.sparse_problem import SparseSize, make
+from flash_indexer.ops import Needs, sparse_backward, sparse_forward
 from flash_indexer.testing import Inputs, Shape, random_inputs
 
 pytestmark = pytest.mark.gpu
@@ -55,3 +58,30 @@ def test_per_head_needs_a_quarter_of_the_tensors_and_its_partial_sums(tokens, me
     print(f"{extra / 2**20:.1f} MiB beside inputs and outputs")
     tensors = sum(y.nbytes for y in (q, k, index_q, index_k, weights))
     assert extra <= PARTIAL_SUMS + 4 * index_k.numel() + tensors / 4
+
+
+@pytest.mark.parametrize("heads", [(9, 3, 64), (32, 8, 128)])
+@pytest.mark.parametrize("keys", [16384, 131072])
+def test_bits_of_selected_keys_live_in_the_workspace(keys, heads):
+    H, G, D = heads
+    size = SparseSize(H, G, D, D, 8, 64, 2048, keys, 512)
+    x = make(size)
+    problem, needs = x.problem(size, workspace_bytes=WORKSPACE), Needs(True, True, True, True)
+
+    def run():
+        out, lse = sparse_forward(problem)
+        return out, lse, *sparse_backward(problem, x.d_out, out, lse, needs)
+
+    run()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    results = run()
+    extra = torch.cuda.max_memory_allocated() - before - sum(y.nbytes for y in results)
+    print(f"{extra / 2**20:.1f} MiB beside inputs and outputs")
+    copies = x.k.nbytes + x.v.nbytes
+    assert extra <= 2 * WORKSPACE + copies + sum(y.nbytes for y in x[:4]) / 4
+
+
+def test_a_layer_of_v32_at_128k_fits_60_gb():
+    """Queries, absorbed a run at a time, forward and backward; its output and gradient are checked in float64."""
+    assert sparse_memory.measure()["peak_bytes"] <= 60e9

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from flash_indexer import reference, sparse_attention
+from flash_indexer.kernels.sm_90.sizes import BITS_ALL_KEYS, BITS_MAX_KEYS
 from flash_indexer.ops import Selection
 from flash_indexer.ops.sparse import gpu_bits, torch_attention
 from flash_indexer.ops.sparse.problem import KeySums, Needs, SparseProblem, new_key_sums
@@ -184,10 +185,11 @@ def test_against_float64(seed: int, layout: str, monkeypatch: pytest.MonkeyPatch
     assert (got.dq[nothing] == 0).all() and (got.p_sum[problem.selection.indices < 0] == 0).all()
 
 
-@pytest.mark.parametrize("S", [16384, 16385, 40_000])
-def test_more_keys_than_bits_are_made_at_once(S: int) -> None:
-    """Beyond what `refusal` lets pass as well."""
-    problem, d_out = make(0, "causal", **(FIXED | dict(T=70, S=S, K=300)))
+@pytest.mark.parametrize("layout", ["causal", "few", "scattered"])
+@pytest.mark.parametrize("S", [16384, 16385, 40_000, BITS_ALL_KEYS, BITS_MAX_KEYS])
+def test_more_keys_than_bits_are_made_at_once(S: int, layout: str) -> None:
+    fewer = dict(T=10, H=2, G=1, D=64, V=64) if S > BITS_ALL_KEYS else dict(T=40 if S > 50_000 else 150)
+    problem, d_out = make(0, layout, **(FIXED | dict(S=S, K=300) | fewer))
     truth = truth_of(problem, d_out)
     eager, got = worst_of_four(problem, d_out, truth), run(problem, d_out, truth)
     several = problem.selection.count > 1

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from flash_indexer import causal_intervals
-from flash_indexer.kernels.sm_90.sizes import SELECT_TILES
+from flash_indexer.kernels.sm_90.sizes import SELECT_ORDERED, SELECT_ROW
 from flash_indexer.ops import Selection, bodies, select_keys, top_keys
 from flash_indexer.ops.sparse import gpu_select
 from flash_indexer.ops.sparse.plan import TILE_BYTES, score_plan
@@ -17,9 +17,8 @@ from flash_indexer.ops.worklists import TILE
 
 pytestmark = pytest.mark.gpu
 LAYOUTS = ("causal", "packed", "window", "late", "gaps")
-KINDS = ("normal", "zeros", "few_values", "tiny", "negative", "nan")
+KINDS = ("normal", "zeros", "few_values", "tiny", "negative", "nan", "alike", "sampled", "unsampled", "recent")
 LARGE = 2**30
-SELECT_ROW = SELECT_TILES * TILE
 
 
 def intervals(layout: str, T: int, S: int) -> tuple[Tensor, Tensor]:
@@ -52,6 +51,13 @@ def make_scores(kind: str, T: int, S: int, seed: int) -> Tensor:
         return (x * 1e-40).to(torch.float32)
     if kind == "negative":
         return -x.abs() * 1e30
+    if kind == "alike":  # first digits tell nothing
+        return 10 + 1e-3 * x
+    if kind in ("sampled", "unsampled"):  # the kernel looks at one score in 16, or in 64, before it reads them all
+        often = torch.arange(S) % 16 == 0
+        return x + 100.0 * (often if kind == "sampled" else ~often)
+    if kind == "recent":
+        return x + 20.0 * (torch.arange(S) >= S - S // 8)
     if kind == "nan":
         x[torch.rand(T, S, generator=generator) < 0.3 / S] = torch.nan
     return x
@@ -62,10 +68,10 @@ def selected(scores: Tensor, start: Tensor, end: Tensor, topk: int, always: tupl
     T, S = scores.shape
     start, end = start.cuda(), end.cuda()
     plan = score_plan(start, end, S, 5 * TILE_BYTES * -(-S // TILE))
-    padded = torch.full((-(-T // TILE) * TILE, -(-S // TILE) * TILE), torch.nan)
-    padded[:T, :S] = scores
-    columns = torch.arange(padded.shape[1])
-    seen = (columns >= start.cpu()[:, None]) & (columns < end.cpu()[:, None])
+    padded = torch.full((-(-T // TILE) * TILE, -(-S // TILE) * TILE), torch.nan, device="cuda")
+    padded[:T, :S] = scores.cuda()
+    columns = torch.arange(padded.shape[1], device="cuda")
+    seen = (columns >= start[:, None]) & (columns < end[:, None])
     padded[:T].masked_fill_(~seen, torch.nan)
     padded[T:] = torch.nan
     K = min(topk, S)
@@ -75,13 +81,10 @@ def selected(scores: Tensor, start: Tensor, end: Tensor, topk: int, always: tupl
         torch.full((T, K), torch.nan, device="cuda"),
     )
     for chunk in plan.chunks:
-        tiles = torch.full((max(chunk.tiles, 1) * TILE, TILE), torch.nan)
+        tiles = torch.full((max(chunk.tiles, 1) * TILE, TILE), torch.nan, device="cuda")
         for token, key, tile, _ in chunk.score.cpu().view(-1, 4).tolist():
             tiles[tile * TILE : (tile + 1) * TILE] = padded[token : token + TILE, key : key + TILE]
-        if max(last - first for first, last in chunk.keys) <= SELECT_TILES:
-            gpu_select.top_rows(tiles.cuda(), plan, chunk, (start, end), always, out)
-        else:
-            gpu_select.sort_rows(tiles.cuda(), chunk, (start, end), topk, always, out, 2**29)
+        gpu_select.top_rows(tiles, plan, chunk, (start, end), always, out)
     return out
 
 
@@ -106,18 +109,29 @@ def test_bitwise_on_given_scores(layout: str, kind: str, topk: int, always: tupl
     assert_same(selected(scores, start, end, topk, always), top_keys(scores, start, end, topk, always))
 
 
+LENGTHS = (SELECT_ROW - 5, SELECT_ROW, SELECT_ROW + 1, 2 * SELECT_ROW + 77, 8 * SELECT_ROW + 300)
+
+
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("S", [SELECT_ROW - 5, SELECT_ROW, SELECT_ROW + 1, 2 * SELECT_ROW + 77])
+@pytest.mark.parametrize("S", LENGTHS)
 @pytest.mark.parametrize(
-    "topk, always", [(1, (0, 0)), (2048, (0, 0)), (2048, (10, 1000)), (SELECT_ROW // 2 + 9, (0, 0))]
+    "topk, always",
+    [(1, (0, 0)), (2048, (0, 0)), (2048, (10, 1000)), (SELECT_ORDERED, (0, 0)), (SELECT_ORDERED + 9, (3, 4))],
 )
 def test_long_rows(S: int, kind: str, topk: int, always: tuple[int, int]) -> None:
-    """As many keys as the kernel takes, and more: these are sorted from their tiles."""
-    T = 20
+    """About as many keys as the kernel holds, and more: these are listed, or read again for each digit."""
+    T = 12
     start, end = intervals("causal", T, S)
     start[T // 2 :] = 333
     scores = make_scores(kind, T, S, seed=S + topk)
     assert_same(selected(scores, start, end, topk, always), top_keys(scores, start, end, topk, always))
+
+
+def test_a_long_row_whose_keys_are_all_selected() -> None:
+    T, S = 5, 2 * SELECT_ROW
+    start, end = intervals("causal", T, S)
+    scores = make_scores("nan", T, S, seed=0)
+    assert_same(selected(scores, start, end, S - 2, (0, 0)), top_keys(scores, start, end, S - 2))
 
 
 @pytest.mark.parametrize("T, S", [(1, 1), (1, 5), (5, 1), (129, 2), (2, 129)])

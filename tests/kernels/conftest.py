@@ -33,6 +33,7 @@ class Machine:
     stack: int
     complaints: tuple[str, ...]
     opcodes: Counter[str]
+    listing: str
 
     def count(self, prefix: str) -> int:
         return sum(n for opcode, n in self.opcodes.items() if opcode.startswith(prefix))
@@ -68,6 +69,7 @@ def assemble(name: str, static: tuple[tuple[str, int], ...]) -> Machine:
         stack=sum(map(int, re.findall(r"(\d+) bytes stack frame", text))),
         complaints=tuple(re.findall(r".*C75\d\d.*", text)),
         opcodes=Counter(OPCODE.findall(listing)),
+        listing=listing,
     )
 
 

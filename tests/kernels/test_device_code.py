@@ -118,5 +118,7 @@ def test_items_have_the_same_size_on_host_and_device():
     softmax = (FOLDER / "sm_90" / "attention_softmax.cuh").read_text(encoding="utf-8")
     assert f"enum {{ ROW_BYTES = {sizes.ROW_BYTES} }};" in softmax
     assert all(len(fields) <= items.ITEM for fields in (items.RowItem, items.KeyItem, items.LatentItem))
-    short = (items.ScoreItem, items.QueryTilesItem, items.KeyBlocksItem, items.Block, items.ReduceItem)
+    short = (
+        items.ScoreItem, items.NarrowItem, items.QueryTilesItem, items.KeyBlocksItem, items.Block, items.ReduceItem
+    )  # fmt: skip
     assert all(len(fields) <= items.SHORT_ITEM for fields in short)

@@ -25,26 +25,39 @@ def samples() -> list[Kernel]:
 
 
 SAMPLES = samples()
-QUICK = list({name: kernel for kernel in reversed(SAMPLES) for name in (kernel[0],)}.values())  # the first of each
+FIRST = list({name: kernel for kernel in reversed(SAMPLES) for name in (kernel[0],)}.values())  # of each kernel
+LARGE = (
+    "attention_mla", "sparse_attention_mla", "head_gradients_query", "head_gradients_key", "head_gradients_once",
+)  # fmt: skip
+"""Lowered within seconds, not within a fraction of one."""
 STREAMED = [kernel for kernel in SAMPLES if sizes.BUILDERS[kernel[0]].streamed]
-SELECTED = ("sparse_index_gradients", "sparse_index_scores")
-GATHERED = ("sparse_gradients_mla", *SELECTED)  # tensor cores that no copy engine feeds
+SELECTED = ("sparse_index_gradients", "sparse_index_masks", "sparse_index_scores")
+GATHERED = ("sparse_gradients_mla", "sparse_index_keys", *SELECTED)  # tensor cores that no copy engine feeds
 OTHERS = [kernel for kernel in SAMPLES if kernel not in STREAMED and kernel[0] not in GATHERED]
 FLOATS = {"red.relaxed.gpu.global.add.v4.f32"}
 BULK = {"cp.reduce.async.bulk.global.shared::cta.bulk_group.add.s32"}  # of integers, the same in any order
+EXACT = {f"red.relaxed.gpu.global.add.{word}" for word in ("u64", "s32")}  # of integers
 TABLES = {f"red.{space}.{op}.u32" for space in ("shared", "relaxed.gpu.global") for op in ("add", "max")}
 ADDING = {
-    **dict.fromkeys(("head_gradients_once", "sparse_gradients_mla"), FLOATS),
+    "head_gradients_once": FLOATS,
+    "sparse_gradients_mla": FLOATS | EXACT,
+    "sparse_delta": {"red.relaxed.gpu.global.max.u32"},
+    **dict.fromkeys(("sparse_exact_table", "sparse_exact_grid", "sparse_exact_finish"), EXACT | {"red.shared.add.u32"}),
     **dict.fromkeys(SELECTED, BULK),
     **dict.fromkeys(("sparse_index_largest", "sparse_index_table", "sparse_index_finish"), BULK | TABLES),
-    "select": {"red.shared.add.u32"},
+    "select": {"atomicAdd("},  # of integers
+    "sparse_index_spans": {"atomicMin(", "atomicMax("},
     "bits": {"atomicOr("},  # the same in any order
 }
 
 
 def each(kernels: list[Kernel]) -> pytest.MarkDecorator:
-    """One size of each kernel quickly, the others where there is time."""
-    marked = [pytest.param(x, marks=() if x in QUICK else pytest.mark.slow, id=catalog.title(x)) for x in kernels]
+    """One size of each kernel, of the large ones in CI's second step; `make test-all` lowers the other sizes too."""
+    marked = []
+    for kernel in kernels:
+        marks = [pytest.mark.slow] if kernel not in FIRST or kernel[0] in LARGE else []
+        marks += [] if kernel in FIRST else [pytest.mark.every_size]
+        marked.append(pytest.param(kernel, marks=marks, id=catalog.title(kernel)))
     return pytest.mark.parametrize("kernel", marked)
 
 
@@ -71,9 +84,10 @@ def test_tensor_cores_are_fed_by_the_copy_engine(kernel, source):
     assert start.count("__syncthreads()") == 1 + cleared, "after the barriers are initialised, and after that"
     assert "__syncthreads()" not in rest, "the rings hold no other"
     assert "tl::tma_load(" in rest and "tl::warpgroup_reg_dealloc<" in rest
-    assert "__launch_bounds__(384, 1)" in text
+    assert f"__launch_bounds__({512 if name == 'score_narrow' else 384}, 1)" in text
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("V", [0, 128])
 def test_without_values_the_output_is_the_entropy(V, source):
     """And no value is copied, packed or stored; with values nothing of the entropy is computed."""
@@ -98,32 +112,61 @@ def test_a_kernel_of_one_call_has_nothing_around_it(kernel, source):
     """Its device function sees to barriers, registers and shared memory, which must begin where descriptors say."""
     text = source(kernel[0], **dict(kernel[1]))
     body = device_program(text)
-    threads = 512 if kernel[0] in SELECTED else 384
+    threads = 512 if kernel[0] in (*SELECTED, "sparse_index_keys") else 384
     assert f"__launch_bounds__({threads}, 1)" in text and "extern __shared__ __align__(1024)" in body
     assert body.count(";") == 3, "the prototype, shared memory, the call"
     assert "wgmma_ss<" in text and "__syncthreads" not in body and "fence" not in body
 
 
-def test_the_gradients_of_selected_keys_have_the_shared_memory_that_they_lay_out(source):
+@pytest.mark.parametrize("half", [0, 1])
+def test_the_gradients_of_selected_keys_have_the_shared_memory_that_they_lay_out(half, source):
     from flash_indexer.kernels.sm_90.sparse_gradients_mla import SHARED_BYTES
 
-    barriers, behind = re.search(
-        r"BARRIERS = (\d+);\s+constexpr int BYTES = BARRIERS \+ (\d+);", source("sparse_gradients_mla")
-    ).groups()
-    assert int(barriers) + int(behind) == SHARED_BYTES <= sizes.SHARED_MEMORY
+    text = source("sparse_gradients_mla", exact=0, half=half)
+    barriers, behind = re.search(r"BARRIERS = (\d+);\s+constexpr int BYTES = BARRIERS \+ (\d+);", text).groups()
+    assert int(barriers) + int(behind) == SHARED_BYTES[half] <= sizes.SHARED_MEMORY
 
 
-@pytest.mark.parametrize("E", sizes.GATHERED_INDEX_WIDTHS)
+WIDEST = max(sizes.GATHERED_INDEX_WIDTHS)
+
+
+@pytest.mark.parametrize(
+    "E", [pytest.param(E, marks=() if E == WIDEST else pytest.mark.slow) for E in sizes.GATHERED_INDEX_WIDTHS]
+)
 def test_the_indexer_at_selected_keys_has_the_shared_memory_that_it_lays_out(E, source, nvcc, tmp_path):
     """`sizes.sparse_index_bytes` against the layout in its CUDA source, which the compiler evaluates."""
-    program = tmp_path / "layout.cu"
-    check = f"static_assert(sparse_index::Layout<{E}>::BYTES == {sizes.sparse_index_bytes(E)});\n"
-    program.write_text(source("sparse_index_gradients", E=E) + check, encoding="utf-8")
+    check = f"sparse_index::Layout<{E}>::BYTES == {sizes.sparse_index_bytes(E)}"
+    compiles(source("sparse_index_gradients", E=E), (check,), nvcc, tmp_path)
+    assert sizes.sparse_index_bytes(E) <= sizes.SHARED_MEMORY
+
+
+def test_sums_of_a_range_of_keys_have_the_shared_memory_that_they_lay_out(source, nvcc, tmp_path):
+    checks = f"index_keys::BYTES == {sizes.INDEX_KEYS_BYTES}", f"index_keys::RANGE == {sizes.INDEX_RANGE}"
+    compiles(source("sparse_index_keys", E=128), checks, nvcc, tmp_path)
+    assert sizes.INDEX_KEYS_BYTES <= sizes.SHARED_MEMORY
+    source_of_spans = source("sparse_index_spans")
+    assert f"#define INDEX_RUNS {sizes.INDEX_RUNS} " in source_of_spans and sizes.INDEX_RUN == 256
+
+
+def test_selection_has_the_shared_memory_and_the_sizes_of_its_source(source, nvcc, tmp_path):
+    from flash_indexer.kernels.sm_90.select import SHARED_BYTES
+
+    checks = (
+        f"sizeof(selection::Shared) <= {SHARED_BYTES}", f"selection::ROW == {sizes.SELECT_ROW}",
+        f"selection::ORDERED == {sizes.SELECT_ORDERED}",
+    )  # fmt: skip
+    compiles(source("select"), checks, nvcc, tmp_path)
+    assert 3 * (SHARED_BYTES + 1024) <= 228 * 1024, "three blocks a multiprocessor"
+
+
+def compiles(text, checks, nvcc, folder):
+    """The program with these assertions, which the compiler evaluates."""
+    program = folder / "layout.cu"
+    program.write_text(text + "".join(f"static_assert({check});\n" for check in checks), encoding="utf-8")
     includes = [f"-I{os.environ[variable]}" for variable in ("TL_TEMPLATE_PATH", "TL_CUTLASS_PATH")]
     command = [nvcc, "-std=c++20", "-w", "--ptx", "-arch=sm_90a", *includes, "-o", "/dev/null", str(program)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert sizes.sparse_index_bytes(E) <= sizes.SHARED_MEMORY
 
 
 @each(OTHERS)

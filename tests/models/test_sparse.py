@@ -163,7 +163,7 @@ def test_layers_without_an_indexer_stay_dense(tiny: Tiny, family: str) -> None:
 
 def generated(model: PreTrainedModel, ids: Tensor, mask: Tensor | None = None, **options: Any) -> Tensor:
     mask = torch.ones_like(ids) if mask is None else mask
-    options = dict(max_new_tokens=8, do_sample=False, pad_token_id=0) | options
+    options = dict(max_new_tokens=5, do_sample=False, pad_token_id=0) | options
     out: Tensor = model.generate(ids, attention_mask=mask, **options)
     return out[:, ids.shape[1] :]
 

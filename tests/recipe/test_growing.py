@@ -58,12 +58,13 @@ def test_a_finished_run_goes_on_with_the_learning_rates_of_a_longer_one(
 
 
 def test_a_longer_run_sees_the_sequences_that_it_would_have_seen(tmp_path: Path, recipe: Any, metrics: Any) -> None:
-    """Without decay a run of 4 steps, made 7, then 90, more than one pass over the text, is one of 90 steps."""
-    plain = dict(decay="none", warmup_steps=0)
-    recipe(tmp_path / "whole", steps=90, save_every=90, **plain)
+    """Without decay a run of 4 steps, made 7, then 25, more than one pass over the text, is one of 25 steps."""
+    plain = dict(decay="none", warmup_steps=0, sequence_length=128)
+    recipe(tmp_path / "whole", steps=25, save_every=25, **plain)
+    assert "epochs" in recipe.printed and "the text repeats" in recipe.printed
     recipe(tmp_path / "grown", steps=4, **plain)
     recipe(tmp_path / "grown", resume=True, to=7)
-    recipe(tmp_path / "grown", resume=True, to=90)
+    recipe(tmp_path / "grown", resume=True, to=25)
     drop = [{name: x for name, x in row.items() if name != "mass"} for row in metrics(tmp_path / "grown")]
     assert drop == [{name: x for name, x in row.items() if name != "mass"} for row in metrics(tmp_path / "whole")]
     whole, grown = weights(tmp_path / "whole"), weights(tmp_path / "grown")

@@ -128,24 +128,39 @@ def test_the_record_names_the_fraction(tmp_path: Path, recipe: Any) -> None:
     assert "--queries 0.25" in warmup_command(record["settings"], "out")
 
 
+SHARED: dict[str, Any] = dict(sequence_length=64, steps=6, save_every=6, rope_dim=None, queries=0.5)
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory, runs: Any, tiny_settings: Any) -> Path:
+    """The run of one process. Read only."""
+    out = tmp_path_factory.mktemp("alone") / "run"
+    runs.finish([runs.start("", tiny_settings(**SHARED, batch_size=2), out)])
+    return out
+
+
 @pytest.mark.parametrize(
-    ("count", "parallel"), [(2, dict(cp=2)), (2, dict(tp=2)), (2, dict()), (4, dict(cp=2, tp=2))], ids=str
+    ("count", "parallel"),
+    [
+        (2, dict(cp=2)),
+        pytest.param(2, dict(tp=2), marks=pytest.mark.slow),
+        (2, dict()),
+        pytest.param(4, dict(cp=2, tp=2), marks=pytest.mark.slow),
+    ],
+    ids=str,
 )
 def test_many_processes_train_what_one_does(
-    tmp_path: Path, runs: Any, tiny_settings: Any, count: int, parallel: dict[str, int]
+    tmp_path: Path, runs: Any, tiny_settings: Any, alone: Path, count: int, parallel: dict[str, int]
 ) -> None:
     """The same queries are drawn of the same sequences, whoever holds them."""
-    dp = count // (parallel.get("cp", 1) * parallel.get("tp", 1))
-    values = dict(sequence_length=64, steps=6, save_every=6, rope_dim=None, queries=0.5)
-    one, many = tmp_path / "one", tmp_path / "many"
-    runs.finish([runs.start("", tiny_settings(**values, batch_size=2), one)])
-    runs.finish(runs.ranks(count, tiny_settings(**values, batch_size=2 // dp), many, parallel=parallel))
-    mine, theirs = (read_metrics(out / "metrics.jsonl") for out in (one, many))
+    dp, many = count // (parallel.get("cp", 1) * parallel.get("tp", 1)), tmp_path / "many"
+    runs.finish(runs.ranks(count, tiny_settings(**SHARED, batch_size=2 // dp), many, parallel=parallel))
+    mine, theirs = (read_metrics(out / "metrics.jsonl") for out in (alone, many))
     assert len(mine) == len(theirs) == 6
     for row, same in zip(mine, theirs, strict=True):
         assert row["kl"] == pytest.approx(same["kl"], rel=2e-4)
         assert row["uniform_kl"] == pytest.approx(same["uniform_kl"], rel=1e-5)
-    first, second = (load_file(out / "checkpoint" / "indexer.safetensors") for out in (one, many))
+    first, second = (load_file(out / "checkpoint" / "indexer.safetensors") for out in (alone, many))
     for name, tensor in first.items():
         assert (tensor - second[name]).norm() <= 5e-2 * tensor.norm(), name
 

@@ -102,24 +102,26 @@ def test_a_second_signal_ends_at_once(
     ("rank", "name", "code"), [pytest.param(0, "SIGTERM", 143, marks=pytest.mark.slow), (1, "SIGINT", 130)]
 )
 def test_a_signal_to_one_process_ends_all_after_the_same_step(
-    tmp_path: Path, runs: Any, checkpoint: Path, texts: Path, metrics: Any, rank: int, name: str, code: int
+    tmp_path: Path, runs: Any, tiny_settings: Any, metrics: Any, rank: int, name: str, code: int
 ) -> None:
-    words = f"flash-indexer warmup --model {checkpoint} --data {texts} --resume --timeout 20 --sequence-length 32"
-    sizes = "--steps 12 --num-heads 2 --head-dim 32 --save-every 4 --evaluate-sequences 0 --cp 2"
-    arguments = [*words.split(), *sizes.split(), "--out"]
+    """The run that is ended is the command line's, whose exit code counts; `warm_up` goes on with it."""
+    settings, parallel = tiny_settings(warmup_steps=20, num_heads=2, rope_dim=None), dict(cp=2)
+    words = f"flash-indexer warmup --model {settings.model} --data {settings.data} --resume --timeout 60"
+    sizes = "--sequence-length 32 --steps 12 --num-heads 2 --head-dim 32 --save-every 4 --evaluate-sequences 0 --cp 2"
     whole, cut = tmp_path / "whole", tmp_path / "cut"
-    runs.finish(runs.ranks(2, None, whole, codes=[COMMAND + "main()"] * 2, arguments=[*arguments, str(whole)]))
+    arguments = [*words.split(), *sizes.split(), "--out", str(cut)]
+    runs.finish(runs.ranks(2, settings, whole, parallel=parallel))
     codes = [COMMAND + (SEND.format(times=1, name=name) if n == rank else "") + "main()" for n in (0, 1)]
-    processes = runs.ranks(2, None, cut, codes=codes, arguments=[*arguments, str(cut)])
+    processes = runs.ranks(2, None, cut, codes=codes, arguments=arguments)
     for process in processes:
-        process.join(60)
+        process.join(240)
     ends = [process.exitcode for process in processes]
     assert ends[rank] == code and ends[1 - rank] == 130, ends
     assert [row["step"] for row in metrics(cut)] == list(range(1, 8))
     said = [Path(f"{cut}.{n}").read_text() for n in (0, 1)]
     assert f"after step 7 of 12, which is saved in {cut}/checkpoint; to go on: flash-indexer warmup --out" in said[0]
     assert "Traceback" not in said[0] + said[1] and "saved" not in said[1], said
-    runs.finish(runs.ranks(2, None, cut, codes=[COMMAND + "main()"] * 2, arguments=[*arguments, str(cut)]))
+    runs.finish(runs.ranks(2, settings, cut, parallel=parallel))
     assert metrics(cut) == metrics(whole)
 
 

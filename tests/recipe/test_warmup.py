@@ -92,10 +92,10 @@ def test_the_loss_falls_well_below_the_uniform_predictions(tmp_path: Path, train
 
 
 def test_a_row_for_every_step_with_every_number(tmp_path: Path, train: Train) -> None:
-    train(tmp_path, steps=11, sequence_length=256, batch_size=2, accumulation=3, layers=(0, 2))
+    train(tmp_path, steps=3, sequence_length=256, batch_size=2, accumulation=3, layers=(0, 2))
     found = read_metrics(tmp_path / "metrics.jsonl")
     names = {"step", "loss", "kl_over_uniform", "mass", "lr", "seconds", "tokens", "kl", "uniform_kl"}
-    assert [row["step"] for row in found] == list(range(1, 12))
+    assert [row["step"] for row in found] == [1, 2, 3]
     for row in found:
         assert row.keys() == names
         assert row["tokens"] == row["step"] * 2 * 3 * 256

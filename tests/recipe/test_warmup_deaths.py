@@ -59,38 +59,40 @@ def rows(out: Path) -> list[dict[str, Any]]:
     return [{name: x for name, x in row.items() if name != "seconds"} for row in found]
 
 
-def command(checkpoint: Path, texts: Path, out: Path, *options: str) -> list[str]:
+def command(checkpoint: str | Path, texts: str | Path, out: Path, *options: str) -> list[str]:
     words = f"flash-indexer warmup --model {checkpoint} --data {texts} --out {out} --resume --timeout {TIMEOUT}"
     sizes = "--sequence-length 32 --steps 12 --num-heads 2 --head-dim 32 --save-every 4 --evaluate-sequences 0"
     return [*words.split(), *sizes.split(), *options]
 
 
 @pytest.mark.parametrize(
-    ("where", "dying", "options", "count"),
+    ("where", "dying", "parallel", "count"),
     [
-        (dict(owner="flash_indexer.recipe.loop", name="forward", call=6), 1, [], 2),
+        (dict(owner="flash_indexer.recipe.loop", name="forward", call=6), 1, dict(), 2),
         pytest.param(
-            dict(owner="flash_indexer.recipe.loop", name="sum_gradients", call=7), 1, ["--fsdp"], 2,
+            dict(owner="flash_indexer.recipe.loop", name="sum_gradients", call=7), 1, dict(fsdp=True), 2,
             marks=pytest.mark.slow,
         ),
         pytest.param(
-            dict(owner="flash_indexer.files.checkpoint", name="save_file", call=2), 0, ["--cp", "2"], 2,
+            dict(owner="flash_indexer.files.checkpoint", name="save_file", call=2), 0, dict(cp=2), 2,
             marks=pytest.mark.slow,
         ),
         pytest.param(
             dict(owner="flash_indexer.models.handle", name="layer_kl", call=20), 2,
-            ["--cp", "2", "--tp", "2"], 4, marks=pytest.mark.slow,
+            dict(cp=2, tp=2), 4, marks=pytest.mark.slow,
         ),
     ],
     ids=["dp, in a forward", "fsdp, before the sum", "cp, while saving", "cp x tp, in a layer"],
 )  # fmt: skip
 def test_when_one_process_dies_the_others_say_so_and_the_run_goes_on(
-    tmp_path: Path, runs: Any, checkpoint: Path, texts: Path, where: Any, dying: int, options: list[str], count: int
+    tmp_path: Path, runs: Any, tiny_settings: Any, where: Any, dying: int, parallel: dict[str, Any], count: int
 ) -> None:
+    """The run that loses a process is the command line's, whose words count; `warm_up` goes on with it."""
     whole, cut = tmp_path / "whole", tmp_path / "cut"
-    runs.finish(runs.ranks(count, None, whole, codes=[COMMAND + "main()"] * count,
-                           arguments=command(checkpoint, texts, whole, *options)))  # fmt: skip
-    arguments = command(checkpoint, texts, cut, *options)
+    settings = tiny_settings(warmup_steps=20, num_heads=2, rope_dim=None)
+    runs.finish(runs.ranks(count, settings, whole, parallel=parallel))
+    options = [word for name, value in parallel.items() for word in (f"--{name}", str(value)) if word != "True"]
+    arguments = command(settings.model, settings.data, cut, *options)
     codes = [COMMAND + "main()"] * count
     codes[dying] = COMMAND + SIGNAL_SELF.format(**where, signal="SIGKILL") + "main()"
     started = runs.ranks(count, None, cut, codes=codes, arguments=arguments)
@@ -103,7 +105,7 @@ def test_when_one_process_dies_the_others_say_so_and_the_run_goes_on(
         assert f"the checkpoint in {cut / 'checkpoint'} is intact" in said and "--resume" in said, said
         assert "Traceback" not in said, said
     assert read_native(cut / "checkpoint").config.num_heads == 2
-    runs.finish(runs.ranks(count, None, cut, codes=[COMMAND + "main()"] * count, arguments=arguments))
+    runs.finish(runs.ranks(count, settings, cut, parallel=parallel))
     assert rows(cut) == rows(whole)
 
 

@@ -6,9 +6,9 @@ Beside it take turns cuDNN's attention, FlashAttention-2 where it takes the head
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from flash_indexer import causal_intervals
 from flash_indexer.bench.baselines import attention_contestants
-from flash_indexer.bench.timing import MATMUL, Size, environment, needs_gpu, time_in_turns
+from flash_indexer.bench.timing import MATMUL, Size, measured, time_in_turns
 from flash_indexer.ops import attention_forward
 
 SUITE = "attention"
@@ -36,16 +36,10 @@ def run(out: Path, *, commit: str = "unknown", say: Callable[[str], None] = prin
     Raises:
         OSError: without a GPU of compute capability 9.0. RuntimeError: where a result is wrong.
     """
-    needs_gpu()
-    out.mkdir(parents=True, exist_ok=True)
     records = []
-    for name, size in SIZES.items():
-        record = {**environment(commit), "name": name, **measure(size)}
-        with (out / RESULTS).open("a", encoding="utf-8") as file:
-            file.write(json.dumps(record) + "\n")
+    for record in measured(((name, partial(measure, size)) for name, size in SIZES.items()), out / RESULTS, commit):
         say(line(record))
         records.append(record)
-        torch.cuda.empty_cache()
     return records
 
 

@@ -7,9 +7,9 @@ Rates count the same flops as in bfloat16.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from flash_indexer import Quantized, indexer_kl, quantize
 from flash_indexer.bench.kl import SIZES, passes, problem
-from flash_indexer.bench.timing import MATMUL, Size, environment, needs_gpu, time_in_turns
+from flash_indexer.bench.timing import MATMUL, Size, measured, time_in_turns
 from flash_indexer.ops.quantization import dequantize, rotate
 
 SUITE, RESULTS = "fp8", "fp8.jsonl"
@@ -36,16 +36,10 @@ def run(out: Path, *, commit: str = "unknown", say: Callable[[str], None] = prin
     Raises:
         OSError: without a GPU of compute capability 9.0. RuntimeError: where a result is wrong.
     """
-    needs_gpu()
-    out.mkdir(parents=True, exist_ok=True)
     records = []
-    for name in NAMES:
-        record = {**environment(commit), "name": name, **measure(SIZES[name])}
-        with (out / RESULTS).open("a", encoding="utf-8") as file:
-            file.write(json.dumps(record) + "\n")
+    for record in measured(((name, partial(measure, SIZES[name])) for name in NAMES), out / RESULTS, commit):
         say(line(record))
         records.append(record)
-        torch.cuda.empty_cache()
     return records
 
 

@@ -13,9 +13,9 @@ queries alone, as many pairs as the first size has, are measured beside that in 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from torch import Tensor
 
 from flash_indexer import causal_intervals, indexer_kl
 from flash_indexer.bench.baselines import attention_contestants
-from flash_indexer.bench.timing import MATMUL, Size, environment, host_time, memory, needs_gpu, time_in_turns
+from flash_indexer.bench.timing import MATMUL, Size, host_time, measured, memory, time_in_turns
 from flash_indexer.ops.kl.gpu_body import teacher_lse
 from flash_indexer.testing import Shape, assert_close, eager_indexer_kl, make_inputs, reference_indexer_kl
 
@@ -59,15 +59,8 @@ def run(names: list[str], out: Path, *, commit: str = "unknown", say: Callable[[
     unknown = [name for name in names if name not in SIZES]
     if unknown:
         raise ValueError(f"bench: sizes must be of {', '.join(SIZES)}, got {', '.join(unknown)}")
-    needs_gpu()
-    out.mkdir(parents=True, exist_ok=True)
-    for name in names:
-        say(f"{name}: checking, then timing")
-        record = {**environment(commit), "name": name, **measure(SIZES[name])}
-        with (out / "indexer_kl.jsonl").open("a", encoding="utf-8") as file:
-            file.write(json.dumps(record) + "\n")
+    for record in measured(((name, partial(measure, SIZES[name])) for name in names), out / "indexer_kl.jsonl", commit):
         say(summary(record))
-        torch.cuda.empty_cache()
 
 
 def summary(record: dict[str, Any]) -> str:

@@ -11,10 +11,10 @@ part.
 
 from __future__ import annotations
 
-import json
 import random
 from collections.abc import Callable
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from torch import Tensor
 
 from flash_indexer import causal_intervals, warmup_attention
 from flash_indexer.bench.baselines import attention_contestants
-from flash_indexer.bench.timing import MATMUL, Size, environment, needs_gpu, time_in_turns
+from flash_indexer.bench.timing import MATMUL, Size, measured, needs_gpu, time_in_turns
 from flash_indexer.ops import attention_forward
 from flash_indexer.testing import Shape, assert_close, eager_indexer_kl, make_inputs, reference_indexer_kl
 
@@ -62,20 +62,17 @@ def run(
     if batch is not None and batch < 1:
         raise ValueError(f"bench: batch must be a number of documents, 1 or more, got {batch}")
     needs_gpu()
-    out.mkdir(parents=True, exist_ok=True)
     say(f"{suite}: checking output, KL and gradients against float64")
     check(SUITES[suite])
     say(header())
     records = []
-    for count in (batch,) if batch else DOCUMENTS:
-        record = {**environment(commit), "name": suite, **measure(sized(SUITES[suite], count))}
-        with (out / RESULTS).open("a", encoding="utf-8") as file:
-            file.write(json.dumps(record) + "\n")
+    counts = (batch,) if batch else DOCUMENTS
+    sizes = (partial(measure, sized(SUITES[suite], count)) for count in counts)
+    for record in measured(((suite, size) for size in sizes), out / RESULTS, commit):
         say(line(record))
         if verbose:
             say(details(record))
         records.append(record)
-        torch.cuda.empty_cache()
     return records
 
 

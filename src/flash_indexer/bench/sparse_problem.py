@@ -12,7 +12,8 @@ from flash_indexer.ops import Selection, SparseProblem
 from flash_indexer.ops.blockwise import compute_dtype
 
 RANDOM, CAUSAL, CLUSTERED = "random", "causal", "clustered"
-RUN, NEIGHBOURS = 16, 16  # of a clustered selection: keys of a run, queries that share their runs
+RUN, NEIGHBOURS = 16, 64  # of a clustered selection: keys of a run, queries that share their runs
+LATE = 512  # last queries of a long sequence, few enough for the torch body to run beside the kernels
 
 
 @dataclass(frozen=True)
@@ -21,7 +22,7 @@ class SparseSize:
 
     V: below D where the values are the first V columns of the keys (MLA absorbed). selection: RANDOM keys among those
     visible; CAUSAL, the same where T = S, so that early rows are not full; CLUSTERED, half of them the most recent, the
-    rest in runs of 16 keys that 16 neighbouring queries share.
+    rest in runs of 16 keys that 64 neighbouring queries share.
     """
 
     H: int
@@ -49,7 +50,13 @@ SIZES = {
     "v32_128k": SparseSize(128, 1, 576, 512, 64, 128, 8192, 131072, 2048),
     "v32_64_heads": SparseSize(64, 1, 576, 512, 64, 128, 8192, 16384, 2048),
     "gqa32": SparseSize(32, 8, 128, 128, 16, 64, 8192, 8192, 2048, CAUSAL),
+    "gqa32_clustered": SparseSize(32, 8, 128, 128, 16, 64, 8192, 8192, 2048, CLUSTERED),
     "smollm2": SparseSize(9, 3, 64, 64, 8, 64, 8192, 8192, 2048, CAUSAL),
+    "smollm2_clustered": SparseSize(9, 3, 64, 64, 8, 64, 8192, 8192, 2048, CLUSTERED),
+    "gqa32_late_16k": SparseSize(32, 8, 128, 128, 16, 64, LATE, 16384, 2048),
+    "gqa32_late_128k": SparseSize(32, 8, 128, 128, 16, 64, LATE, 131072, 2048),
+    "mqa64_late_16k": SparseSize(64, 1, 128, 128, 16, 64, LATE, 16384, 2048),
+    "mqa64_late_128k": SparseSize(64, 1, 128, 128, 16, 64, LATE, 131072, 2048),
 }
 
 

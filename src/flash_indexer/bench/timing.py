@@ -6,13 +6,15 @@ launches; the clock behind every contestant is measured as cycles that a spinnin
 
 from __future__ import annotations
 
+import json
 import statistics
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib import metadata
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -56,6 +58,24 @@ def needs_gpu(command: str = "bench") -> None:
     if bodies.no_kernels(torch.device("cuda")) is not None:
         present = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
         raise OSError(f"{command}: needs a CUDA GPU of compute capability 9.0 (H100, H200) and tilelang, got {present}")
+
+
+def measured(
+    measurements: Iterable[tuple[str, Callable[[], dict[str, Any]]]], path: Path, commit: str
+) -> Iterator[dict[str, Any]]:
+    """The record of each measurement, as soon as it is a line of the file, behind its name and `environment`.
+
+    Raises:
+        OSError: without a GPU that has kernels.
+    """
+    needs_gpu()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    for name, measure in measurements:
+        record = {**environment(commit), "name": name, **measure()}
+        with path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(record) + "\n")
+        yield record
+        torch.cuda.empty_cache()
 
 
 def environment(commit: str) -> dict[str, Any]:

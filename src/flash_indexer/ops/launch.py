@@ -40,6 +40,15 @@ def aligned(x: Tensor) -> Tensor:
     return x if x.data_ptr() % 16 == 0 else x.clone()
 
 
+def on_its_way(x: Tensor) -> tuple[Tensor, torch.Event]:
+    """A copy of x on the host, there once the event has come. Work that is launched meanwhile is not waited for."""
+    here = torch.empty(x.shape, dtype=x.dtype, pin_memory=True)
+    here.copy_(x, non_blocking=True)
+    known = torch.Event("cuda")
+    known.record()
+    return here, known
+
+
 def scale(gradients: Sequence[Tensor], factor: Tensor) -> None:
     """gradients *= factor, in place, in one launch: of index_q, index_k and index_weights, empty where not wanted.
 

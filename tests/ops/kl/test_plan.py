@@ -75,6 +75,30 @@ def test_every_visible_score_has_one_tile(layout: tuple[Tensor, Tensor, int], wo
     assert needed <= held
 
 
+@pytest.mark.parametrize("workspace", [2**29, 3 * BYTES_PER_TILE, 20 * BYTES_PER_TILE])
+@pytest.mark.parametrize("grouped", [False, True])
+def test_runs_of_tiles_have_each_half_of_each_tile_once(
+    layout: tuple[Tensor, Tensor, int], workspace: int, grouped: bool
+) -> None:
+    key_start, key_end, S = layout
+    for chunk in make_plan(key_start, key_end, sizes(S, workspace, grouped=grouped), CPU).chunks:
+        wanted = {(token + half, key, tile) for token, key, tile, _ in rows(chunk.score) for half in (0, TILE // 2)}
+        held = []
+        for token, key, tile, tiles in rows(chunk.narrow):
+            assert 1 <= tiles <= 3
+            held += [(token, key + n * TILE, tile + n) for n in range(tiles)]
+        assert len(held) == len(set(held)) and set(held) == wanted
+
+
+def test_runs_of_tiles_fill_the_processors_rounds() -> None:
+    key_start, key_end, S = intervals([(4096, 4096)] * 8)
+    for narrow in (False, True):
+        made = make_plan(key_start, key_end, sizes(S, 2**27, grouped=True, processors=132)._replace(narrow=narrow), CPU)
+        lists = [chunk.narrow if narrow else chunk.score for chunk in made.chunks[:-1]]
+        filled = [x.numel() // 4 / 132 for x in lists]
+        assert len(filled) > 3 and all(1 - n / -(-n // 1) < 0.03 for n in filled), (narrow, filled)
+
+
 @pytest.mark.parametrize("heads", [8, 16, 32, 64])
 def test_query_items_cover_what_their_tokens_see(layout: tuple[Tensor, Tensor, int], heads: int) -> None:
     key_start, key_end, S = layout

@@ -187,11 +187,11 @@ def body(request: pytest.FixtureRequest) -> str:
 
 
 @pytest.mark.parametrize("name", SHAPES)
-@pytest.mark.parametrize("world", [1, 2, 4])
+@pytest.mark.parametrize("world", [1, 4])
 def test_the_ranks_together_are_one(body: str, name: str, world: int) -> None:
     heads = dict(G=4) if SHAPES[name].G == 2 and world == 4 else {}
     x = make_inputs(replace(SHAPES[name], **heads), seed=8, dtype=torch.float64)
-    workspace = 2**29 if name == "causal" else 1
+    workspace = 2**29 if name == "causal" else 2**16 if body == TORCH else 1  # torch's chunks need no 128 rows
     got = whole(drive(x, world, body, workspace=workspace))
     truth = reference_indexer_kl(x, token_weight=x.token_weight)
     for field, value, expected in zip(Result._fields[1:], got, truth[1:], strict=True):

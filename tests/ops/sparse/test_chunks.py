@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from flash_indexer.ops.sparse.chunks import THIN, Chunk, chunks, product
+from flash_indexer.ops.sparse.chunks import THIN, Chunk, chunks, product, thin
 from flash_indexer.ops.sparse.selection import Selection
 from flash_indexer.ops.sparse.torch_select import top_keys
 
@@ -92,3 +92,19 @@ def test_products_do_not_depend_on_what_requires_a_gradient() -> None:
     assert torch.equal(product(x, y.clone().requires_grad_().mT).detach(), plain)
     z = torch.randn(80, 7, 5, generator=generator, dtype=torch.float64)
     torch.testing.assert_close(product(x, z), x @ z)
+
+
+def test_on_a_gpu_it_depends_on_the_heads_of_a_key_when_keys_are_gathered() -> None:
+    """Measured on an H100, 16,384 keys of which 2,048 are selected: gathering takes 142 ms for 181 of 32 heads on 8 key
+    heads, and 27 for 580 of 64 on 1; on a CPU the heads do not matter."""
+    gpu = torch.device("cuda")
+    assert thin(torch.device("cpu"), 64, 1) == THIN == thin(torch.device("cpu"), 32, 32)
+    assert 5 < thin(gpu, 32, 8) < 8 and thin(gpu, 128, 1) < thin(gpu, 64, 1) < 1 and thin(gpu, 32, 32) > 20
+
+
+def test_a_range_is_taken_under_a_mask_up_to_so_many_keys_for_each_selected_one() -> None:
+    chosen, x = selection(30, 40, 4), torch.randn(40, 3)
+    span = int(chosen.indices.max()) + 1 - int(chosen.indices[chosen.indices >= 0].min())
+    (near,) = chunks(chosen, 10, 2**29, (x,), (), most_keys=span / 4)
+    (gathered,) = chunks(chosen, 10, 2**29, (x,), (), most_keys=span / 4 - 0.1)
+    assert near.near is not None and gathered.near is None

@@ -24,10 +24,10 @@ from flash_indexer.ops.sparse.selection import Selection
 
 def problem(
     H: int = 8, G: int = 2, D: int = 128, V: int = 128, S: int = 5, dtype: torch.dtype = torch.bfloat16,
-    scale: float = 0.1,
+    scale: float = 0.1, K: int = 3,
 ) -> SparseProblem:  # fmt: skip
-    q, k, v = (torch.zeros(*shape, dtype=dtype) for shape in ((2, H, D), (S, G, D), (S, G, V)))
-    selection = Selection(torch.zeros(2, 3, dtype=torch.int32), torch.ones(2, dtype=torch.int32), torch.zeros(2, 3))
+    q, k, v = (torch.zeros((), dtype=dtype).expand(shape) for shape in ((2, H, D), (S, G, D), (S, G, V)))
+    selection = Selection(torch.zeros(2, K, dtype=torch.int32), torch.ones(2, dtype=torch.int32), torch.zeros(2, K))
     return SparseProblem(q, k, v, selection, scale, V, True, 2**20)
 
 
@@ -42,8 +42,12 @@ def problem(
         (dict(V=129), "got D=128, V=129"),
         (dict(dtype=torch.float16), r"kernels for bfloat16, got torch\.float16"),
         (dict(H=129, G=129), "takes 1 to 128 heads, got H=129; split the heads"),
-        (dict(S=16384), None),
-        (dict(S=16385), "takes up to 16384 keys so far, got S=16385; pack fewer documents"),
+        (dict(S=sizes.BITS_ALL_KEYS, H=64, G=1), None),
+        (dict(S=sizes.BITS_ALL_KEYS + 1, H=64, G=1), "where it is faster than gathering them, got S=131073, K=3, H=64"),
+        (dict(S=sizes.BITS_ALL_KEYS + 1, K=4096, H=64, G=1), None),
+        (dict(S=sizes.BITS_MAX_KEYS, K=2048), None),
+        (dict(S=sizes.BITS_MAX_KEYS + 1, K=2048), "and up to 1048576 where it is faster.* got S=1048577, K=2048"),
+        (dict(S=2**17, H=128, G=128, K=2048), "fewer than 16777216 rows of keys, got S=131072, G=128; split the heads"),
         (dict(scale=0.0), "takes a positive softmax_scale, got 0.0"),
         (dict(scale=float("nan")), "takes a positive softmax_scale, got nan"),
     ],
@@ -85,7 +89,7 @@ def without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(launch, "prepare", lambda kernels: None)
     monkeypatch.setattr(launch, "processors", lambda device: 4)
     monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
-    monkeypatch.setattr(gpu_bits, "_on_its_way", lambda x: (x, SimpleNamespace(synchronize=lambda: None)))
+    monkeypatch.setattr(launch, "on_its_way", lambda x: (x, SimpleNamespace(synchronize=lambda: None)))
 
 
 def some_problem(
@@ -149,3 +153,13 @@ def test_nothing_to_select_from() -> None:
         assert out.shape == (T, 4, 64) and bool((lse == -torch.inf).all())
         dq, p_sum = gpu_bits.backward(problem, d_out, out, lse, EVERYTHING, new_key_sums(problem, EVERYTHING))
         assert dq is not None and p_sum is not None and not bool(dq.any()) and not bool(p_sum.any())
+
+
+@pytest.mark.parametrize(
+    ("H", "G", "crossover"),
+    [(32, 8, 1_700_000), (64, 1, 160_000), (128, 1, 110_000), (32, 32, 6_600_000)],
+)
+def test_from_how_many_keys_on_gathering_takes_less_time(H: int, G: int, crossover: int) -> None:
+    """Measured are 142 and 10.7 ms at 131,072 keys of 32 heads on 8, 27.2 and 17.3 of 64 on 1, for 512 queries."""
+    assert gpu_bits.tiles_are_faster(int(0.9 * crossover), 2048, H, G)
+    assert not gpu_bits.tiles_are_faster(int(1.1 * crossover), 2048, H, G)

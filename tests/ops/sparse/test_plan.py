@@ -6,8 +6,6 @@ import pytest
 import torch
 
 from flash_indexer import causal_intervals
-from flash_indexer.ops import Selection, top_keys
-from flash_indexer.ops.sparse.gpu_select import sort_rows
 from flash_indexer.ops.sparse.plan import TILE_BYTES, make_plan, score_plan
 
 T, S = 700, 900
@@ -61,23 +59,3 @@ def test_the_plan_is_kept_with_its_intervals_and_checks_them() -> None:
 def test_no_queries() -> None:
     none = torch.zeros(0, dtype=torch.int32)
     assert make_plan(none, none, 2**20, torch.device("cpu")).chunks == ()
-
-
-@pytest.mark.parametrize("topk, always", [(1, (0, 0)), (50, (3, 4)), (899, (0, 0)), (5000, (0, 0))])
-@pytest.mark.parametrize("layout", layouts())
-def test_long_rows_are_sorted_from_their_tiles(layout: str, topk: int, always: tuple[int, int]) -> None:
-    start, end = layouts()[layout]
-    plan = make_plan(start, end, 9 * TILE_BYTES, torch.device("cpu"))
-    generator = torch.Generator().manual_seed(0)
-    values = torch.randint(50, (768, 1024), generator=generator).float()
-    K = min(topk, S)
-    out = Selection(
-        torch.full((T, K), 7, dtype=torch.int32), torch.full((T,), 7, dtype=torch.int32), torch.full((T, K), 7.0)
-    )
-    for chunk in plan.chunks:
-        tiles = torch.full((max(chunk.tiles, 1) * 128, 128), torch.nan)
-        for token, key, tile, _ in chunk.score.view(-1, 4).tolist():
-            tiles[tile * 128 : tile * 128 + 128] = values[token : token + 128, key : key + 128]
-        sort_rows(tiles, chunk, (start, end), topk, always, out, 10**6)
-    expected = top_keys(values[:T, :S], start, end, topk, always)
-    assert all(torch.equal(a, b) for a, b in zip(out, expected, strict=True))

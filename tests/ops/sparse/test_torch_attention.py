@@ -206,7 +206,7 @@ def test_empty_and_single_problems(rows: int, columns: int) -> None:
         torch.testing.assert_close(sums.dv, torch.full_like(v, 2.0))
 
 
-@pytest.mark.parametrize("V", [16, -16])
+@pytest.mark.parametrize("V", [16, pytest.param(-16, marks=pytest.mark.slow)])
 def test_many_heads_and_chunks_do_not_add_to_the_rounding(make_case: Callable[..., Any], V: int) -> None:
     """A sum over 96 heads and 40 chunks of queries, one after the other in float32, would be far from a baseline's."""
     case = make_case(Shape(((120, 120),), H=96, G=1, D=32, I=2, E=8), dtype=torch.float32, topk=60, V=V)

@@ -54,6 +54,12 @@ static __device__ __forceinline__ void send_bulk(int to, int from, int bytes, in
       "r"(bytes), "r"(barrier)
       : "memory");
 }
+// so many bytes of global memory, a multiple of 16, to this CTA's shared memory, counted by its barrier
+static __device__ __forceinline__ void copy_bulk(int to, const void* from, int bytes, int barrier) {
+  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(to), "l"(from),
+               "r"(bytes), "r"(barrier)
+               : "memory");
+}
 // all threads of one or more warpgroups: barrier `id` of the hardware's 16
 static __device__ __forceinline__ void meet(int id, int threads) {
   asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");

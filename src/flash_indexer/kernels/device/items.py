@@ -59,6 +59,15 @@ class ScoreItem(IntEnum):
     TILE = 2
 
 
+class NarrowItem(IntEnum):
+    """64 tokens and TILES (1 to 3) neighbouring score tiles: the first one's first key and number. `score_narrow`."""
+
+    TOKEN = 0
+    KEY = 1
+    TILE = 2
+    TILES = 3
+
+
 class QueryTilesItem(IntEnum):
     """Some tokens and the key tiles they see; score tile TILE_BASE + key tile. `gradients_query`."""
 

@@ -10,8 +10,10 @@ struct ScoreRow {
   int width;           // columns
   int low, high;       // columns that the query sees
   // blocks: (tile base, first key tile, end, 0) of each block
-  __device__ __forceinline__ ScoreRow(const int* blocks, int key_start, int key_end, int t) {
-    const int4 block = *(const int4*)(blocks + 4 * (t >> 7));
+  __device__ __forceinline__ ScoreRow() {}
+  __device__ __forceinline__ ScoreRow(const int* blocks, int key_start, int key_end, int t)
+      : ScoreRow(*(const int4*)(blocks + 4 * (t >> 7)), key_start, key_end, t) {}
+  __device__ __forceinline__ ScoreRow(int4 block, int key_start, int key_end, int t) {
     first_key = block.y << 7, width = (block.z - block.y) << 7;
     low = max(key_start, first_key) - first_key, high = min(key_end, first_key + width) - first_key;
     begin = ((long long)(block.x + block.y) * 128 + (t & 127)) * 128;

@@ -18,6 +18,7 @@ P = 0 there, so that values must be finite: `bits_tables.build_keys` sees to it.
 import tilelang.language as T
 
 from flash_indexer.kernels.device.sources import source
+from flash_indexer.kernels.sm_90.bits_steps import QueryTile, copy_bits
 from flash_indexer.kernels.sm_90.macros import (
     FULL_ROW,
     PASS_CONFIGS,
@@ -25,8 +26,9 @@ from flash_indexer.kernels.sm_90.macros import (
     advance,
     begin_turns,
     commit,
-    number,
+    new_ring,
     pass_turn,
+    place,
     release,
     shared_address,
     wait_for_turn,
@@ -55,10 +57,10 @@ def build(D, N):
 
     # S = Q @ K.T
     @T.macro
-    def logits(Qs, Ks, S, fullk, v, tx):
-        T.barrier_wait(fullk[v[K_STAGE]], v[K_PARITY])
+    def logits(Qs, keys, S, v, tx):
+        T.barrier_wait(keys.full[v[K_STAGE]], v[K_PARITY])
         wait_for_turn(tx)
-        T.wgmma_gemm(Qs, Ks[v[K_STAGE], :, :], S, transpose_B=True, clear_accum=True, policy=FULL_ROW)
+        T.wgmma_gemm(Qs, keys.stages[v[K_STAGE], :, :], S, transpose_B=True, clear_accum=True, policy=FULL_ROW)
 
     # P of the tile
     @T.macro
@@ -77,9 +79,9 @@ def build(D, N):
 
     # O += P @ V of the tile before
     @T.macro
-    def accumulate(P, Vs, O, fullv, v):
-        T.barrier_wait(fullv[v[V_STAGE]], v[V_PARITY])
-        T.wgmma_gemm(P, Vs[v[V_STAGE], :, :], O, policy=FULL_ROW)
+    def accumulate(P, values, O, v):
+        T.barrier_wait(values.full[v[V_STAGE]], v[V_PARITY])
+        T.wgmma_gemm(P, values.stages[v[V_STAGE], :, :], O, policy=FULL_ROW)
         advance(v[V_STAGE], v[V_PARITY], VST)
 
     @T.prim_func
@@ -92,17 +94,12 @@ def build(D, N):
         with T.Kernel(row_tiles * H, threads=384) as bx:
             T.import_source(SOURCE)
             Qs = T.alloc_shared((128, D), "bfloat16")
-            Ks = T.alloc_shared((KST, N, D), "bfloat16")
-            Vs = T.alloc_shared((VST, N, D), "bfloat16")
             Bs = T.alloc_shared((KST * WORDS,), "int32")
             S = T.alloc_fragment((128, N), "float32")
             P = T.alloc_fragment((128, N), "bfloat16")
             O = T.alloc_fragment((128, D), "float32")
             fullq = T.alloc_barrier([1])
-            fullk = T.alloc_barrier([1] * KST)
-            emptyk = T.alloc_barrier([8] * KST)
-            fullv = T.alloc_barrier([1] * VST)
-            emptyv = T.alloc_barrier([8] * VST)
+            values, keys = new_ring(VST, N, D), new_ring(KST, N, D)
             tx = T.get_thread_binding()
             if tx < 256:
                 T.set_max_nreg(REGISTERS[0], 1)
@@ -110,82 +107,70 @@ def build(D, N):
                 m = T.alloc_local((2,), "float32")
                 l = T.alloc_local((2,), "float32")
                 alpha = T.alloc_local((2,), "float32")
-                count = T.alloc_var("int32")
                 words = T.alloc_var("int32")
-                tile = T.alloc_var("int32")  # of queries
                 sums = (m, l, alpha)
                 for i in list(range(STATE)):
                     v[i] = 0
                 words = shared_address(Bs)
-                tile = row_tiles - 1 - bx // H
-                count = number(LIST, tile * (tiles + 1))
+                here = QueryTile(LIST, bx, H, row_tiles, tiles)
                 T.call_extern("handle", "ba_begin", m.access_ptr("w"), l.access_ptr("w"))
                 T.clear(O)
                 begin_turns(tx)
-                if count > 0:
+                if here.count > 0:
                     T.barrier_wait(fullq[0], 0)
-                    logits(Qs, Ks, S, fullk, v, tx)
+                    logits(Qs, keys, S, v, tx)
                     T.wait_wgmma(0)
                     pass_turn(tx)
                     T.warpgroup_fence_operand(S, num_regs=N // 2)
                     softmax(S, sums, v, words, scale)
-                    release(emptyk, v[K_STAGE], tx)
+                    release(keys.empty, v[K_STAGE], tx)
                     next_tile(P, S, v)
-                    for _ in T.serial(count - 1):
-                        logits(Qs, Ks, S, fullk, v, tx)
-                        accumulate(P, Vs, O, fullv, v)
+                    for _ in T.serial(here.count - 1):
+                        logits(Qs, keys, S, v, tx)
+                        accumulate(P, values, O, v)
                         pass_turn(tx)
                         T.wait_wgmma(1)
                         T.warpgroup_fence_operand(S, num_regs=N // 2)
                         softmax(S, sums, v, words, scale)
-                        release(emptyk, v[K_STAGE], tx)
+                        release(keys.empty, v[K_STAGE], tx)
                         T.wait_wgmma(0)
                         T.warpgroup_fence_operand(O, num_regs=D // 2)
-                        release(emptyv, v[V_BEFORE], tx)
+                        release(values.empty, v[V_BEFORE], tx)
                         T.call_extern("handle", f"ba_rescale<{D}>", O.access_ptr("rw"), alpha.access_ptr("r"))
                         next_tile(P, S, v)
-                    accumulate(P, Vs, O, fullv, v)
+                    accumulate(P, values, O, v)
                     T.wait_wgmma(0)
                     T.warpgroup_fence_operand(O, num_regs=D // 2)
                 T.call_extern(
                     "handle", f"ba_store<{D}>", O.access_ptr("r"), m.access_ptr("r"), l.access_ptr("r"),
-                    T.address_of(BAD[0]), T.address_of(OUT[0, 0]), T.address_of(LSE[0]), tile * 128, bx % H, tq, H,
+                    T.address_of(BAD[0]), T.address_of(OUT[0, 0]), T.address_of(LSE[0]), here.first, here.head, tq, H,
                 )  # fmt: skip
             else:
                 T.set_max_nreg(REGISTERS[1], 0)
                 if tx < 288:
-                    ks = T.alloc_var("int32", 0)
-                    kp = T.alloc_var("int32", 1)
-                    vs = T.alloc_var("int32", 0)
-                    vp = T.alloc_var("int32", 1)
-                    t0 = T.alloc_var("int32")
-                    head = T.alloc_var("int32")
-                    column = T.alloc_var("int32")
-                    at = T.alloc_var("int32")
+                    ks, kp = place(1)
+                    vs, vp = place(1)
                     key = T.alloc_var("int32")
-                    total = T.alloc_var("int32")
-                    head = bx % H
-                    column = head // HG * D
-                    at = (row_tiles - 1 - bx // H) * (tiles + 1)
-                    t0 = (row_tiles - 1 - bx // H) * 128
-                    total = number(LIST, at)
-                    if total > 0:
-                        T.tma_copy(Q[t0 : t0 + 128, head * D : head * D + D], Qs, barrier=fullq[0])
+                    column = T.alloc_var("int32")
+                    here = QueryTile(LIST, bx, H, row_tiles, tiles)
+                    column = here.head // HG * D
+                    if here.count > 0:
+                        T.tma_copy(
+                            Q[here.first : here.first + 128, here.head * D : here.head * D + D], Qs, barrier=fullq[0]
+                        )
                         commit((fullq, 0))
-                    for i in T.serial(total):
-                        key = number(LIST, at + 1 + i) * N
-                        T.barrier_wait(emptyk[ks], kp)
-                        T.tma_copy(K[key : key + N, column : column + D], Ks[ks, :, :], barrier=fullk[ks])
-                        for j in list(range(N // 32)):
-                            T.tma_copy(
-                                BITS[(key // 32 + j) * rows + t0 : (key // 32 + j) * rows + t0 + 128],
-                                Bs[ks * WORDS + j * 128 : ks * WORDS + j * 128 + 128], barrier=fullk[ks],
-                            )  # fmt: skip
-                        commit((fullk, ks))
+                    for i in T.serial(here.count):
+                        key = here.keys(i, N)
+                        T.barrier_wait(keys.empty[ks], kp)
+                        T.tma_copy(K[key : key + N, column : column + D], keys.stages[ks, :, :], barrier=keys.full[ks])
+                        copy_bits(BITS, Bs, (keys.full, ks), N // 32, (key // 32, rows, here.first))
+                        commit((keys.full, ks))
                         advance(ks, kp, KST)
-                        T.barrier_wait(emptyv[vs], vp)
-                        T.tma_copy(V[key : key + N, column : column + D], Vs[vs, :, :], barrier=fullv[vs])
-                        commit((fullv, vs))
+                        T.barrier_wait(values.empty[vs], vp)
+                        T.tma_copy(
+                            V[key : key + N, column : column + D], values.stages[vs, :, :], barrier=values.full[vs]
+                        )
+                        commit((values.full, vs))
                         advance(vs, vp, VST)
 
     return flash_indexer_bits_attention

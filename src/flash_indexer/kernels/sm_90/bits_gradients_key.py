@@ -19,6 +19,7 @@ A warpgroup's products run under the other's exponentials, and Z and dv under it
 import tilelang.language as T
 
 from flash_indexer.kernels.device.sources import source
+from flash_indexer.kernels.sm_90.bits_steps import copy_bits
 from flash_indexer.kernels.sm_90.macros import (
     FULL_ROW,
     LOG2E,
@@ -27,6 +28,7 @@ from flash_indexer.kernels.sm_90.macros import (
     advance,
     commit,
     number,
+    place,
     release,
     shared_address,
 )
@@ -79,8 +81,7 @@ def build(D, N):
             tx = T.get_thread_binding()
             if tx < 256:
                 T.set_max_nreg(REGISTERS[0], 1)
-                stage = T.alloc_var("int32", 0)
-                parity = T.alloc_var("int32", 0)
+                stage, parity = place(0)
                 words = T.alloc_var("int32")
                 numbers = T.alloc_var("int32")
                 steps = T.alloc_var("int32")
@@ -131,8 +132,7 @@ def build(D, N):
             else:
                 T.set_max_nreg(REGISTERS[1], 0)
                 if tx < 288:
-                    s1 = T.alloc_var("int32", 0)
-                    p1 = T.alloc_var("int32", 1)
+                    s1, p1 = place(1)
                     group = T.alloc_var("int32")
                     key = T.alloc_var("int32")
                     at = T.alloc_var("int32")
@@ -163,11 +163,7 @@ def build(D, N):
                             NUMBERS[(head * rows + t0) * 2 : (head * rows + t0) * 2 + 2 * N],
                             Ns[s1 * 2 * N : s1 * 2 * N + 2 * N], barrier=full[s1],
                         )  # fmt: skip
-                        for j in list(range(N // 32)):
-                            T.tma_copy(
-                                TURNED[(t0 // 32 + j) * columns + key : (t0 // 32 + j) * columns + key + 128],
-                                Bs[s1 * WORDS + j * 128 : s1 * WORDS + j * 128 + 128], barrier=full[s1],
-                            )  # fmt: skip
+                        copy_bits(TURNED, Bs, (full, s1), N // 32, (t0 // 32, columns, key))
                         commit((full, s1))
                         advance(s1, p1, STAGES)
                         i = i + 1

@@ -10,16 +10,17 @@ tile's bits come with its keys; tiles without one are left out.
 import tilelang.language as T
 
 from flash_indexer.kernels.device.sources import source
+from flash_indexer.kernels.sm_90.bits_steps import QueryTile, copy_bits
 from flash_indexer.kernels.sm_90.head_gradients import STATE, Y2_STAGE, Products, Tiles, template
 from flash_indexer.kernels.sm_90.macros import (
     LOG2E,
     PASS_CONFIGS,
     REGISTERS,
-    Ring,
     advance,
     begin_turns,
     commit,
-    number,
+    new_ring,
+    place,
     shared_address,
 )
 
@@ -67,87 +68,71 @@ def build(D, N):
             T.import_source(SOURCE)
             X1s = T.alloc_shared((1, 128, D), "bfloat16")
             X2s = T.alloc_shared((1, 128, D), "bfloat16")
-            Y1s = T.alloc_shared((Y1S, N, D), "bfloat16")
-            Y2s = T.alloc_shared((Y2S, N, D), "bfloat16")
             Bs = T.alloc_shared((Y2S * WORDS,), "int32")
             S = T.alloc_fragment((128, N), "float32")
             Z = T.alloc_fragment((128, N), "float32")
             P = T.alloc_fragment((128, N), "bfloat16")
             O = T.alloc_fragment((128, D), "float32")
             fullx = T.alloc_barrier([1])
-            full1 = T.alloc_barrier([1] * Y1S)
-            empty1 = T.alloc_barrier([8] * Y1S)
-            full2 = T.alloc_barrier([1] * Y2S)
-            empty2 = T.alloc_barrier([8] * Y2S)
+            values, keys = new_ring(Y1S, N, D), new_ring(Y2S, N, D)
             tx = T.get_thread_binding()
             if tx < 256:
                 T.set_max_nreg(REGISTERS[0], 1)
                 v = T.alloc_local((STATE,), "int32")
                 x = T.alloc_local((4,), "float32")
                 words = T.alloc_var("int32")
-                tile = T.alloc_var("int32")
-                count = T.alloc_var("int32")
                 factor = T.alloc_var("float32")
-                tiles_of = Tiles(X1s, X2s, Ring(Y1s, full1, empty1), Ring(Y2s, full2, empty2))
+                tiles_of = Tiles(X1s, X2s, values, keys)
                 products = Products(S, Z, P, O)
                 factor = scale * LOG2E
                 context = (x, words, factor)
                 for i in list(range(STATE)):
                     v[i] = 0
                 words = shared_address(Bs)
-                tile = row_tiles - 1 - bx // H
-                count = number(LIST, tile * (tiles + 1))
+                here = QueryTile(LIST, bx, H, row_tiles, tiles)
                 T.call_extern(
-                    "handle", "bq_numbers", x.access_ptr("w"), T.address_of(NUMBERS[0]), bx % H, tile * 128, rows
+                    "handle", "bq_numbers", x.access_ptr("w"), T.address_of(NUMBERS[0]), here.head, here.first, rows
                 )
                 T.clear(O)
                 begin_turns(tx)
-                if count > 0:
+                if here.count > 0:
                     T.barrier_wait(fullx[0], 0)
                     first(tiles_of, products, v, tx, context)
-                    for _ in T.serial(count - 1):
+                    for _ in T.serial(here.count - 1):
                         step(tiles_of, products, v, tx, context, False)
                     last(tiles_of, products, v, tx)
                 T.call_extern(
-                    "handle", f"bq_store<{D}>", O.access_ptr("r"), T.address_of(DQ[0, 0]), tile * 128, bx % H, tq, H,
-                    scale,
+                    "handle", f"bq_store<{D}>", O.access_ptr("r"), T.address_of(DQ[0, 0]), here.first, here.head, tq,
+                    H, scale,
                 )  # fmt: skip
             else:
                 T.set_max_nreg(REGISTERS[1], 0)
                 if tx < 288:
-                    s1 = T.alloc_var("int32", 0)
-                    p1 = T.alloc_var("int32", 1)
-                    s2 = T.alloc_var("int32", 0)
-                    p2 = T.alloc_var("int32", 1)
-                    t0 = T.alloc_var("int32")
-                    head = T.alloc_var("int32")
+                    vs, vp = place(1)
+                    ks, kp = place(1)
                     column = T.alloc_var("int32")
-                    at = T.alloc_var("int32")
                     key = T.alloc_var("int32")
-                    total = T.alloc_var("int32")
-                    head = bx % H
-                    column = head // HG * D
-                    at = (row_tiles - 1 - bx // H) * (tiles + 1)
-                    t0 = (row_tiles - 1 - bx // H) * 128
-                    total = number(LIST, at)
-                    if total > 0:
-                        T.tma_copy(G[t0 : t0 + 128, head * D : head * D + D], X1s[0, :, :], barrier=fullx[0])
-                        T.tma_copy(Q[t0 : t0 + 128, head * D : head * D + D], X2s[0, :, :], barrier=fullx[0])
-                        commit((fullx, 0))
-                    for i in T.serial(total):
-                        key = number(LIST, at + 1 + i) * N
-                        T.barrier_wait(empty1[s1], p1)
-                        T.tma_copy(V[key : key + N, column : column + D], Y1s[s1, :, :], barrier=full1[s1])
-                        commit((full1, s1))
-                        advance(s1, p1, Y1S)
-                        T.barrier_wait(empty2[s2], p2)
-                        T.tma_copy(K[key : key + N, column : column + D], Y2s[s2, :, :], barrier=full2[s2])
-                        for j in list(range(N // 32)):
+                    here = QueryTile(LIST, bx, H, row_tiles, tiles)
+                    column = here.head // HG * D
+                    if here.count > 0:
+                        for X, Xs in [(G, X1s), (Q, X2s)]:
                             T.tma_copy(
-                                BITS[(key // 32 + j) * rows + t0 : (key // 32 + j) * rows + t0 + 128],
-                                Bs[s2 * WORDS + j * 128 : s2 * WORDS + j * 128 + 128], barrier=full2[s2],
+                                X[here.first : here.first + 128, here.head * D : here.head * D + D], Xs[0, :, :],
+                                barrier=fullx[0],
                             )  # fmt: skip
-                        commit((full2, s2))
-                        advance(s2, p2, Y2S)
+                        commit((fullx, 0))
+                    for i in T.serial(here.count):
+                        key = here.keys(i, N)
+                        T.barrier_wait(values.empty[vs], vp)
+                        T.tma_copy(
+                            V[key : key + N, column : column + D], values.stages[vs, :, :], barrier=values.full[vs]
+                        )
+                        commit((values.full, vs))
+                        advance(vs, vp, Y1S)
+                        T.barrier_wait(keys.empty[ks], kp)
+                        T.tma_copy(K[key : key + N, column : column + D], keys.stages[ks, :, :], barrier=keys.full[ks])
+                        copy_bits(BITS, Bs, (keys.full, ks), N // 32, (key // 32, rows, here.first))
+                        commit((keys.full, ks))
+                        advance(ks, kp, Y2S)
 
     return flash_indexer_bits_gradients_query

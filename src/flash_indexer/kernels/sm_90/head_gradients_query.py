@@ -9,12 +9,13 @@ from flash_indexer.kernels.sm_90.macros import (
     PASS_CONFIGS,
     REGISTERS,
     ROW_LAYOUT,
-    Ring,
     RowTile,
     advance,
     begin_turns,
     commit,
     count_items,
+    new_ring,
+    place,
     release,
     shared_address,
 )
@@ -69,8 +70,6 @@ def build(D, E, HG, N, XS, Y2S):
             T.import_source(SOURCE)
             X1s = T.alloc_shared((XS, 128, D), "bfloat16")
             X2s = T.alloc_shared((XS, 128, E), "bfloat16")
-            Y1s = T.alloc_shared((2, N, D), "bfloat16")
-            Y2s = T.alloc_shared((Y2S, N, E), "bfloat16")
             Is = T.alloc_shared((XS, ITEM), "int32")
             S = T.alloc_fragment((128, N), "float32")
             Z = T.alloc_fragment((128, N), "float32")
@@ -81,10 +80,7 @@ def build(D, E, HG, N, XS, Y2S):
             T.annotate_layout({dw: ROW_LAYOUT})
             fullx = T.alloc_barrier([1] * XS)
             emptyx = T.alloc_barrier([8] * XS)
-            full1 = T.alloc_barrier([1] * 2)
-            empty1 = T.alloc_barrier([8] * 2)
-            full2 = T.alloc_barrier([1] * Y2S)
-            empty2 = T.alloc_barrier([8] * Y2S)
+            y1, y2 = new_ring(2, N, D), new_ring(Y2S, N, E)
             tx = T.get_thread_binding()
             if tx < 256:
                 T.set_max_nreg(REGISTERS[0], 1)
@@ -94,7 +90,7 @@ def build(D, E, HG, N, XS, Y2S):
                 item = T.alloc_var("int32")
                 items = T.alloc_var("int32")
                 steps = T.alloc_var("int32")
-                tiles = Tiles(X1s, X2s, Ring(Y1s, full1, empty1), Ring(Y2s, full2, empty2))
+                tiles = Tiles(X1s, X2s, y1, y2)
                 products = Products(S, Z, P, O)
                 context = (x, limits, item, KS, KE, tokens, scale)
                 for i in list(range(STATE)):
@@ -131,12 +127,9 @@ def build(D, E, HG, N, XS, Y2S):
             else:
                 T.set_max_nreg(REGISTERS[1], 0)
                 if tx < 288:
-                    s1 = T.alloc_var("int32", 0)
-                    p1 = T.alloc_var("int32", 1)
-                    s2 = T.alloc_var("int32", 0)
-                    p2 = T.alloc_var("int32", 1)
-                    xs = T.alloc_var("int32", 0)
-                    xp = T.alloc_var("int32", 1)
+                    s1, p1 = place(1)
+                    s2, p2 = place(1)
+                    xs, xp = place(1)
                     key = T.alloc_var("int32")
                     g = T.alloc_var("int32")
                     t0 = T.alloc_var("int32")
@@ -159,12 +152,12 @@ def build(D, E, HG, N, XS, Y2S):
                         advance(xs, xp, XS)
                         for i in T.serial(rows):
                             key = T.call_extern("int32", f"pick_first_key<{N}>", field, i)
-                            T.barrier_wait(empty1[s1], p1)
-                            T.tma_copy(K[key : key + N, g * D : g * D + D], Y1s[s1, :, :], barrier=full1[s1])
-                            commit((full1, s1))
-                            T.barrier_wait(empty2[s2], p2)
-                            T.tma_copy(IK[key : key + N, 0:E], Y2s[s2, :, :], barrier=full2[s2])
-                            commit((full2, s2))
+                            T.barrier_wait(y1.empty[s1], p1)
+                            T.tma_copy(K[key : key + N, g * D : g * D + D], y1.stages[s1, :, :], barrier=y1.full[s1])
+                            commit((y1.full, s1))
+                            T.barrier_wait(y2.empty[s2], p2)
+                            T.tma_copy(IK[key : key + N, 0:E], y2.stages[s2, :, :], barrier=y2.full[s2])
+                            commit((y2.full, s2))
                             advance(s1, p1, 2)
                             advance(s2, p2, Y2S)
 

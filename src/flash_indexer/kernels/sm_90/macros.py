@@ -54,6 +54,18 @@ class Ring(NamedTuple):
     tails: Any = None
 
 
+def new_ring(stages, *shape, dtype="bfloat16"):
+    """A ring of tiles of this shape; the eight warps that compute release a stage."""
+    return Ring(
+        T.alloc_shared((stages, *shape), dtype), T.alloc_barrier([1] * stages), T.alloc_barrier([8] * stages)
+    )  # fmt: skip
+
+
+def place(parity):
+    """Stage and parity of who goes along a ring: 0 where the stages are waited for, 1 where they are fed."""
+    return T.alloc_var("int32", 0), T.alloc_var("int32", parity)
+
+
 class Chunks:
     """A row of D columns in `count` chunks of `width`, lines of 128 bytes where D allows; `tail` more in the last.
 

@@ -24,6 +24,8 @@ MAX_HEADS, MAX_INDEX_HEADS = 128, 64
 PADDED_HEADS = (8, 16, 32, 64)
 EXP, RELU, SUM = 0, 1, 2  # modes of `score`
 SCORE_STAGES = {32: (8, 4), 64: (8, 4), 96: (7, 6), 128: (8, 4), 192: (7, 6), 256: (8, 5), 576: (5, 9)}  # Q, K rings
+NARROW_STAGES = {32: (16, 8), 64: (12, 8), 128: (4, 5)}  # of `score_narrow`: Q, K rings
+ROWS_CTAS, ROWS_STAGES, ROWS_KEYS = 3, 2, 4096  # of `rows`: CTAs of a multiprocessor, stages of each, keys of a stage
 # of e4m3 rows, twice as many columns a stage, and up to two more arrays for what is left of a row (`macros.Chunks`)
 SCORE_FP8 = {32: (8, 4), 64: (8, 4), 96: (8, 6), 128: (8, 4), 192: (5, 4), 256: (8, 5), 576: (6, 5)}
 UNIFORM_FP8 = ((128, RELU), (192, EXP))  # of e4m3: width and mode whose descriptors lie in uniform registers: faster
@@ -32,8 +34,13 @@ SHARED_KEY_SCALES = (192,)  # of e4m3: widths of heads where 128 keys share a sc
 LSE_STAGES = {64: (2, 6), 96: (6, 9), 128: (4, 8), 192: (6, 7), 256: (4, 8), 576: (9, 4)}  # of the Q and K rings
 LSE_FP8 = {64: (2, 6), 96: (2, 6), 128: (2, 8), 192: (2, 6), 256: (4, 8), 576: (6, 5)}
 GATHERED_INDEX_WIDTHS = (64, 128)  # of the indexer at the selected keys
+INDEX_RANGE, INDEX_COLUMNS, INDEX_RUN, INDEX_RUNS = 768, 64, 256, 1024  # of `sparse_index_keys`: keys, columns of a
+# block's sums, keys of a run, runs at most
+INDEX_KEYS_BYTES = INDEX_RANGE * INDEX_COLUMNS * 4 + 3 * (
+    64 * INDEX_COLUMNS * 2 + 64 * 4 + 192 * 16 + 32
+)  # sums; stages
 INDEX_TABLE_KEYS = 16384  # keys of a table of `sparse_index_table`
-SELECT_TILES = 128  # score tiles of a row that `select` takes
+SELECT_ROW, SELECT_ORDERED = 16384, 4096  # of `select`: keys of a row that it holds; slots that it puts in order
 X_STAGES, Y_STAGES = 2, {32: 10, 64: 8, 128: 4}  # of `gradients`; Y by E: about as many bytes in flight
 
 # Attention: widths of queries, keys and values (others are padded with zeros), keys of a tile at most
@@ -47,7 +54,7 @@ NUMBERS_BYTES = 24  # of a query of `head_gradients_key`
 ONCE_WIDTHS = (128, 64)  # the widest D and E of `head_gradients_once`
 # The bit form: columns of a row; by these, of each kernel the rows of what streams by, which registers bound
 BITS_WIDTHS = (64, 128)
-BITS_MAX_KEYS = 16384  # of one segment of `bits`; what takes several has not run on a GPU yet
+BITS_ALL_KEYS, BITS_MAX_KEYS = 2**17, 2**20  # that are taken whatever gathering costs; at most
 BITS_ATTENTION, BITS_QUERY, BITS_KEY = {64: 128, 128: 128}, {64: 128, 128: 64}, {64: 64, 128: 64}
 KERNELS = ("attention", "head_gradients_query", "head_gradients_key")  # of which tiles can be chosen
 
@@ -195,7 +202,16 @@ BUILDERS = {
         "score",
         "build",
         (
-            *({"D": D, "mode": mode} for D in HEAD_WIDTHS for mode in (EXP, SUM)),
+            *({"D": D, "mode": EXP} for D in HEAD_WIDTHS),  # the narrow ones for `bits`, as RELU for `select`
+            *({"D": D, "mode": SUM} for D in HEAD_WIDTHS if D not in NARROW_STAGES),
+            *({"D": E, "mode": RELU} for E in INDEX_WIDTHS),
+        ),
+    ),
+    "score_narrow": Kernel(
+        "score_narrow",
+        "build",
+        (
+            *({"D": D, "mode": mode} for D in HEAD_WIDTHS if D in NARROW_STAGES for mode in (EXP, SUM)),
             *({"D": E, "mode": RELU} for E in INDEX_WIDTHS),
         ),
     ),
@@ -234,6 +250,9 @@ BUILDERS = {
         streamed=False,
     ),
     "sparse_index_gradients": Kernel("sparse_index_gradients", "build", GATHERED_INDEX, streamed=False),
+    "sparse_index_masks": Kernel("sparse_index_gradients", "build_masks", GATHERED_INDEX, streamed=False),
+    "sparse_index_keys": Kernel("sparse_index_keys", "build", GATHERED_INDEX, streamed=False),
+    "sparse_index_spans": Kernel("sparse_index_spans", "build", ({},), streamed=False),
     "sparse_scatter": Kernel("sparse_scatter", "build", ({},), streamed=False),
     "sparse_index_scores": Kernel("sparse_index_gradients", "build_scores", GATHERED_INDEX, streamed=False),
     "sparse_index_largest": Kernel("sparse_index_sums", "build_largest", GATHERED_INDEX, streamed=False),
@@ -249,8 +268,16 @@ BUILDERS = {
     "attention": Kernel("attention", "build", tuple(attention_sizes())),
     "attention_mla": Kernel("attention_mla", "build", ({},)),
     "sparse_attention_mla": Kernel("sparse_attention_mla", "build", ({},)),
-    "sparse_delta": Kernel("sparse_delta", "build", ({},), streamed=False),
-    "sparse_gradients_mla": Kernel("sparse_gradients_mla", "build", ({},), streamed=False),
+    "sparse_delta": Kernel("sparse_delta", "build", ({"bound": 0}, {"bound": 1}), streamed=False),
+    "sparse_exact_table": Kernel("sparse_exact_sums", "build_table", ({},), streamed=False),
+    "sparse_exact_grid": Kernel("sparse_exact_sums", "build_grid", ({},), streamed=False),
+    "sparse_exact_finish": Kernel("sparse_exact_sums", "build_finish", ({},), streamed=False),
+    "sparse_gradients_mla": Kernel(
+        "sparse_gradients_mla",
+        "build",
+        tuple({"exact": exact, "half": half} for exact in (0, 1) for half in (0, 1)),
+        streamed=False,
+    ),
     "bits": Kernel("bits", "build", ({},), streamed=False),
     "bits_keys": Kernel("bits_tables", "build_keys", tuple({"W": W} for W in BITS_WIDTHS), streamed=False),
     "bits_lists": Kernel("bits_tables", "build_lists", ({},), streamed=False),

@@ -78,13 +78,24 @@ struct Attending {
 #pragma unroll
     for (int j = 0; j < 4; ++j) send(to + j * 2048, a[16 + 4 * j], a[17 + 4 * j], a[18 + 4 * j], a[19 + 4 * j], there);
   }
-  __device__ __forceinline__ void add_inbox(float (&a)[16]) const {
+  // returns a word that depends on all that was loaded
+  __device__ __forceinline__ unsigned add_inbox(float (&a)[16]) const {
     const int in = sm + INBOX + W * INBOX_SIZE + tid * 16;
+    unsigned loaded = 0;
 #pragma unroll
     for (int g = 0; g < 4; ++g) {
       const float4 y = load_shared_float4(in + g * 2048);
       a[4 * g] += y.x, a[4 * g + 1] += y.y, a[4 * g + 2] += y.z, a[4 * g + 3] += y.w;
+      loaded |= __float_as_uint(y.x);
     }
+    return loaded;
+  }
+  // the other CTA may send dP. An arrival overtakes loads that wait behind additions to memory, and dP would then overwrite
+  // what they are to load: hence its address depends on them, by a mask that is 0 for any width
+  __device__ __forceinline__ void release_inbox(unsigned loaded) const {
+    __syncwarp();
+    const int there = of_rank(bar + 8 * (S_READ + W), rank ^ 1) + (int)(loaded & (unsigned)(x.width >> 31));
+    if (lane == 0) barrier_arrive_there(there);
   }
   // to shared memory, [64 heads][32 keys]
   __device__ __forceinline__ void store_half(const float (&s)[16], int to) const {
@@ -124,14 +135,6 @@ struct Attending {
       delta[e] = is_head ? __ldg(x.delta + (int64_t)t * x.H + head) : 0.f;
     }
   }
-  __device__ __forceinline__ void probabilities(float (&s)[16], const float (&lse2)[2], int first, int count) const {
-    const float scale2 = x.scale * LOG2E;
-#pragma unroll
-    for (int j = 0; j < 16; ++j) {
-      const bool is_key = first + 8 * (j / 4) + 2 * (lane & 3) + j % 2 < count;
-      s[j] = is_key ? exp2_approximate(s[j] * scale2 - lse2[j / 2 % 2]) : 0.f;
-    }
-  }
   // dq += dS k over half of the tile's keys: this CTA's or the other's
   __device__ __forceinline__ void query_gradients(float (&dq)[128], float (&dq_rope)[16], int there) const {
     begin_products();
@@ -141,21 +144,6 @@ struct Attending {
       product<false, true>(dq_rope, plus(ds, there * P_THERE + j * 32), plus(k_rope_b, there * 2048 + j * 1024), true);
     }
     commit_products();
-  }
-  // the sums of P over the 16 heads of the warp, to shared memory
-  __device__ __forceinline__ void store_sums(const float (&s)[16], int number) const {
-    const bool b4 = lane & 16, b3 = lane & 8, b2 = lane & 4;
-    float sums[8], u[4], v[2];
-#pragma unroll
-    for (int g = 0; g < 4; ++g) sums[2 * g] = s[4 * g] + s[4 * g + 2], sums[2 * g + 1] = s[4 * g + 1] + s[4 * g + 3];
-#pragma unroll
-    for (int e = 0; e < 4; ++e)
-      u[e] = (b4 ? sums[4 + e] : sums[e]) + __shfl_xor_sync(0xffffffffu, b4 ? sums[e] : sums[4 + e], 16);
-#pragma unroll
-    for (int e = 0; e < 2; ++e) v[e] = (b3 ? u[2 + e] : u[e]) + __shfl_xor_sync(0xffffffffu, b3 ? u[e] : u[2 + e], 8);
-    const float f = (b2 ? v[1] : v[0]) + __shfl_xor_sync(0xffffffffu, b2 ? v[0] : v[1], 4);
-    const int key = 8 * ((lane >> 3) & 1) + 16 * (lane >> 4) + 2 * (lane & 3) + ((lane >> 2) & 1);
-    store_shared(sm + SUMS + ((number & 1) * WARPS + W * 4 + warp) * 128 + key * 4, f);
   }
   // of all heads, to memory: 32 slots, in the order of the warps
   __device__ __forceinline__ void write_sums(int t, int first, int number) const {
@@ -184,15 +172,13 @@ struct Attending {
     keep_half(s, a);
     value_products(a);  // meanwhile P
     barrier_wait(bar + 8 * (S_FULL + W), number & 1);
-    add_inbox(s);
-    __syncwarp();
-    if (lane == 0) barrier_arrive_there(of_rank(bar + 8 * (S_READ + W), rank ^ 1));
-    probabilities(s, lse2, first, count);
+    release_inbox(add_inbox(s));
+    probabilities(s, lse2, x.scale, first, count);
     wait_products<0>();
     barrier_wait(bar + 8 * (S_READ + W), number & 1);
     send_half(a, DP_FULL + W);
     keep_half(ds_, a);
-    store_sums(s, number);
+    store_head_sums(s, sm + SUMS + ((number & 1) * WARPS + W * 4 + warp) * 128);
     barrier_wait(bar + 8 * P_FREE, (number & 1) ^ 1);
     store_half(s, sm + OWN);
     barrier_wait(bar + 8 * (DP_FULL + W), number & 1);
@@ -239,12 +225,14 @@ struct Attending {
 }  // namespace sparse
 
 // The whole kernel, for 384 threads of two CTAs; `sm` the address of BYTES of shared memory.
+template <bool EXACT>
 static __device__ __forceinline__ void sparse_gradients(
     int sm, const void* q, const void* k, const void* g, const int* indices, const int* count, const float* lse,
-    const float* delta, void* dq, float* dk, float* p_sum, int T, int H, int S, int width, float scale) {
+    const float* delta, void* dq, float* dk, float* p_sum, const float* grid, int* sums, int T, int H, int S,
+    int width, float scale) {
   using namespace sparse;
   const Problem x{(const char*)q, (const char*)k, (const char*)g, indices, count, lse, delta, (char*)dq, dk, p_sum,
-                  T, H, S, width, scale};
+                  grid, sums, sums + (int64_t)S * D, sums + (int64_t)S * D * 2, T, H, S, width, scale};
   const int rank = cluster_rank(), warpgroup = __shfl_sync(0xffffffffu, (int)threadIdx.x >> 7, 0), bar = sm + BARRIERS;
   if (threadIdx.x == 0) {
     if ((sm & 0xffffff) != BASE) __trap();
@@ -262,7 +250,7 @@ static __device__ __forceinline__ void sparse_gradients(
   cluster_sync();
   if (warpgroup == 2) {
     asm volatile("setmaxnreg.dec.sync.aligned.u32 72;");
-    add_gradients(x, sm, rank);
+    add_gradients<EXACT>(x, sm, rank);
   } else {
     asm volatile("setmaxnreg.inc.sync.aligned.u32 216;");
     if (warpgroup == 0)

@@ -4,33 +4,11 @@
 #include <tl_templates/cuda/instruction/wgmma.h>
 #include "../device/accumulator.cuh"
 #include "../device/cluster.cuh"
-// What the warps of `sparse_gradients_mla` share: shared memory of a CTA, the problem, products of tiles.
+// What the warps of both forms of `sparse_gradients_mla` share: the problem, products of tiles, probabilities.
 namespace sparse {
 constexpr int D = 576, V = 512, KEYS = 64;
-// shared memory of a CTA, in bytes from BASE on; "128" and "64": bytes of a row of a panel, swizzled
-constexpr int BASE = 1024;         // where dynamic shared memory begins: descriptors are then constants (checked)
-constexpr int Q = 0;            // queries, 256 columns: 4 panels [128 heads][64], 128
-constexpr int G = 65536;        // d_out, the same
-constexpr int K = 131072;       // keys, 256 columns: 4 panels [64 keys][64], 128
-constexpr int Q_ROPE = 163840;  // queries, 32 rope columns [128][32], 64
-constexpr int K_ROPE = 172032;  // keys, 32 rope columns [64][32], 64
-constexpr int P = 176128;       // of each warpgroup: own P and dS [64 heads][32 keys], then the other CTA's, 64
-constexpr int P_SIZE = 16384, P_THERE = 8192;
-constexpr int INBOX = 208896;  // of each warpgroup: S, then dP that the other CTA sends, 16 numbers a thread
-constexpr int INBOX_SIZE = 8192;
-constexpr int SUMS = 225280;  // of even and odd tiles: sums of P over the heads of each warp [8][32 keys] float32
-constexpr int BARRIERS = 227328;
-constexpr int BYTES = BARRIERS + 128;
+constexpr int BASE = 1024;  // where dynamic shared memory begins: descriptors are then constants (checked)
 constexpr int WARPS = 8;  // that attend
-// barriers; those of both warpgroups that attend come in pairs
-enum {
-  S_FULL = 0,   // S of the other CTA is in the inbox
-  DP_FULL = 2,  // dP is
-  S_READ = 4,   // the other CTA has read S: its inbox may hold dP
-  P_OWN = 6,    // P and dS of this CTA's keys are written
-  P_FULL = 7,   // of the other's keys
-  P_FREE = 8,   // both CTAs have made dk of them: they may be overwritten
-};
 
 struct Problem {
   const char *q, *k, *g;  // q [T, H, D], k [S, D], d_out [T, H, V] bfloat16
@@ -38,6 +16,8 @@ struct Problem {
   const float *lse, *delta;
   char* dq;
   float *dk, *p_sum;
+  const float* grid;      // of the exact sums: a power of two for each key
+  int *low, *high, *bad;  // [S, D], [S, D], [S]
   int T, H, S, width;
   float scale;
 };
@@ -79,6 +59,32 @@ __device__ __forceinline__ void store_rows(const float (&x)[R], char* first, cha
       if (e ? is1 : is0)
         *(uint2*)((e ? second : first) + 32 * m + column) = odd ? make_uint2(s, b) : make_uint2(a, s);
     }
+}
+// P of a thread's logits of 32 slots from `first` on, of which `count` are keys
+__device__ __forceinline__ void probabilities(
+    float (&s)[16], const float (&lse2)[2], float scale, int first, int count) {
+  const float scale2 = scale * LOG2E;
+#pragma unroll
+  for (int j = 0; j < 16; ++j) {
+    const bool is_key = first + 8 * (j / 4) + 2 * (threadIdx.x & 3) + j % 2 < count;
+    s[j] = is_key ? exp2_approximate(s[j] * scale2 - lse2[j / 2 % 2]) : 0.f;
+  }
+}
+// sums of P over the 16 heads of the warp, of 32 slots, to shared memory
+__device__ __forceinline__ void store_head_sums(const float (&s)[16], int to) {
+  const int lane = threadIdx.x & 31;
+  const bool b4 = lane & 16, b3 = lane & 8, b2 = lane & 4;
+  float sums[8], u[4], v[2];
+#pragma unroll
+  for (int g = 0; g < 4; ++g) sums[2 * g] = s[4 * g] + s[4 * g + 2], sums[2 * g + 1] = s[4 * g + 1] + s[4 * g + 3];
+#pragma unroll
+  for (int e = 0; e < 4; ++e)
+    u[e] = (b4 ? sums[4 + e] : sums[e]) + __shfl_xor_sync(0xffffffffu, b4 ? sums[e] : sums[4 + e], 16);
+#pragma unroll
+  for (int e = 0; e < 2; ++e) v[e] = (b3 ? u[2 + e] : u[e]) + __shfl_xor_sync(0xffffffffu, b3 ? u[e] : u[2 + e], 8);
+  const float f = (b2 ? v[1] : v[0]) + __shfl_xor_sync(0xffffffffu, b2 ? v[0] : v[1], 4);
+  const int key = 8 * ((lane >> 3) & 1) + 16 * (lane >> 4) + 2 * (lane & 3) + ((lane >> 2) & 1);
+  store_shared(to + key * 4, f);
 }
 __device__ __forceinline__ int tiles_of(int count) { return max(1, (count + KEYS - 1) / KEYS); }
 }  // namespace sparse

@@ -3,6 +3,7 @@
 #include "../device/cluster.cuh"
 #include "../device/fixed_point.cuh"
 #include "../device/wgmma.cuh"
+#include "sparse_index_rings.cuh"
 // The indexer at the selected keys, gradients and scores: tiles of 128 gathered keys of one token after the other.
 namespace sparse_index {
 constexpr int KEYS = 128, HEADS = 64, TOKENS = 2, ADDERS = 2;  // stages of tokens, warpgroups that add
@@ -30,27 +31,11 @@ struct Problem {
   float* dw;
   int* sums;
   float* scores;  // [T, width]
+  uint2* masks;   // [T, width]
   int T, I, S, width, bits, wants;
 };
 constexpr int WANTS_QUERY = 1, WANTS_KEY = 2, WANTS_SCORES = 4;
-static __device__ __forceinline__ void copy_row(int to, const char* from, int bytes) {
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(bytes) : "memory");
-}
-static __device__ __forceinline__ void copies_arrive(int barrier) {
-  asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(barrier) : "memory");
-}
-// byte at which piece c of 16 bytes of a row lies in a tile of so many rows, swizzled as `Tile` reads it
-template <int E, int ROWS>
-static __device__ __forceinline__ int piece(int row, int c) {
-  if (E == 32) return row * 64 + ((c ^ (row >> 1 & 3)) << 4);
-  return (c >> 3) * (ROWS * 128) + row * 128 + (((c & 7) ^ (row & 7)) << 4);
-}
-struct Stage {
-  int n = 0, parity = 0;
-  __device__ __forceinline__ void next(int count) {
-    if (++n == count) n = 0, parity ^= 1;
-  }
-};
+enum { ADDITIONS, SCORES, MASKS };  // what warpgroups 0 and 1 make: d_index_k, scores, or which logits are positive
 static __device__ __forceinline__ int tiles_of(int count) { return (count + KEYS - 1) / KEYS; }
 
 template <int E>
@@ -291,6 +276,41 @@ struct Work {
       z.next(TOKENS);
     }
   }
+  // the same warps: of 64 keys of each tile, for which heads the logit is positive
+  //   masks[t, slot] = [Y X^T > 0]
+  __device__ __forceinline__ void mask_keys(int half) const {
+    Stage y, z;
+    const int slot = half * 64 + warpgroup_row();
+    for (int t = blockIdx.x; t < x.T; t += gridDim.x) {
+      const int count = count_of(t), tiles = tiles_of(count);
+      if (!tiles) continue;
+      barrier_wait(token_full(z.n), z.parity);
+      fence_shared();
+      const int token = wg_uniform(sm + L::X + z.n * L::TOKEN);
+      for (int i = 0; i < tiles; ++i) {
+        barrier_wait(key_full(y.n), y.parity);
+        fence_shared();
+        const int keys = wg_uniform(sm + L::Y + y.n * L::KEY);
+        float s[32];
+        wg_product<HEADS, E, KEYS>(s, (keys >> 4) + half * Tile<E, KEYS>::HALF, token >> 4);
+        tl::wait_wgmma<0>();
+        tl::warpgroup_fence_operand(s, 32);
+        release(key_empty(y.n));
+        y.next(L::STAGES);
+        uint2* to = x.masks + (long long)t * x.width + i * KEYS;
+#pragma unroll
+        for (int h = 0; h < 2; ++h) {
+          unsigned own = 0;
+#pragma unroll
+          for (int g = 0; g < 8; ++g) own |= (mask_positive(s[4 * g + 2 * h], s[4 * g + 2 * h + 1]) & 0x00010001u) << g;
+          const uint2 mask = head_mask(own);
+          if ((lane & 3) == 0 && i * KEYS + slot + 8 * h < count) to[slot + 8 * h] = mask;
+        }
+      }
+      release(token_empty(z.n));
+      z.next(TOKENS);
+    }
+  }
   // who has nothing to do lets the others go on
   __device__ __forceinline__ void pass() const {
     Stage y, z;
@@ -310,7 +330,7 @@ struct Work {
 }  // namespace sparse_index
 
 // Barriers, then each warpgroup to its work, for 512 threads; `sm` the address of BYTES of shared memory, a multiple of 1,024
-template <int E, bool SCORES>
+template <int E, int WHAT>
 static __device__ __forceinline__ void work_on_selected_keys(int sm, const sparse_index::Problem& x) {
   using namespace sparse_index;
   const Work<E> work(x, sm);
@@ -327,10 +347,11 @@ static __device__ __forceinline__ void work_on_selected_keys(int sm, const spars
     work.feed();
   } else if (warpgroup == 2) {
     asm volatile("setmaxnreg.inc.sync.aligned.u32 200;");
-    if (!SCORES && (x.wants & WANTS_QUERY)) work.sum_queries(); else work.pass();
+    if (WHAT != SCORES && (x.wants & WANTS_QUERY)) work.sum_queries(); else work.pass();
   } else {
     asm volatile("setmaxnreg.dec.sync.aligned.u32 120;");
-    if constexpr (SCORES) work.score_keys(warpgroup);
+    if constexpr (WHAT == SCORES) work.score_keys(warpgroup);
+    else if constexpr (WHAT == MASKS) work.mask_keys(warpgroup);
     else if (x.wants & WANTS_KEY) work.add_keys(warpgroup);
     else work.pass();
   }
@@ -341,16 +362,25 @@ static __device__ __forceinline__ void sparse_index_gradients(
     const int* bound, const float* most, void* dq, float* dw, int* sums, int T, int I, int S, int width, int bits,
     int wants) {
   const sparse_index::Problem x{
-      (const char*)q, (const char*)k, w, di, indices, count, bound, most, (char*)dq, dw, sums, nullptr, T, I, S, width,
-      bits, wants};
-  work_on_selected_keys<E, false>(sm, x);
+      (const char*)q, (const char*)k, w, di, indices, count, bound, most, (char*)dq, dw, sums, nullptr,
+      nullptr, T, I, S, width, bits, wants};
+  work_on_selected_keys<E, sparse_index::ADDITIONS>(sm, x);
 }
 template <int E>
 static __device__ __forceinline__ void sparse_index_scores(
     int sm, const void* q, const void* k, const float* w, const int* indices, const int* count, float* scores, int T,
     int I, int S, int width) {
   const sparse_index::Problem x{
-      (const char*)q, (const char*)k, w, nullptr, indices, count, nullptr, nullptr, nullptr, nullptr, nullptr, scores, T,
-      I, S, width, 0, sparse_index::WANTS_SCORES};
-  work_on_selected_keys<E, true>(sm, x);
+      (const char*)q, (const char*)k, w, nullptr, indices, count, nullptr, nullptr, nullptr, nullptr, nullptr, scores,
+      nullptr, T, I, S, width, 0, sparse_index::WANTS_SCORES};
+  work_on_selected_keys<E, sparse_index::SCORES>(sm, x);
+}
+template <int E>
+static __device__ __forceinline__ void sparse_index_masks(
+    int sm, const void* q, const void* k, const float* w, const float* di, const int* indices, const int* count, void* dq,
+    float* dw, int* masks, int T, int I, int S, int width, int wants) {
+  const sparse_index::Problem x{
+      (const char*)q, (const char*)k, w, di, indices, count, nullptr, nullptr, (char*)dq, dw, nullptr, nullptr,
+      (uint2*)masks, T, I, S, width, 0, wants};
+  work_on_selected_keys<E, sparse_index::MASKS>(sm, x);
 }

@@ -5,8 +5,15 @@ struct SlotRow {
   long long begin;
   int width, low, high;
   bool whole;  // vectors of four are aligned
-  __device__ __forceinline__ SlotRow(int t, int width, int count)
-      : begin((long long)t * width), width(width), low(0), high(min(max(count, 0), width)), whole(width % 4 == 0) {}
+  __device__ __forceinline__ SlotRow(const float* scores, const float* index_scores, int t, int width, int count)
+      : begin((long long)t * width), width(width), low(0), high(min(max(count, 0), width)), whole(width % 4 == 0),
+        scores(scores), index_scores(index_scores) {}
+  const float *scores, *index_scores;
+  __device__ __forceinline__ void open() const {}
+  __device__ __forceinline__ void close() const {}
+  __device__ __forceinline__ void meet() const { __syncthreads(); }
+  __device__ __forceinline__ float4 p(int c) const { return load(scores, c); }
+  __device__ __forceinline__ float4 x(int c) const { return load(index_scores, c); }
   __device__ __forceinline__ float4 load(const float* x, int c) const {
     x += begin + c;
     if (whole) return __ldcs((const float4*)x);
@@ -26,5 +33,6 @@ struct SlotRow {
 static __device__ __forceinline__ void sparse_rows_row(
     const float* P, const float* X, const int* count, const float* weight, float* DI, float* KL, float* ENT, int t,
     int width) {
-  rows_row<false>(P, X, SlotRow(t, width, count[t]), weight, DI, KL, ENT, t);
+  SlotRow row(P, X, t, width, count[t]);
+  rows_row<false>(row, weight[t], DI, KL + t, ENT + t);
 }

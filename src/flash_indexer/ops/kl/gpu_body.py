@@ -18,9 +18,11 @@ from flash_indexer.kernels.sm_90.sizes import (
     INDEX_WIDTHS,
     MAX_HEADS,
     MAX_INDEX_HEADS,
+    NARROW_STAGES,
     PADDED_HEADS,
     RELU,
     ROTATED_QUERIES,
+    ROWS_CTAS,
     SUM,
 )
 from flash_indexer.ops import launch
@@ -73,8 +75,9 @@ def refusal(q: Tensor, index_q: Tensor) -> str | None:
 
 def plan_sizes(problem: Problem) -> PlanSizes:
     """What the plan depends on besides the intervals."""
-    (S, G), (I, E) = problem.k.shape[:2], problem.index_q.shape[1:]
-    return PlanSizes(S, E, padded_heads(I), G > 1, problem.workspace_bytes, launch.processors(problem.q.device))
+    (S, G, D), (I, E) = problem.k.shape, problem.index_q.shape[1:]
+    processors, narrow = launch.processors(problem.q.device), D in NARROW_STAGES
+    return PlanSizes(S, E, padded_heads(I), G > 1, problem.workspace_bytes, processors, narrow)
 
 
 def prepare(problem: Problem) -> None:
@@ -83,11 +86,11 @@ def prepare(problem: Problem) -> None:
     mean, index = problem.target == "mean", dict(E=E, IP=padded_heads(I))
     wanted: list[launch.Wanted] = [("rows", dict(logits=int(not mean))), *gpu_fp8.kernels(problem)]
     if not gpu_fp8.has_fp8_teacher(problem):
-        wanted.append(("score", dict(D=D, mode=EXP if mean else SUM)))
+        wanted.append((score_kernel(D), dict(D=D, mode=EXP if mean else SUM)))
         if mean and problem.lse is None:
             wanted.append(("lse", dict(D=D)))
     if problem.index_dtype is None:
-        wanted.append(("score", dict(D=E, mode=RELU)))
+        wanted.append((score_kernel(E), dict(D=E, mode=RELU)))
     if needs[0] or needs[2]:
         wanted.append(query_gradient(**index, rotation=problem.index_dtype == FP8 and rotates(E, I)))
     if needs[1]:
@@ -156,7 +159,9 @@ def kl_rows(
     Args:
         p, scores: the chunk's tiles. out: di (tiles), kl [T], entropy [T].
     """
-    launch.load("rows", logits=int(logits))(p, scores, work.blocks, *rows, *out, chunk.begin, chunk.end - chunk.begin)
+    count = chunk.end - chunk.begin
+    grid = min(count, ROWS_CTAS * launch.processors(p.device))
+    launch.load("rows", logits=int(logits))(p, scores, work.blocks, *rows, *out, chunk.begin, count, grid)
 
 
 def index_gradients(
@@ -221,12 +226,17 @@ def _score(
 ) -> None:
     """low: [rows, H], what is subtracted (lse) or multiplied with (the index weights)."""
     H, D = q.shape[1:]
-    items = chunk.score
+    items = chunk.narrow if D in NARROW_STAGES else chunk.score
     count = items.numel() // 4
-    launch.load("score", D=D, mode=mode)(
+    launch.load(score_kernel(D), D=D, mode=mode)(
         q.view(q.shape[0], -1), k.view(k.shape[0], -1), low.view(-1), out, items,
         H, H // k.shape[1], scale, first_row, count, min(count, launch.processors(q.device)),
     )  # fmt: skip
+
+
+def score_kernel(D: int) -> str:
+    """The kernel that forms scores of heads of D columns."""
+    return "score_narrow" if D in NARROW_STAGES else "score"
 
 
 def rotates(E: int, heads: int) -> bool:

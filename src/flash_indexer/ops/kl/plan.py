@@ -10,7 +10,7 @@ import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property, partial
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -19,8 +19,10 @@ from flash_indexer.ops.worklists import TILE, balance, cached, deal, ragged, to_
 
 BYTES_PER_TILE = TILE * TILE * (4 + 4 + 2)  # teacher scores, index scores, di
 _SIDE_BY_SIDE = {False: 1, True: 8}  # token blocks whose tiles are computed together; one key head, many
+_NARROW_TILES = 3  # that an item of `score_narrow` has at most
 _PARTS_PER_PROCESSOR = 12  # pieces of d_index_k's work for each multiprocessor: small enough to balance them
 _SHARE_OF_PARTIALS = 8  # at most this fraction of the workspace holds partial sums of d_index_k
+_Count = TypeVar("_Count", int, Tensor)
 
 
 class PlanSizes(NamedTuple):
@@ -32,6 +34,7 @@ class PlanSizes(NamedTuple):
     grouped: bool
     workspace_bytes: int
     processors: int
+    narrow: bool = False  # whether the teacher's scores come from `narrow_items`
 
 
 class GradientItems(NamedTuple):
@@ -60,12 +63,18 @@ class TileChunk:
     tiles: int
     keys: int
     make_score: Callable[[], Tensor]
+    make_narrow: Callable[[], Tensor]
     make_gradients: Callable[[], GradientItems]
 
     @cached_property
     def score(self) -> Tensor:
         """(token, key, tile, 0) of every tile."""
         return self.make_score()
+
+    @cached_property
+    def narrow(self) -> Tensor:
+        """(token, key, tile, tiles): three neighbouring tiles at most, and half of the block's tokens."""
+        return self.make_narrow()
 
     @cached_property
     def gradients(self) -> GradientItems:
@@ -125,6 +134,7 @@ def plan_spans(
             int((end - first)[begin:stop].sum()),
             min(int(end[begin:stop].max()) * TILE, sizes.S),
             partial(_score, blocks, begin, stop, sizes, device),
+            partial(narrow, blocks, begin, stop, sizes, device),
             partial(_gradients, blocks, groups, begin, stop, sizes, device),
         )
         for begin, stop in spans
@@ -135,6 +145,12 @@ def plan_spans(
 
 def _score(blocks: Tensor, begin: int, stop: int, sizes: PlanSizes, device: torch.device) -> Tensor:
     return to_device(score_items(blocks, begin, stop, sizes.grouped).reshape(-1).to(torch.int32), device)
+
+
+def narrow(blocks: Tensor, begin: int, stop: int, sizes: PlanSizes, device: torch.device) -> Tensor:
+    """`narrow_items` on the device, flat."""
+    items = narrow_items(blocks, begin, stop, sizes.grouped, sizes.processors)
+    return to_device(items.reshape(-1).to(torch.int32), device)
 
 
 def _gradients(
@@ -179,12 +195,17 @@ def _even(counts: list[int], sizes: PlanSizes) -> int:
     def filled(items: int) -> float:
         return items / sizes.processors / max(-(-items // sizes.processors), 1)
 
-    tiles = list(itertools.accumulate(counts))
+    items = list(itertools.accumulate(_runs(n) if sizes.narrow else n for n in counts))
 
     def share(n: int) -> float:
-        return 0.75 * filled(tiles[n - 1]) + 0.25 * filled(n * sizes.padded_heads)
+        return 0.75 * filled(items[n - 1]) + 0.25 * filled(n * sizes.padded_heads)
 
     return max(range(max(len(counts) // 2, 1), len(counts) + 1), key=lambda n: (round(share(n), 3), n))
+
+
+def _runs(tiles: _Count) -> _Count:
+    """Items of `narrow_items` that a block with so many tiles has: runs of tiles, each for both halves."""
+    return 2 * -(-tiles // _NARROW_TILES)
 
 
 def score_items(blocks: Tensor, begin: int, stop: int, grouped: bool) -> Tensor:
@@ -199,6 +220,24 @@ def score_items(blocks: Tensor, begin: int, stop: int, grouped: bool) -> Tensor:
     items = torch.stack([(begin + block) * TILE, key_tile * TILE, base[block] + key_tile, torch.zeros_like(block)], 1)
     side = _SIDE_BY_SIDE[grouped]
     return items[torch.argsort((block // side * (1 << 40)) + key_tile * side + block % side)]
+
+
+def narrow_items(blocks: Tensor, begin: int, stop: int, grouped: bool, processors: int) -> Tensor:
+    """(token, key, tile, tiles) of the tiles of blocks begin .. stop - 1: runs of up to three, for each half of tokens.
+
+    In the order of `score_items`, so that what is under way reads the same queries and keys.
+    """
+    base, first, end = blocks[begin:stop, 0], blocks[begin:stop, 1], blocks[begin:stop, 2]
+    block, place = ragged(_runs(end - first))
+    half, run = place % 2, place // 2
+    key_tile = first[block] + _NARROW_TILES * run
+    tiles = (end[block] - key_tile).clamp_max(_NARROW_TILES)
+    token = (begin + block) * TILE + half * (TILE // 2)
+    items = torch.stack([token, key_tile * TILE, base[block] + key_tile, tiles], 1)
+    side = _SIDE_BY_SIDE[grouped]
+    order = torch.argsort((block // side * (1 << 40)) + (run * side + block % side) * 2 + half)
+    cost = tiles[order] + _NARROW_TILES  # a run of one tile is taken to last two thirds as long as one of three
+    return balance(items[order], cost, processors)
 
 
 def query_items(groups: Groups, blocks: Tensor, begin: int, stop: int, processors: int) -> Tensor:

@@ -16,7 +16,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from flash_indexer.ops.kl.plan import GradientItems, Plan, PlanSizes, TileChunk, plan, plan_spans, score_items
+from flash_indexer.ops.kl.plan import GradientItems, Plan, PlanSizes, TileChunk, narrow, plan, plan_spans, score_items
 from flash_indexer.ops.worklists import TILE, cached, to_device, visible_tiles
 
 _BYTES_OF_SUMS = TILE * TILE * 4 * 2  # a tile's teacher scores, of the chunk under way and of the next
@@ -87,7 +87,10 @@ def make_shard_plan(
         rows = tuple((min(b * TILE, T), min(e * TILE, T)) for b, e in itertools.pairwise(bounds))
         keys = min(int(end[bounds[0] : bounds[-1]].max()) * TILE, sizes.S)
         unused = partial(GradientItems, none, none, none, 0)
-        teacher = TileChunk(rows[0][0], rows[-1][1], world * piece, keys, partial(score.view, -1), unused)
+        runs_of_tiles = partial(narrow, blocks, bounds[0], bounds[-1], sizes, device)
+        teacher = TileChunk(
+            rows[0][0], rows[-1][1], world * piece, keys, partial(score.view, -1), runs_of_tiles, unused
+        )
         shards.append(Shard(teacher, piece, rows, next(mine) if sees else None))
     return ShardPlan(tuple(shards), own)
 

@@ -12,6 +12,7 @@ from flash_indexer.ops import launch
 from flash_indexer.ops.sparse.selection import Selection
 
 TILE = 128  # queries, or keys, of a tile that stays
+_MOST_BYTES = 2**29  # of a run's tables: it has as many bytes of indices where all keys are selected
 _BLOCK, _WORD, _FLAG = 32, 32, 64  # queries that are made together, keys of a word, keys of a flag
 
 
@@ -96,8 +97,8 @@ def make_bits(selection: Selection, keys: Keys) -> Bits:
 
 
 def row_runs(T: int, num_keys: int, workspace_bytes: int) -> Iterator[slice]:
-    """Runs of query rows, 128 at least, whose tables fit the workspace."""
-    step = max(TILE, workspace_bytes // (_filled(num_keys, TILE) // 4 + 8) // TILE * TILE)
+    """Runs of query rows, 128 at least, whose tables fit the workspace, and whose numbers int32 can count."""
+    step = max(TILE, min(workspace_bytes, _MOST_BYTES) // (_filled(num_keys, TILE) // 4 + 8) // TILE * TILE)
     yield from (slice(begin, min(begin + step, T)) for begin in range(0, T, step))
 
 

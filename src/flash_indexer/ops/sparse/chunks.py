@@ -10,6 +10,7 @@ R query rows of a chunk, W their largest number of selected keys, C the keys of 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -18,7 +19,9 @@ from torch import Tensor
 
 from flash_indexer.ops.sparse.selection import Selection
 
-THIN = 16  # a range of more keys than this for each selected one: gathering them is faster than a mask
+THIN = 16.0  # a range of more keys than this for each selected one: on a CPU gathering is faster than a mask
+_GATHERED, _GATHERED_HEAD, _MASKED = 16.0, 0.15, 0.7  # ns on an H100, docs/kernels.md: of a selected key for each key
+# head and each head, and of a key in the range for each head
 _CPU_ROWS = 128  # queries of a chunk, so that its tiles stay near the cache
 
 
@@ -90,18 +93,34 @@ class Chunk(NamedTuple):
         return (self.keys - first).masked_fill_(self.absent, last - first)
 
 
+def thin(device: torch.device, heads: int, key_heads: int) -> float:
+    """Keys of a range for each selected one, above which gathering them is faster than a mask.
+
+    A mask is taken a head at a time, a gathered key serves all heads of its own: on a GPU, where small steps take as
+    long as their launches, this decides.
+    """
+    if device.type == "cpu":
+        return THIN
+    return (key_heads * _GATHERED + heads * _GATHERED_HEAD) / (heads * _MASKED)
+
+
 def chunks(
-    selection: Selection, numbers: int, workspace_bytes: int, by_key: tuple[Tensor, ...], by_row: tuple[Tensor, ...]
+    selection: Selection,
+    numbers: int,
+    workspace_bytes: int,
+    by_key: tuple[Tensor, ...],
+    by_row: tuple[Tensor, ...],
+    most_keys: float = THIN,
 ) -> Iterator[Chunk]:
     """Runs of rows, one at least, whose `numbers` numbers a slot fit workspace_bytes; those without keys not.
 
     numbers: of a query and one of its keys where they are gathered, in by_key[0]'s compute dtype. by_key [S, ...],
-    by_row [T, ...]: what the tiles' products read, and a mask may multiply by zero.
+    by_row [T, ...]: what the tiles' products read, and a mask may multiply by zero. most_keys: as `thin` says.
     """
     indices, count, T = selection.indices, selection.count, len(selection.indices)
     itemsize = max(by_key[0].element_size(), 4)
     most = int(count.max()) if T else 0
-    step = max(1, workspace_bytes // (max(1, most) * max(numbers, 5 * THIN) * itemsize))
+    step = max(1, workspace_bytes // (max(1, most) * max(numbers, 5 * math.ceil(most_keys)) * itemsize))
     if indices.device.type == "cpu":
         step = min(step, _CPU_ROWS)
     for begin in range(0, T, step):
@@ -115,7 +134,7 @@ def chunks(
         first = int(keys.masked_fill(absent, last).min())
         near = slice(first, last)
         operands = (*(x[near] for x in by_key), *(x[rows] for x in by_row))
-        if last - first > THIN * width or not all(bool(x.isfinite().all()) for x in operands):
+        if last - first > most_keys * width or not all(bool(x.isfinite().all()) for x in operands):
             yield Chunk(rows, keys, absent, None, absent)
             continue
         unselected = torch.ones(len(keys), last - first + 1, dtype=torch.bool, device=keys.device)

@@ -19,7 +19,7 @@ from flash_indexer.ops.checks import (
 from flash_indexer.ops.problem import LEAVES, Sums
 from flash_indexer.ops.sinks import sink_gradient
 from flash_indexer.ops.sparse.kl_op import sparse_kl_op
-from flash_indexer.ops.sparse.learning import Learner, mean_weight, runs_of_rows
+from flash_indexer.ops.sparse.learning import Learner, mean_weight, runs_of_rows, with_rows
 from flash_indexer.ops.sparse.op import select_keys, sparse_attention
 from flash_indexer.ops.sparse.problem import KeySums, Leaves, Needs, SparseProblem, new_key_sums
 from flash_indexer.ops.sparse.selection import Selection
@@ -246,11 +246,11 @@ def attention_and_learning(
     """dq, the sums dk and dv, and what `learner` makes of the same probabilities, a run of rows at a time."""
     needs = Needs(*wanted, p_sum=learner is not None)
     sums, learned = new_key_sums(problem, needs), None if learner is None else learner.new_sums()
-    dq = torch.zeros(problem.q.shape, dtype=problem.q.dtype, device=problem.q.device) if needs.q else None
+    dq = problem.q.new_empty(problem.q.shape) if needs.q and len(problem.q) == 0 else None
     for rows in runs_of_rows(problem.selection, problem.workspace_bytes):
         made = sparse_backward(problem.rows(rows), d_out[rows], out[rows], lse[rows], needs, sums)
-        if dq is not None and made.dq is not None:
-            dq[rows] = made.dq
+        if made.dq is not None:
+            dq = with_rows(dq, rows, made.dq, len(problem.q))
         if learner is not None and learned is not None and made.p_sum is not None:
             learner.learn(rows, made.p_sum, learned)
     return dq, sums, learned

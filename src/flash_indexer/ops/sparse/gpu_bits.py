@@ -12,11 +12,14 @@ Shape legend: T queries, S keys, K slots of a query, H heads, G key heads; W the
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from flash_indexer.kernels.sm_90.sizes import (
+    BITS_ALL_KEYS,
     BITS_ATTENTION,
     BITS_KEY,
     BITS_MAX_KEYS,
@@ -33,6 +36,9 @@ from flash_indexer.ops.sparse.problem import KeySums, Needs, SparseProblem
 _LOG2E = 1.4426950408889634
 _TILE_BYTES = TILE * TILE * 4  # of scores summed over heads
 _SLOTS = 1024  # of a thread block that gathers them
+_MOST_NUMBERS = 2**31  # of all keys, that int32 can count
+_PAIR = 5e-3  # ns of a query and a key in a tile, for each head, forward and backward with the target
+_GATHERED, _GATHERED_HEAD = 16.0, 0.15  # ns of a query and a key that torch gathers, for each key head and each head
 _CTAS = 2  # items of a processor, below which a key tile's queries are shared out
 
 
@@ -48,14 +54,28 @@ def refusal(problem: SparseProblem) -> str | None:
         return f"attention over selected keys has kernels for bfloat16, got {q.dtype}"
     if not 1 <= q.shape[1] <= MAX_HEADS:
         return f"attention over selected keys takes 1 to {MAX_HEADS} heads, got H={q.shape[1]}; split the heads"
-    if problem.k.shape[0] > BITS_MAX_KEYS:
+    (S, G, _), K, W = problem.k.shape, problem.selection.indices.shape[1], _width(problem)
+    if S * G * W >= _MOST_NUMBERS:
         return (
-            f"attention over selected keys in tiles takes up to {BITS_MAX_KEYS} keys so far, got "
-            f"S={problem.k.shape[0]}; pack fewer documents together"
+            f"attention over selected keys in tiles takes fewer than {_MOST_NUMBERS // W} rows of keys, got S={S}, "
+            f"G={G}; split the heads"
+        )
+    if S > BITS_MAX_KEYS or (S > BITS_ALL_KEYS and not tiles_are_faster(S, K, q.shape[1], G)):
+        return (
+            f"attention over selected keys in tiles takes up to {BITS_ALL_KEYS} keys, and up to {BITS_MAX_KEYS} where "
+            f"it is faster than gathering them, got S={S}, K={K}, H={q.shape[1]}, G={G}; pack fewer documents together"
         )
     if not problem.softmax_scale > 0:
         return f"attention over selected keys takes a positive softmax_scale, got {problem.softmax_scale}"
     return None
+
+
+def tiles_are_faster(S: int, K: int, H: int, G: int) -> bool:
+    """Whether visiting all tiles of S keys takes less time than gathering K keys in torch, a query, H heads on G.
+
+    Nanoseconds of an H100 at D=V=128, docs/kernels.md: both grow with the width.
+    """
+    return S * H * _PAIR <= K * (G * _GATHERED + H * _GATHERED_HEAD)
 
 
 def kernels(W: int) -> list[launch.Wanted]:
@@ -95,50 +115,78 @@ def backward(
     """dq [T, H, D] in q's dtype and p_sum [T, K], None where not wanted; dk and dv are added to `sums`."""
     if not _has_tiles(problem):
         return torch_attention.backward(problem, d_out, out, lse, needs, sums)
-    (T, H, D), (S, G, _) = problem.q.shape, problem.k.shape
+    (T, _, D), S = problem.q.shape, len(problem.k)
     with torch.cuda.device(d_out.device):
         keys, W = _keys(problem), _width(problem)
         q, d_out, out = (_filled(x, W) for x in (problem.q, d_out, out))
         dq = torch.empty_like(q) if needs.q else None
         p_sum = torch.empty(problem.selection.indices.shape, device=q.device) if needs.p_sum else None
         for rows in row_runs(T, S, problem.workspace_bytes):
-            selected = problem.rows(rows)
-            bits = make_bits(selected.selection, keys)
-            head_sums = _HeadSums(selected, bits) if p_sum is not None else None
-            numbers = torch.empty(H * bits.rows * 2, device=q.device)
-            launch.load("bits_numbers", D=W)(
-                out[rows].view(-1, W), d_out[rows].view(-1, W), lse[rows].reshape(-1), numbers, rows.stop - rows.start,
-                H, bits.rows,
+            some = _Rows(problem.rows(rows), *(x[rows] for x in (q, d_out, out, lse)))
+            _gradients(
+                some, keys, None if dq is None else dq[rows], sums if needs.k or needs.v else None,
+                None if p_sum is None else p_sum[rows],
             )  # fmt: skip
-            operands = (
-                *(x[rows].view(-1, H * W) for x in (q, d_out)), *(x.view(S, G * W) for x in (keys.k, keys.v)), numbers
-            )  # fmt: skip
-            if dq is not None:
-                found, tiles = bits.of_queries(BITS_QUERY[W])
-                launch.load("bits_gradients_query", D=W, N=BITS_QUERY[W])(
-                    *operands, bits.bits, found, dq[rows].view(-1, H * W), H, H // G, bits.rows, bits.rows // TILE,
-                    tiles, problem.softmax_scale,
-                )  # fmt: skip
-            if needs.k or needs.v:
-                _add_key_gradients(selected, operands, bits, sums)
-            if head_sums is not None and p_sum is not None:
-                head_sums.write(lse[rows], p_sum[rows])
     return None if dq is None else dq[..., :D].contiguous(), p_sum
 
 
 def _forward(problem: SparseProblem, keys: Keys) -> tuple[Tensor, Tensor]:
-    (T, H, _), (S, G, W) = problem.q.shape, keys.k.shape
+    (T, H, _), W = problem.q.shape, _width(problem)
     q = _filled(problem.q, W)
     out, lse = torch.empty_like(q), torch.empty(T, H, device=q.device)
-    for rows in row_runs(T, S, problem.workspace_bytes):
-        bits = make_bits(problem.selection.rows(rows), keys)
-        found, tiles = bits.of_queries(BITS_ATTENTION[W])
-        launch.load("bits_attention", D=W, N=BITS_ATTENTION[W])(
-            q[rows].view(-1, H * W), keys.k.view(S, G * W), keys.v.view(S, G * W), bits.bits, found, bits.bad,
-            out[rows].view(-1, H * W), lse[rows].view(-1), H, H // G, bits.rows, bits.rows // TILE, tiles,
-            problem.softmax_scale * _LOG2E,
-        )  # fmt: skip
+    for rows in row_runs(T, len(keys.k), problem.workspace_bytes):
+        _attention(problem.rows(rows), keys, q[rows], out[rows], lse[rows])
     return out[..., : problem.value_dim].contiguous(), lse
+
+
+# What follows takes one run of rows, whose tables are gone before the next run has its own.
+
+
+class _Rows(NamedTuple):
+    """A run of rows: its problem, and q, d_out, out [T, H, W] filled up to W columns, and lse [T, H]."""
+
+    problem: SparseProblem
+    q: Tensor
+    d_out: Tensor
+    out: Tensor
+    lse: Tensor
+
+
+def _attention(problem: SparseProblem, keys: Keys, q: Tensor, out: Tensor, lse: Tensor) -> None:
+    """out and lse are written; q and out as in `_Rows`."""
+    H, (S, G, W) = q.shape[1], keys.k.shape
+    bits = make_bits(problem.selection, keys)
+    found, tiles = bits.of_queries(BITS_ATTENTION[W])
+    launch.load("bits_attention", D=W, N=BITS_ATTENTION[W])(
+        q.view(-1, H * W), keys.k.view(S, G * W), keys.v.view(S, G * W), bits.bits, found, bits.bad,
+        out.view(-1, H * W), lse.view(-1), H, H // G, bits.rows, bits.rows // TILE, tiles,
+        problem.softmax_scale * _LOG2E,
+    )  # fmt: skip
+
+
+def _gradients(some: _Rows, keys: Keys, dq: Tensor | None, sums: KeySums | None, p_sum: Tensor | None) -> None:
+    """dq [T, H, W] and p_sum [T, K] are written, sums added to; None: not wanted."""
+    (T, H, W), (S, G, _) = some.q.shape, keys.k.shape
+    bits = make_bits(some.problem.selection, keys)
+    head_sums = None if p_sum is None else _HeadSums(some.problem, bits)
+    numbers = torch.empty(H * bits.rows * 2, device=some.q.device)
+    launch.load("bits_numbers", D=W)(
+        some.out.view(-1, W), some.d_out.view(-1, W), some.lse.reshape(-1), numbers, T, H, bits.rows
+    )
+    operands = (
+        *(x.view(-1, H * W) for x in (some.q, some.d_out)), *(x.view(S, G * W) for x in (keys.k, keys.v)), numbers
+    )  # fmt: skip
+    if dq is not None:
+        found, tiles = bits.of_queries(BITS_QUERY[W])
+        launch.load("bits_gradients_query", D=W, N=BITS_QUERY[W])(
+            *operands, bits.bits, found, dq.view(-1, H * W), H, H // G, bits.rows, bits.rows // TILE, tiles,
+            some.problem.softmax_scale,
+        )  # fmt: skip
+    if sums is not None:
+        _add_key_gradients(some.problem, operands, bits, sums)
+    if head_sums is not None and p_sum is not None:
+        del bits, operands, numbers  # the GPU is done with them when it comes to what is allocated next
+        head_sums.write(some.lse, p_sum)
 
 
 def _add_key_gradients(problem: SparseProblem, operands: tuple[Tensor, ...], bits: Bits, sums: KeySums) -> None:
@@ -176,7 +224,7 @@ class _HeadSums:
 
     def __init__(self, problem: SparseProblem, bits: Bits) -> None:
         self.problem, self.occupied = problem, bits.tiles()
-        self.counts, self.known = _on_its_way(self.occupied.sum(1))
+        self.counts, self.known = launch.on_its_way(self.occupied.sum(1))
 
     def write(self, lse: Tensor, p_sum: Tensor) -> None:
         """p_sum [T, K], contiguous; lse [T, H]."""
@@ -186,6 +234,8 @@ class _HeadSums:
         (S, G, _), H, lse = k.shape, q.shape[1], lse.contiguous()
         step = max(1, self.problem.workspace_bytes // (tiles * _TILE_BYTES))
         self.known.synchronize()
+        most = max(int(counts.sum()) for counts in torch.split(self.counts, step))
+        room = torch.empty(most * TILE, TILE, device=q.device)
         for first in range(0, len(self.occupied), step):
             some, number = self.occupied[first : first + step], int(self.counts[first : first + step].sum())
             rows = slice(first * TILE, min((first + step) * TILE, T))
@@ -196,7 +246,7 @@ class _HeadSums:
             items = torch.zeros(number, 4, dtype=torch.int32, device=q.device)
             items[:, :2] = torch.nonzero_static(some, size=number) * TILE
             items[:, 2] = torch.arange(number, device=q.device)
-            scores = torch.empty(number * TILE, TILE, device=q.device)
+            scores = room[: number * TILE]
             launch.load("score", D=W, mode=EXP)(
                 q[rows].view(-1, H * W), k.view(S, G * W), lse[rows].view(-1), scores, items.view(-1), H, H // G,
                 self.problem.softmax_scale, 0, number, min(number, launch.processors(q.device)),
@@ -205,15 +255,6 @@ class _HeadSums:
                 scores, place, as_int32(indices[rows], S), as_int32(count[rows], K), p_sum[rows].view(-1), K, S, tiles,
                 -(-K // _SLOTS),
             )  # fmt: skip
-
-
-def _on_its_way(x: Tensor) -> tuple[Tensor, torch.Event]:
-    """x on the host, once the event has come."""
-    here = torch.empty(x.shape, dtype=x.dtype, pin_memory=True)
-    here.copy_(x, non_blocking=True)
-    known = torch.Event("cuda")
-    known.record()
-    return here, known
 
 
 def _keys(problem: SparseProblem) -> Keys:

@@ -15,10 +15,12 @@ from torch import Tensor
 
 from flash_indexer.kernels.sm_90.sizes import MAX_HEADS, MLA_WIDTHS
 from flash_indexer.ops import launch
+from flash_indexer.ops.sparse.gpu_exact import TOKENS, ExactSums, largest_value
 from flash_indexer.ops.sparse.problem import KeySums, Needs, SparseProblem
 
 _LOG2E = 1.4426950408889634
 _ROWS = 64  # heads of an item
+_HALF_HEADS = 0  # up to which a token's gradients are one CTA's work: 64 once that form has been seen to be right
 
 
 class LatentGradients(NamedTuple):
@@ -55,20 +57,18 @@ def forward_refusal(problem: SparseProblem) -> str | None:
 
 def backward_refusal(problem: SparseProblem, needs: Needs) -> str | None:
     """Why `backward` doesn't take a problem; None where it does."""
-    if problem.deterministic and needs.k:
-        return (
-            "its kernel adds the keys' gradients in any order, and deterministic=True asks for one; pass "
-            "deterministic=False"
-        )
     return forward_refusal(problem)
 
 
 def forward(problem: SparseProblem) -> tuple[Tensor, Tensor]:
     """out [T, H, V] in q's dtype and lse [T, H]: zeros and -inf for a query without keys, NaN where its scores are."""
     indices, count, scores = problem.selection
+    with torch.cuda.device(scores.device):
+        has_nan = scores[:, :1].isnan().any(-1)  # a row with NaN has nothing else
+        any_nan, known = launch.on_its_way(has_nan.any())
     out, lse = latent_attention(problem.q, problem.k[:, 0], indices, count, softmax_scale=problem.softmax_scale)
-    has_nan = scores.isnan().any(-1)
-    if bool(has_nan.any()):
+    known.synchronize()  # for what came before the attention
+    if bool(any_nan):
         out[has_nan], lse[has_nan] = torch.nan, torch.nan
     return out, lse
 
@@ -79,8 +79,9 @@ def backward(
     """dq and p_sum, None where not wanted; dk, with the values' part, is added to `sums`."""
     indices, count, _ = problem.selection
     found = latent_gradients(
-        problem.q, problem.k[:, 0], indices, count, out, lse, d_out, softmax_scale=problem.softmax_scale, dk=sums.dk
-    )
+        problem.q, problem.k[:, 0], indices, count, out, lse, d_out, softmax_scale=problem.softmax_scale, dk=sums.dk,
+        deterministic=problem.deterministic and needs.k,
+    )  # fmt: skip
     return found.dq if needs.q else None, found.p_sum if needs.p_sum else None
 
 
@@ -130,36 +131,70 @@ def latent_gradients(
     *,
     softmax_scale: float,
     dk: Tensor | None = None,
+    deterministic: bool = True,
 ) -> LatentGradients:
     """dq, dk and p_sum[t,s] = sum_h exp(scale * q[t,h]·k[s] - lse[t,h]) at the selected keys, from one pass.
 
-    Additions to dk come in any order: its last bits differ from run to run. dq and p_sum are the same in every run.
+    The same bits in every run, but for dk's last ones where deterministic is False: its terms are added in any order.
 
     Args:
         q, k, indices, count, softmax_scale: as of `latent_attention`; a key outside 0 .. S - 1 gets no gradient.
         out, lse: its results. d_out: the gradient of out, bfloat16 [T, H, 512].
         dk: contiguous float32 of S * 576 numbers to add to; None makes zeros.
+        deterministic: terms of dk are rounded to integers in units of a power of two for each key, whose sums don't
+            depend on their order. A row to which a term is NaN, infinite or beyond 2^48 units is NaN.
 
     Raises:
         ValueError: for other widths or numbers of heads.
     """
     _check(q, k)
-    (T, H, D), S = q.shape, k.shape[0]
+    (T, _, D), S = q.shape, k.shape[0]
     with torch.cuda.device(q.device):
         dq = torch.empty(q.shape, dtype=q.dtype, device=q.device)
         dk = torch.zeros(S, D, device=q.device) if dk is None else dk
         p_sum = torch.zeros(indices.shape, device=q.device)
         if not (S and indices.numel()):
             return LatentGradients(dq.zero_(), dk, p_sum)
-        rows, d_out = T * H, launch.aligned(d_out).view(T * H, -1)
-        delta = torch.empty(rows, device=q.device)
-        launch.load("sparse_delta")(launch.aligned(out).view(rows, -1), d_out, delta)
-        launch.load("sparse_gradients_mla")(
-            launch.aligned(q).view(rows, D), launch.aligned(k), d_out, indices.contiguous().view(-1), count,
-            lse.contiguous().view(-1), delta, dq.view(rows, D), dk.view(-1), p_sum.view(-1), T, H, S, indices.shape[1],
-            min(T, launch.processors(q.device) // 2), softmax_scale,
-        )  # fmt: skip
+        k = launch.aligned(k)
+        value = largest_value(k) if deterministic else None
+        step = TOKENS if deterministic else T
+        for rows in (slice(first, first + step) for first in range(0, T, step)):
+            of_rows = _Rows(*(launch.aligned(x[rows]) for x in (q, d_out, out, lse, indices, count)))
+            _add_gradients(of_rows, k, value, softmax_scale, LatentGradients(dq[rows], dk, p_sum[rows]))
     return LatentGradients(dq, dk, p_sum)
+
+
+class _Rows(NamedTuple):
+    """Of some queries, what `latent_gradients` takes."""
+
+    q: Tensor
+    d_out: Tensor
+    out: Tensor
+    lse: Tensor
+    indices: Tensor
+    counts: Tensor
+
+
+def _add_gradients(x: _Rows, k: Tensor, value: Tensor | None, softmax_scale: float, found: LatentGradients) -> None:
+    """dq and p_sum of some queries are written to `found`, their terms added to its dk.
+
+    value: what `largest_value` says of k, for sums of integers; None adds in any order.
+    """
+    (T, H, D), S, K = x.q.shape, k.shape[0], x.indices.shape[1]
+    rows, exact, half = T * H, value is not None, H <= _HALF_HEADS
+    q, d_out, indices = x.q.view(rows, D), x.d_out.view(rows, -1), x.indices.view(-1)
+    delta, most = torch.empty(rows, device=q.device), torch.zeros(T, device=q.device)
+    launch.load("sparse_delta", bound=int(exact))(
+        x.out.view(rows, -1), d_out, q, delta if value is None else value, delta, most, H, softmax_scale
+    )
+    sums = ExactSums.new(most, k, x.indices, x.counts, H) if exact else ExactSums(x.counts, delta)  # not looked at
+    launch.load("sparse_gradients_mla", exact=int(exact), half=int(half))(
+        q, k, d_out, indices, x.counts, x.lse.view(-1), delta, found.dq.view(rows, D), found.dk.view(-1),
+        found.p_sum.view(-1), sums.grid, sums.total, T, H, S, K,
+        min(T, launch.processors(q.device) // (1 if half else 2)), softmax_scale,
+    )  # fmt: skip
+    if exact:
+        sums.add_to(found.dk.view(S, D))
 
 
 def _check(q: Tensor, k: Tensor) -> None:

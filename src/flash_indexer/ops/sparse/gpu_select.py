@@ -9,15 +9,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from flash_indexer.kernels.sm_90.sizes import INDEX_WIDTHS, RELU, SELECT_TILES
+from flash_indexer.kernels.sm_90.sizes import INDEX_WIDTHS, RELU
 from flash_indexer.ops import launch
-from flash_indexer.ops.sparse import torch_select
 from flash_indexer.ops.sparse.plan import ScoreChunk, ScorePlan, score_plan
 from flash_indexer.ops.sparse.problem import Leaves
 from flash_indexer.ops.sparse.selection import Selection
 from flash_indexer.ops.worklists import TILE
-
-_SORT_BYTES = 36  # of a score that `sort_rows` sorts
 
 
 def refusal(leaves: Leaves) -> str | None:
@@ -63,10 +60,7 @@ def select(
         intervals = key_start.contiguous(), key_end.contiguous()
         for chunk in plan.chunks:
             index_scores(leaves, chunk, scores)
-            if max(end - first for first, end in chunk.keys) <= SELECT_TILES:
-                top_rows(scores, plan, chunk, intervals, always, out)
-            else:
-                sort_rows(scores, chunk, intervals, topk, always, out, workspace_bytes)
+            top_rows(scores, plan, chunk, intervals, always, out)
     return out
 
 
@@ -90,38 +84,8 @@ def top_rows(
     always: tuple[int, int],
     out: Selection,
 ) -> None:
-    """The chunk's rows of `out`, all of them written, from its score tiles; of a block SELECT_TILES at most."""
+    """The chunk's rows of `out`, all of them written, from its score tiles."""
     launch.load("select")(
         scores, plan.blocks, *intervals, out.indices.view(-1), out.count, out.scores.view(-1), chunk.begin,
         chunk.end - chunk.begin, out.indices.shape[1], *always,
     )  # fmt: skip
-
-
-def sort_rows(
-    scores: Tensor,
-    chunk: ScoreChunk,
-    intervals: tuple[Tensor, Tensor],
-    topk: int,
-    always: tuple[int, int],
-    out: Selection,
-    workspace_bytes: int,
-) -> None:
-    """As `top_rows`, for blocks of any number of tiles, in torch: slower. Rows at a time as fit workspace_bytes."""
-    base = 0
-    for number, (first, end) in enumerate(chunk.keys):
-        begin = chunk.begin + number * TILE
-        rows, keys = slice(begin, min(begin + TILE, chunk.end)), (end - first) * TILE
-        tiles = scores[base * TILE : (base + end - first) * TILE].view(end - first, TILE, TILE)
-        base += end - first
-        out.indices[rows], out.count[rows], out.scores[rows] = -1, 0, -torch.inf
-        step = max(1, workspace_bytes // (max(keys, 1) * _SORT_BYTES))
-        for at in range(rows.start, rows.stop if keys else rows.start, step):
-            some = slice(at, min(at + step, rows.stop))
-            wide = tiles[:, some.start - begin : some.stop - begin].transpose(0, 1).reshape(-1, keys)
-            start, stop = (x[some] - first * TILE for x in intervals)
-            made = torch_select.top_keys(wide, start, stop, topk, always)
-            made.indices.add_(first * TILE).masked_fill_(made.indices < first * TILE, -1)
-            slots = some, slice(min(made.indices.shape[1], out.indices.shape[1]))
-            for whole, part in ((out.indices, made.indices), (out.scores, made.scores)):
-                whole[slots] = part[:, : whole.shape[1]]  # the last tile's columns may be more than keys
-            out.count[some] = made.count

@@ -8,14 +8,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from flash_indexer.ops import bodies
 from flash_indexer.ops.blockwise import compute_dtype
 from flash_indexer.ops.problem import Sums
 from flash_indexer.ops.sparse.problem import Leaves
 from flash_indexer.ops.sparse.selection import Selection
 from flash_indexer.ops.sparse.stages import sparse_index_gradients, sparse_index_scores, sparse_kl_rows
 
-_NUMBERS = 16  # numbers of a slot that fit the workspace: three that a run of rows holds beside the stages' own chunks,
-# p_sum, scores and di, or eight with those that `sparse_kl_rows` makes
+_NUMBERS, _NUMBERS_TORCH = 6, 16  # numbers of a slot that fit the workspace: three that a run of rows holds beside the
+# stages' own chunks, p_sum, scores and di, or eight with those that `sparse_kl_rows` makes in torch
 
 
 class Learner(NamedTuple):
@@ -66,8 +67,21 @@ class Learner(NamedTuple):
 def runs_of_rows(selection: Selection, workspace_bytes: int) -> Iterator[slice]:
     """Runs of query rows whose [rows, K] tensors fit workspace_bytes; the same on ranks with other heads."""
     T, K = selection.indices.shape
-    step = max(1, workspace_bytes // (max(1, K) * _NUMBERS * selection.scores.element_size()))
+    device = selection.indices.device
+    by_kernels = device.type == "cuda" and bodies.generation(device) != bodies.TORCH
+    numbers = _NUMBERS if by_kernels else _NUMBERS_TORCH
+    step = max(1, workspace_bytes // (max(1, K) * numbers * selection.scores.element_size()))
     yield from (slice(begin, min(begin + step, T)) for begin in range(0, T, step))
+
+
+def with_rows(whole: Tensor | None, rows: slice, part: Tensor, total: int) -> Tensor:
+    """`whole`, of `total` rows, with `part` at these; None makes it. A part that has all rows is the whole."""
+    if len(part) == total:
+        return part
+    if whole is None:
+        whole = part.new_empty(total, *part.shape[1:])
+    whole[rows] = part
+    return whole
 
 
 def mean_weight(selection: Selection) -> Tensor:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from flash_indexer.ops.blockwise import compute_dtype
-from flash_indexer.ops.sparse.chunks import Chunk, chunks, product, total
+from flash_indexer.ops.sparse.chunks import Chunk, chunks, product, thin, total
 from flash_indexer.ops.sparse.problem import KeySums, Needs, SparseProblem
 
 
@@ -107,7 +107,8 @@ def _chunks(problem: SparseProblem, by_row: tuple[Tensor, ...]) -> Iterator[Chun
     q, k = problem.q, problem.k
     per_group, width = q.shape[1] // k.shape[1], q.shape[2] + problem.value_dim
     numbers = 3 * width + 4 * per_group + 2
-    return chunks(problem.selection, numbers, problem.workspace_bytes, (k, problem.values), by_row)
+    most = thin(q.device, q.shape[1], k.shape[1])
+    return chunks(problem.selection, numbers, problem.workspace_bytes, (k, problem.values), by_row, most)
 
 
 def _groups(problem: SparseProblem) -> Iterator[tuple[int, slice]]:

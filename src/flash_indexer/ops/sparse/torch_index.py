@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from flash_indexer.ops.blockwise import compute_dtype
-from flash_indexer.ops.sparse.chunks import Chunk, chunks, product, total
+from flash_indexer.ops.sparse.chunks import Chunk, chunks, product, thin, total
 from flash_indexer.ops.sparse.problem import Leaves
 from flash_indexer.ops.sparse.selection import Selection
 
@@ -104,4 +104,5 @@ def index_gradients(
 def _chunks(leaves: Leaves, selection: Selection, workspace_bytes: int, by_row: tuple[Tensor, ...]) -> Iterator[Chunk]:
     index_q, index_k, _ = leaves
     numbers = 3 * index_q.shape[2] + 4 * index_q.shape[1] + 2
-    return chunks(selection, numbers, workspace_bytes, (index_k,), by_row)
+    most = thin(index_q.device, index_q.shape[1], 1)
+    return chunks(selection, numbers, workspace_bytes, (index_k,), by_row, most)

@@ -1,0 +1,239 @@
+"""Scores summed over heads, as `score` forms them, of heads of up to 128 columns: by three warpgroups.
+
+    OUT[t, s] = sum_h f(Q[t, h] · K[s, h // HG]; L[t, h])        f of the mode, see `score.build`
+
+One CTA takes 64 tokens and up to three neighbouring tiles of 128 keys after the other, a warpgroup for each tile:
+
+    warps 0-3, 4-7, 8-11   the sum A [64, 128] and one accumulator of logits S [64, 128] in registers
+    warp 12                feeds the ring of Q by TMA, a stage for each head, which all three read
+    warp 13                feeds the ring of K, a stage for each warpgroup and group of heads
+    warps 14, 15           idle (registers are given to those that compute)
+
+    tensor cores     | S of 0      | S of 1      | S of 2      | S of 0      | ...       of each warpgroup the
+    everything else  | A += f of 2 | A += f of 0 | A += f of 1 | A += f of 2 | ...       next head
+
+While one warpgroup multiplies, two are at their sums: nothing within a warpgroup needs to overlap.
+
+A barrier shows the parity of its phase alone: a warp may neither lag nor lead by two phases. So all warps hand stages
+of Q back, those without a tile too; and that its keys are there a warpgroup learns from barriers of its own, as many as
+K has stages, for it may be without a tile while the others go through the ring.
+"""
+
+import tilelang.language as T
+from tilelang.layout import make_swizzled_layout
+
+from flash_indexer.kernels.device.items import SHORT_ITEM, NarrowItem
+from flash_indexer.kernels.device.sources import source
+from flash_indexer.kernels.sm_90.macros import (
+    LOG2E,
+    PASS_CONFIGS,
+    Ring,
+    advance,
+    arrive,
+    commit,
+    count_items,
+    number,
+    shared_address,
+    turn,
+)
+from flash_indexer.kernels.sm_90.sizes import EXP, NARROW_STAGES, SUM
+
+__all__ = ["PASS_CONFIGS", "build"]
+SOURCE = source(__file__)
+WARPGROUPS = 3
+REGISTERS = (160, 32)  # of a thread of the warps that compute, of the others
+
+# of a thread that computes: stage of Q and its parity; stage of K; which barrier tells that it is full, and its parity
+Q_STAGE, Q_PARITY, K_STAGE, K_FULL, K_PARITY = range(5)
+STATE = 5
+Q_ROWS, K_ROWS = range(2)  # where in shared memory Q and K begin, in units of 16 bytes
+
+
+def build(D, mode):
+    """The kernel for head width D (64, 128; the indexer's 32) and a mode of `score`: EXP, RELU or SUM.
+
+    Run-time arguments: Q [T, H·D] and K [S, G·D] bfloat16, L [T·H] float32, OUT [tiles·128, 128] float32, ITEMS int32
+    (`items.NarrowItem`): CTA c of `grid` takes items c, c + grid, ...; whole tiles are written, unmasked.
+    Row 0 of Q and L is token qbase.
+    """
+    QST, KST = NARROW_STAGES[D]
+    PANEL = min(D, 64)
+    Q_SIZE, K_SIZE = 64 * D // 8, 128 * D // 8  # of a stage, in units of 16 bytes
+    tq, hd, tk, gd = T.dynamic("tq"), T.dynamic("hd"), T.dynamic("tk"), T.dynamic("gd")
+    nl, nr, ni = T.dynamic("nl"), T.dynamic("nr"), T.dynamic("ni")
+
+    @T.macro
+    def next_head(q, v, tx):
+        arrive(q.empty, v[Q_STAGE], tx)
+        advance(v[Q_STAGE], v[Q_PARITY], QST)
+
+    # S = Q[t, h] @ K[s, h // HG].T; A += f(S)
+    @T.macro
+    def step(q, v, registers, at, rows, head, scale, tx):
+        S, A, low = registers
+        L, first, second = rows
+        T.barrier_wait(q.full[v[Q_STAGE]], v[Q_PARITY])
+        T.call_extern(
+            "handle", f"wg_product<128, {D}, 64>", S.access_ptr("rw"), at[Q_ROWS] + v[Q_STAGE] * Q_SIZE,
+            at[K_ROWS] + v[K_STAGE] * K_SIZE,
+        )  # fmt: skip
+        if mode != SUM:
+            low[0] = T.call_extern("float32", "load_float", T.address_of(L[0]), first + head)
+            low[1] = T.call_extern("float32", "load_float", T.address_of(L[0]), second + head)
+        T.wait_wgmma(0)
+        T.warpgroup_fence_operand(S, num_regs=64)
+        next_head(q, v, tx)
+        T.call_extern(
+            "handle", f"sc_add<{mode}, 0, 16>", S.access_ptr("r"), A.access_ptr("rw"), low.access_ptr("r"), scale
+        )
+
+    @T.macro
+    def next_group(v, tiles):
+        v[K_STAGE] = v[K_STAGE] + tiles
+        if v[K_STAGE] >= KST:
+            v[K_STAGE] = v[K_STAGE] - KST
+
+    @T.macro
+    def compute(bx, q, k, Qs, Ks, tensors, sizes, tx):
+        L, OUT, ITEMS = tensors
+        H, HG, scale, qbase, nitems, grid = sizes
+        S = T.alloc_local((64,), "float32")
+        A = T.alloc_local((64,), "float32")
+        low = T.alloc_local((2,), "float32")
+        v = T.alloc_local((STATE,), "int32")
+        at = T.alloc_local((2,), "int32")
+        factor = T.alloc_var("float32")
+        count = T.alloc_var("int32")
+        place = T.alloc_var("int32")
+        token = T.alloc_var("int32")
+        tiles = T.alloc_var("int32")
+        tile = T.alloc_var("int32")
+        first = T.alloc_var("int32")
+        second = T.alloc_var("int32")
+        head = T.alloc_var("int32")
+        v[Q_STAGE] = 0
+        v[Q_PARITY] = 0
+        v[K_STAGE] = tx // 128
+        v[K_FULL] = 0
+        v[K_PARITY] = 0
+        at[Q_ROWS] = shared_address(Qs) // 16
+        at[K_ROWS] = shared_address(Ks) // 16
+        factor = scale * (LOG2E if mode == EXP else 1.0)
+        for i in T.unroll(64):
+            A[i] = 0.0
+        count = count_items(nitems, bx, grid)
+        # for tokens, tiles in items: OUT = f(Q[tokens] @ K[tile].T).sum(0)
+        for it in T.serial(count):
+            place = (bx + it * grid) * SHORT_ITEM
+            token = number(ITEMS, place + NarrowItem.TOKEN)
+            tiles = number(ITEMS, place + NarrowItem.TILES)
+            if tx // 128 < tiles:
+                first = T.call_extern("int32", "nr_row", token - qbase, tq - 1) * H
+                second = T.call_extern("int32", "nr_row", token - qbase + 8, tq - 1) * H
+                head = 0
+                for _ in T.serial(H // HG):
+                    T.barrier_wait(k.full[tx // 128 * KST + v[K_FULL]], v[K_PARITY])
+                    advance(v[K_FULL], v[K_PARITY], KST)
+                    for _ in T.serial(HG):
+                        step(q, v, (S, A, low), at, (L, first, second), head, factor, tx)
+                        head = head + 1
+                    arrive(k.empty, v[K_STAGE], tx)
+                    next_group(v, tiles)
+                tile = number(ITEMS, place + NarrowItem.TILE) + tx // 128
+                T.call_extern(
+                    "handle", "sc_store_rows", A.access_ptr("rw"), T.address_of(OUT[0, 0]),
+                    T.call_extern("int32", "nr_out", tile, token),
+                )  # fmt: skip
+            else:
+                for _ in T.serial(H):
+                    T.barrier_wait(q.full[v[Q_STAGE]], v[Q_PARITY])
+                    next_head(q, v, tx)
+                for _ in T.serial(H // HG):
+                    next_group(v, tiles)
+
+    @T.macro
+    def feed_queries(bx, Q, q, ITEMS, H, qbase, nitems, grid):
+        stage = T.alloc_var("int32", 0)
+        parity = T.alloc_var("int32", 1)
+        row = T.alloc_var("int32")
+        column = T.alloc_var("int32")
+        items = T.alloc_var("int32")
+        items = count_items(nitems, bx, grid)
+        for it in T.serial(items):
+            row = number(ITEMS, (bx + it * grid) * SHORT_ITEM + NarrowItem.TOKEN) - qbase
+            column = 0
+            for _ in T.serial(H):
+                T.barrier_wait(q.empty[stage], parity)
+                for c in list(range(D // PANEL)):
+                    T.tma_copy(
+                        Q[row : row + 64, column + c * PANEL : column + (c + 1) * PANEL],
+                        q.stages[stage, :, c * PANEL : (c + 1) * PANEL], barrier=q.full[stage],
+                    )  # fmt: skip
+                commit((q.full, stage))
+                column = column + D
+                advance(stage, parity, QST)
+
+    @T.macro
+    def feed_keys(bx, K, k, ITEMS, groups, nitems, grid):
+        stage = T.alloc_var("int32", 0)
+        parity = T.alloc_var("int32", 1)
+        place = T.alloc_local((WARPGROUPS,), "int32")
+        full = T.alloc_var("int32")
+        key = T.alloc_var("int32")
+        column = T.alloc_var("int32")
+        tiles = T.alloc_var("int32")
+        items = T.alloc_var("int32")
+        for w in list(range(WARPGROUPS)):
+            place[w] = 0
+        items = count_items(nitems, bx, grid)
+        for it in T.serial(items):
+            key = number(ITEMS, (bx + it * grid) * SHORT_ITEM + NarrowItem.KEY)
+            tiles = number(ITEMS, (bx + it * grid) * SHORT_ITEM + NarrowItem.TILES)
+            column = 0
+            for _ in T.serial(groups):
+                for w in list(range(WARPGROUPS)):
+                    if w < tiles:
+                        T.barrier_wait(k.empty[stage], parity)
+                        full = w * KST + place[w]
+                        for c in list(range(D // PANEL)):
+                            T.tma_copy(
+                                K[
+                                    key + w * 128 : key + w * 128 + 128,
+                                    column + c * PANEL : column + (c + 1) * PANEL,
+                                ],
+                                k.stages[stage, :, c * PANEL : (c + 1) * PANEL], barrier=k.full[full],
+                            )  # fmt: skip
+                        commit((k.full, full))
+                        advance(stage, parity, KST)
+                        turn(place[w], KST)
+                column = column + D
+
+    @T.prim_func
+    def flash_indexer_score_narrow(
+        Q: T.Tensor((tq, hd), "bfloat16"), K: T.Tensor((tk, gd), "bfloat16"), L: T.Tensor((nl,), "float32"),
+        OUT: T.Tensor((nr, 128), "float32"), ITEMS: T.Tensor((ni,), "int32"),
+        H: T.int32, HG: T.int32, scale: T.float32, qbase: T.int32, nitems: T.int32, grid: T.int32,
+    ):  # fmt: skip
+        with T.Kernel(grid, threads=512) as bx:
+            T.import_source(SOURCE)
+            Qs = T.alloc_shared((QST, 64, D), "bfloat16")
+            Ks = T.alloc_shared((KST, 128, D), "bfloat16")
+            T.annotate_layout({x: make_swizzled_layout(x) for x in (Qs, Ks)})
+            fullq = T.alloc_barrier([1] * QST)
+            emptyq = T.alloc_barrier([4 * WARPGROUPS] * QST)
+            fullk = T.alloc_barrier([1] * (WARPGROUPS * KST))
+            emptyk = T.alloc_barrier([4] * KST)
+            q, k = Ring(Qs, fullq, emptyq), Ring(Ks, fullk, emptyk)
+            tx = T.get_thread_binding()
+            if tx < 384:
+                T.set_max_nreg(REGISTERS[0], 1)
+                compute(bx, q, k, Qs, Ks, (L, OUT, ITEMS), (H, HG, scale, qbase, nitems, grid), tx)
+            else:
+                T.set_max_nreg(REGISTERS[1], 0)
+                if tx < 416:
+                    feed_queries(bx, Q, q, ITEMS, H, qbase, nitems, grid)
+                else:
+                    if tx < 448:
+                        feed_keys(bx, K, k, ITEMS, H // HG, nitems, grid)
+
+    return flash_indexer_score_narrow

@@ -1,0 +1,24 @@
+"""Imported once by the server that test processes are forked from: what they would otherwise each do again."""
+
+from __future__ import annotations
+
+import importlib
+
+import torch
+
+torch.set_num_threads(1)
+for name in (
+    "flash_indexer.parallel",
+    "flash_indexer.recipe.warmup",
+    "flash_indexer.testing",
+    "torch.distributed.fsdp",
+    "transformers.models.deepseek_v3.modeling_deepseek_v3",
+    "transformers.models.llama.modeling_llama",
+    "transformers.models.mistral.modeling_mistral",
+    "transformers.trainer",
+):
+    importlib.import_module(name)
+
+from transformers.conversion_mapping import get_checkpoint_conversion_mapping  # noqa: E402
+
+get_checkpoint_conversion_mapping("llama")  # compiles a thousand regular expressions, which it keeps
