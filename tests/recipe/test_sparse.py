@@ -499,3 +499,21 @@ def test_the_command_trains_resumes_and_refuses(tmp_path: Path, base: dict[str, 
     said = CliRunner().invoke(app, [*words[:2], str(tmp_path / "new"), *words[3:], "--topk", "0"])
     assert said.exit_code == 1 and "sparse: topk must be positive and finite, got 0" in said.output
     assert not (tmp_path / "new").exists()
+
+
+def test_the_oracles_keys_are_a_run_of_their_own(tmp_path: Path, run: Run) -> None:
+    """Another loss than with the indexers' keys, from the first step on; dense where K covers all keys, both alike."""
+    losses = {}
+    for keys in ("indexer", "oracle"):
+        for topk in (8, 32):
+            out = tmp_path / f"{keys} {topk}"
+            handle = run(out, keys=keys, topk=topk, steps=2)
+            assert handle.keys == keys and read_any_run(out)["keys"] == keys
+            losses[keys, topk] = [row["loss"] for row in rows(out)]
+            assert all(kl > 0 for row in rows(out) for kl in row["kl"])
+            assert all(row["indexer_norm"] > 0 for row in rows(out))
+    assert losses["indexer", 8] != losses["oracle", 8]
+    assert losses["indexer", 32] == pytest.approx(losses["oracle", 32], rel=1e-6)
+    assert "--keys oracle" in sparse_command(read_any_run(tmp_path / "oracle 8"), "x")
+    with pytest.raises(ValueError, match=r"keys must be one of indexer, oracle, got .*best"):
+        run(tmp_path / "best", keys="best")

@@ -24,6 +24,7 @@ from flash_indexer.ops.worklists import TILE
 
 _WANTS_QUERY, _WANTS_KEY = 1, 2
 _DENSE_PRODUCT, _DENSE_PAIR = 1.05e-5, 2e-3  # ns of a pair: for each head and column, and beside them
+_LISTS = 3e5  # ns of making the lists of dense tiles: some 60 small launches
 _SLOT, _SUM = 0.06, 1.5e-3  # ns of a slot: beside the additions, and for each column
 _RANGED_WIDTHS: tuple[int, ...] = ()  # of `ranged_gradients`: GATHERED_INDEX_WIDTHS once it has been seen to be faster
 _RANGE_STEP, _MASKED_SLOT = 4.3, 0.08  # ns of a token in a range of keys, and of a slot before that
@@ -105,7 +106,7 @@ def index_gradients(
         elif any(x is not None for x in out):
             most = -(-T // TILE) * -(-S // TILE)
             dense = dense_is_faster(most, leaves, K)
-            if not dense:  # the host waits for what is selected
+            if not dense and gathering_time(leaves, K) > _LISTS:  # the host waits for what is selected
                 tiles = gpu_index_tiles.spans(selection, S, TILE)
                 dense = dense_is_faster(int((tiles.end - tiles.first).sum()), leaves, K)
             in_ranges = out[1] is not None and ranges_are_faster(S, leaves, K)
@@ -121,9 +122,16 @@ def dense_is_faster(tiles: int, leaves: Leaves, K: int) -> bool:
     Dense tiles take four products of every pair at the tensor cores' rate and two bytes of di; gathering is bound by
     additions to d_index_k, of E numbers a slot. Nanoseconds of an H100, docs/kernels.md.
     """
-    T, I, E = leaves[0].shape
+    I, E = leaves[0].shape[1:]
     pairs = tiles * TILE * TILE
-    return pairs * (gpu_index_tiles.padded_heads(I) * E * _DENSE_PRODUCT + _DENSE_PAIR) < T * K * (_SLOT + E * _SUM)
+    time = pairs * (gpu_index_tiles.padded_heads(I) * E * _DENSE_PRODUCT + _DENSE_PAIR) + _LISTS
+    return time < gathering_time(leaves, K)
+
+
+def gathering_time(leaves: Leaves, K: int) -> float:
+    """Nanoseconds of gathering K keys a query, with d_index_k."""
+    T, _, E = leaves[0].shape
+    return T * K * (_SLOT + E * _SUM)
 
 
 def ranges_are_faster(S: int, leaves: Leaves, K: int) -> bool:
