@@ -268,11 +268,12 @@ def attention_and_learning(
     sums, learned = new_key_sums(problem, needs), None if learner is None else learner.new_sums()
     dq = problem.q.new_empty(problem.q.shape) if needs.q and len(problem.q) == 0 else None
     for rows in runs_of_rows(problem.selection, problem.workspace_bytes):
+        tiles = None if learner is None else learner.ahead(rows)
         made = sparse_backward(problem.rows(rows), d_out[rows], out[rows], lse[rows], needs, sums)
         if made.dq is not None:
             dq = with_rows(dq, rows, made.dq, len(problem.q))
         if learner is not None and learned is not None and made.p_sum is not None:
-            learner.learn(rows, made.p_sum, learned)
+            learner.learn(rows, made.p_sum, learned, tiles)
     return dq, sums, learned
 
 

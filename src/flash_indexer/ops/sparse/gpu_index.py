@@ -77,6 +77,29 @@ def kl_rows(p_sum: Tensor, scores: Tensor, count: Tensor, token_weight: Tensor) 
     return kl, entropy, di
 
 
+class Tiles(NamedTuple):
+    """How many dense tiles hold what a selection's queries select, on the host once `known` has come."""
+
+    number: Tensor
+    known: torch.Event
+
+
+@torch.no_grad()
+def count_tiles(leaves: Leaves, selection: Selection) -> Tiles | None:
+    """For `index_gradients`; None where it doesn't ask. Whoever calls this before other work for the GPU has the host
+    wait for what came before that work, not for the work."""
+    (T, S), K = (len(x) for x in leaves[:2]), selection.indices.shape[1]
+    if not (T and S and K) or dense_is_faster(_most_tiles(T, S), leaves, K) or gathering_time(leaves, K) <= _LISTS:
+        return None
+    with torch.cuda.device(selection.count.device):
+        tiles = gpu_index_tiles.spans(selection, S, TILE)
+        return Tiles(*launch.on_its_way((tiles.end - tiles.first).sum()))
+
+
+def _most_tiles(T: int, S: int) -> int:
+    return -(-T // TILE) * -(-S // TILE)
+
+
 @torch.no_grad()
 def index_gradients(
     di: Tensor,
@@ -86,11 +109,14 @@ def index_gradients(
     d_index_k: Tensor | None,
     deterministic: bool,
     workspace_bytes: int,
+    tiles: Tiles | None = None,
 ) -> tuple[Tensor | None, Tensor | None]:
     """See `torch_index.index_gradients`. The same bits every time, whether asked for or not.
 
     From gathered tiles, from gathered tiles and ranges of keys, or from dense tiles (`gpu_index_tiles`): whichever
     takes the least time by `dense_is_faster` and `ranges_are_faster`.
+
+    tiles: what `count_tiles` returned for this selection; None counts now.
     """
     index_q, index_k, weights = map(launch.aligned, leaves)
     leaves = index_q, index_k, weights
@@ -104,11 +130,12 @@ def index_gradients(
                 if x is not None:
                     x.zero_()
         elif any(x is not None for x in out):
-            most = -(-T // TILE) * -(-S // TILE)
-            dense = dense_is_faster(most, leaves, K)
-            if not dense and gathering_time(leaves, K) > _LISTS:  # the host waits for what is selected
-                tiles = gpu_index_tiles.spans(selection, S, TILE)
-                dense = dense_is_faster(int((tiles.end - tiles.first).sum()), leaves, K)
+            tiles = count_tiles(leaves, selection) if tiles is None else tiles
+            number = _most_tiles(T, S)
+            if tiles is not None:
+                tiles.known.synchronize()
+                number = int(tiles.number)
+            dense = dense_is_faster(number, leaves, K)
             in_ranges = out[1] is not None and ranges_are_faster(S, leaves, K)
             gathered = ranged_gradients if in_ranges else gathered_gradients
             step = gpu_index_tiles.index_gradients if dense else gathered
@@ -139,7 +166,7 @@ def ranges_are_faster(S: int, leaves: Leaves, K: int) -> bool:
     T, _, E = leaves[0].shape
     steps = T * -(-S // INDEX_RANGE) * (E // INDEX_COLUMNS)
     takes = E in _RANGED_WIDTHS and S <= INDEX_RUN * INDEX_RUNS
-    return takes and steps * _RANGE_STEP + T * K * _MASKED_SLOT < T * K * (_SLOT + E * _SUM)
+    return takes and steps * _RANGE_STEP + T * K * _MASKED_SLOT < gathering_time(leaves, K)
 
 
 def ranged_gradients(
