@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 
 from flash_indexer import reference
+from flash_indexer.ops import Selection, SparseProblem
+from flash_indexer.ops.sparse import gpu_body
 from flash_indexer.ops.sparse.gpu_body import latent_attention, latent_gradients
 from flash_indexer.testing import assert_close
 
@@ -183,13 +185,14 @@ def test_a_single_key(H: int) -> None:
     torch.testing.assert_close(got.dk[:, :V].double(), x.d_out.double().sum(1), rtol=1e-3, atol=1e-3)
 
 
-def test_what_nobody_selected_has_no_part() -> None:
+@pytest.mark.parametrize("poison", [torch.nan, torch.inf, 1e30])
+def test_what_nobody_selected_has_no_part(poison: float) -> None:
     x = make(40, 900, 100, 128)
     used = selected(x).any(0)
-    poisoned = x._replace(k=x.k.masked_fill(~used[:, None], torch.nan))
-    clean, got = run(x), run(poisoned)
-    for name in ("out", "lse", "dq", "p_sum"):
-        assert torch.equal(getattr(got, name), getattr(clean, name)), name
+    poisoned = x._replace(k=x.k.masked_fill(~used[:, None], poison))
+    for name, a, b in zip(Answer._fields, run(poisoned), run(x), strict=True):
+        assert torch.equal(a, b), name
+    got = run(poisoned, deterministic=False)
     assert got.dk.isfinite().all() and (got.dk[~used] == 0).all()
 
 
@@ -220,7 +223,7 @@ def test_a_hundred_runs_give_the_same_bits(T: int, S: int, H: int) -> None:
         assert (again.dk - first.dk).norm() <= 2e-4 * first.dk.norm()
 
 
-def test_the_keys_gradients_of_any_order_are_the_same_in_any_part() -> None:
+def test_the_keys_gradients_of_runs_of_queries_add_up() -> None:
     """Sums of integers: those of two runs of queries are in the units of either, and add up to the whole's."""
     x = make(300, 4096, 2048, 128)
     whole_run = run(x)
@@ -280,3 +283,17 @@ def test_large_logits_stay_finite_and_nan_stays_in_its_row() -> None:
     others = torch.ones(40, 128, dtype=torch.bool, device="cuda")
     others[9, 3] = False
     assert got.out[others].isfinite().all() and not got.lse[others].isnan().any()
+
+
+def test_a_query_whose_scores_are_nan_has_nan_and_no_other() -> None:
+    x = make(70, 300, 100, 4)
+    scores = torch.zeros(x.indices.shape, device="cuda")
+    scores[[9, 40]] = torch.nan
+    problem = SparseProblem(
+        x.q, x.k[:, None], None, Selection(x.indices, x.count, scores), SCALE, V, True, workspace_bytes=2**29
+    )
+    out, lse = gpu_body.forward(problem)
+    wrong = torch.zeros(70, dtype=torch.bool, device="cuda")
+    wrong[[9, 40]] = True
+    assert out[wrong].isnan().all() and lse[wrong].isnan().all()
+    assert out[~wrong].isfinite().all() and not lse[~wrong].isnan().any()
