@@ -1,4 +1,4 @@
-"""Scores by three warpgroups (`score_narrow`): the bits of `score`, however often, where runs of tiles end early too."""
+"""Scores by three warpgroups (`score_narrow`): the bits of `score`, every time, where runs of tiles end early too."""
 
 from __future__ import annotations
 
