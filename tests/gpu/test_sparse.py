@@ -49,6 +49,13 @@ def step(x: Inputs, v: Tensor | None, d_out: Tensor, **options: Any) -> tuple[DS
     return result, {n: None if y is None else y.grad for n, y in zip(GRADIENTS, tensors, strict=True)}
 
 
+def largest_terms(x: Inputs, v: Tensor | None, d_out: Tensor) -> float:
+    """Of which dq[t,h] = scale * sum_s a (d_out·v - d_out·out) k is the sum."""
+    values = x.k[..., : d_out.shape[2]] if v is None else v
+    d_out, values, k = (y.double().norm(dim=-1).amax() for y in (d_out, values, x.k))
+    return float(x.softmax_scale * d_out * values * k)
+
+
 @pytest.mark.parametrize("kl", ["forward", "backward"])
 @pytest.mark.parametrize("heads", HEADS)
 @pytest.mark.parametrize("topk", [3, 40, 1000])
@@ -64,6 +71,10 @@ def test_against_float64(heads: str, topk: int, kl: str) -> None:
             assert getattr(truth, name) is None
             continue
         tensors = value, getattr(truth, name), getattr(eager, name)
+        if name == "dq":  # of a single key it is zero: what stands there is the rounding of its terms
+            several = result.selection.count > 1
+            assert (value[~several].double().norm(dim=-1) <= 1e-4 * largest_terms(x, v, d_out)).all()
+            tensors = tuple(y[several] for y in tensors)
         if value.dtype == torch.float32:  # no row has a rounding of its output that its few numbers could hide behind
             tensors = tuple(y.flatten() for y in tensors)
         assert_close(name, *tensors)
