@@ -34,7 +34,7 @@ LIBRARIES = {
     "kernels": frozenset({"tilelang", "tvm_ffi"}),
     **dict.fromkeys(("reference", "intervals", "ops", "indexer", "__init__", "parallel", "testing"), TORCH),
     **dict.fromkeys(("models", "files", "judge", "recipe"), WITH_MODELS),
-    "bench": TORCH | {"rich"},
+    "bench": TORCH | {"rich", "cudnn"},  # a peer, where it is installed
     **dict.fromkeys(("commands", "cli"), TORCH | {"rich", "typer"}),
     "__main__": frozenset(),
 }
