@@ -24,6 +24,7 @@ from flash_indexer.bench.sparse_check import Answer
 from flash_indexer.bench.sparse_problem import SparseSize, Tensors
 
 NO_SINK = -1e30
+TOPK_NUMBERS = 2**30  # of a call's workspace, which int32 counts: two for each score
 Pairs = tuple[tuple[Tensor | None, Tensor], ...]
 """Ours, or None where there is nothing to compare with, and theirs."""
 
@@ -58,7 +59,7 @@ class SelectedKeys:
         best = None if first.selection is None else first.selection.scores.sort(-1).values
         return {
             "dsa_scores": (self.scores, lambda made: ((known(x.selection.scores), self._chosen(made["scores"])),)),
-            "dsa_topk": (self.topk, lambda made: ((best, made["values"].sort(-1).values),)),
+            "dsa_topk": (self.topk, lambda made: ((best, torch.cat([run["values"] for run in made]).sort(-1).values),)),
             "dsa_backward": (self.backward, lambda made: ((ours.dq, made["dq"]), (dk, made["dkv"]))),
             "dsa_target": (self.target, lambda made: ((self.p, known(made["target"][0])),)),
             "dsa_index_scores": (self.index_scores, lambda made: ((self.predicted, known(made["predict"][0])),)),
@@ -78,10 +79,15 @@ class SelectedKeys:
             q_causal_offsets=self._offset,
         )  # fmt: skip
 
-    def topk(self) -> Any:
+    def topk(self) -> list[Any]:
+        """Of runs of rows."""
         if self._given is None:
             self._given = self.scores()["scores"][0]
-        return self._calls.indexer_top_k_wrapper(self._given, self.x.key_end, self.size.K, deterministic=True)
+        runs = (torch.split(y, max(TOPK_NUMBERS // (2 * self.size.S), 1)) for y in (self._given, self.x.key_end))
+        return [
+            self._calls.indexer_top_k_wrapper(scores, ends, self.size.K, deterministic=True)
+            for scores, ends in zip(*runs, strict=True)
+        ]
 
     def backward(self) -> Any:
         return self._calls.sparse_attention_backward_wrapper(
