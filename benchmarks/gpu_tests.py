@@ -15,6 +15,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -95,17 +96,19 @@ def sanitize(tool: str, seconds: float) -> dict[str, object]:
         return {"clean": False, "summary": "compute-sanitizer is not on PATH"}
     command = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "99", *pytest(), "-q", "-x", *SANITIZED]
     environment = os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
-    try:
-        done = subprocess.run(
-            command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=seconds, check=False
-        )
-    except subprocess.TimeoutExpired:
-        return {"clean": False, "summary": f"no verdict within {seconds:.0f} s"}
-    text = done.stdout + done.stderr
+    with subprocess.Popen(
+        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        start_new_session=True,
+    ) as process:  # fmt: skip
+        try:
+            text, _ = process.communicate(timeout=seconds)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)  # what the sanitizer started would go on without it
+            return {"clean": False, "summary": f"no verdict within {seconds:.0f} s"}
     summary = " · ".join(re.findall(r"(?:ERROR|RACECHECK) SUMMARY: .*", text) + re.findall(r"\d+ passed.*", text))
-    if done.returncode:
+    if process.returncode:
         print(text[-6000:])
-    return {"clean": done.returncode == 0 and "passed" in summary, "summary": summary or text[-300:]}
+    return {"clean": process.returncode == 0 and "passed" in summary, "summary": summary or text[-300:]}
 
 
 def pytest() -> list[str]:
