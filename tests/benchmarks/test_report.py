@@ -162,8 +162,13 @@ def test_the_sparse_stage_beside_cudnn_dense_attention_and_gathering(report: Mod
     grouped = {"name": "gqa32", "peers": ["cudnn_forward"], **timed(*SPARSE_STEPS, "cudnn_forward", "cudnn_backward")}
     late = {"name": "mqa64_late_16k", "peers": [], **timed("forward", "backward"),
             **timed("torch_forward", "torch_backward", ms=10.0)}  # fmt: skip
-    text = "\n".join(report.sparse(write(sparse=[absorbed, grouped, late])))
-    assert "random keys | 0.62 x (2.00 + 2.00 ms) | 0.62 x (2.00 + 2.00 ms) |  |" in text
+    all_six = timed("dsa_index_gradients", ms=2.0) | theirs
+    causal = absorbed | all_six | {"name": "v32_causal", "peers": list(all_six)}
+    absorbed["notes"] = {"dsa_index_gradients": "ValueError: other widths", "flex": "is no kernel for selected keys"}
+    text = "\n".join(report.sparse(write(sparse=[absorbed, grouped, late, causal])))
+    assert "random keys | 0.62 x (2.00 + 2.00 ms) | 0.62 x (2.00 + 2.00 ms) |  |  |" in text
+    assert "slots empty | 0.62 x (2.00 + 2.00 ms)" + " | 0.62 x (2.00 + 2.00 ms)" * 2 + " | 0.62 x (12.00 ms) |" in text
+    assert "- `dsa_index_gradients` was not timed: ValueError: other widths" in text and "`flex`" not in text
     assert "random keys: cuDNN, dense 5.00 ms; ours 5.00 ms, with the target 5.00 ms." in text
     assert "| H=64 G=1 D=128, 16,384 keys | 5.00 ms | 20.00 ms | 0.25 x |" in text
 

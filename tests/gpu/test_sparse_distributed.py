@@ -74,7 +74,8 @@ def judge(got: Part, shape: Shape, V: int, weighted: bool) -> None:
     generator = torch.Generator().manual_seed(COMMON["seed"] + 2)
     d_out = torch.randn(shape.T, shape.H, abs(V), generator=generator, dtype=torch.float64).bfloat16().cuda()
     v = None if V < 0 else make_values(x, V, seed=COMMON["seed"] + 1)
-    hold_to_float64(on_gpu, selection, x, v, d_out, COMMON["d_loss"], weighted=weighted)
+    weight = x.token_weight if weighted else None
+    hold_to_float64(on_gpu, selection, x, v, d_out, d_loss=COMMON["d_loss"], token_weight=weight)
 
 
 def whole_selection(x: Inputs) -> Selection:
