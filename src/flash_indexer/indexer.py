@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import nullcontext
-from typing import Self
+from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
@@ -28,6 +28,51 @@ class _WideLinear(nn.Linear):
 
         super()._apply(move, recurse)  # type: ignore[no-untyped-call]
         return self
+
+
+class _WideProduct(torch.autograd.Function):
+    """x W^T in float32 at least, of x [..., D] and W [I, D]; keeps x for the gradient of W, not its wide copy."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        wide = torch.promote_types(x.dtype, torch.float32)
+        return F.linear(x.to(wide), weight.to(wide))
+
+    @staticmethod
+    def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        x, weight = ctx.saved_tensors
+        d_x = d_weight = None
+        with no_autocast(d_out.device.type):
+            if ctx.needs_input_grad[0]:
+                d_x = (d_out @ weight.to(d_out.dtype)).to(x.dtype)
+            if ctx.needs_input_grad[1]:
+                rows = x.reshape(-1, x.shape[-1]).to(d_out.dtype)
+                d_weight = (d_out.reshape(-1, d_out.shape[-1]).T @ rows).to(weight.dtype)
+        return d_x, d_weight
+
+
+class _Rotation(torch.autograd.Function):
+    """`_rotated`, whose gradient is the rotation by the opposite angles: a third of the launches of its parts'."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor, rope_dim: int, interleaved: bool) -> Tensor:
+        ctx.save_for_backward(cos, sin)
+        ctx.layout = rope_dim, interleaved
+        return _rotated(x, cos, sin, rope_dim, interleaved)
+
+    @staticmethod
+    def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor | None, ...]:
+        cos, sin = ctx.saved_tensors
+        return _rotated(d_out, cos, -sin, *ctx.layout), None, None, None, None
+
+
+def _rotated(x: Tensor, cos: Tensor, sin: Tensor, rope_dim: int, interleaved: bool) -> Tensor:
+    """Each pair (a, b) of the first rope_dim dims of x as (a cos - b sin, b cos + a sin)."""
+    shape, pair = ((-1, 2), -1) if interleaved else ((2, -1), -2)
+    a, b = torch.unflatten(x[..., :rope_dim].to(cos.dtype), -1, shape).unbind(pair)
+    turned = torch.stack((a * cos - b * sin, b * cos + a * sin), dim=pair).flatten(-2)
+    return torch.cat((turned.to(x.dtype), x[..., rope_dim:]), dim=-1)
 
 
 class LightningIndexer(nn.Module):
@@ -172,16 +217,14 @@ class LightningIndexer(nn.Module):
             index_k = F.layer_norm(index_k, (self.head_dim,), gain, bias, self.k_norm.eps)
             index_k = self.rope(index_k, cos, sin).to(dtype)
 
-            index_weights = F.linear(asking.to(wide), self.weights_proj.weight.to(wide))
+            index_weights: Tensor = _WideProduct.apply(asking, self.weights_proj.weight)  # type: ignore[no-untyped-call]
             index_weights = index_weights * (self.num_heads**-0.5 * self.head_dim**-0.5)
         return index_q, index_k, index_weights
 
     def rope(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         """Turn each pair (a, b) of the first rope_dim dims: (a cos - b sin, b cos + a sin)."""
-        shape, pair = ((-1, 2), -1) if self.rope_interleaved else ((2, -1), -2)
-        a, b = torch.unflatten(x[..., : self.rope_dim].to(cos.dtype), -1, shape).unbind(pair)
-        turned = torch.stack((a * cos - b * sin, b * cos + a * sin), dim=pair).flatten(-2)
-        return torch.cat((turned.to(x.dtype), x[..., self.rope_dim :]), dim=-1)
+        out: Tensor = _Rotation.apply(x, cos, sin, self.rope_dim, self.rope_interleaved)  # type: ignore[no-untyped-call]
+        return out
 
     def _check(self, hidden: Tensor, q_residual: Tensor | None, cos: Tensor, sin: Tensor) -> None:
         if hidden.ndim < 1 or hidden.shape[-1] != self.hidden_size:
