@@ -225,8 +225,6 @@ class SparseHandle(IndexerHandle):
                 f"cp={self.parallel.cp}, sinks {'' if form.sinks is None else 'not '}None, indexers "
                 f"{'own' if self.trains_own else 'fresh'}; leave it out"
             )
-        if self.indexers.training and not torch.is_grad_enabled():
-            check_learns()
         weight = self._token_weights(leaves[2], tensors[0])
         out, kl, selection = attend_to_oracle_keys(
             tensors, leaves, visible, self.topk, softmax_scale=form.softmax_scale, value_dim=width,
@@ -250,8 +248,6 @@ class SparseHandle(IndexerHandle):
         """The output and the KL of this process's tokens, over the keys of all processes; learns as in one process."""
         learns, with_gradients = self._learns(tap, forward), torch.is_grad_enabled()
         now = learns and not with_gradients
-        if now:
-            check_learns()
         weights, group = self._token_weights(leaves[2], tensors[0]), forward.parallel.group("cp")
         assert group is not None
         kl = leaves[2].new_full(weights.shape, torch.nan) if learns and with_gradients and not again else None
@@ -281,8 +277,6 @@ class SparseHandle(IndexerHandle):
         lse: Tensor,
     ) -> Tensor:
         """The KL [T] of a model that is frozen, and in train() mode its backward, at once."""
-        if self.indexers.training:
-            check_learns()
         weight = self._token_weights(leaves[2], qk[0])
         with torch.enable_grad():
             loss, kl, entropy = sparse_indexer_kl(
@@ -312,7 +306,9 @@ class SparseHandle(IndexerHandle):
                 "call it under torch.autocast"
             )
         wide = (lambda x: x.to(q.dtype)) if q.device.type == "cuda" else at_least_float32
-        with torch.set_grad_enabled(self._learns(tap, forward)):
+        if (learns := self._learns(tap, forward)) and not torch.is_grad_enabled():
+            check_learns()
+        with torch.set_grad_enabled(learns):
             index_q, index_k, weights = tap.operands(self.indexers[str(tap.layer)], wide)
         if tap.cache is not None:
             rows = torch.unflatten(index_k, 0, (forward.rows, -1))
