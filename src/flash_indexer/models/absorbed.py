@@ -135,32 +135,29 @@ class _InRuns(torch.autograd.Function):
         refuse_backward(ctx, "attach")
         ctx.consumed = True
         tensors, wanted = ctx.saved_tensors, ctx.needs_input_grad[2:]
-        sums = [_room(x, n, wanted[n]) for n, x in enumerate(tensors)]
+        sums = {n: _room(x, n) for n, x in enumerate(tensors) if x is not None and wanted[n]}
         for rows in ctx.runs:
+            some = [
+                None if x is None else x.detach().requires_grad_(wanted[n]) for n, x in enumerate(_of(tensors, rows))
+            ]
             with torch.enable_grad():
-                some = [
-                    None if x is None else x.detach().requires_grad_(wanted[n])
-                    for n, x in enumerate(_of(tensors, rows))
-                ]
                 out = _run(ctx.settings, rows, some)
-            places = [n for n, is_wanted in enumerate(wanted) if is_wanted]
-            made = torch.autograd.grad(out, [some[n] for n in places], d_out[rows], allow_unused=True)
-            for n, gradient in zip(places, made, strict=True):
+            leaves = [x for x in some if x is not None and x.requires_grad]
+            made = torch.autograd.grad(out, leaves, d_out[rows], allow_unused=True)
+            for (n, room), gradient in zip(sums.items(), made, strict=True):
                 if gradient is not None and n < _OF_QUERIES:
-                    sums[n][rows] = gradient
+                    room[rows] = gradient
                 elif gradient is not None:
-                    sums[n] += gradient
-        return None, None, *(None if x is None else x.to(like.dtype) for x, like in zip(sums, tensors, strict=True))
+                    room += gradient
+        return None, None, *(sums[n].to(x.dtype) if n in sums else None for n, x in enumerate(tensors))
 
 
 def _of(tensors: tuple[Tensor | None, ...], rows: slice) -> list[Tensor | None]:
     return [x if x is None or n >= _OF_QUERIES else x[rows] for n, x in enumerate(tensors)]
 
 
-def _room(x: Tensor | None, place: int, wanted: bool) -> Tensor | None:
+def _room(x: Tensor, place: int) -> Tensor:
     """For a gradient: zeros, of float32 at least where runs add to it."""
-    if x is None or not wanted:
-        return None
     dtype = x.dtype if place < _OF_QUERIES else torch.promote_types(x.dtype, torch.float32)
     return torch.zeros(x.shape, dtype=dtype, device=x.device)
 

@@ -64,19 +64,29 @@ class Learner(NamedTuple):
 
     def learn(self, rows: slice, p_sum: Tensor, sums: Sums, tiles: Tiles | None = None) -> None:
         """KL, entropy and gradients of these rows from p_sum [rows, K] summed over all heads; tiles: of `ahead`."""
+        made = self._made(rows, p_sum, sums.d_index_k, tiles)
+        sums.kl[rows], sums.entropy[rows] = made.kl, made.entropy
+        for whole, part in ((sums.d_index_q, made.d_index_q), (sums.d_index_weights, made.d_index_weights)):
+            if whole is not None and part is not None:
+                whole[rows] = part
+
+    def learn_all(self, p_sum: Tensor, tiles: Tiles | None = None) -> Sums:
+        """What `learn` makes of all rows in one run, without room to copy it to."""
+        return self._made(slice(0, len(p_sum)), p_sum, None, tiles)
+
+    def _made(self, rows: slice, p_sum: Tensor, d_index_k: Tensor | None, tiles: Tiles | None) -> Sums:
+        """Of these rows, but for d_index_k, which is added to; None makes it."""
         leaves, chosen = self._of(rows)
         known = self.scores_are_known
         scores = chosen.scores if known else sparse_index_scores(leaves, chosen, self.workspace_bytes)
         kl, entropy, di = sparse_kl_rows(p_sum, scores, chosen.count, self.token_weight[rows])
-        sums.kl[rows], sums.entropy[rows] = kl, entropy
-        if any(self.needs):
-            made = sparse_index_gradients(
-                di, leaves, chosen, self.needs, d_index_k=sums.d_index_k, deterministic=self.deterministic,
-                workspace_bytes=self.workspace_bytes, tiles=tiles,
-            )  # fmt: skip
-            for whole, part in ((sums.d_index_q, made.d_index_q), (sums.d_index_weights, made.d_index_weights)):
-                if whole is not None and part is not None:
-                    whole[rows] = part
+        if not any(self.needs):
+            return Sums(kl, entropy, None, None, None)
+        made = sparse_index_gradients(
+            di, leaves, chosen, self.needs, d_index_k=d_index_k, deterministic=self.deterministic,
+            workspace_bytes=self.workspace_bytes, tiles=tiles,
+        )  # fmt: skip
+        return Sums(kl, entropy, *made)
 
 
 def runs_of_rows(selection: Selection, workspace_bytes: int) -> Iterator[slice]:
