@@ -16,6 +16,9 @@ PROJECTION_STD = 0.02
 HEAD_WEIGHT_GAIN = 0.04
 """Initial std of weights_proj times sqrt(hidden_size); LightningIndexer.reset_parameters says why."""
 
+_TERMS = 3
+_MANY = 2**25  # numbers of hidden states, from which on making terms takes less time than a wide copy
+
 
 class _WideLinear(nn.Linear):
     """A linear layer whose parameters follow every move, but are never cast below 32 bits."""
@@ -31,11 +34,21 @@ class _WideLinear(nn.Linear):
 
 
 class _WideProduct(torch.autograd.Function):
-    """x W^T in float32 at least, of x [..., D] and W [I, D]; keeps x for the gradient of W, not its wide copy."""
+    """x W^T in float32 at least, of x [..., D] and W [I, D]; keeps x for the gradient of W, not its wide copy.
+
+    Of a large x in bfloat16 on an NVIDIA GPU tensor cores form it, with float32's rounding: the other factor is a sum of three
+    bfloat16 terms, products are exact and sums are in float32. A wide copy of x would take three times its bytes.
+    """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
         ctx.save_for_backward(x, weight)
+        nvidia = x.device.type == "cuda" and torch.version.hip is None and not torch.compiler.is_compiling()
+        narrow = (x.dtype, weight.dtype) == (torch.bfloat16, torch.float32)
+        ctx.in_terms = nvidia and narrow and x.numel() >= _MANY
+        if ctx.in_terms:
+            made = torch.mm(x.reshape(-1, x.shape[-1]), bfloat16_terms(weight).flatten(0, 1).T, out_dtype=torch.float32)
+            return made.view(*x.shape[:-1], _TERMS, -1).sum(-2)
         wide = torch.promote_types(x.dtype, torch.float32)
         return F.linear(x.to(wide), weight.to(wide))
 
@@ -47,9 +60,23 @@ class _WideProduct(torch.autograd.Function):
             if ctx.needs_input_grad[0]:
                 d_x = (d_out @ weight.to(d_out.dtype)).to(x.dtype)
             if ctx.needs_input_grad[1]:
-                rows = x.reshape(-1, x.shape[-1]).to(d_out.dtype)
-                d_weight = (d_out.reshape(-1, d_out.shape[-1]).T @ rows).to(weight.dtype)
+                rows, d_rows = x.reshape(-1, x.shape[-1]), d_out.reshape(-1, d_out.shape[-1])
+                if ctx.in_terms:
+                    terms = bfloat16_terms(d_rows.T).flatten(0, 1)
+                    d_weight = torch.mm(terms, rows, out_dtype=torch.float32).view(_TERMS, *weight.shape).sum(0)
+                else:
+                    d_weight = (d_rows.T @ rows.to(d_out.dtype)).to(weight.dtype)
         return d_x, d_weight
+
+
+def bfloat16_terms(x: Tensor) -> Tensor:
+    """Three bfloat16 tensors [3, *x.shape] whose sum is the float32 tensor x but for its last bit: 8 bits each."""
+    terms = torch.empty(_TERMS, *x.shape, dtype=torch.bfloat16, device=x.device)
+    rest = x
+    for n in range(_TERMS):
+        terms[n] = rest
+        rest = rest - terms[n]
+    return terms
 
 
 class _Rotation(torch.autograd.Function):
