@@ -36,8 +36,8 @@ class _WideLinear(nn.Linear):
 class _WideProduct(torch.autograd.Function):
     """x W^T in float32 at least, of x [..., D] and W [I, D]; keeps x for the gradient of W, not its wide copy.
 
-    Of a large x in bfloat16 on an NVIDIA GPU tensor cores form it, with float32's rounding: the other factor is a sum of three
-    bfloat16 terms, products are exact and sums are in float32. A wide copy of x would take three times its bytes.
+    Of a large x in bfloat16 on an NVIDIA GPU tensor cores form it, with float32's rounding: the other factor is a sum
+    of three bfloat16 terms, products are exact and sums are in float32. A wide copy would take twice the bytes of x.
     """
 
     @staticmethod
