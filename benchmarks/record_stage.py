@@ -150,7 +150,8 @@ class Stage:
         runs = [word for name in names for word in ("--run", f"{name}={self.out / name}")]
         topk = ["--topk", *map(str, self.options.topk)]
         losses = str(self.out / "losses" / (keep or file).stem)
-        words = [*runs, "--data", str(data), "--sequences", sequences, *topk, "--keep", losses, "--out", str(file)]
+        words = [*runs, "--data", str(data), "--sequences", sequences, "--length", str(self.options.length)]
+        words += [*topk, "--keep", losses, "--out", str(file)]
         return [sys.executable, str(HERE / "stage.py"), *words]
 
     def together(self, commands: dict[str, list[str]]) -> None:
