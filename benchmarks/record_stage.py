@@ -9,7 +9,7 @@
 4. runs      on the same tokens: dense attention (K = the sequence's length), the indexer's keys and the oracle's at
              each --topk
 5. judgement all of them on the held-out text, dense and sparse (`stage.py`), and `flash-indexer evaluate` of the
-             indexers' runs: dense, sparse before and sparse after
+             indexers' runs, on --evaluate-sequences: dense, sparse before and sparse after
 
 Called again it goes on where it was. Every command is in OUT/commands.txt, what it printed in OUT/logs.
 """
