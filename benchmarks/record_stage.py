@@ -9,7 +9,7 @@
 4. runs      on the same tokens: dense attention (K = the sequence's length), the indexer's keys and the oracle's at
              each --topk
 5. judgement all of them on the held-out text, dense and sparse (`stage.py`), and `flash-indexer evaluate` of the
-             indexers' runs: dense, sparse before and sparse after
+             indexers' runs, on --evaluate-sequences: dense, sparse before and sparse after
 
 Called again it goes on where it was. Every command is in OUT/commands.txt, what it printed in OUT/logs.
 """
@@ -47,7 +47,7 @@ def main() -> None:
         "--batch-size", type=int, default=8, help="sequences; the host sets the pace, so many cost little"
     )
     parser.add_argument("--sequences", type=int, default=98, help="held-out ones, of 2,048 tokens")
-    parser.add_argument("--evaluate-sequences", type=int, help="of `evaluate`'s pages; default: as many")
+    parser.add_argument("--evaluate-sequences", type=int, default=24, help="of `evaluate`'s own pages, at most as many")
     parser.add_argument("--jobs", type=int, default=3, help="commands at a time")
     parser.add_argument("--gpus", type=int, default=1, help="GPUs that commands take in turns")
     parser.add_argument("--dtype", default="bfloat16")
@@ -110,7 +110,7 @@ class Stage:
         commands = {}  # those that take longest first
         for topk in self.options.topk:
             words = ["evaluate", "--run", str(self.out / f"indexer-{topk}"), "--data", str(held_out)]
-            words += ["--sequences", str(self.options.evaluate_sequences or sequences)]
+            words += ["--sequences", str(min(self.options.evaluate_sequences, self.options.sequences))]
             commands[f"evaluate-{topk}"] = [sys.executable, "-m", "flash_indexer", *words]
         commands |= self.judge_each(names, held_out, sequences, self.out / "held_out.json")
         self.together(commands)

@@ -26,7 +26,7 @@ def steps(results: Path) -> list[str]:
         "timed. *Attention*: its part of the device's time, selection and the indexers' loss and gradients included.",
         "",
         *table("step | dense | sparse | ratio | attention, dense | attention, sparse | memory, dense | memory, sparse",
-               [_row(record) for record in found.values()]),
+               [_row(found[key]) for key in sorted(found, key=lambda key: (*key[:2], not key[2]))]),
         *_tokens(list(found.values())),
     ]  # fmt: skip
 

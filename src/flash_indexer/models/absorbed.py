@@ -13,12 +13,13 @@ Source: DeepSeek-V2 technical report (2024), section 2.1; DeepSeek-V3.2 trains i
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from flash_indexer.ops import SparseSettings, recomputed_attention
+from flash_indexer.ops import Selection, SparseSettings, recomputed_attention
 from flash_indexer.ops.sparse.dsa_op import refuse_backward
 
 WHOLE_BYTES, RUN_BYTES = 20 * 2**30, 2 * 2**30
@@ -95,9 +96,11 @@ def absorbed_in_runs(
     """
     index_q, index_k, index_weights = leaves
     step = max(1, RUN_BYTES // _token_bytes(q, weights))
+    assert settings.selection is not None
     out: Tensor = _InRuns.apply(  # type: ignore[no-untyped-call]
-        settings, step, q, index_q, index_weights, k, index_k, *weights, sinks
-    )
+        settings._replace(selection=None), step, *settings.selection, q, index_q, index_weights, k, index_k, *weights,
+        sinks,
+    )  # fmt: skip
     return out
 
 
@@ -116,14 +119,21 @@ def _run(settings: SparseSettings, rows: slice, tensors: list[Tensor | None]) ->
 
 
 class _InRuns(torch.autograd.Function):
-    """Each run's graph lives while the run does: slices of q would each have a gradient as large as q's own."""
+    """Each run's graph lives while the run does: slices of q would each have a gradient as large as q's own.
+
+    The selection travels as tensors, which activation checkpointing frees with the others.
+    """
 
     @staticmethod
-    def forward(ctx: Any, settings: SparseSettings, step: int, *tensors: Tensor | None) -> Tensor:
+    def forward(
+        ctx: Any, settings: SparseSettings, step: int, indices: Tensor, count: Tensor, scores: Tensor,
+        *tensors: Tensor | None,
+    ) -> Tensor:  # fmt: skip
         q, w_v = tensors[0], tensors[6]
         assert q is not None and w_v is not None
-        ctx.save_for_backward(*tensors)
+        ctx.save_for_backward(indices, count, scores, *tensors)
         ctx.settings, ctx.consumed = settings, False
+        settings = settings._replace(selection=Selection(indices, count, scores))
         ctx.runs = [slice(begin, begin + step) for begin in range(0, len(q), step)]
         out = q.new_empty(*q.shape[:2], w_v.shape[2])
         for rows in ctx.runs:
@@ -134,14 +144,16 @@ class _InRuns(torch.autograd.Function):
     def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor | None, ...]:
         refuse_backward(ctx, "attach")
         ctx.consumed = True
-        tensors, wanted = ctx.saved_tensors, ctx.needs_input_grad[2:]
+        indices, count, scores, *tensors = ctx.saved_tensors
+        wanted = ctx.needs_input_grad[5:]
+        settings = ctx.settings._replace(selection=Selection(indices, count, scores))
         sums = {n: _room(x, n) for n, x in enumerate(tensors) if x is not None and wanted[n]}
         for rows in ctx.runs:
             some = [
                 None if x is None else x.detach().requires_grad_(wanted[n]) for n, x in enumerate(_of(tensors, rows))
             ]
             with torch.enable_grad():
-                out = _run(ctx.settings, rows, some)
+                out = _run(settings, rows, some)
             leaves = [x for x in some if x is not None and x.requires_grad]
             made = torch.autograd.grad(out, leaves, d_out[rows], allow_unused=True)
             for (n, room), gradient in zip(sums.items(), made, strict=True):
@@ -149,10 +161,11 @@ class _InRuns(torch.autograd.Function):
                     room[rows] = gradient
                 elif gradient is not None:
                     room += gradient
-        return None, None, *(sums[n].to(x.dtype) if n in sums else None for n, x in enumerate(tensors))
+        nothing = (None,) * 5
+        return *nothing, *(sums[n].to(x.dtype) if n in sums else None for n, x in enumerate(tensors))
 
 
-def _of(tensors: tuple[Tensor | None, ...], rows: slice) -> list[Tensor | None]:
+def _of(tensors: Sequence[Tensor | None], rows: slice) -> list[Tensor | None]:
     return [x if x is None or n >= _OF_QUERIES else x[rows] for n, x in enumerate(tensors)]
 
 

@@ -228,7 +228,9 @@ class _RecomputedAttention(torch.autograd.Function):
         ctx.mark_non_differentiable(lse, *selection)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(q, k, v, sinks, *leaves, out, lse, *(selection if settings.save_selection else ()))
-        ctx.settings, ctx.consumed = settings, False
+        # saved once, as tensors, which activation checkpointing frees
+        ctx.settings = settings._replace(selection=None) if settings.save_selection else settings
+        ctx.consumed = False
         return out, lse, *selection
 
     @staticmethod
