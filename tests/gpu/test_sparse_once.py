@@ -54,12 +54,12 @@ CASES = {
     "64 columns": Case(4, 2, 64, 48, 3, 64, "dense", TILES),
     "128 columns": Case(3, 1, 128, 96, 5, 128, "gathered", TILES),
     "absorbed": Case(70, 1, 576, -512, 3, 64, "gathered", ABSORBED + EXACT),
-    "absorbed, any order": Case(66, 1, 576, -512, 3, 128, "ranges", ABSORBED, deterministic=False),
-    "absorbed, few heads": Case(9, 1, 576, -512, 3, 64, "ranges", ABSORBED + EXACT, half=True),
-    "absorbed, few heads, any order": Case(
-        5, 1, 576, -512, 9, 128, "dense", ABSORBED, deterministic=False, half=True
-    ),
-}  # fmt: skip
+    "absorbed, any order": Case(66, 1, 576, -512, 3, 128, "dense", ABSORBED, deterministic=False),
+    "absorbed, few heads": Case(9, 1, 576, -512, 3, 128, "gathered", ABSORBED + EXACT, half=True),
+    "absorbed, few heads, any order": Case(5, 1, 576, -512, 9, 64, "dense", ABSORBED, deterministic=False, half=True),
+    "ranges, 64 columns": Case(4, 2, 64, 48, 3, 64, "ranges", TILES),
+    "ranges, 128 columns": Case(3, 1, 64, 48, 9, 128, "ranges", TILES),
+}
 
 
 @pytest.fixture
