@@ -47,6 +47,7 @@ BACKENDS = {
     "memory-efficient": SDPBackend.EFFICIENT_ATTENTION,
 }  # fmt: skip
 SHORT, SHORT_K = 700, 128
+ATTENTION = ("sdpa", "fmha", "flash", "cudnn::fusion")  # in the names of attention's kernels, ours among them
 CLOSE = 2**-5  # of norms: four layers in bfloat16
 WARM_UP = 1
 
@@ -225,7 +226,7 @@ def clock(action: Callable[[], Any], count: int, device: torch.device) -> tuple[
 
 
 def kernel_times(step: Callable[[], None], device: torch.device) -> dict[str, float]:
-    """Milliseconds of device time by kernel, the largest first, and of the step in which the device had no work."""
+    """Milliseconds of device time by kernel, the largest first, of all attention's, and of a step without any."""
     if device.type == "cpu":
         return {}
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
@@ -239,7 +240,9 @@ def kernel_times(step: Callable[[], None], device: torch.device) -> dict[str, fl
         busy += max(0.0, event.time_range.end - max(event.time_range.start, end)) / 1e3
         end = max(end, event.time_range.end)
     idle = (end - events[0].time_range.start) / 1e3 - busy
-    return {name: round(ms, 3) for name, ms in found.most_common(30)} | {"idle": round(idle, 3)}
+    attention = sum(ms for name, ms in found.items() if any(word in name for word in ATTENTION))
+    shown = {name: round(ms, 3) for name, ms in found.most_common(30)}
+    return shown | {"attention": round(attention, 3), "idle": round(idle, 3)}
 
 
 def shown(found: dict[str, Any]) -> Any:

@@ -256,6 +256,18 @@ def test_runs_of_queries_are_absorbed_one_at_a_time_with_the_same_result(
             torch.testing.assert_close(in_runs, whole, rtol=1e-8, atol=1e-12, msg=name)
 
 
+def test_runs_of_queries_learn_once(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(absorbed, "WHOLE_BYTES", 0)
+    handle = sparsely(without_experts(tiny, "deepseek_v3").requires_grad_(True))
+    loss = handle.model(tokens(1, 21), use_cache=False).logits.square().mean()
+    with pytest.raises(RuntimeError, match="no second derivative"):
+        torch.autograd.grad(loss, handle.model.lm_head.weight, retain_graph=True)
+        torch.autograd.grad(loss, handle.model.model.embed_tokens.weight, create_graph=True)
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="would count the KL twice"):
+        loss.backward()
+
+
 @pytest.mark.parametrize("name", ["llama", "deepseek_v3"])
 def test_a_frozen_models_indexers_learn_the_same_in_the_forward(tiny: Tiny, name: str) -> None:
     handle, ids = sparsely(without_experts(tiny, name).double()), tokens(2, 21)
