@@ -164,6 +164,12 @@ def test_the_sparse_stage_beside_cudnn_dense_attention_and_gathering(report: Mod
             **timed("torch_forward", "torch_backward", ms=10.0)}  # fmt: skip
     text = "\n".join(report.sparse(write(sparse=[absorbed, grouped, late])))
     assert "random keys | 0.62 x (2.00 + 2.00 ms) | 0.62 x (2.00 + 2.00 ms) |  |" in text
+    assert "learn, any order" not in text
+    theirs |= timed("dsa_index_gradients", ms=2.0)
+    added = {"name": "v32", "peers": list(theirs), **timed(*SPARSE_STEPS), **timed("learn_any_order", ms=2.0), **theirs}
+    text = "\n".join(report.sparse(write(sparse=[added, grouped, late])))
+    assert "| learn | learn, any order | layer |" in text and "| 2.50 ms | 2.00 ms | 2.50 ms | 2.50 ms |" in text
+    assert "| 0.62 x (2.00 + 2.00 ms) | 0.50 x (2.00 + 2.00 ms) |" in text and "| 2.50 ms | torch | 2.50 ms |" in text
     assert "random keys: cuDNN, dense 5.00 ms; ours 5.00 ms, with the target 5.00 ms." in text
     assert "| H=64 G=1 D=128, 16,384 keys | 5.00 ms | 20.00 ms | 0.25 x |" in text
 
