@@ -29,13 +29,11 @@ import torch
 from flash_indexer.bench.timing import environment
 
 ROOT = Path(__file__).resolve().parents[1]
-# Small problems of several chunks, over every kernel; those of the sparse stage have a file of their own. Left out is
-# what no operator chooses yet: racecheck reports the sums by ranges of keys (docs/journal.md).
+# Small problems of several chunks, over every kernel; those of the sparse stage have a file of their own.
 SANITIZED = (
     "tests/gpu/test_poison.py", "tests/gpu/test_heads.py", "tests/gpu/test_heads_once.py",
     "tests/gpu/test_sparse_once.py", "-k",
-    "(test_nothing_beside_the_inputs_is_read and documents) or test_memory_that_held_nan or "
-    "(test_sparse_once and not ranges)",
+    "(test_nothing_beside_the_inputs_is_read and documents) or test_memory_that_held_nan or test_sparse_once",
 )  # fmt: skip
 LISTED = 40  # failures kept by name
 TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")

@@ -30,7 +30,6 @@ ABSORBED = ("sparse_attention_mla", "sparse_delta", "sparse_gradients_mla")
 EXACT = ("sparse_exact_table", "sparse_exact_grid", "sparse_exact_finish")
 FORMS = {  # of the index gradients
     "gathered": ("sparse_index_gradients", "sparse_index_largest", "sparse_index_table", "sparse_index_finish"),
-    "ranges": ("sparse_index_spans", "sparse_index_masks", "sparse_index_keys"),
     "dense": ("sparse_scatter",),
 }
 
@@ -57,8 +56,6 @@ CASES = {
     "absorbed, any order": Case(66, 1, 576, -512, 3, 128, "dense", ABSORBED, deterministic=False),
     "absorbed, few heads": Case(9, 1, 576, -512, 3, 128, "gathered", ABSORBED + EXACT, half=True),
     "absorbed, few heads, any order": Case(5, 1, 576, -512, 9, 64, "dense", ABSORBED, deterministic=False, half=True),
-    "ranges, 64 columns": Case(4, 2, 64, 48, 3, 64, "ranges", TILES),
-    "ranges, 128 columns": Case(3, 1, 64, 48, 9, 128, "ranges", TILES),
 }
 
 
@@ -81,7 +78,6 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, dict[str, in
 def test_all_steps(name: str, launched: dict[str, dict[str, int]], monkeypatch: pytest.MonkeyPatch) -> None:
     case = CASES[name]
     monkeypatch.setattr(gpu_index, "dense_is_faster", lambda *_: case.form == "dense")
-    monkeypatch.setattr(gpu_index, "ranges_are_faster", lambda *_: case.form == "ranges")
     monkeypatch.setattr(gpu_body, "_HALF_HEADS", case.H if case.half else 0)
     shape = Shape(DOCUMENTS[case.H * case.D > 2**14], H=case.H, G=case.G, D=case.D, I=case.I, E=case.E)
     x, v, d_out = make(shape, case.V, "cpu")
