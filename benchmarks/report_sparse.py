@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 
 from report_records import Record, latest, table
@@ -27,18 +28,23 @@ LATE = {
 }
 LONG, FIRST = "v32_layer_128k", "sparse_first_call"
 DENSE = {"cudnn": "cuDNN, dense", "fa2": "FlashAttention-2, dense", "flex": "FlexAttention with the same bits"}
-STEPS = ("select", "forward", "backward", "any_order", "learn", "layer", "layer_any_order")
+STEPS = {  # and the columns' names
+    "select": "select", "forward": "forward", "backward": "backward", "any_order": "any order", "learn": "learn",
+    "learn_any_order": "learn, any order", "layer": "layer", "layer_any_order": "layer, any order",
+}  # fmt: skip
 LIKE = {  # our step, and what of cuDNN's kernels for selected keys does the same
     "select": ("dsa_scores", "dsa_topk"), "any_order": ("dsa_backward", "dsa_target"),
     "learn": ("dsa_index_scores", "dsa_index_gradients"),
+    "learn_any_order": ("dsa_index_scores", "dsa_index_gradients"),
 }  # fmt: skip
 
 
 def sparse(results: Path) -> list[str]:
     """The sparse stage's part of the page; nothing without records."""
     records = latest(results / "sparse.jsonl")
+    steps = _recorded(STEPS, records)
     rows = [
-        [title, *(_time(records[name], step) for step in STEPS)]
+        [title, *(_time(records[name], step) for step in steps)]
         for name, title in (MLA | GROUPED).items()
         if name in records
     ]
@@ -53,7 +59,7 @@ def sparse(results: Path) -> list[str]:
         "*any order*: with `deterministic=False`. *Learn*: KL and the index tensors' gradients. *Layer*: all of it by",
         '`dsa_attention(kl="backward")`. *torch*: at the commit of the record no kernel took it, and it was not timed.',
         "",
-        *table("size | select | forward | backward | any order | learn | layer | layer, any order", rows),
+        *table(" | ".join(["size", *(STEPS[step] for step in steps)]), rows),
         *_beside_cudnn(records),
         *_beside_dense(records),
         *_beside_gathering(records),
@@ -62,24 +68,32 @@ def sparse(results: Path) -> list[str]:
     ]
 
 
+def _recorded(steps: Iterable[str], records: dict[str, Record]) -> list[str]:
+    """Without `learn_any_order` where no record has it yet."""
+    known = any("learn_any_order" in record for record in records.values())
+    return [step for step in steps if known or step != "learn_any_order"]
+
+
 def _beside_cudnn(records: dict[str, Record]) -> list[str]:
-    rows, absent, all_names = [], {}, tuple(peer for names in LIKE.values() for peer in names)
+    rows, absent, steps = [], {}, _recorded(LIKE, records)
+    together = tuple(step for step in steps if step != "learn" or "learn_any_order" not in steps)
+    all_names = tuple(peer for step in together for peer in LIKE[step])
     for name, title in MLA.items():
         record = records.get(name, {})
         absent |= {peer: reason for peer, reason in record.get("notes", {}).items() if peer.startswith("dsa_")}
         if not any(peer in record for peer in all_names):
             continue
-        each = [_over(record, (step,), names) for step, names in LIKE.items()]
-        rows.append([title, *each, _over(record, tuple(LIKE), all_names, apart=False)])
+        each = [_over(record, (step,), LIKE[step]) for step in steps]
+        rows.append([title, *each, _over(record, together, all_names, apart=False)])
     if not rows:
         return []
     return [
         "",
         "Over the time of cuDNN's kernels for selected keys, in the same rounds: index scores and deterministic top-k;",
         "backward and target, both in any order; index scores and gradients at the selected keys, without the KL; and",
-        "all of these. Its forward over selected keys needs a later GPU.",
+        "all of these, in any order where it was timed. Its forward over selected keys needs a later GPU.",
         "",
-        *table("size | select | any order | learn | together", rows),
+        *table(" | ".join(["size", *(STEPS[step] for step in steps), "together"]), rows),
         *([""] if absent else []),
         *(f"- `{peer}` was not timed: {reason}" for peer, reason in absent.items()),
     ]

@@ -191,6 +191,18 @@ def test_the_sparse_stage_beside_cudnn_dense_attention_and_gathering(report: Mod
     assert "random keys | 0.62 x (2.00 + 2.00 ms) | 0.62 x (2.00 + 2.00 ms) |  |  |" in text
     assert "slots empty | 0.62 x (2.00 + 2.00 ms)" + " | 0.62 x (2.00 + 2.00 ms)" * 2 + " | 0.62 x (12.00 ms) |" in text
     assert "- `dsa_index_gradients` was not timed: ValueError: other widths" in text and "`flex`" not in text
+    assert "learn, any order" not in text
+    added = {
+        "name": "v32",
+        "peers": list(all_six),
+        **timed(*SPARSE_STEPS),
+        **timed("learn_any_order", ms=2.0),
+        **all_six,
+    }
+    text = "\n".join(report.sparse(write(sparse=[added, grouped, late])))
+    assert "| learn | learn, any order | layer |" in text and "| 2.50 ms | 2.00 ms | 2.50 ms | 2.50 ms |" in text
+    assert "| 0.62 x (2.00 + 2.00 ms) | 0.50 x (2.00 + 2.00 ms) | 0.58 x (12.00 ms) |" in text
+    assert "| 2.50 ms | torch | 2.50 ms |" in text
     assert "random keys: cuDNN, dense 5.00 ms; ours 5.00 ms, with the target 5.00 ms." in text
     assert "| H=64 G=1 D=128, 16,384 keys | 5.00 ms | 20.00 ms | 0.25 x |" in text
 

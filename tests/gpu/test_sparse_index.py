@@ -143,11 +143,10 @@ def run(x: Problem, needs: tuple[bool, bool, bool] = (True, True, True)) -> tupl
     return d_index_q, d_index_k, d_weights
 
 
-@pytest.fixture(params=["gathered", "ranges", "dense"])
+@pytest.fixture(params=["gathered", "dense"])
 def form(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """All forms of the gradients, whichever would be chosen."""
+    """Both forms of the gradients, whichever would be chosen."""
     monkeypatch.setattr(gpu_index, "dense_is_faster", lambda *_: request.param == "dense")
-    monkeypatch.setattr(gpu_index, "ranges_are_faster", lambda *_: request.param == "ranges")
     return str(request.param)
 
 
@@ -245,26 +244,8 @@ def test_a_small_workspace_takes_rows_in_chunks(form: str) -> None:
     torch.testing.assert_close(sums, whole[1], rtol=1e-4, atol=1e-6 * float(whole[1].abs().max()))
 
 
-@pytest.mark.parametrize("I, E", [(64, 128), (20, 64)])
-def test_ranges_where_slots_crowd(I: int, E: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Hundreds of slots in a run of keys take several steps, runs without slots none; tokens come in parts."""
-    monkeypatch.setattr(gpu_index, "dense_is_faster", lambda *_: False)
-    monkeypatch.setattr(gpu_index, "ranges_are_faster", lambda *_: True)
-    x = make(200, 5000, 700, I, E)
-    crowded = torch.arange(700, device="cuda", dtype=torch.int32) + 900
-    x.selection.indices[50:150] = torch.where(x.selection.indices[50:150] < 0, -1, crowded)
-    got, truth = run(x), dense(x, torch.float64)
-    eager = worst_of_eight(x, truth)
-    for name, *each in zip(("d_index_q", "d_index_k", "d_index_weights"), got, truth, eager, strict=True):
-        assert_close(name, *(y.flatten(0, -2) for y in each))
-
-
-def test_which_form_is_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Dense tiles where a query selects a quarter of what its block sees, or heads are few; else gathered ones, with
-    ranges of keys where these are few."""
-    monkeypatch.setattr(gpu_index, "_RANGED_WIDTHS", (64, 128))
-    many = make(256, 300, 8, 64, 128).leaves
-    assert gpu_index.ranges_are_faster(16384, many, 2048) and not gpu_index.ranges_are_faster(131072, many, 2048)
+def test_which_form_is_chosen() -> None:
+    """Dense tiles where a query selects a quarter of what its block sees, or heads are few; else gathered ones."""
     leaves = make(2560, 300, 8, 64, 128).leaves
     few = make(2560, 300, 8, 8, 64).leaves
     tiles = 20 * 128

@@ -28,11 +28,8 @@ TILES = (
 )  # fmt: skip
 ABSORBED = ("sparse_attention_mla", "sparse_delta", "sparse_gradients_mla")
 EXACT = ("sparse_exact_table", "sparse_exact_grid", "sparse_exact_finish")
-FORMS = {  # of the index gradients
-    "gathered": ("sparse_index_gradients", "sparse_index_largest", "sparse_index_table", "sparse_index_finish"),
-    "ranges": ("sparse_index_spans", "sparse_index_masks", "sparse_index_keys"),
-    "dense": ("sparse_scatter",),
-}
+INDEX_SUMS = ("sparse_index_largest", "sparse_index_table", "sparse_index_finish")
+FORMS = {"gathered": ("sparse_index_gradients",), "dense": ("sparse_scatter",)}  # of the index gradients
 
 
 class Case(NamedTuple):
@@ -52,12 +49,12 @@ class Case(NamedTuple):
 
 CASES = {
     "64 columns": Case(4, 2, 64, 48, 3, 64, "dense", TILES),
-    "128 columns": Case(3, 1, 128, 96, 5, 128, "gathered", TILES),
-    "absorbed": Case(70, 1, 576, -512, 3, 64, "gathered", ABSORBED + EXACT),
-    "absorbed, any order": Case(66, 1, 576, -512, 3, 128, "ranges", ABSORBED, deterministic=False),
-    "absorbed, few heads": Case(9, 1, 576, -512, 3, 64, "ranges", ABSORBED + EXACT, half=True),
+    "128 columns": Case(3, 1, 128, 96, 5, 128, "gathered", TILES + INDEX_SUMS),
+    "absorbed": Case(70, 1, 576, -512, 3, 64, "gathered", ABSORBED + EXACT + INDEX_SUMS),
+    "absorbed, any order": Case(66, 1, 576, -512, 3, 128, "gathered", ABSORBED, deterministic=False),
+    "absorbed, few heads": Case(9, 1, 576, -512, 3, 128, "dense", ABSORBED + EXACT, half=True),
     "absorbed, few heads, any order": Case(
-        5, 1, 576, -512, 9, 128, "dense", ABSORBED, deterministic=False, half=True
+        5, 1, 576, -512, 9, 64, "gathered", ABSORBED, deterministic=False, half=True
     ),
 }  # fmt: skip
 
@@ -81,7 +78,6 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, dict[str, in
 def test_all_steps(name: str, launched: dict[str, dict[str, int]], monkeypatch: pytest.MonkeyPatch) -> None:
     case = CASES[name]
     monkeypatch.setattr(gpu_index, "dense_is_faster", lambda *_: case.form == "dense")
-    monkeypatch.setattr(gpu_index, "ranges_are_faster", lambda *_: case.form == "ranges")
     monkeypatch.setattr(gpu_body, "_HALF_HEADS", case.H if case.half else 0)
     shape = Shape(DOCUMENTS[case.H * case.D > 2**14], H=case.H, G=case.G, D=case.D, I=case.I, E=case.E)
     x, v, d_out = make(shape, case.V, "cpu")
@@ -119,4 +115,6 @@ def test_the_cases_have_every_kernel_of_the_stage() -> None:
     assert of_the_stage == {*ALL, *(name for c in CASES.values() for name in c.kernels + FORMS[c.form])}
     absorbed = [case for case in CASES.values() if case.V < 0]
     assert {(case.half, case.deterministic) for case in absorbed} == {(a, b) for a in (0, 1) for b in (0, 1)}
-    assert {(case.form, case.E) for case in CASES.values()} == {(form, E) for form in FORMS for E in (64, 128)}
+    gathered = [case for case in CASES.values() if case.form == "gathered"]
+    assert {(case.E, case.deterministic) for case in gathered} == {(E, order) for E in (64, 128) for order in (0, 1)}
+    assert {case.E for case in CASES.values() if case.form == "dense"} == {64, 128}

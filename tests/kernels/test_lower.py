@@ -32,8 +32,8 @@ LARGE = (
 )  # fmt: skip
 """Lowered within seconds, not within a fraction of one."""
 STREAMED = [kernel for kernel in SAMPLES if sizes.BUILDERS[kernel[0]].streamed]
-SELECTED = ("sparse_index_gradients", "sparse_index_masks", "sparse_index_scores")
-GATHERED = ("sparse_gradients_mla", "sparse_index_keys", *SELECTED)  # tensor cores that no copy engine feeds
+SELECTED = ("sparse_index_gradients", "sparse_index_scores")
+GATHERED = ("sparse_gradients_mla", *SELECTED)  # tensor cores that no copy engine feeds
 OTHERS = [kernel for kernel in SAMPLES if kernel not in STREAMED and kernel[0] not in GATHERED]
 FLOATS = {"red.relaxed.gpu.global.add.v4.f32"}
 BULK = {"cp.reduce.async.bulk.global.shared::cta.bulk_group.add.s32"}  # of integers, the same in any order
@@ -47,7 +47,6 @@ ADDING = {
     **dict.fromkeys(SELECTED, BULK),
     **dict.fromkeys(("sparse_index_largest", "sparse_index_table", "sparse_index_finish"), BULK | TABLES),
     "select": {"atomicAdd("},  # of integers
-    "sparse_index_spans": {"atomicMin(", "atomicMax("},
     "bits": {"atomicOr("},  # the same in any order
 }
 
@@ -113,7 +112,7 @@ def test_a_kernel_of_one_call_has_nothing_around_it(kernel, source):
     """Its device function sees to barriers, registers and shared memory, which must begin where descriptors say."""
     text = source(kernel[0], **dict(kernel[1]))
     body = device_program(text)
-    threads = 512 if kernel[0] in (*SELECTED, "sparse_index_keys") else 384
+    threads = 512 if kernel[0] in SELECTED else 384
     assert f"__launch_bounds__({threads}, 1)" in text and "extern __shared__ __align__(1024)" in body
     assert body.count(";") == 3, "the prototype, shared memory, the call"
     assert "wgmma_ss<" in text and "__syncthreads" not in body and "fence" not in body
@@ -135,15 +134,6 @@ def test_the_indexer_at_selected_keys_has_the_shared_memory_that_it_lays_out(E, 
     check = f"sparse_index::Layout<{E}>::BYTES == {sizes.sparse_index_bytes(E)}"
     compiles(source("sparse_index_gradients", E=E), (check,), nvcc, tmp_path)
     assert sizes.sparse_index_bytes(E) <= sizes.SHARED_MEMORY
-
-
-@pytest.mark.slow
-def test_sums_of_a_range_of_keys_have_the_shared_memory_that_they_lay_out(source, nvcc, tmp_path):
-    checks = f"index_keys::BYTES == {sizes.INDEX_KEYS_BYTES}", f"index_keys::RANGE == {sizes.INDEX_RANGE}"
-    compiles(source("sparse_index_keys", E=128), checks, nvcc, tmp_path)
-    assert sizes.INDEX_KEYS_BYTES <= sizes.SHARED_MEMORY
-    source_of_spans = source("sparse_index_spans")
-    assert f"#define INDEX_RUNS {sizes.INDEX_RUNS} " in source_of_spans and sizes.INDEX_RUN == 256
 
 
 @pytest.mark.slow

@@ -22,11 +22,11 @@ MOST_REGISTERS = {
     "sparse_index_finish": 64, "sparse_scatter": 64, "gradients_reduce": 128, "finish": 64, "scale": 64,
     "sparse_delta": 64, "sparse_exact_table": 64, "sparse_exact_grid": 64, "sparse_exact_finish": 64,
     "quantize": 96, "quantize_keys": 128, "rotate": 64, "bits": 64, "bits_keys": 64,
-    "bits_lists": 64, "bits_numbers": 64, "bits_slots": 64, "sparse_index_spans": 64, "sparse_index_keys": 128,
+    "bits_lists": 64, "bits_numbers": 64, "bits_slots": 64,
 }  # fmt: skip
 MANY = 3  # sizes of a kernel, of which every fourth is inspected by CI where there are more
 LATENT = ("attention_mla", "sparse_attention_mla")
-SELECTED = ("sparse_index_gradients", "sparse_index_masks", "sparse_index_scores")
+SELECTED = ("sparse_index_gradients", "sparse_index_scores")
 GATHERED = ("sparse_gradients_mla", *SELECTED)  # no tile comes by the copy engine
 BITS = ("bits_attention", "bits_gradients_query", "bits_gradients_key")
 HEADS = (
@@ -75,12 +75,8 @@ def products(name: str, static: dict[str, int]) -> int:
         return 2 * (18 + 16 + 2 * 4) + 4 * 16 + 8
     if name == "sparse_index_gradients":  # S and O of the queries' warps; S and the sums of the keys'
         return 2 * static["E"] // 16 + 128 // 16 + 64 // 16
-    if name == "sparse_index_masks":  # and S alone of the keys'
-        return 2 * static["E"] // 16 + 128 // 16
     if name == "sparse_index_scores":
         return static["E"] // 16
-    if name == "sparse_index_keys":
-        return 64 // 16
     if name in ("head_gradients_query", "head_gradients_key"):
         return 3 * (static["D"] + static["E"]) // 16 + 3 * static["N"] // 16
     if name == "bits_attention":

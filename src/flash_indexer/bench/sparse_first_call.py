@@ -3,7 +3,8 @@
 A process of its own for each of NAMES makes a few tokens of that size's heads, waits for the GPU, and then times one
 `dsa_attention(kl="backward")`, forward and backward: what it loads and launches. The process that measures has called
 it before, so that the kernels are compiled; another call is timed last. These processes are forked from one that has
-imported this module, with torch, and no more: that takes seconds, and is once enough.
+imported this module, with torch, and no more: that takes seconds, and is once enough. A backward of torch's own comes
+first in each: torch imports sympy at the first that is given a gradient, which takes a second or more.
 """
 
 from __future__ import annotations
@@ -66,6 +67,8 @@ def time_calls(name: str, device: str = "cuda") -> dict[str, float]:
     size = replace(SIZES[name], T=TOKENS, S=KEYS, K=TOPK)
     x = make(size, device, torch.bfloat16 if device == "cuda" else torch.float64)
     layer = Steps(size, x).by_name()["layer_any_order"]
+    one = torch.ones(1, device=device)
+    torch.autograd.backward(one.clone().requires_grad_() * 1, one)
     times = []
     for _ in range(2):
         if device == "cuda":

@@ -5,7 +5,8 @@ forward           attention over the selected keys, with its logsumexp
 backward          gradients of q, k and v, and the head-summed target; the same bits every time
 any_order         the same with deterministic=False
 backward_alone    without the target, any order
-learn             KL, and the index tensors' gradients, from target and scores
+learn             KL, and the index tensors' gradients, from target and scores; the same bits every time
+learn_any_order   the same with deterministic=False
 layer             all of it by `dsa_attention(kl="backward")`, forward and backward, the same bits every time
 layer_any_order   the same with deterministic=False
 """
@@ -33,7 +34,8 @@ from flash_indexer.ops import (
 from flash_indexer.ops.bodies import NoKernel, need_kernels
 
 STEPS = (
-    "select", "forward", "backward", "any_order", "backward_alone", "learn", "layer", "layer_any_order"
+    "select", "forward", "backward", "any_order", "backward_alone", "learn", "learn_any_order", "layer",
+    "layer_any_order",
 )  # fmt: skip
 ALL = (True, True, True)
 
@@ -71,7 +73,8 @@ class Steps:
             "backward": lambda: self.backward(True, self._needs),
             "any_order": lambda: self.backward(False, self._needs),
             "backward_alone": lambda: self.backward(False, self._needs._replace(p_sum=False)),
-            "learn": self.learn,
+            "learn": lambda: self.learn(True),
+            "learn_any_order": lambda: self.learn(False),
             "layer": lambda: self.layer(True),
             "layer_any_order": lambda: self.layer(False),
         }
@@ -80,10 +83,10 @@ class Steps:
         problem = self.x.problem(self.size, deterministic=deterministic)
         return sparse_backward(problem, self.x.d_out, self.forward.out, self.forward.lse, needs)
 
-    def learn(self) -> tuple[Any, Any]:
+    def learn(self, deterministic: bool) -> tuple[Any, Any]:
         x = self.x
         rows = sparse_kl_rows(self.forward.p_sum, x.selection.scores, x.selection.count, self.weight)
-        return rows, sparse_index_gradients(rows.di, x.leaves, x.selection, ALL)
+        return rows, sparse_index_gradients(rows.di, x.leaves, x.selection, ALL, deterministic=deterministic)
 
     def layer(self, deterministic: bool) -> None:
         size, leaves = self.size, self._leaves
@@ -109,11 +112,13 @@ class Steps:
                 if made is not None:
                     answers[name] = answers[name]._replace(dq=made.dq, dk=made.dk, dv=made.dv, p_sum=made.p_sum)
                     self.forward = self.forward._replace(p_sum=made.p_sum)
-            if any(answer.p_sum is not None for answer in answers.values()):
-                learned = _attempt(self.learn)
+            for deterministic, name in ((True, "one order"), (False, "any order")):
+                if all(answer.p_sum is None for answer in answers.values()):
+                    break
+                learned = _attempt(partial(self.learn, deterministic))
                 if learned is not None:
                     rows, made = learned
-                    answers["one order"] = answers["one order"]._replace(
+                    answers[name] = answers[name]._replace(
                         kl=rows.kl, d_index_q=made.d_index_q, d_index_k=made.d_index_k,
                         d_index_weights=made.d_index_weights,
                     )  # fmt: skip

@@ -9,7 +9,6 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from flash_indexer.kernels.sm_90 import sizes
 from flash_indexer.ops import Selection, launch
 from flash_indexer.ops.sparse import gpu_index, gpu_select
 
@@ -48,12 +47,3 @@ def test_tiles_are_counted_where_the_choice_depends_on_them(monkeypatch: pytest.
     none = Selection(indices[:, :0], count * 0, torch.zeros(T, 0))
     monkeypatch.setattr(gpu_index, "dense_is_faster", lambda *_: False)
     assert gpu_index.count_tiles(index, none) is None
-
-
-def test_ranges_are_for_few_keys_and_take_the_widths_that_have_them(monkeypatch: pytest.MonkeyPatch) -> None:
-    index = torch.empty(8192, 64, 128, device="meta"), torch.empty(16384, 128, device="meta"), torch.empty(0)
-    monkeypatch.setattr(gpu_index, "_RANGED_WIDTHS", sizes.GATHERED_INDEX_WIDTHS)
-    assert gpu_index.ranges_are_faster(16384, index, 2048) and not gpu_index.ranges_are_faster(131072, index, 2048)
-    assert not gpu_index.ranges_are_faster(sizes.INDEX_RUN * sizes.INDEX_RUNS + 1, index, 10**6)
-    monkeypatch.setattr(gpu_index, "_RANGED_WIDTHS", (64,))
-    assert not gpu_index.ranges_are_faster(16384, index, 2048)

@@ -34,11 +34,6 @@ SHARED_KEY_SCALES = (192,)  # of e4m3: widths of heads where 128 keys share a sc
 LSE_STAGES = {64: (2, 6), 96: (6, 9), 128: (4, 8), 192: (6, 7), 256: (4, 8), 576: (9, 4)}  # of the Q and K rings
 LSE_FP8 = {64: (2, 6), 96: (2, 6), 128: (2, 8), 192: (2, 6), 256: (4, 8), 576: (6, 5)}
 GATHERED_INDEX_WIDTHS = (64, 128)  # of the indexer at the selected keys
-INDEX_RANGE, INDEX_COLUMNS, INDEX_RUN, INDEX_RUNS = 768, 64, 256, 1024  # of `sparse_index_keys`: keys, columns of a
-# block's sums, keys of a run, runs at most
-INDEX_KEYS_BYTES = INDEX_RANGE * INDEX_COLUMNS * 4 + 3 * (
-    64 * INDEX_COLUMNS * 2 + 64 * 4 + 192 * 16 + 32
-)  # sums; stages
 INDEX_TABLE_KEYS = 16384  # keys of a table of `sparse_index_table`
 SELECT_ROW, SELECT_ORDERED = 16384, 4096  # of `select`: keys of a row that it holds; slots that it puts in order
 X_STAGES, Y_STAGES = 2, {32: 10, 64: 8, 128: 4}  # of `gradients`; Y by E: about as many bytes in flight
@@ -249,9 +244,6 @@ BUILDERS = {
         streamed=False,
     ),
     "sparse_index_gradients": Kernel("sparse_index_gradients", "build", GATHERED_INDEX, streamed=False),
-    "sparse_index_masks": Kernel("sparse_index_gradients", "build_masks", GATHERED_INDEX, streamed=False),
-    "sparse_index_keys": Kernel("sparse_index_keys", "build", GATHERED_INDEX, streamed=False),
-    "sparse_index_spans": Kernel("sparse_index_spans", "build", ({},), streamed=False),
     "sparse_scatter": Kernel("sparse_scatter", "build", ({},), streamed=False),
     "sparse_index_scores": Kernel("sparse_index_gradients", "build_scores", GATHERED_INDEX, streamed=False),
     "sparse_index_largest": Kernel("sparse_index_sums", "build_largest", GATHERED_INDEX, streamed=False),

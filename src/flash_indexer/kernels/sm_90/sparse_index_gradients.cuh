@@ -3,9 +3,26 @@
 #include "../device/cluster.cuh"
 #include "../device/fixed_point.cuh"
 #include "../device/wgmma.cuh"
-#include "sparse_index_rings.cuh"
 // The indexer at the selected keys, gradients and scores: tiles of 128 gathered keys of one token after the other.
 namespace sparse_index {
+static __device__ __forceinline__ void copy_row(int to, const char* from, int bytes) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(bytes) : "memory");
+}
+static __device__ __forceinline__ void copies_arrive(int barrier) {
+  asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(barrier) : "memory");
+}
+// byte at which piece c of 16 bytes of a row lies in a tile of so many rows, swizzled as `Tile` reads it
+template <int E, int ROWS>
+static __device__ __forceinline__ int piece(int row, int c) {
+  if (E == 32) return row * 64 + ((c ^ (row >> 1 & 3)) << 4);
+  return (c >> 3) * (ROWS * 128) + row * 128 + (((c & 7) ^ (row & 7)) << 4);
+}
+struct Stage {
+  int n = 0, parity = 0;
+  __device__ __forceinline__ void next(int count) {
+    if (++n == count) n = 0, parity ^= 1;
+  }
+};
 constexpr int KEYS = 128, HEADS = 64, TOKENS = 2, ADDERS = 2;  // stages of tokens, warpgroups that add
 // shared memory, in bytes
 template <int E>
@@ -31,11 +48,9 @@ struct Problem {
   float* dw;
   int* sums;
   float* scores;  // [T, width]
-  uint2* masks;   // [T, width]
   int T, I, S, width, bits, wants;
 };
 constexpr int WANTS_QUERY = 1, WANTS_KEY = 2, WANTS_SCORES = 4;
-enum { ADDITIONS, SCORES, MASKS };  // what warpgroups 0 and 1 make: d_index_k, scores, or which logits are positive
 static __device__ __forceinline__ int tiles_of(int count) { return (count + KEYS - 1) / KEYS; }
 
 template <int E>
@@ -180,14 +195,18 @@ struct Work {
     }
   }
 
-  // warps 0 to 3, 4 to 7: d_index_k of 64 keys of each tile
-  //   S = Y X^T    P = di w [S > 0]    sums[keys] += P X
-  __device__ __forceinline__ void add_keys(int half) const {
+  // a tile of a token, as warpgroups 0 and 1 have it: addresses of its heads and of the lane's weights
+  struct Place {
+    int t, tile, count, token, weights;
+  };
+  // warps 0 to 3, 4 to 7: of 64 keys of each tile
+  //   S = Y X^T
+  // numbers = read(stage) while the product runs; use(S, numbers, place) once the stage is free again
+  template <class Read, class Use>
+  __device__ __forceinline__ void each_product(int half, Read read, Use use) const {
     Stage y, z;
-    const int row = warpgroup_row(), key_row = half * 64 + row;
-    const int out = sm + L::Z + half * L::SUMS + warp * 16 * L::ROW;  // the warp's rows
     for (int t = blockIdx.x; t < x.T; t += gridDim.x) {
-      const int tiles = tiles_of(count_of(t));
+      const int count = count_of(t), tiles = tiles_of(count);
       if (!tiles) continue;
       barrier_wait(token_full(z.n), z.parity);
       fence_shared();
@@ -198,118 +217,81 @@ struct Work {
         fence_shared();
         const int keys = wg_uniform(sm + L::Y + y.n * L::KEY);
         float s[32];
-        unsigned p[16];
         wg_product<HEADS, E, KEYS>(s, (keys >> 4) + half * Tile<E, KEYS>::HALF, token >> 4);
-        const float a0 = load_shared_float(di_at(y.n, key_row)), a1 = load_shared_float(di_at(y.n, key_row + 8));
-        const float b0 = load_shared_float(scale_at(y.n, key_row)), b1 = load_shared_float(scale_at(y.n, key_row + 8));
-        const int key = load_shared_int(number_at(y.n, half * 64 + warp * 16 + (lane & 15)));
+        const auto numbers = read(y.n);
         tl::wait_wgmma<0>();
         tl::warpgroup_fence_operand(s, 32);
         release(key_empty(y.n));
         y.next(L::STAGES);
-#pragma unroll
-        for (int g = 0; g < 8; ++g) {
-          const float2 w = load_shared_float2(weights + g * 32);
-          p[2 * g] = define_word(pack(w.x * a0, w.y * a0), mask_positive(s[4 * g], s[4 * g + 1]));
-          p[2 * g + 1] = define_word(pack(w.x * a1, w.y * a1), mask_positive(s[4 * g + 2], s[4 * g + 3]));
-        }
-        float d[E / 2];
-#pragma unroll
-        for (int j = 0; j < E / 2; ++j) d[j] = 0.f;
-        wg_accumulate<HEADS, E>(d, p, token >> 4);
-        tl::wait_wgmma<0>();
-        tl::warpgroup_fence_operand(d, E / 2);
-        if (lane < 16) wait_bulk_read();
-        __syncwarp();
-#pragma unroll
-        for (int g = 0; g < E / 8; ++g) {
-          const int at = out + (lane >> 2) * L::ROW + g * 32 + (lane & 3) * 8;
-          store_shared(at, __float2int_rn(d[4 * g] * b0), __float2int_rn(d[4 * g + 1] * b0));
-          store_shared(at + 8 * L::ROW, __float2int_rn(d[4 * g + 2] * b1), __float2int_rn(d[4 * g + 3] * b1));
-        }
-        fence_shared();
-        __syncwarp();
-        if (lane < 16) {
-          if (key >= 0) add_bulk(x.sums + (long long)key * E, out + lane * L::ROW, E * 4);
-          commit_bulk();
-        }
+        use(s, numbers, Place{t, i, count, token, weights});
       }
       release(token_empty(z.n));
       z.next(TOKENS);
     }
+  }
+  // of a thread's two keys di and scale, and the key that its lane adds to
+  struct Numbers {
+    float a0, a1, b0, b1;
+    int key;
+  };
+  // d_index_k
+  //   P = di w [S > 0]    sums[keys] += P X
+  __device__ __forceinline__ void add_keys(int half) const {
+    const int row = half * 64 + warpgroup_row();
+    const int out = sm + L::Z + half * L::SUMS + warp * 16 * L::ROW;  // the warp's rows
+    const auto read = [&](int n) {
+      return Numbers{load_shared_float(di_at(n, row)), load_shared_float(di_at(n, row + 8)),
+                     load_shared_float(scale_at(n, row)), load_shared_float(scale_at(n, row + 8)),
+                     load_shared_int(number_at(n, half * 64 + warp * 16 + (lane & 15)))};
+    };
+    each_product(half, read, [&](float (&s)[32], const Numbers& y, const Place& at) {
+      unsigned p[16];
+#pragma unroll
+      for (int g = 0; g < 8; ++g) {
+        const float2 w = load_shared_float2(at.weights + g * 32);
+        p[2 * g] = define_word(pack(w.x * y.a0, w.y * y.a0), mask_positive(s[4 * g], s[4 * g + 1]));
+        p[2 * g + 1] = define_word(pack(w.x * y.a1, w.y * y.a1), mask_positive(s[4 * g + 2], s[4 * g + 3]));
+      }
+      float d[E / 2];
+#pragma unroll
+      for (int j = 0; j < E / 2; ++j) d[j] = 0.f;
+      wg_accumulate<HEADS, E>(d, p, at.token >> 4);
+      tl::wait_wgmma<0>();
+      tl::warpgroup_fence_operand(d, E / 2);
+      if (lane < 16) wait_bulk_read();
+      __syncwarp();
+#pragma unroll
+      for (int g = 0; g < E / 8; ++g) {
+        const int to = out + (lane >> 2) * L::ROW + g * 32 + (lane & 3) * 8;
+        store_shared(to, __float2int_rn(d[4 * g] * y.b0), __float2int_rn(d[4 * g + 1] * y.b0));
+        store_shared(to + 8 * L::ROW, __float2int_rn(d[4 * g + 2] * y.b1), __float2int_rn(d[4 * g + 3] * y.b1));
+      }
+      fence_shared();
+      __syncwarp();
+      if (lane < 16) {
+        if (y.key >= 0) add_bulk(x.sums + (long long)y.key * E, out + lane * L::ROW, E * 4);
+        commit_bulk();
+      }
+    });
     if (lane < 16) wait_bulk();
   }
-  // the same warps: scores of 64 keys of each tile
-  //   scores[t, slot] = sum_j w_j ReLU(Y X^T)
+  // scores[t, slot] = sum_j w_j ReLU(S)
   __device__ __forceinline__ void score_keys(int half) const {
-    Stage y, z;
-    const int slot = half * 64 + warpgroup_row();
-    for (int t = blockIdx.x; t < x.T; t += gridDim.x) {
-      const int count = count_of(t), tiles = tiles_of(count);
-      if (!tiles) continue;
-      barrier_wait(token_full(z.n), z.parity);
-      fence_shared();
-      const int token = wg_uniform(sm + L::X + z.n * L::TOKEN);
-      const int weights = sm + L::W + z.n * HEADS * 4 + (lane & 3) * 8;
-      for (int i = 0; i < tiles; ++i) {
-        barrier_wait(key_full(y.n), y.parity);
-        fence_shared();
-        const int keys = wg_uniform(sm + L::Y + y.n * L::KEY);
-        float s[32], first = 0.f, second = 0.f;
-        wg_product<HEADS, E, KEYS>(s, (keys >> 4) + half * Tile<E, KEYS>::HALF, token >> 4);
-        tl::wait_wgmma<0>();
-        tl::warpgroup_fence_operand(s, 32);
-        release(key_empty(y.n));
-        y.next(L::STAGES);
+    const int row = half * 64 + warpgroup_row();
+    each_product(half, [](int) { return 0; }, [&](float (&s)[32], int, const Place& at) {
+      float first = 0.f, second = 0.f;
 #pragma unroll
-        for (int g = 0; g < 8; ++g) {
-          const float2 w = load_shared_float2(weights + g * 32);
-          first = fmaf(w.x, relu(s[4 * g]), fmaf(w.y, relu(s[4 * g + 1]), first));
-          second = fmaf(w.x, relu(s[4 * g + 2]), fmaf(w.y, relu(s[4 * g + 3]), second));
-        }
-        first = quad_sum(first), second = quad_sum(second);
-        float* to = x.scores + (long long)t * x.width + i * KEYS;
-        if ((lane & 3) == 0 && i * KEYS + slot < count) to[slot] = first;
-        if ((lane & 3) == 0 && i * KEYS + slot + 8 < count) to[slot + 8] = second;
+      for (int g = 0; g < 8; ++g) {
+        const float2 w = load_shared_float2(at.weights + g * 32);
+        first = fmaf(w.x, relu(s[4 * g]), fmaf(w.y, relu(s[4 * g + 1]), first));
+        second = fmaf(w.x, relu(s[4 * g + 2]), fmaf(w.y, relu(s[4 * g + 3]), second));
       }
-      release(token_empty(z.n));
-      z.next(TOKENS);
-    }
-  }
-  // the same warps: of 64 keys of each tile, for which heads the logit is positive
-  //   masks[t, slot] = [Y X^T > 0]
-  __device__ __forceinline__ void mask_keys(int half) const {
-    Stage y, z;
-    const int slot = half * 64 + warpgroup_row();
-    for (int t = blockIdx.x; t < x.T; t += gridDim.x) {
-      const int count = count_of(t), tiles = tiles_of(count);
-      if (!tiles) continue;
-      barrier_wait(token_full(z.n), z.parity);
-      fence_shared();
-      const int token = wg_uniform(sm + L::X + z.n * L::TOKEN);
-      for (int i = 0; i < tiles; ++i) {
-        barrier_wait(key_full(y.n), y.parity);
-        fence_shared();
-        const int keys = wg_uniform(sm + L::Y + y.n * L::KEY);
-        float s[32];
-        wg_product<HEADS, E, KEYS>(s, (keys >> 4) + half * Tile<E, KEYS>::HALF, token >> 4);
-        tl::wait_wgmma<0>();
-        tl::warpgroup_fence_operand(s, 32);
-        release(key_empty(y.n));
-        y.next(L::STAGES);
-        uint2* to = x.masks + (long long)t * x.width + i * KEYS;
-#pragma unroll
-        for (int h = 0; h < 2; ++h) {
-          unsigned own = 0;
-#pragma unroll
-          for (int g = 0; g < 8; ++g) own |= (mask_positive(s[4 * g + 2 * h], s[4 * g + 2 * h + 1]) & 0x00010001u) << g;
-          const uint2 mask = head_mask(own);
-          if ((lane & 3) == 0 && i * KEYS + slot + 8 * h < count) to[slot + 8 * h] = mask;
-        }
-      }
-      release(token_empty(z.n));
-      z.next(TOKENS);
-    }
+      first = quad_sum(first), second = quad_sum(second);
+      const int slot = at.tile * KEYS + row;
+      float* to = x.scores + (long long)at.t * x.width + slot;
+      if ((lane & 3) == 0 && slot < at.count) to[0] = first;
+      if ((lane & 3) == 0 && slot + 8 < at.count) to[8] = second;
+    });
   }
   // who has nothing to do lets the others go on
   __device__ __forceinline__ void pass() const {
@@ -330,7 +312,7 @@ struct Work {
 }  // namespace sparse_index
 
 // Barriers, then each warpgroup to its work, for 512 threads; `sm` the address of BYTES of shared memory, a multiple of 1,024
-template <int E, int WHAT>
+template <int E, bool SCORES>
 static __device__ __forceinline__ void work_on_selected_keys(int sm, const sparse_index::Problem& x) {
   using namespace sparse_index;
   const Work<E> work(x, sm);
@@ -347,11 +329,10 @@ static __device__ __forceinline__ void work_on_selected_keys(int sm, const spars
     work.feed();
   } else if (warpgroup == 2) {
     asm volatile("setmaxnreg.inc.sync.aligned.u32 200;");
-    if (WHAT != SCORES && (x.wants & WANTS_QUERY)) work.sum_queries(); else work.pass();
+    if (!SCORES && (x.wants & WANTS_QUERY)) work.sum_queries(); else work.pass();
   } else {
     asm volatile("setmaxnreg.dec.sync.aligned.u32 120;");
-    if constexpr (WHAT == SCORES) work.score_keys(warpgroup);
-    else if constexpr (WHAT == MASKS) work.mask_keys(warpgroup);
+    if constexpr (SCORES) work.score_keys(warpgroup);
     else if (x.wants & WANTS_KEY) work.add_keys(warpgroup);
     else work.pass();
   }
@@ -362,25 +343,16 @@ static __device__ __forceinline__ void sparse_index_gradients(
     const int* bound, const float* most, void* dq, float* dw, int* sums, int T, int I, int S, int width, int bits,
     int wants) {
   const sparse_index::Problem x{
-      (const char*)q, (const char*)k, w, di, indices, count, bound, most, (char*)dq, dw, sums, nullptr,
-      nullptr, T, I, S, width, bits, wants};
-  work_on_selected_keys<E, sparse_index::ADDITIONS>(sm, x);
+      (const char*)q, (const char*)k, w, di, indices, count, bound, most, (char*)dq, dw, sums, nullptr, T,
+      I, S, width, bits, wants};
+  work_on_selected_keys<E, false>(sm, x);
 }
 template <int E>
 static __device__ __forceinline__ void sparse_index_scores(
     int sm, const void* q, const void* k, const float* w, const int* indices, const int* count, float* scores, int T,
     int I, int S, int width) {
   const sparse_index::Problem x{
-      (const char*)q, (const char*)k, w, nullptr, indices, count, nullptr, nullptr, nullptr, nullptr, nullptr, scores,
-      nullptr, T, I, S, width, 0, sparse_index::WANTS_SCORES};
-  work_on_selected_keys<E, sparse_index::SCORES>(sm, x);
-}
-template <int E>
-static __device__ __forceinline__ void sparse_index_masks(
-    int sm, const void* q, const void* k, const float* w, const float* di, const int* indices, const int* count, void* dq,
-    float* dw, int* masks, int T, int I, int S, int width, int wants) {
-  const sparse_index::Problem x{
-      (const char*)q, (const char*)k, w, di, indices, count, nullptr, nullptr, (char*)dq, dw, nullptr, nullptr,
-      (uint2*)masks, T, I, S, width, 0, wants};
-  work_on_selected_keys<E, sparse_index::MASKS>(sm, x);
+      (const char*)q, (const char*)k, w, nullptr, indices, count, nullptr, nullptr, nullptr, nullptr, nullptr, scores, T,
+      I, S, width, 0, sparse_index::WANTS_SCORES};
+  work_on_selected_keys<E, true>(sm, x);
 }

@@ -26,7 +26,7 @@ from flash_indexer.kernels.device.sources import source
 from flash_indexer.kernels.sm_90.macros import PASS_CONFIGS, shared_address
 from flash_indexer.kernels.sm_90.sizes import sparse_index_bytes
 
-__all__ = ["PASS_CONFIGS", "build", "build_masks", "build_scores"]
+__all__ = ["PASS_CONFIGS", "build", "build_scores"]
 SOURCE = source(__file__)
 
 
@@ -90,33 +90,3 @@ def build_scores(E):
             )  # fmt: skip
 
     return flash_indexer_sparse_index_scores
-
-
-def build_masks(E):
-    """DQ and DW as of `build`, and MASKS [T·width·2] int32 for `sparse_index_keys`: which of a slot's logits are
-    positive, 64 bits. Warpgroups 0 and 1 form S = Y X^T of 64 keys each and write these.
-
-    Run-time arguments: IQ, IK, W, DI, IDX, COUNT, DQ, DW as above; MASKS, written in the first COUNT[t] slots of a row;
-    tokens, I, S, width; wants: 1 for DQ and DW, else 0; grid.
-    """
-    nq, nk, nw, ns, nt = (T.dynamic(name) for name in ("nq", "nk", "nw", "ns", "nt"))
-    no, nd, nm = (T.dynamic(name) for name in ("no", "nd", "nm"))
-
-    @T.prim_func
-    def flash_indexer_sparse_index_masks(
-        IQ: T.Tensor((nq, E), "bfloat16"), IK: T.Tensor((nk, E), "bfloat16"), W: T.Tensor((nw,), "float32"),
-        DI: T.Tensor((ns,), "float32"), IDX: T.Tensor((ns,), "int32"), COUNT: T.Tensor((nt,), "int32"),
-        DQ: T.Tensor((no, E), "bfloat16"), DW: T.Tensor((nd,), "float32"), MASKS: T.Tensor((nm,), "int32"),
-        tokens: T.int32, I: T.int32, S: T.int32, width: T.int32, wants: T.int32, grid: T.int32,
-    ):  # fmt: skip
-        with T.Kernel(grid, threads=512):
-            T.import_source(SOURCE)
-            shared = T.alloc_shared((sparse_index_bytes(E),), "uint8")
-            T.call_extern(
-                "handle", f"sparse_index_masks<{E}>", shared_address(shared), T.address_of(IQ[0, 0]),
-                T.address_of(IK[0, 0]), T.address_of(W[0]), T.address_of(DI[0]), T.address_of(IDX[0]),
-                T.address_of(COUNT[0]), T.address_of(DQ[0, 0]), T.address_of(DW[0]), T.address_of(MASKS[0]), tokens, I,
-                S, width, wants,
-            )  # fmt: skip
-
-    return flash_indexer_sparse_index_masks

@@ -7,15 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from flash_indexer.kernels.sm_90.sizes import (
-    GATHERED_INDEX_WIDTHS,
-    INDEX_COLUMNS,
-    INDEX_RANGE,
-    INDEX_RUN,
-    INDEX_RUNS,
-    INDEX_TABLE_KEYS,
-    MAX_INDEX_HEADS,
-)
+from flash_indexer.kernels.sm_90.sizes import GATHERED_INDEX_WIDTHS, INDEX_TABLE_KEYS, MAX_INDEX_HEADS
 from flash_indexer.ops import launch
 from flash_indexer.ops.sparse import gpu_index_tiles
 from flash_indexer.ops.sparse.problem import Leaves
@@ -26,9 +18,6 @@ _WANTS_QUERY, _WANTS_KEY = 1, 2
 _DENSE_PRODUCT, _DENSE_PAIR = 1.05e-5, 2e-3  # ns of a pair: for each head and column, and beside them
 _LISTS = 3e5  # ns of making the lists of dense tiles: some 60 small launches
 _SLOT, _SUM = 0.06, 1.5e-3  # ns of a slot: beside the additions, and for each column
-_RANGED_WIDTHS: tuple[int, ...] = ()  # of `ranged_gradients`: GATHERED_INDEX_WIDTHS once it has been seen to be faster
-_RANGE_STEP, _MASKED_SLOT = 4.3, 0.08  # ns of a token in a range of keys, and of a slot before that
-_PARTS = 16  # parts of the tokens, of `sparse_index_keys`, at most
 _TABLE_TOKENS = 32  # that a block of `sparse_index_table` takes at a time
 _FINISH = 1024  # numbers that a block of `sparse_index_finish` takes
 
@@ -113,8 +102,7 @@ def index_gradients(
 ) -> tuple[Tensor | None, Tensor | None]:
     """See `torch_index.index_gradients`. The same bits every time, whether asked for or not.
 
-    From gathered tiles, from gathered tiles and ranges of keys, or from dense tiles (`gpu_index_tiles`): whichever
-    takes the least time by `dense_is_faster` and `ranges_are_faster`.
+    From gathered tiles or from dense ones (`gpu_index_tiles`), whichever takes less time by `dense_is_faster`.
 
     tiles: what `count_tiles` returned for this selection; None counts now.
     """
@@ -136,9 +124,7 @@ def index_gradients(
                 tiles.known.synchronize()
                 number = int(tiles.number)
             dense = dense_is_faster(number, leaves, K)
-            in_ranges = out[1] is not None and ranges_are_faster(S, leaves, K)
-            gathered = ranged_gradients if in_ranges else gathered_gradients
-            step = gpu_index_tiles.index_gradients if dense else gathered
+            step = gpu_index_tiles.index_gradients if dense else gathered_gradients
             step(di.contiguous(), leaves, selection, out, workspace_bytes)
     return out[0] if needs[0] else None, out[2] if needs[2] else None
 
@@ -161,48 +147,6 @@ def gathering_time(leaves: Leaves, K: int) -> float:
     return T * K * (_SLOT + E * _SUM)
 
 
-def ranges_are_faster(S: int, leaves: Leaves, K: int) -> bool:
-    """Whether d_index_k's sums in shared memory, for ranges of the S keys, take less time than additions to memory."""
-    T, _, E = leaves[0].shape
-    steps = T * -(-S // INDEX_RANGE) * (E // INDEX_COLUMNS)
-    takes = E in _RANGED_WIDTHS and S <= INDEX_RUN * INDEX_RUNS
-    return takes and steps * _RANGE_STEP + T * K * _MASKED_SLOT < gathering_time(leaves, K)
-
-
-def ranged_gradients(
-    di: Tensor,
-    leaves: Leaves,
-    selection: Selection,
-    out: tuple[Tensor | None, Tensor | None, Tensor | None],
-    workspace_bytes: int,
-) -> None:
-    """As `gpu_index_tiles.index_gradients`, with index_k's. Beside the results: 8 bytes a slot, and sums of d_index_k,
-    in up to _PARTS parts as workspace_bytes allows.
-    """
-    (index_q, index_k, weights), (_, d_index_k, _) = leaves, out
-    (T, I, E), S, K = index_q.shape, index_k.shape[0], di.shape[1]
-    if d_index_k is None:
-        raise ValueError("ranged_gradients: d_index_k must be a tensor [S, E], got None; use gathered_gradients")
-    runs, device = -(-S // INDEX_RUN), di.device
-    masks = torch.empty(T * K * 2, dtype=torch.int32, device=device)
-    spans = torch.empty(T * runs * 2, dtype=torch.int32, device=device)
-    launch.load("sparse_index_spans")(selection.indices.view(-1), selection.count, spans, K, S, runs)
-    rows, slots = (index_q.view(T * I, E), weights.view(-1)), (di.view(-1), selection.indices.view(-1))
-    launch.load("sparse_index_masks", E=E)(
-        rows[0], index_k, rows[1], *slots, selection.count, *_query_sums(leaves, out), masks, T, I, S, K,
-        _WANTS_QUERY * (out[0] is not None), min(T, launch.processors(device)),
-    )  # fmt: skip
-    parts = max(1, min(_PARTS, workspace_bytes // (S * E * 4), -(-T // _TABLE_TOKENS)))
-    length = -(-T // parts)
-    parts = -(-T // length)
-    sums = torch.empty(parts, S, E, device=device)
-    ranges = -(-S // INDEX_RANGE) * (E // INDEX_COLUMNS)
-    launch.load("sparse_index_keys", E=E)(
-        *rows, *slots, masks, spans, sums.view(-1, E), T, I, S, K, ranges, parts, length
-    )
-    d_index_k += sums.sum(0) if parts > 1 else sums[0]
-
-
 def gathered_gradients(
     di: Tensor,
     leaves: Leaves,
@@ -216,19 +160,15 @@ def gathered_gradients(
     rows = index_q.view(T * I, E), index_k, weights.view(-1)
     slots = di.view(-1), selection.indices.view(-1), selection.count
     sums = _KeySums.none(index_k) if d_index_k is None else _KeySums.new(rows, slots, (S, E, I, K))
+    # where these are not wanted, something that is not written
+    d_index_q, d_weights = (x if y is None else y for x, y in ((index_q, out[0]), (weights, out[2])))
     wants = _WANTS_QUERY * (out[0] is not None) + _WANTS_KEY * (d_index_k is not None)
     launch.load("sparse_index_gradients", E=E)(
-        *rows, *slots, sums.bound, sums.most, *_query_sums(leaves, out), sums.total, T, I, S, K, sums.bits, wants,
-        min(T, launch.processors(di.device)),
+        *rows, *slots, sums.bound, sums.most, d_index_q.view(-1, E), d_weights.view(-1), sums.total, T, I, S, K,
+        sums.bits, wants, min(T, launch.processors(di.device)),
     )  # fmt: skip
     if d_index_k is not None:
         sums.add_to(d_index_k)
-
-
-def _query_sums(leaves: Leaves, out: tuple[Tensor | None, Tensor | None, Tensor | None]) -> tuple[Tensor, Tensor]:
-    """d_index_q and d_index_weights as kernels want them; where they are not wanted something that is not written."""
-    d_index_q, d_weights = (x if y is None else y for x, y in ((leaves[0], out[0]), (leaves[2], out[2])))
-    return d_index_q.view(-1, d_index_q.shape[2]), d_weights.view(-1)
 
 
 class _KeySums(NamedTuple):
