@@ -6,6 +6,19 @@
 static __device__ __forceinline__ int gd_steps(int first, int last, int n) {
   return last <= first ? 0 : max((min(last, n) - first + 127) / 128, 1);
 }
+// s = -X Y^T, of X in shared memory or its negative in registers; o += P Y. Addresses as in Tile
+template <int E>
+static __device__ __forceinline__ void gd_product(float* s, int x, int y) {
+  wg_product<128, E, 128, -1>(s, wg_uniform(x), wg_uniform(y));
+}
+template <int E>
+static __device__ __forceinline__ void gd_held_product(float* s, const unsigned* x, int y) {
+  wg_product_held<128, E>(s, x, wg_uniform(y));
+}
+template <int E>
+static __device__ __forceinline__ void gd_accumulate(float* o, unsigned* p, int y) {
+  wg_accumulate<128, E>(o, p, wg_uniform(y));
+}
 // p = di * [s < 0]: rows (token, head), columns keys; di [128 / IP, 128]. A thread's rows share a token unless IP = 8
 template <int IP>
 static __device__ __forceinline__ void gd_query(const float* s, unsigned* p, int di) {

@@ -77,12 +77,12 @@ def _template(E, IP, function):
         T.barrier_wait(y.full[v[Y_STAGE]], v[Y_PARITY])
         if HELD:
             T.call_extern(
-                "handle", f"wg_product_held<128, {E}>", S.access_ptr("rw"), X.access_ptr("r"),
+                "handle", f"gd_held_product<{E}>", S.access_ptr("rw"), X.access_ptr("r"),
                 at[Y_ROWS] + v[Y_STAGE] * SIZE,
             )  # fmt: skip
         else:
             T.call_extern(
-                "handle", f"wg_product<128, {E}, 128, -1>", S.access_ptr("rw"), at[X_ROWS] + v[X_STAGE] * SIZE,
+                "handle", f"gd_product<{E}>", S.access_ptr("rw"), at[X_ROWS] + v[X_STAGE] * SIZE,
                 at[Y_ROWS] + v[Y_STAGE] * SIZE,
             )  # fmt: skip
 
@@ -90,7 +90,7 @@ def _template(E, IP, function):
     @T.macro
     def second_product(P, O, at, stage):
         T.call_extern(
-            "handle", f"wg_accumulate<128, {E}>", O.access_ptr("rw"), P.access_ptr("rw"), at[Y_ROWS] + stage * SIZE
+            "handle", f"gd_accumulate<{E}>", O.access_ptr("rw"), P.access_ptr("rw"), at[Y_ROWS] + stage * SIZE
         )
 
     # P = f(S)
@@ -98,9 +98,7 @@ def _template(E, IP, function):
     def apply(S, P, at, stage):
         T.warpgroup_fence_operand(S, num_regs=64)
         if function == "query":
-            T.call_extern(
-                "handle", f"gd_query<{IP}>", S.access_ptr("r"), P.access_ptr("w"), at[DI] + stage * di_bytes
-            )
+            T.call_extern("handle", f"gd_query<{IP}>", S.access_ptr("r"), P.access_ptr("w"), at[DI] + stage * di_bytes)
         else:
             T.call_extern(
                 "handle", f"gd_key<{IP}>", S.access_ptr("r"), P.access_ptr("w"), at[DI] + stage * di_bytes,
@@ -141,9 +139,7 @@ def _template(E, IP, function):
     def mainloop(x, y, S, X, P, O, at, v, n, tx):
         T.barrier_wait(x.full[v[X_STAGE]], v[X_PARITY])
         if HELD:
-            T.call_extern(
-                "handle", f"gd_hold<{E}>", X.access_ptr("w"), at[X_ROWS] * 16 + v[X_STAGE] * (256 * E)
-            )
+            T.call_extern("handle", f"gd_hold<{E}>", X.access_ptr("w"), at[X_ROWS] * 16 + v[X_STAGE] * (256 * E))
         first_product(y, S, X, at, v)
         T.wait_wgmma(0)
         apply(S, P[0], at, v[Y_STAGE])
