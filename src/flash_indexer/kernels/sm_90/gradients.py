@@ -27,8 +27,8 @@ formed in the registers that the product under way does not read.
 S of tile i+1 is issued ahead of the second product of tile i, and S of tile i+2 as soon as f has consumed that of i+1.
 ptxas tracks accumulators in flight only within a loop body, so the queue drains once in two tiles, at the back edge.
 
-di may hold junk (NaN bits) in rows t >= T: there index_q is zero (TMA fills zeros out of bounds), so S = +0, and f masks
-by a bitwise AND, which turns NaN into zero too. Heads are padded to IP with zeros and vanish the same way.
+di may hold junk (NaN bits) in rows t >= T: there index_q is zero (TMA fills zeros out of bounds), so S = +0, and f
+masks by a bitwise AND, which turns NaN into zero too. Heads are padded to IP with zeros and vanish the same way.
 """
 
 import tilelang.language as T
