@@ -11,6 +11,7 @@ for name in (
     "flash_indexer.parallel",
     "flash_indexer.recipe.warmup",
     "flash_indexer.testing",
+    "matplotlib.figure",
     "torch.distributed.fsdp",
     "transformers.models.deepseek_v3.modeling_deepseek_v3",
     "transformers.models.llama.modeling_llama",

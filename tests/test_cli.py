@@ -50,6 +50,7 @@ def warmup(checkpoint: Path, texts: Path, tmp_path: Path) -> Any:
     return invoke
 
 
+@pytest.mark.usefixtures("blank_plots")
 def test_warmup_evaluate_export(warmup: Any, checkpoint: Path, texts: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
     done = warmup("--held-out", texts, "--layers", "0-1")
@@ -103,6 +104,7 @@ def test_warmup_evaluate_export(warmup: Any, checkpoint: Path, texts: Path, tmp_
     assert "error" in plain(refused.output) and "Traceback" not in refused.output
 
 
+@pytest.mark.usefixtures("blank_plots")
 def test_a_run_in_fp8_is_recorded_judged_and_resumed_as_such(warmup: Any, texts: Path, tmp_path: Path) -> None:
     out, words = tmp_path / "run", ["--index-dtype", "fp8", "--teacher-dtype", "fp8"]
     done = warmup(*words, "--held-out", texts, "--layers", "1")
@@ -136,6 +138,7 @@ def test_a_run_in_fp8_is_recorded_judged_and_resumed_as_such(warmup: Any, texts:
     assert (handle.index_dtype, handle.teacher_dtype) == ("fp8", "fp8")
 
 
+@pytest.mark.usefixtures("blank_plots")
 def test_an_export_says_how_its_indexers_were_judged(warmup: Any, texts: Path, tmp_path: Path) -> None:
     out, native = tmp_path / "run", tmp_path / "native"
     words = ["export", "--run", out, native, "--format", "native", "--overwrite"]
@@ -163,6 +166,7 @@ def test_an_export_says_how_its_indexers_were_judged(warmup: Any, texts: Path, t
     assert exported.exit_code == 0 and "report.json is no report of ours (" in plain(exported.output)
 
 
+@pytest.mark.usefixtures("blank_plots")
 def test_check_says_what_fp8_changes(warmup: Any, texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The tiny model's logits are large: its rows are off by more than 1 with FP8 logits and its own logsumexp."""
     out = tmp_path / "run"
@@ -262,6 +266,7 @@ def test_a_whole_checkpoint_is_exported_by_default_with_its_topk(
     assert refused.exit_code == 1 and "--topk belongs to --format deepseek_v32, got 7" in plain(refused.output)
 
 
+@pytest.mark.usefixtures("blank_plots")
 def test_text_of_another_column_and_reports_only_where_nothing_else_lies(
     warmup: Any, texts: Path, tmp_path: Path
 ) -> None:

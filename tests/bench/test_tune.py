@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import io
 import json
-import os
-import signal
-import subprocess
-import sys
+import time
 
 import pytest
 from rich.console import Console
@@ -164,9 +161,11 @@ def test_winners_replace_only_their_own_kind(tuning, file, tmp_path):
     assert left == content["entries"][1:], "the default is back for this kernel, the others are as they were"
 
 
-def test_where_nothing_can_be_measured_nothing_is_replaced(tuning, file):
+def test_where_nothing_can_be_measured_nothing_is_replaced(tuning, file, monkeypatch):
+    """Of the default and three candidates of each kernel: each takes a process of its own with it."""
     tuning([(WINNER, 0.9)])
-    before = file.read_text()
+    before, all_of = file.read_text(), tiles.candidates
+    monkeypatch.setattr(tiles, "candidates", lambda *shape: all_of(*shape)[:4])
     everything = [
         (sizes, "wrong") for stage in tune.stages(SIZE) for sizes in tiles.candidates(stage.kernel, stage.shape)[1:]
     ]
@@ -233,19 +232,22 @@ def test_what_is_in_use_is_shown_and_removed(tuning, file):
     assert "there is none" in run(["tune", "--reset"]).output
 
 
-def test_a_kill_while_writing_leaves_the_old_winners(tmp_path):
+def test_a_kill_while_writing_leaves_the_old_winners(tmp_path, runs):
     """A process that writes all the time, and is killed: whoever looks, whenever, finds winners."""
     file = tmp_path / "tuned.json"
     program = (
         "from pathlib import Path\nfrom flash_indexer.bench import tune\n"
         "stage = tune.Stage('', 'head_gradients_query', dict(D=128, E=64, HG=64))\n"
         "results = [(stage, tune.Result({'N': 0}, {'N': 1}, 1.0, 2.0, []))]\n"
-        f"while True:\n    tune.write(Path({str(file)!r}), 'gpu' * 20000, results, 8192)\n    print(flush=True)\n"
+        f"while True:\n    tune.write(Path({str(file)!r}), 'gpu' * 20000, results, 8192)\n"
     )
-    with subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE) as process:
-        assert process.stdout.readline() == b"\n"
-        seen = [tuned.read(file) for _ in range(300)]
-        os.kill(process.pid, signal.SIGKILL)
+    process = runs.start(program, None, tmp_path)
+    while not file.exists():
+        assert process.is_alive()
+        time.sleep(0.01)
+    seen = [tuned.read(file) for _ in range(200)]
+    process.kill()
+    process.join()
     assert all(entries and entries[0]["sizes"] == {"N": 1} for entries in [*seen, tuned.read(file)])
 
 

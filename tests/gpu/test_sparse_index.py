@@ -265,8 +265,9 @@ def test_which_form_is_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gpu_index, "_RANGED_WIDTHS", (64, 128))
     many = make(256, 300, 8, 64, 128).leaves
     assert gpu_index.ranges_are_faster(16384, many, 2048) and not gpu_index.ranges_are_faster(131072, many, 2048)
-    leaves = make(256, 300, 8, 64, 128).leaves
-    few = make(256, 300, 8, 8, 64).leaves
-    tiles = 2 * 128
+    leaves = make(2560, 300, 8, 64, 128).leaves
+    few = make(2560, 300, 8, 8, 64).leaves
+    tiles = 20 * 128
     assert gpu_index.dense_is_faster(tiles, leaves, 8192) and not gpu_index.dense_is_faster(tiles, leaves, 2048)
     assert gpu_index.dense_is_faster(tiles, few, 2048) and not gpu_index.dense_is_faster(tiles, few, 128)
+    assert not gpu_index.dense_is_faster(128, tuple(x[:128] for x in few), 2048)

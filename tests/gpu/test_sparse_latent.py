@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 
 from flash_indexer import reference
+from flash_indexer.ops import Selection, SparseProblem
+from flash_indexer.ops.sparse import gpu_body
 from flash_indexer.ops.sparse.gpu_body import latent_attention, latent_gradients
 from flash_indexer.testing import assert_close
 
@@ -280,3 +282,17 @@ def test_large_logits_stay_finite_and_nan_stays_in_its_row() -> None:
     others = torch.ones(40, 128, dtype=torch.bool, device="cuda")
     others[9, 3] = False
     assert got.out[others].isfinite().all() and not got.lse[others].isnan().any()
+
+
+def test_a_query_whose_scores_are_nan_has_nan_and_no_other() -> None:
+    x = make(70, 300, 100, 4)
+    scores = torch.zeros(x.indices.shape, device="cuda")
+    scores[[9, 40]] = torch.nan
+    problem = SparseProblem(
+        x.q, x.k[:, None], None, Selection(x.indices, x.count, scores), SCALE, V, True, workspace_bytes=2**29
+    )
+    out, lse = gpu_body.forward(problem)
+    wrong = torch.zeros(70, dtype=torch.bool, device="cuda")
+    wrong[[9, 40]] = True
+    assert out[wrong].isnan().all() and lse[wrong].isnan().all()
+    assert out[~wrong].isfinite().all() and not lse[~wrong].isnan().any()

@@ -128,6 +128,7 @@ def test_the_verdict_comes_first_in_words(folder: Path) -> None:
         assert part in first, part
 
 
+@pytest.mark.usefixtures("blank_plots")
 def test_evaluation_alone_makes_a_report(tmp_path: Path, make_evaluation: MakeEvaluation) -> None:
     text = write_report(tmp_path, evaluation=make_evaluation(), run={}).read_text(encoding="utf-8")
     assert "## Training" not in text and "## Run" not in text and "loss.png" not in text
@@ -169,6 +170,7 @@ def test_a_number_that_is_not_finite_is_refused(tmp_path: Path, make_evaluation:
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.usefixtures("blank_plots")
 def test_what_is_silent_otherwise_is_said(tmp_path: Path, make_evaluation: MakeEvaluation) -> None:
     """A raised --min-visible, a k that no query qualifies for, few queries, ties above 1%, warnings, the time's end."""
     good = make_evaluation()
@@ -201,6 +203,7 @@ def test_what_is_silent_otherwise_is_said(tmp_path: Path, make_evaluation: MakeE
     assert Evaluation.from_dict(content["evaluation"]) == evaluation
 
 
+@pytest.mark.usefixtures("blank_plots")
 def test_nothing_to_tell_is_not_told(tmp_path: Path, make_evaluation: MakeEvaluation) -> None:
     good = make_evaluation()
     ties = (TiesAtK(64, 5000, 0), TiesAtK(128, 4000, 0))

@@ -148,6 +148,7 @@ def test_the_unserved_indexers_are_judged_beside(judged: tuple[Evaluation, Evalu
         assert mean.overlap == pytest.approx(sum(at.overlap for at in layers) / 3) and 0.8 < mean.overlap < 1
 
 
+@pytest.mark.usefixtures("blank_plots")
 def test_reports_say_the_arithmetic_and_its_cost(judged: tuple[Evaluation, Evaluation], tmp_path: Any) -> None:
     plain, fp8 = judged
     assert Evaluation.from_dict(json.loads(json.dumps(fp8.to_dict()))) == fp8

@@ -61,6 +61,7 @@ def test_no_body_stands_twice():
     assert [names for names in bodies.values() if len(names) > 1] == []
 
 
+@pytest.mark.slow
 def test_all_headers_compile_together(tmp_path, nvcc):
     """In one translation unit, in either order."""
     import tilelang  # noqa: F401  where its headers are, in environment variables

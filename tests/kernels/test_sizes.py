@@ -74,13 +74,8 @@ def test_a_size_that_is_not_varied_stays_as_shipped(monkeypatch):
     assert found[0] == shipped and len(found) > 1 and {sizes["NEW"] for sizes in found} == {7}
 
 
-@pytest.mark.parametrize(
-    "kernel, shape",
-    [
-        pytest.param(*x, marks=() if x == TUNED[0] else pytest.mark.slow, id=title(x[0]) + str(n))
-        for n, x in enumerate(TUNED)
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("kernel, shape", [pytest.param(*x, id=title(x[0]) + str(n)) for n, x in enumerate(TUNED)])
 def test_the_candidates_farthest_from_the_default_lower(kernel, shape, source):
     found = tiles.candidates(kernel, shape)
     for sizes in (found[-1], max(found, key=lambda sizes: sizes.get("BN", sizes.get("N")))):

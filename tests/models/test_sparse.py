@@ -23,7 +23,7 @@ from transformers import (
 from transformers.cache_utils import DynamicIndexedLayer
 
 from flash_indexer import reference
-from flash_indexer.models import sparse
+from flash_indexer.models import absorbed, sparse
 from flash_indexer.models.attach import attach
 from flash_indexer.models.sparse import SparseHandle
 from flash_indexer.models.sparse_hooks import SPARSE_TAP
@@ -84,7 +84,8 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
 
     def spy(*args: Any, **kwargs: Any) -> Any:
         for leaf in args[3:6]:
-            leaf.retain_grad()
+            if leaf.requires_grad:
+                leaf.retain_grad()
         result = real(*args, **kwargs)
         made.append(dict(zip(("q", "k", "v", "index_q", "index_k", "weights"), args, strict=True)) | kwargs)
         made[-1]["selected"] = selection_mask(result.selection, len(args[1]))
@@ -216,6 +217,43 @@ def test_activation_checkpointing_changes_no_bit(tiny: Tiny, name: str) -> None:
     model.activation_checkpointing_enable({"use_reentrant": True})
     with pytest.raises(ValueError, match="activation checkpointing must be without reentrance"):
         gradients_of(handle, ids)
+
+
+@pytest.mark.parametrize("outer", [False, True])
+def test_runs_of_queries_are_absorbed_one_at_a_time_with_the_same_result(
+    tiny: Tiny, outer: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Output, KL and every gradient in float64; a key's is a sum over runs. Also inside checkpointed layers."""
+    found, runs, ids, real = [], list[int](), tokens(1, sum(LENGTHS)), absorbed.recomputed_attention
+
+    def spy(settings: Any, q: Tensor, *others: Any) -> Any:
+        runs.append(len(q))
+        return real(settings, q, *others)
+
+    monkeypatch.setattr(absorbed, "recomputed_attention", spy)
+    for run_tokens in (None, 7):
+        model = without_experts(tiny, "deepseek_v3").double().requires_grad_(True)
+        token = 4 * (2 * 24 + 8) * 8  # heads, two latents and the rotated part, bytes
+        monkeypatch.setattr(absorbed, "WHOLE_BYTES", 2**40 if run_tokens is None else 0)
+        monkeypatch.setattr(absorbed, "RUN_BYTES", token * (run_tokens or 1))
+        handle = sparsely(model)
+        handle.indexers.double()
+        handle.kl_scale = torch.tensor(3.0, dtype=torch.float64)
+        if outer:
+            model.train()
+            model.activation_checkpointing_enable({"use_reentrant": False})
+        runs.clear()
+        out = model(ids, use_cache=False, **packed()).logits
+        assert runs == ([] if run_tokens is None else 3 * [7, 7, 7, 7, 2])
+        out.square().mean().backward()
+        every = [*model.named_parameters(), *handle.indexers.named_parameters()]
+        kl = torch.stack([loss.kl for loss in handle.losses().values()])
+        found.append([("out", out.detach()), ("KL", kl), *((name, x.grad) for name, x in every)])
+    for (name, whole), (_, in_runs) in zip(*found, strict=True):
+        assert (whole is None) == (in_runs is None), name
+        if whole is not None and in_runs is not None:
+            assert bool(whole.abs().sum() > 0) or "bias" in name, name
+            torch.testing.assert_close(in_runs, whole, rtol=1e-8, atol=1e-12, msg=name)
 
 
 @pytest.mark.parametrize("name", ["llama", "deepseek_v3"])

@@ -169,7 +169,7 @@ def test_other_wrappers_are_refused(tiny: Tiny) -> None:
         attached(nn.Sequential(tiny("llama")))
 
 
-@pytest.mark.parametrize("ran_before", [False, True])
+@pytest.mark.parametrize("ran_before", [pytest.param(False, marks=pytest.mark.slow), True])
 @pytest.mark.parametrize("backend", ["eager", *SLOW_BACKENDS])
 def test_compiled_models_are_attached(tiny: Tiny, backend: str, ran_before: bool) -> None:
     torch.compiler.reset()

@@ -52,6 +52,14 @@ def warm(tmp_path_factory: pytest.TempPathFactory, tiny_settings: Callable[..., 
     return out
 
 
+@pytest.fixture(scope="session")
+def whole_run(tmp_path_factory: pytest.TempPathFactory, tiny_settings: Callable[..., Any]) -> Path:
+    """The folder of a run that nothing ended, of the settings that `recipe` has. Read only."""
+    out = tmp_path_factory.mktemp("whole") / "run"
+    warm_up(tiny_settings(), out, console=Console(file=io.StringIO()))
+    return out
+
+
 @pytest.fixture
 def recipe(tiny_settings: Callable[..., Any]) -> Recipe:
     return Recipe(tiny_settings)

@@ -17,6 +17,8 @@ from rich.console import Console
 from flash_indexer.judge.fp8_check import GRADIENTS, VARIANTS, Gradient, LayerFP8, Variant
 from flash_indexer.recipe import checking
 
+pytestmark = pytest.mark.usefixtures("blank_plots")
+
 
 @pytest.fixture
 def check(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., str]:

@@ -58,7 +58,7 @@ owner.{name} = wrapper
 Run = Callable[..., SparseHandle]
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def base(warm: Path, texts: Path) -> dict[str, Any]:
     return dict(
         init_from=str(warm), data=str(texts), topk=8, sequence_length=32, batch_size=2, accumulation=2, steps=6,
@@ -78,6 +78,14 @@ def run(base: dict[str, Any]) -> Run:
             go.printed = console.file.getvalue()  # type: ignore[attr-defined]
 
     return go
+
+
+@pytest.fixture(scope="module")
+def whole(base: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that nothing ended. Read only."""
+    out = tmp_path_factory.mktemp("whole") / "run"
+    train_sparsely(SparseRunSettings(**base), out, console=Console(file=io.StringIO()))
+    return out
 
 
 PROMPT = torch.arange(1, 21)[None]
@@ -243,13 +251,12 @@ def test_a_resumed_run_has_the_same_bits(tmp_path: Path, run: Run, changes: Any,
     ids=["in a step", "while saving", "before the old checkpoint is replaced"],
 )
 def test_after_a_kill_the_run_goes_on_with_the_same_bits(
-    tmp_path: Path, runs: Any, base: dict[str, Any], run: Run, where: dict[str, Any]
+    tmp_path: Path, runs: Any, base: dict[str, Any], whole: Path, where: dict[str, Any]
 ) -> None:
-    run(tmp_path / "whole")
     runs.finish([runs.start(KILL.format(**where) + RUN, None, tmp_path / "cut", chosen=base)], exitcode=-9)
     assert len(rows(tmp_path / "cut")) in (3, 4)
     runs.finish([runs.start(RUN, None, tmp_path / "cut", chosen=base)])
-    assert_same_bits(tmp_path / "whole", tmp_path / "cut")
+    assert_same_bits(whole, tmp_path / "cut")
 
 
 def test_layers_that_are_not_warmed_up_are_named(tmp_path: Path, run: Run) -> None:
@@ -353,10 +360,9 @@ def test_a_damaged_checkpoint_is_refused(tmp_path: Path, run: Run) -> None:
 
 @pytest.mark.parametrize(("name", "step"), [("_clip", 3), ("_save", 6)], ids=["in a step", "in the last save"])
 def test_a_run_that_is_asked_to_end_saves_and_goes_on(
-    tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch, name: str, step: int
+    tmp_path: Path, run: Run, whole: Path, monkeypatch: pytest.MonkeyPatch, name: str, step: int
 ) -> None:
     """After the step under way, or the next where this one was nearly over; after the last one too."""
-    run(tmp_path / "whole")
     function = getattr(SparseLoop, name)
 
     def asked(self: SparseLoop, *arguments: Any) -> Any:
@@ -372,7 +378,7 @@ def test_a_run_that_is_asked_to_end_saves_and_goes_on(
         run(tmp_path / "cut")
     assert len(rows(tmp_path / "cut")) == min(6, step + 1)
     run(tmp_path / "cut", resume=True)
-    assert_same_bits(tmp_path / "whole", tmp_path / "cut")
+    assert_same_bits(whole, tmp_path / "cut")
 
 
 def test_a_loss_that_is_not_finite_ends_the_run(tmp_path: Path, run: Run) -> None:
@@ -388,6 +394,7 @@ def test_what_trained_loads_back_and_generates_sparsely(tmp_path: Path, run: Run
     assert torch.equal(generated(sparse), generated(handle))
 
 
+@pytest.mark.usefixtures("blank_plots")
 def test_evaluate_and_export_take_the_model_that_trained(tmp_path: Path, run: Run, texts: Path) -> None:
     out = tmp_path / "run"
     run(out, steps=6, lr=5e-3)
@@ -499,3 +506,21 @@ def test_the_command_trains_resumes_and_refuses(tmp_path: Path, base: dict[str, 
     said = CliRunner().invoke(app, [*words[:2], str(tmp_path / "new"), *words[3:], "--topk", "0"])
     assert said.exit_code == 1 and "sparse: topk must be positive and finite, got 0" in said.output
     assert not (tmp_path / "new").exists()
+
+
+def test_the_oracles_keys_are_a_run_of_their_own(tmp_path: Path, run: Run) -> None:
+    """Another loss than with the indexers' keys, from the first step on; dense where K covers all keys, both alike."""
+    losses = {}
+    for keys in ("indexer", "oracle"):
+        for topk in (8, 32):
+            out = tmp_path / f"{keys} {topk}"
+            handle = run(out, keys=keys, topk=topk, steps=2)
+            assert handle.keys == keys and read_any_run(out)["keys"] == keys
+            losses[keys, topk] = [row["loss"] for row in rows(out)]
+            assert all(kl > 0 for row in rows(out) for kl in row["kl"])
+            assert all(row["indexer_norm"] > 0 for row in rows(out))
+    assert losses["indexer", 8] != losses["oracle", 8]
+    assert losses["indexer", 32] == pytest.approx(losses["oracle", 32], rel=1e-6)
+    assert "--keys oracle" in sparse_command(read_any_run(tmp_path / "oracle 8"), "x")
+    with pytest.raises(ValueError, match=r"keys must be one of indexer, oracle, got .*best"):
+        run(tmp_path / "best", keys="best")

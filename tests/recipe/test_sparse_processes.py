@@ -23,7 +23,7 @@ from flash_indexer.recipe.sparse import notes
 from flash_indexer.recipe.sparse_record import SparseRunSettings, read_any_run, sparse_command
 from flash_indexer.recipe.warmup import warm_up
 
-STEPS = 20
+STEPS = 12
 EXACT = """
 import torch
 from flash_indexer.recipe import sparse as stage

@@ -49,10 +49,10 @@ def send(monkeypatch: pytest.MonkeyPatch, number: int, step: int) -> None:
 @pytest.mark.parametrize("number", SIGNALS)
 @pytest.mark.parametrize("step", [1, 6, 12])
 def test_the_step_is_finished_and_saved_and_the_run_goes_on_bit_for_bit(
-    tmp_path: Path, recipe: Any, metrics: Any, same_bits: Any, monkeypatch: pytest.MonkeyPatch, number: int, step: int
-) -> None:
+    tmp_path: Path, recipe: Any, whole_run: Path, metrics: Any, same_bits: Any, monkeypatch: pytest.MonkeyPatch,
+    number: int, step: int,
+) -> None:  # fmt: skip
     before = [signal.getsignal(handled) for handled in SIGNALS]
-    recipe(tmp_path / "whole")
     out = tmp_path / "cut"
     send(monkeypatch, number, step)
     with pytest.raises(Interrupted, match=rf"after step {step} of 12, which is saved in {out}/checkpoint; to go on: "):
@@ -61,7 +61,7 @@ def test_the_step_is_finished_and_saved_and_the_run_goes_on_bit_for_bit(
     assert [signal.getsignal(handled) for handled in SIGNALS] == before
     assert [row["step"] for row in metrics(out)] == list(range(1, step + 1))
     recipe(out, resume=True)
-    same_bits(tmp_path / "whole", out)
+    same_bits(whole_run, out)
 
 
 def test_a_signal_while_the_last_step_is_saved(tmp_path: Path, recipe: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -88,14 +88,13 @@ def test_before_the_first_step_nothing_is_there(tmp_path: Path, recipe: Any, mon
 
 @pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
 def test_a_second_signal_ends_at_once(
-    tmp_path: Path, runs: Any, recipe: Any, tiny_settings: Any, metrics: Any, same_bits: Any, name: str
+    tmp_path: Path, runs: Any, recipe: Any, tiny_settings: Any, whole_run: Path, metrics: Any, same_bits: Any, name: str
 ) -> None:
-    recipe(tmp_path / "whole")
     out = tmp_path / "cut"
     runs.finish([runs.start(SEND.format(times=2, name=name), tiny_settings(), out)], -getattr(signal, name))
     assert [row["step"] for row in metrics(out)] == list(range(1, 7))
     recipe(out, resume=True)
-    same_bits(tmp_path / "whole", out)
+    same_bits(whole_run, out)
 
 
 @pytest.mark.parametrize(

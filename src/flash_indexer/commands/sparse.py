@@ -26,6 +26,9 @@ def sparse(
     topk: Annotated[
         int | None, typer.Option(help="Keys K that a query attends to; default 2048, or what the model's config says.")
     ] = None,
+    keys: Annotated[
+        str, typer.Option(help="indexer, or oracle: the keys of largest attention, a bound to compare with.")
+    ] = "indexer",
     layers: Annotated[str | None, typer.Option(help="Layers that become sparse, such as 0,1,5-9; default all.")] = None,
     lora: Annotated[int | None, typer.Option(help="Train adapters of this rank (PEFT), not the parameters.")] = None,
     indexers_alone: Annotated[bool, typer.Option("--indexers-alone", help="Keep the model frozen.")] = False,

@@ -108,13 +108,18 @@ class Comparison:
 
 
 def measure(
-    dense: IndexerHandle, batches: Sequence[Mapping[str, Tensor]], topk: int, documents: Sequence[Needle] = ()
+    dense: IndexerHandle,
+    batches: Sequence[Mapping[str, Tensor]],
+    topk: int,
+    documents: Sequence[Needle] = (),
+    keys: str = "indexer",
 ) -> Measures:
     """Runs a model over the batches, dense and on `topk` keys a query. The handle is removed, and the model left dense.
 
     Args:
         dense: what `attach` or `load_native` gave. batches: as in `flash_indexer.judge.evaluation.evaluate`.
         documents: those of `flash_indexer.judge.needle.needles` to be scored as well.
+        keys: whose keys the sparse model attends to, one of `flash_indexer.models.oracle.KEYS`.
     """
     model = dense.model
     device = next(model.parameters()).device
@@ -133,6 +138,7 @@ def measure(
     with dense.using(lambda capture: None):
         found_dense = needle_scores(model, documents)
     handle = make_sparse(dense, topk)
+    handle.keys = keys
     handle.indexers.train(False)
     kl, chosen, losses = dict.fromkeys(handle.layers, 0.0), list[dict[int, Tensor]](), []
     for pair in inputs:
@@ -163,6 +169,17 @@ def compare(before: Measures, after: Measures) -> Comparison:
     scores = dict(zip(variants, (*before.needles, after.needles[1], after.needles[0]), strict=True))
     found = {name: tuple(score) for name, score in scores.items() if score}
     return Comparison(before.topk, losses, layers, mean, found)
+
+
+def paired_difference(difference: Tensor, sequence: Tensor) -> tuple[float, float | None]:
+    """Mean of `difference` [n] and its standard error, of tokens in the sequences of these numbers [n]; the module's
+    formula. None where there is one sequence.
+    """
+    tokens, mean, count = len(difference), float(difference.mean()), int(sequence.max()) + 1
+    spread = torch.zeros(count, dtype=torch.float64).index_add_(0, sequence, difference - mean)
+    present = int((torch.bincount(sequence, minlength=count) > 0).sum())
+    error = None if present < 2 else math.sqrt(present / (present - 1) * float(spread.square().sum())) / tokens
+    return mean, error
 
 
 def _watched(handle: SparseHandle) -> dict[int, Tensor]:
@@ -206,12 +223,8 @@ def _loss(variant: str, x: TokenLosses, base: TokenLosses, begin: int, end: int 
     inside = (x.position >= begin) & (x.position < (math.inf if end is None else end))
     if not bool(inside.any()):
         return None
-    difference, sequence = (x.nats - base.nats)[inside], x.sequence[inside]
     tokens, nats = int(inside.sum()), float(x.nats[inside].mean())
-    mean, count = float(difference.mean()), int(x.sequence.max()) + 1
-    spread = torch.zeros(count, dtype=torch.float64).index_add_(0, sequence, difference - mean)
-    present = int((torch.bincount(sequence, minlength=count) > 0).sum())
-    error = None if present < 2 else math.sqrt(present / (present - 1) * float(spread.square().sum())) / tokens
+    mean, error = paired_difference((x.nats - base.nats)[inside], x.sequence[inside])
     return Loss(variant, begin, end, tokens, nats, math.exp(min(nats, 700.0)), mean, error)
 
 

@@ -13,20 +13,31 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor, nn
 
-from flash_indexer.models.absorbed import EXPAND, absorbed_query, expanded_output, is_absorbable, keep_latents
+from flash_indexer.models.absorbed import (
+    EXPAND,
+    Absorbed,
+    absorbed,
+    absorbed_in_runs,
+    absorbed_query,
+    expanded_output,
+    is_absorbable,
+    keep_latents,
+    needs_runs,
+)
 from flash_indexer.models.capture import AttentionForm
 from flash_indexer.models.families import FAMILIES, call_arguments, check_call
 from flash_indexer.models.handle import IndexerHandle
 from flash_indexer.models.hooks import TAP, uncompiled
 from flash_indexer.models.index_cache import add_index_keys
 from flash_indexer.models.install import switch_attention
+from flash_indexer.models.oracle import attend_to_oracle_keys
 from flash_indexer.models.packing import at_least_float32
 from flash_indexer.models.shared_indexers import LayerLoss
-from flash_indexer.models.sparse_checks import check_fresh, check_sparse
+from flash_indexer.models.sparse_checks import check_fresh, check_learns, check_sparse
 from flash_indexer.models.sparse_dense import attend_densely
 from flash_indexer.models.sparse_forward import SparseForward
 from flash_indexer.models.sparse_hooks import FORWARD, SPARSE_ATTENTION, SPARSE_TAP, SparseTap
-from flash_indexer.ops import Selection, dsa_attention, select_keys, sparse_attention, sparse_indexer_kl
+from flash_indexer.ops import Selection, SparseSettings, dsa_attention, select_keys, sparse_attention, sparse_indexer_kl
 from flash_indexer.parallel.sparse import context_parallel_dsa_attention
 
 __all__ = ["SparseHandle", "sparse_handle"]
@@ -45,6 +56,8 @@ class SparseHandle(IndexerHandle):
         kl_scale: a tensor of no dimension by which the indexers' loss is multiplied; None means 1.
         deterministic: the same gradients to the bit every time. False lets MLA's backward run in the kernels of Hopper
             GPUs, which add the keys' gradients in any order.
+        keys: "indexer", or "oracle": layers attend to the `topk` keys of largest attention, an indexer's bound, and the
+            indexers learn on these. In one process, without sinks, not of a model's own.
         on_selection: called with each layer's index and selection in forwards without gradients; None for none.
     """
 
@@ -53,6 +66,7 @@ class SparseHandle(IndexerHandle):
         self.topk, self.always = topk, (0, 0)
         self.kl_scale: Tensor | None = None
         self.deterministic = True
+        self.keys = "indexer"
         self.on_selection: Callable[[int, Selection], None] | None = None
         self._undo = []
         self._last: tuple[dict[int, Tensor], dict[int, Tensor]] | None = None
@@ -112,17 +126,29 @@ class SparseHandle(IndexerHandle):
         wide = (lambda x: x) if q.device.type == "cuda" else at_least_float32
         query, key, value = (wide(x.transpose(1, 2).flatten(0, 1)) for x in (q, k, v))
         tensors: tuple[Tensor, Tensor, Tensor | None] = query, key, value
-        expand = None
+        latent, width, visible = None, None, forward.visible(k.shape[2], window)
         if is_absorbable(tap.module):  # key: latents, value: the rotated part of the keys
-            query, *expand = absorbed_query(tap.module, query)
-            tensors = query, torch.cat([key, value], -1), None
-        width = None if expand is None else expand[0].shape[1]
-        visible = forward.visible(k.shape[2], window)
-        if forward.packing is not None:
+            latent, width = absorbed(tap.module, q.shape[1]), key.shape[-1]
+            key = torch.cat([key, value], -1)
+        in_backward = forward.packing is None and self._learns(tap, forward) and torch.is_grad_enabled()
+        in_runs = self.keys == "indexer" and in_backward and latent is not None and needs_runs(query, latent)
+        if latent is not None and not in_runs:
+            latent = latent.to(query.dtype)
+            tensors = absorbed_query(query, latent.w_k), key, None
+        if self.keys == "oracle":
+            out, found, selection = self._attend_to_largest(forward, tensors, leaves, visible, form, width)
+            kl = None if again or tap.cache is not None else found
+            if self.on_selection is not None and not torch.is_grad_enabled():
+                self.on_selection(tap.layer, selection)
+        elif forward.packing is not None:
             out, kl = self._attend_in_part(tap, forward, tensors, leaves, visible, scale, width, again)
-        elif self._learns(tap, forward) and torch.is_grad_enabled():
+        elif in_backward:
             kl = None if again else leaves[2].new_full((len(query),), torch.nan)
-            out = self._learn_in_backward(tensors, leaves, visible, form, width, kl)
+            if latent is not None and in_runs:
+                out, latent = self._learn_in_runs(latent, query, key, leaves, visible, form, kl), None
+            else:
+                weight = self._token_weights(leaves[2], query)
+                out = self._learn_in_backward(tensors, leaves, visible, form, width, kl, weight)
         else:
             selection = select_keys(
                 *leaves, key_start=visible[0], key_end=visible[1], topk=self.topk, always=self.always
@@ -135,10 +161,10 @@ class SparseHandle(IndexerHandle):
             )  # fmt: skip
             kl = None
             if tap.cache is None and not torch.is_grad_enabled():
-                kl = self._learn(tap, forward, (query, tensors[1]), leaves, selection, scale, lse)
+                kl = self._learn(tap, forward, (tensors[0], key), leaves, selection, scale, lse)
         if kl is not None:
             forward.kl[tap.layer], self._last = kl, (forward.kl, forward.uniform_kl)
-        return (out if expand is None else expanded_output(out, *expand)).to(q.dtype)
+        return (out if latent is None else expanded_output(out, latent.w_v, latent.b_v)).to(q.dtype)
 
     def _learns(self, tap: SparseTap, forward: SparseForward) -> bool:
         """Whether the indexers get gradients: generation, which has a cache and no gradients, never trains them."""
@@ -152,15 +178,59 @@ class SparseHandle(IndexerHandle):
         form: AttentionForm,
         width: int | None,
         kl: Tensor | None,
+        weight: Tensor,
     ) -> Tensor:
         """The attention's output, whose backward brings the indexer's gradients with it and writes to `kl`."""
         q, k, v = tensors
         return dsa_attention(
             q, k, v, *leaves, softmax_scale=form.softmax_scale, key_start=visible[0], key_end=visible[1],
             topk=self.topk, value_dim=width, sinks=form.sinks, always=self.always,
-            token_weight=self._token_weights(leaves[2], q), kl="backward", kl_scale=self.kl_scale, kl_out=kl,
-            deterministic=self.deterministic,
+            token_weight=weight, kl="backward", kl_scale=self.kl_scale, kl_out=kl, deterministic=self.deterministic,
         ).out  # fmt: skip
+
+    def _learn_in_runs(
+        self,
+        latent: Absorbed,
+        q: Tensor,
+        k: Tensor,
+        leaves: Leaves,
+        visible: tuple[Tensor, Tensor],
+        form: AttentionForm,
+        kl: Tensor | None,
+    ) -> Tensor:
+        """The same of an MLA layer, absorbed, a run of queries at a time: [T, H, V]. What they select is kept."""
+        weight, (start, end) = self._token_weights(leaves[2], q), visible
+        selection = select_keys(*leaves, key_start=start, key_end=end, topk=self.topk, always=self.always)
+
+        settings = SparseSettings(
+            form.softmax_scale, start, end, self.topk, latent.w_v.shape[1], self.always, weight, "backward",
+            self.kl_scale, kl, self.deterministic, True, selection=selection,
+        )  # fmt: skip
+        return absorbed_in_runs(latent, q, k, leaves, settings, form.sinks)
+
+    def _attend_to_largest(
+        self,
+        forward: SparseForward,
+        tensors: tuple[Tensor, Tensor, Tensor | None],
+        leaves: Leaves,
+        visible: tuple[Tensor, Tensor],
+        form: AttentionForm,
+        width: int | None,
+    ) -> tuple[Tensor, Tensor, Selection]:
+        """The output over the keys of largest attention, with the KL [T] of the indexer there."""
+        if forward.packing is not None or form.sinks is not None or self.trains_own:
+            raise ValueError(
+                'attach: keys="oracle" must run in one process, without sinks, of fresh indexers, got '
+                f"cp={self.parallel.cp}, sinks {'' if form.sinks is None else 'not '}None, indexers "
+                f"{'own' if self.trains_own else 'fresh'}; leave it out"
+            )
+        if self.indexers.training and not torch.is_grad_enabled():
+            check_learns()
+        return attend_to_oracle_keys(
+            tensors, leaves, visible, self.topk, softmax_scale=form.softmax_scale, value_dim=width,
+            token_weight=self._token_weights(leaves[2], tensors[0]), kl_scale=self.kl_scale,
+            deterministic=self.deterministic,
+        )  # fmt: skip
 
     def _attend_in_part(
         self,
@@ -177,7 +247,7 @@ class SparseHandle(IndexerHandle):
         learns, with_gradients = self._learns(tap, forward), torch.is_grad_enabled()
         now = learns and not with_gradients
         if now:
-            _check_learns()
+            check_learns()
         weights, group = self._token_weights(leaves[2], tensors[0]), forward.parallel.group("cp")
         assert group is not None
         kl = leaves[2].new_full(weights.shape, torch.nan) if learns and with_gradients and not again else None
@@ -208,7 +278,7 @@ class SparseHandle(IndexerHandle):
     ) -> Tensor:
         """The KL [T] of a model that is frozen, and in train() mode its backward, at once."""
         if self.indexers.training:
-            _check_learns()
+            check_learns()
         weight = self._token_weights(leaves[2], qk[0])
         with torch.enable_grad():
             loss, kl, entropy = sparse_indexer_kl(
@@ -302,14 +372,6 @@ def sparse_handle(dense: IndexerHandle, topk: int) -> SparseHandle:
         for module, tap, one in zip(modules, taps, attached, strict=True)
     ])  # fmt: skip
     return handle
-
-
-def _check_learns() -> None:
-    if torch.is_inference_mode_enabled():
-        raise ValueError(
-            "attach: the forward must run outside of torch.inference_mode() while the indexers train, since no "
-            "gradient exists inside it; use torch.no_grad() around the model, or handle.indexers.eval()"
-        )
 
 
 def install_sparsely(handle: SparseHandle, taps: Sequence[SparseTap], function: str = SPARSE_ATTENTION) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import warnings
 
+import torch
+
 from flash_indexer.indexer import LightningIndexer
 from flash_indexer.models.handle import IndexerHandle
 
@@ -47,6 +49,15 @@ def check_sparse(dense: IndexerHandle, topk: int) -> None:
         warnings.warn(
             f"attach: topk = {topk} covers the model's context of {context} tokens: no key is ever left out",
             stacklevel=4,
+        )
+
+
+def check_learns() -> None:
+    """Raises ValueError where no gradient can exist."""
+    if torch.is_inference_mode_enabled():
+        raise ValueError(
+            "attach: the forward must run outside of torch.inference_mode() while the indexers train, since no "
+            "gradient exists inside it; use torch.no_grad() around the model, or handle.indexers.eval()"
         )
 
 

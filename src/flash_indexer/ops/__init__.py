@@ -12,7 +12,7 @@ from flash_indexer.ops.known import known_loss
 from flash_indexer.ops.problem import Problem, Sums, WaitForKeys
 from flash_indexer.ops.quantization import Quantized, quantize
 from flash_indexer.ops.sinks import share_beside_sinks
-from flash_indexer.ops.sparse.dsa_op import DSAAttention, SparseSettings, dsa_attention
+from flash_indexer.ops.sparse.dsa_op import DSAAttention, SparseSettings, dsa_attention, recomputed_attention
 from flash_indexer.ops.sparse.kl_op import sparse_indexer_kl
 from flash_indexer.ops.sparse.learning import Learner, runs_of_rows
 from flash_indexer.ops.sparse.op import SparseAttention, select_keys, sparse_attention
@@ -66,6 +66,7 @@ __all__ = [
     "make_stages",
     "new_key_sums",
     "quantize",
+    "recomputed_attention",
     "run_stages",
     "runs_of_rows",
     "select_keys",

@@ -39,11 +39,11 @@ def compare_and_report(
         needle_count: documents of the needle test at each depth, as long as the batches' sequences; 0: none.
     """
     say = partial(console.print, highlight=False, soft_wrap=True, markup=False)
-    topk = int(run["topk"])
+    topk, keys = int(run["topk"]), str(run.get("keys", "indexer"))
     say(f"comparing with {run['init_from']}, {topk} keys a query")
     documents = _documents(run, batches, needle_count) if needle_count else []
-    before = measure(_begun_with(run), batches, topk, documents)
-    after = measure(load_trained(folder, str(run["model"]), console)[0], batches, topk, documents)
+    before = measure(_begun_with(run), batches, topk, documents, keys)
+    after = measure(load_trained(folder, str(run["model"]), console)[0], batches, topk, documents, keys)
     found = compare(before, after)
     page = write_comparison(report, found, command)
     for line in comparison_lines(found):

@@ -106,6 +106,8 @@ def train_sparsely(
             f"sparse: tp must be 1, got {parallel.tp}: the heads of a model that trains are not shared out; share long "
             "sequences out by --cp, and parameters by --fsdp"
         )
+    if parallel.cp > 1 and settings is not None and settings.keys == "oracle":
+        raise ValueError(f'sparse: keys="oracle" must run with cp=1, got {parallel.cp}; leave --cp out')
     processes = Processes(parallel)
     console = (console or Console()) if processes.is_main else Console(quiet=True)
     say = partial(console.print, highlight=False, soft_wrap=True, markup=False)
@@ -303,7 +305,7 @@ def _sparse(
         shard_for_training(loss, model, processes.parallel)
     dense = attach_start(model, start.indexers, layers=layers, parallel=processes.parallel)
     handle = make_sparse(dense, keys_of(settings, model, start))
-    handle.deterministic = settings.deterministic
+    handle.deterministic, handle.keys = settings.deterministic, settings.keys
     return handle, loss
 
 

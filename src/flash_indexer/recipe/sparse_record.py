@@ -22,7 +22,7 @@ REAL = ("lr", "indexer_lr", "clip", "indexer_clip")
 POSITIVE = (
     "topk", "batch_size", "accumulation", "steps", "lora", "save_every", "lr", "indexer_lr", "clip", "indexer_clip",
 )  # fmt: skip
-CHOICES = {"decay": ("cosine", "none"), "dtype": ("auto", "float32", "bfloat16")}
+CHOICES = {"keys": ("indexer", "oracle"), "decay": ("cosine", "none"), "dtype": ("auto", "float32", "bfloat16")}
 
 
 @dataclass(frozen=True)
@@ -38,6 +38,8 @@ class SparseRunSettings:
     column: str = "text"
     topk: int | None = None
     """None: the model's index_topk where its own indexers train, else 2048."""
+    keys: str = "indexer"
+    """Whose keys queries attend to: "indexer", or "oracle", those of largest attention: a bound to compare with."""
     layers: tuple[int, ...] | None = None
     """Layers that become sparse; None: all that have an indexer."""
     lora: int | None = None

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from flash_indexer import DSAAttention, dsa_attention, sparse_attention
+from flash_indexer.ops import SparseSettings, recomputed_attention
 from flash_indexer.ops.sparse import torch_attention, torch_index, torch_select
 from flash_indexer.testing import SHAPES
 
@@ -175,6 +176,43 @@ def test_selecting_again_keeps_no_selection(make_case: Callable[..., Any]) -> No
                 call(case, case.tensors(), kl=mode, save_selection=saved)
             kept.append(sizes.count(slots))
         assert kept == [2, 0], mode
+
+
+def test_settings_of_some_queries_with_a_known_selection(
+    make_case: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Runs of rows that are given their selection select nothing, and add up to the whole."""
+    case = make_case("packed")
+    expected = measure(case, "backward", token_weight=case.x.token_weight)
+    tensors, kl = case.tensors(), torch.zeros(len(case.x.q), dtype=case.x.q.dtype)
+    start, end = case.intervals["key_start"], case.intervals["key_end"]
+    whole = SparseSettings(
+        case.x.softmax_scale, start, end, case.topk, case.value_dim, (0, 0), case.x.token_weight, "backward",
+        torch.tensor(D_LOSS, dtype=torch.float64), kl, True, True, selection=case.selection,
+    )  # fmt: skip
+    monkeypatch.setattr(torch_select, "select", None)
+    q, k, v, index_q, index_k, weights = tensors
+    for rows in (slice(0, 40), slice(40, 91)):
+        some, leaves = q[rows], (index_q[rows], index_k, weights[rows])
+        settings = whole.rows(rows).checked("a test", some, k, v, leaves)
+        out, _, chosen = recomputed_attention(settings, some, k, v, None, leaves)
+        assert torch.equal(chosen.indices, case.selection.indices[rows])
+        out.backward(case.d_out[rows])
+    found = dict(zip(GRADIENTS, [None if x is None else x.grad for x in tensors], strict=True)) | dict(kl=kl)
+    for name, x in found.items():
+        torch.testing.assert_close(x, expected[name], rtol=1e-9, atol=1e-12, msg=name)
+
+
+def test_a_selection_of_other_queries_is_refused(make_case: Callable[..., Any]) -> None:
+    case = make_case("packed")
+    q, k, v, *leaves = case.tensors()
+    start, end = case.intervals["key_start"], case.intervals["key_end"]
+    settings = SparseSettings(
+        1.0, start, end, 7, None, (0, 0), None, "forward", None, None, True, True,
+        selection=case.selection.rows(slice(90)),
+    )  # fmt: skip
+    with pytest.raises(ValueError, match=r"selection must be of the T = 91 queries, got one of 90; take the rows"):
+        settings.checked("a test", q, k, v, tuple(leaves))
 
 
 def test_a_second_backward_is_refused_and_no_kl_is_counted_twice(make_case: Callable[..., Any]) -> None:

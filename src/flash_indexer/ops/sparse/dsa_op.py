@@ -53,7 +53,9 @@ class SparseSettings(NamedTuple):
     kl_out: Tensor | None
     deterministic: bool
     save_selection: bool
-    workspace_bytes: int
+    workspace_bytes: int = 512 * 2**20
+    selection: Selection | None = None
+    """What `select_keys` gave for the same index tensors, where it is known: nothing is selected then."""
 
     def checked(self, op: str, q: Tensor, k: Tensor, v: Tensor | None, leaves: Leaves) -> SparseSettings:
         """With value_dim filled in.
@@ -68,10 +70,28 @@ class SparseSettings(NamedTuple):
         check_topk(op, self.topk, self.always)
         check_kl_mode(op, self.kl, self.kl_scale, self.kl_out, q)
         check_workspace(op, self.workspace_bytes)
+        if self.selection is not None and self.selection.indices.shape[0] != sizes.T:
+            raise ValueError(
+                f"{op}: selection must be of the T = {sizes.T} queries, got one of {self.selection.indices.shape[0]}; "
+                "take the rows of the same queries (Selection.rows)"
+            )
         return self._replace(value_dim=width)
 
+    def rows(self, rows: slice) -> SparseSettings:
+        """Those of some of the queries."""
+        weight, kl, selection = self.token_weight, self.kl_out, self.selection
+        return self._replace(
+            key_start=self.key_start[rows],
+            key_end=self.key_end[rows],
+            token_weight=None if weight is None else weight[rows],
+            kl_out=None if kl is None else kl[rows],
+            selection=None if selection is None else selection.rows(rows),
+        )
+
     def select(self, leaves: Leaves) -> Selection:
-        """The selection by these index tensors; the same bits each time."""
+        """The selection that is given, or that by these index tensors; the same bits each time."""
+        if self.selection is not None:
+            return self.selection
         return select_rows(leaves, self.key_start, self.key_end, self.topk, self.always, self.workspace_bytes)
 
     def problem(self, q: Tensor, k: Tensor, v: Tensor | None, selection: Selection) -> SparseProblem:
@@ -248,11 +268,12 @@ def attention_and_learning(
     sums, learned = new_key_sums(problem, needs), None if learner is None else learner.new_sums()
     dq = problem.q.new_empty(problem.q.shape) if needs.q and len(problem.q) == 0 else None
     for rows in runs_of_rows(problem.selection, problem.workspace_bytes):
+        tiles = None if learner is None else learner.ahead(rows)
         made = sparse_backward(problem.rows(rows), d_out[rows], out[rows], lse[rows], needs, sums)
         if made.dq is not None:
             dq = with_rows(dq, rows, made.dq, len(problem.q))
         if learner is not None and learned is not None and made.p_sum is not None:
-            learner.learn(rows, made.p_sum, learned)
+            learner.learn(rows, made.p_sum, learned, tiles)
     return dq, sums, learned
 
 

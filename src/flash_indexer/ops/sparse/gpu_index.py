@@ -24,6 +24,7 @@ from flash_indexer.ops.worklists import TILE
 
 _WANTS_QUERY, _WANTS_KEY = 1, 2
 _DENSE_PRODUCT, _DENSE_PAIR = 1.05e-5, 2e-3  # ns of a pair: for each head and column, and beside them
+_LISTS = 3e5  # ns of making the lists of dense tiles: some 60 small launches
 _SLOT, _SUM = 0.06, 1.5e-3  # ns of a slot: beside the additions, and for each column
 _RANGED_WIDTHS: tuple[int, ...] = ()  # of `ranged_gradients`: GATHERED_INDEX_WIDTHS once it has been seen to be faster
 _RANGE_STEP, _MASKED_SLOT = 4.3, 0.08  # ns of a token in a range of keys, and of a slot before that
@@ -76,6 +77,29 @@ def kl_rows(p_sum: Tensor, scores: Tensor, count: Tensor, token_weight: Tensor) 
     return kl, entropy, di
 
 
+class Tiles(NamedTuple):
+    """How many dense tiles hold what a selection's queries select, on the host once `known` has come."""
+
+    number: Tensor
+    known: torch.Event
+
+
+@torch.no_grad()
+def count_tiles(leaves: Leaves, selection: Selection) -> Tiles | None:
+    """For `index_gradients`; None where it doesn't ask. Whoever calls this before other work for the GPU has the host
+    wait for what came before that work, not for the work."""
+    (T, S), K = (len(x) for x in leaves[:2]), selection.indices.shape[1]
+    if not (T and S and K) or dense_is_faster(_most_tiles(T, S), leaves, K) or gathering_time(leaves, K) <= _LISTS:
+        return None
+    with torch.cuda.device(selection.count.device):
+        tiles = gpu_index_tiles.spans(selection, S, TILE)
+        return Tiles(*launch.on_its_way((tiles.end - tiles.first).sum()))
+
+
+def _most_tiles(T: int, S: int) -> int:
+    return -(-T // TILE) * -(-S // TILE)
+
+
 @torch.no_grad()
 def index_gradients(
     di: Tensor,
@@ -85,11 +109,14 @@ def index_gradients(
     d_index_k: Tensor | None,
     deterministic: bool,
     workspace_bytes: int,
+    tiles: Tiles | None = None,
 ) -> tuple[Tensor | None, Tensor | None]:
     """See `torch_index.index_gradients`. The same bits every time, whether asked for or not.
 
     From gathered tiles, from gathered tiles and ranges of keys, or from dense tiles (`gpu_index_tiles`): whichever
     takes the least time by `dense_is_faster` and `ranges_are_faster`.
+
+    tiles: what `count_tiles` returned for this selection; None counts now.
     """
     index_q, index_k, weights = map(launch.aligned, leaves)
     leaves = index_q, index_k, weights
@@ -103,11 +130,12 @@ def index_gradients(
                 if x is not None:
                     x.zero_()
         elif any(x is not None for x in out):
-            most = -(-T // TILE) * -(-S // TILE)
-            dense = dense_is_faster(most, leaves, K)
-            if not dense:  # the host waits for what is selected
-                tiles = gpu_index_tiles.spans(selection, S, TILE)
-                dense = dense_is_faster(int((tiles.end - tiles.first).sum()), leaves, K)
+            tiles = count_tiles(leaves, selection) if tiles is None else tiles
+            number = _most_tiles(T, S)
+            if tiles is not None:
+                tiles.known.synchronize()
+                number = int(tiles.number)
+            dense = dense_is_faster(number, leaves, K)
             in_ranges = out[1] is not None and ranges_are_faster(S, leaves, K)
             gathered = ranged_gradients if in_ranges else gathered_gradients
             step = gpu_index_tiles.index_gradients if dense else gathered
@@ -121,9 +149,16 @@ def dense_is_faster(tiles: int, leaves: Leaves, K: int) -> bool:
     Dense tiles take four products of every pair at the tensor cores' rate and two bytes of di; gathering is bound by
     additions to d_index_k, of E numbers a slot. Nanoseconds of an H100, docs/kernels.md.
     """
-    T, I, E = leaves[0].shape
+    I, E = leaves[0].shape[1:]
     pairs = tiles * TILE * TILE
-    return pairs * (gpu_index_tiles.padded_heads(I) * E * _DENSE_PRODUCT + _DENSE_PAIR) < T * K * (_SLOT + E * _SUM)
+    time = pairs * (gpu_index_tiles.padded_heads(I) * E * _DENSE_PRODUCT + _DENSE_PAIR) + _LISTS
+    return time < gathering_time(leaves, K)
+
+
+def gathering_time(leaves: Leaves, K: int) -> float:
+    """Nanoseconds of gathering K keys a query, with d_index_k."""
+    T, _, E = leaves[0].shape
+    return T * K * (_SLOT + E * _SUM)
 
 
 def ranges_are_faster(S: int, leaves: Leaves, K: int) -> bool:
@@ -131,7 +166,7 @@ def ranges_are_faster(S: int, leaves: Leaves, K: int) -> bool:
     T, _, E = leaves[0].shape
     steps = T * -(-S // INDEX_RANGE) * (E // INDEX_COLUMNS)
     takes = E in _RANGED_WIDTHS and S <= INDEX_RUN * INDEX_RUNS
-    return takes and steps * _RANGE_STEP + T * K * _MASKED_SLOT < T * K * (_SLOT + E * _SUM)
+    return takes and steps * _RANGE_STEP + T * K * _MASKED_SLOT < gathering_time(leaves, K)
 
 
 def ranged_gradients(

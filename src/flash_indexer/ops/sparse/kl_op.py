@@ -109,7 +109,8 @@ def _op(
     problem = SparseProblem(q, k, None, selection, softmax_scale, q.shape[2], deterministic, workspace_bytes)
     sums = learner.new_sums()
     for rows in runs_of_rows(selection, workspace_bytes):
-        learner.learn(rows, sparse_target(problem.rows(rows), None if lse is None else lse[rows]), sums)
+        tiles = learner.ahead(rows)
+        learner.learn(rows, sparse_target(problem.rows(rows), None if lse is None else lse[rows]), sums, tiles)
     a, b, c = (
         leaf.new_empty(0) if gradient is None else gradient.to(leaf.dtype)
         for leaf, gradient in zip(leaves, sums.gradients, strict=True)

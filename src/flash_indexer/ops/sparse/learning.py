@@ -11,9 +11,15 @@ from torch import Tensor
 from flash_indexer.ops import bodies
 from flash_indexer.ops.blockwise import compute_dtype
 from flash_indexer.ops.problem import Sums
+from flash_indexer.ops.sparse.gpu_index import Tiles
 from flash_indexer.ops.sparse.problem import Leaves
 from flash_indexer.ops.sparse.selection import Selection
-from flash_indexer.ops.sparse.stages import sparse_index_gradients, sparse_index_scores, sparse_kl_rows
+from flash_indexer.ops.sparse.stages import (
+    count_index_tiles,
+    sparse_index_gradients,
+    sparse_index_scores,
+    sparse_kl_rows,
+)
 
 _NUMBERS, _NUMBERS_TORCH = 6, 16  # numbers of a slot that fit the workspace: three that a run of rows holds beside the
 # stages' own chunks, p_sum, scores and di, or eight with those that `sparse_kl_rows` makes in torch
@@ -46,10 +52,17 @@ class Learner(NamedTuple):
             torch.zeros(weights.shape, dtype=weights.dtype, device=index_q.device) if self.needs[2] else None,
         )
 
-    def learn(self, rows: slice, p_sum: Tensor, sums: Sums) -> None:
-        """KL, entropy and gradients of these rows from p_sum [rows, K] summed over all heads."""
+    def ahead(self, rows: slice) -> Tiles | None:
+        """For `learn`, before the GPU is given what makes p_sum: the host then need not wait for that."""
+        return count_index_tiles(*self._of(rows)) if any(self.needs) else None
+
+    def _of(self, rows: slice) -> tuple[Leaves, Selection]:
         index_q, index_k, weights = self.leaves
-        leaves, chosen = (index_q[rows], index_k, weights[rows]), self.selection.rows(rows)
+        return (index_q[rows], index_k, weights[rows]), self.selection.rows(rows)
+
+    def learn(self, rows: slice, p_sum: Tensor, sums: Sums, tiles: Tiles | None = None) -> None:
+        """KL, entropy and gradients of these rows from p_sum [rows, K] summed over all heads; tiles: of `ahead`."""
+        leaves, chosen = self._of(rows)
         known = self.scores_are_known
         scores = chosen.scores if known else sparse_index_scores(leaves, chosen, self.workspace_bytes)
         kl, entropy, di = sparse_kl_rows(p_sum, scores, chosen.count, self.token_weight[rows])
@@ -57,7 +70,7 @@ class Learner(NamedTuple):
         if any(self.needs):
             made = sparse_index_gradients(
                 di, leaves, chosen, self.needs, d_index_k=sums.d_index_k, deterministic=self.deterministic,
-                workspace_bytes=self.workspace_bytes,
+                workspace_bytes=self.workspace_bytes, tiles=tiles,
             )  # fmt: skip
             for whole, part in ((sums.d_index_q, made.d_index_q), (sums.d_index_weights, made.d_index_weights)):
                 if whole is not None and part is not None:

@@ -162,6 +162,14 @@ def sparse_kl_rows(p_sum: Tensor, scores: Tensor, count: Tensor, token_weight: T
     return KLRows(*step(p_sum, scores, count, token_weight.to(p_sum.dtype)))
 
 
+def count_index_tiles(leaves: Leaves, selection: Selection) -> gpu_index.Tiles | None:
+    """What `sparse_index_gradients` asks the GPU about a selection, asked early; None where it asks nothing."""
+    if leaves[0].device.type != "cuda":
+        return None
+    body = bodies.choose("sparse_indexer_kl", leaves[0].device, lambda: gpu_index.refusal(leaves))
+    return None if body == TORCH else gpu_index.count_tiles(leaves, selection)
+
+
 def sparse_index_gradients(
     di: Tensor,
     leaves: Leaves,
@@ -171,19 +179,24 @@ def sparse_index_gradients(
     d_index_k: Tensor | None = None,
     deterministic: bool = True,
     workspace_bytes: int = 512 * 2**20,
+    tiles: gpu_index.Tiles | None = None,
 ) -> IndexGradients:
     """The gradients of index_q, index_k, index_weights from those of their scores, di [T, K].
 
-    d_index_k: the buffer [S, E] to add to; None makes zeros where `needs` wants it.
+    d_index_k: the buffer [S, E] to add to; None makes zeros where `needs` wants it. tiles: what `count_index_tiles`
+    returned for this selection, so that the host doesn't wait for what it launched since; None asks now.
     """
     body = bodies.choose("sparse_indexer_kl", di.device, lambda: gpu_index.refusal(leaves))
     if body == TORCH:
         check_selection(selection, leaves[1].shape[0])
-    step = torch_index.index_gradients if body == TORCH else gpu_index.index_gradients
     if d_index_k is None and needs[1]:
         d_index_k = torch.zeros(leaves[1].shape, dtype=compute_dtype(leaves[1]), device=di.device)
     with torch.autocast(di.device.type, enabled=False):
-        d_index_q, d_weights = step(di, leaves, selection, needs, d_index_k, deterministic, workspace_bytes)
+        arguments = di, leaves, selection, needs, d_index_k, deterministic, workspace_bytes
+        if body == TORCH:
+            d_index_q, d_weights = torch_index.index_gradients(*arguments)
+        else:
+            d_index_q, d_weights = gpu_index.index_gradients(*arguments, tiles)
     return IndexGradients(d_index_q, d_index_k, d_weights)
 
 

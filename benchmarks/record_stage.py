@@ -1,0 +1,161 @@
+"""The sparse stage of the embedded SmolLM2-135M beside a dense control and the oracle's keys, from text to judgement.
+
+    python benchmarks/record_stage.py --out runs/stage --jobs 3
+
+1. text      train, validation and held-out documents (`stage_text.py`)
+2. warm-up   360 steps of 2,048 tokens, as the recorded warm-up's
+3. rates     short runs, dense, of each of RATES, then with the indexers' keys of each of INDEXER_RATES; the lowest
+             perplexity on the validation text wins, and all three runs have the same
+4. runs      on the same tokens: dense attention (K = the sequence's length), the indexer's keys and the oracle's at
+             each --topk
+5. judgement all of them on the held-out text, dense and sparse (`stage.py`), and `flash-indexer evaluate` of the
+             indexers' runs: dense, sparse before and sparse after
+
+Called again it goes on where it was. Every command is in OUT/commands.txt, what it printed in OUT/logs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shlex
+import subprocess
+import sys
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+HERE = Path(__file__).parent
+RATES = ("3e-5", "1e-4", "3e-4")
+INDEXER_RATES = ("1e-4", "3e-4", "1e-3")
+SCHEDULE = ["--warmup-steps", "10", "--decay", "cosine"]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--model", default="smollm2-135m")
+    parser.add_argument("--text", type=Path, help="folder of train, validation and held_out.jsonl; default: made")
+    parser.add_argument("--length", type=int, default=2048, help="tokens of a sequence")
+    parser.add_argument("--warm-up-steps", type=int, default=360)
+    parser.add_argument("--topk", type=int, nargs="+", default=[128, 256], help="rates are chosen at the first")
+    parser.add_argument("--steps", type=int, default=300, help="of each of the runs")
+    parser.add_argument("--rate-steps", type=int, default=40)
+    parser.add_argument(
+        "--batch-size", type=int, default=8, help="sequences; the host sets the pace, so many cost little"
+    )
+    parser.add_argument("--sequences", type=int, default=98, help="held-out ones, of 2,048 tokens")
+    parser.add_argument("--jobs", type=int, default=3, help="commands at a time")
+    parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--until", choices=("warm-up", "rates", "runs", "judgement"), default="judgement")
+    stage = Stage(parser.parse_args())
+    for name in ("warm-up", "rates", "runs", "judgement"):
+        getattr(stage, name.replace("-", "_"))()
+        if name == stage.options.until:
+            break
+
+
+class Stage:
+    """The steps, in order; each is left out where its result is there."""
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        self.options, self.out, self.text = options, options.out, options.text or options.out / "text"
+        (self.out / "logs").mkdir(parents=True, exist_ok=True)
+        if not (self.text / "train.jsonl").exists():
+            self.together({"text": [sys.executable, str(HERE / "stage_text.py"), "--out", str(self.text)]})
+
+    def warm_up(self) -> None:
+        words = [
+            "--model",
+            self.options.model,
+            *self.common(),
+            "--steps",
+            str(self.options.warm_up_steps),
+            "--evaluate-sequences",
+            "0",
+        ]
+        self.together({"warm": command("warmup", self.out / "warm", words)})
+
+    def rates(self) -> None:
+        if (self.out / "rates.json").exists():
+            return
+        steps, length, topk = self.options.rate_steps, self.options.length, self.options.topk[0]
+        dense = {f"rate-{lr}": self.sparse(f"rate-{lr}", length, "indexer", lr, "3e-4", steps) for lr in RATES}
+        self.together(dense)
+        lr = self.best({lr: f"rate-{lr}" for lr in RATES}, "dense")
+        names = {rate: f"indexer-rate-{rate}" for rate in INDEXER_RATES}
+        self.together({name: self.sparse(name, topk, "indexer", lr, rate, steps) for rate, name in names.items()})
+        rate = self.best(names, f"indexer {topk}")
+        (self.out / "rates.json").write_text(json.dumps(dict(lr=lr, indexer_lr=rate)) + "\n", encoding="utf-8")
+
+    def runs(self) -> None:
+        chosen, steps = json.loads((self.out / "rates.json").read_text(encoding="utf-8")), self.options.steps
+        wanted = [("dense", self.options.length, "indexer")]
+        wanted += [(f"{keys}-{topk}", topk, keys) for topk in self.options.topk for keys in ("indexer", "oracle")]
+        self.together({
+            name: self.sparse(name, topk, keys, chosen["lr"], chosen["indexer_lr"], steps)
+            for name, topk, keys in wanted
+        })  # fmt: skip
+
+    def judgement(self) -> None:
+        names = ["warm", "dense", *(f"{keys}-{k}" for k in self.options.topk for keys in ("indexer", "oracle"))]
+        held_out, sequences = self.text / "held_out.jsonl", str(self.options.sequences)
+        commands = {"held_out": self.judge(names, held_out, sequences, self.out / "held_out.json")}
+        for topk in self.options.topk:
+            folder = self.out / f"indexer-{topk}"
+            words = ["evaluate", "--run", str(folder), "--data", str(held_out), "--sequences", sequences]
+            commands[f"evaluate-{topk}"] = [sys.executable, "-m", "flash_indexer", *words]
+        self.together(commands)
+
+    def common(self) -> list[str]:
+        data = ["--data", str(self.text / "train.jsonl")]
+        return [*data, "--sequence-length", str(self.options.length), "--dtype", self.options.dtype]
+
+    def sparse(self, name: str, topk: int, keys: str, lr: str, indexer_lr: str, steps: int) -> list[str]:
+        words = [
+            "--init-from", str(self.out / "warm"), *self.common(), "--topk", str(topk), "--keys", keys, "--lr", lr,
+            "--indexer-lr", indexer_lr, "--batch-size", str(self.options.batch_size), "--steps", str(steps), *SCHEDULE,
+            "--save-every", "200",
+        ]  # fmt: skip
+        return command("sparse", self.out / name, words)
+
+    def best(self, names: dict[str, str], attention: str) -> str:
+        """The rate whose run has the lowest loss on the validation text with that attention."""
+        file = self.out / f"validation-{attention.replace(' ', '-')}.json"
+        self.together({file.stem: self.judge(list(names.values()), self.text / "validation.jsonl", "24", file)})
+        found = json.loads(file.read_text(encoding="utf-8"))["runs"]
+        return min(names, key=lambda rate: found[names[rate]][attention]["nats"])
+
+    def judge(self, names: Sequence[str], data: Path, sequences: str, file: Path) -> list[str]:
+        runs = [word for name in names for word in ("--run", f"{name}={self.out / name}")]
+        topk = ["--topk", *map(str, self.options.topk)]
+        words = [*runs, "--data", str(data), "--sequences", sequences, *topk, "--out", str(file)]
+        return [sys.executable, str(HERE / "stage.py"), *words]
+
+    def together(self, commands: dict[str, list[str]]) -> None:
+        """Runs those that have not been done, so many at a time; raises SystemExit for one that fails."""
+        with ThreadPoolExecutor(self.options.jobs) as pool:
+            codes = dict(zip(commands, pool.map(self.one, commands, commands.values()), strict=True))
+        if failed := [name for name, code in codes.items() if code]:
+            raise SystemExit(f"record_stage: {', '.join(failed)} failed; see {self.out / 'logs'}, then call it again")
+
+    def one(self, name: str, words: list[str]) -> int:
+        done = self.out / "logs" / f"{name}.done"
+        if done.exists():
+            return 0
+        with (self.out / "commands.txt").open("a", encoding="utf-8") as file:
+            file.write(shlex.join(words) + "\n")
+        with (self.out / "logs" / f"{name}.log").open("a", encoding="utf-8") as log:
+            code = subprocess.run(words, stdout=log, stderr=subprocess.STDOUT).returncode
+        print(f"{name}: {'done' if code == 0 else f'exit code {code}'}", flush=True)
+        if code == 0:
+            done.touch()
+        return code
+
+
+def command(name: str, out: Path, words: list[str]) -> list[str]:
+    return [sys.executable, "-m", "flash_indexer", name, "--out", str(out), "--resume", *words]
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,107 @@
+"""What the sparse stage's runs cost on held-out text, beside one another: dense, the indexer's keys, the oracle's.
+
+    python benchmarks/stage.py --run warm=runs/warm --run dense=runs/dense --run indexer=runs/indexer \\
+        --run oracle=runs/oracle --data text/held_out.jsonl --sequences 98 --topk 128 256 --out held_out.json
+
+Every run's model is loaded once and judged with dense attention, and at each K with the keys of its indexers and with
+those of largest attention, on the same sequences. Writes means of nats a token, and of every judgement the difference
+to each run's dense attention, token by token, with its standard error (`flash_indexer.judge.comparison`).
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import json
+import math
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from torch import Tensor
+
+from flash_indexer.judge.batches import TokenLosses, batch_tensors, token_losses
+from flash_indexer.judge.comparison import paired_difference
+from flash_indexer.models.oracle import KEYS
+from flash_indexer.models.sparse import sparse_handle
+from flash_indexer.recipe.held_out import held_out_batches
+from flash_indexer.recipe.judging import load_trained
+
+DENSE = "dense"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--run", action="append", required=True, help="NAME=FOLDER of a warm-up or a sparse run")
+    parser.add_argument("--data", required=True, help="held-out text")
+    parser.add_argument("--sequences", type=int, default=98)
+    parser.add_argument("--rows", type=int, default=4, help="sequences of a batch")
+    parser.add_argument("--topk", type=int, nargs="+", default=[128])
+    parser.add_argument("--out", type=Path, required=True)
+    arguments = parser.parse_args()
+    found: dict[str, dict[str, TokenLosses]] = {}
+    for word in arguments.run:
+        name, _, folder = word.partition("=")
+        started = time.perf_counter()
+        found[name] = judged(Path(folder), arguments)
+        shown = {which: round(math.exp(float(x.nats.mean())), 4) for which, x in found[name].items()}
+        print(name, shown, f"{time.perf_counter() - started:.1f} s", flush=True)
+        arguments.out.write_text(json.dumps(record(found, arguments), indent=1) + "\n", encoding="utf-8")
+
+
+def judged(folder: Path, arguments: argparse.Namespace) -> dict[str, TokenLosses]:
+    """Losses by the attention with which they were computed: "dense", "indexer 128", "oracle 128", ..."""
+    dense, _, run = load_trained(folder, None, Console(file=io.StringIO()))
+    device = next(dense.model.parameters()).device
+    packed = batched(held_out_batches(run, arguments.data, arguments.sequences), arguments.rows)
+    batches = [batch_tensors(batch, device) for batch in packed]
+    dense.model.train(False)
+    handle = sparse_handle(dense, arguments.topk[0])
+    handle.indexers.train(False)
+    found: dict[str, TokenLosses] = {}
+    for topk in arguments.topk:
+        handle.topk = topk
+        for keys in KEYS:
+            handle.keys = keys
+            found[f"{keys} {topk}"] = losses(handle.model, batches)
+    handle.remove()
+    return {DENSE: losses(handle.model, batches)} | found
+
+
+def batched(batches: list[dict[str, Tensor]], rows: int) -> list[dict[str, Tensor]]:
+    """Batches of one sequence each, `rows` together."""
+    return [
+        {name: torch.cat([batch[name] for batch in batches[n : n + rows]]) for name in batches[0]}
+        for n in range(0, len(batches), rows)
+    ]
+
+
+def losses(model: torch.nn.Module, batches: list[tuple[Tensor, Tensor]]) -> TokenLosses:
+    """Of all batches, their sequences numbered on."""
+    parts, first = [], 0
+    for ids, positions in batches:
+        part = token_losses(model, ids, positions)
+        parts.append(part._replace(sequence=part.sequence + first))
+        first += len(ids)
+    return TokenLosses(*(torch.cat(x) for x in zip(*parts, strict=True)))
+
+
+def record(found: dict[str, dict[str, TokenLosses]], arguments: argparse.Namespace) -> dict[str, Any]:
+    """Of every run and attention: nats, perplexity and tokens, and the difference to each run's dense attention."""
+    content: dict[str, Any] = dict(data=Path(arguments.data).name, sequences=arguments.sequences, runs={})
+    for name, by_attention in found.items():
+        content["runs"][name] = {}
+        for which, x in by_attention.items():
+            mean = float(x.nats.mean())
+            row: dict[str, Any] = dict(tokens=len(x.nats), nats=mean, perplexity=math.exp(mean), over_dense_of={})
+            for other, base in found.items():
+                difference, error = paired_difference(x.nats - base[DENSE].nats, x.sequence)
+                row["over_dense_of"][other] = dict(nats=difference, error=error, cost=math.expm1(difference))
+            content["runs"][name][which] = row
+    return content
+
+
+if __name__ == "__main__":
+    main()

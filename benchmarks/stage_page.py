@@ -1,0 +1,183 @@
+"""docs/smollm2-135m/sparse.md and its plots, of what `record_stage.py` left in a folder.
+
+    python benchmarks/stage_page.py --record runs/stage --out docs/smollm2-135m
+
+What a run costs is exp(nats - nats of the dense run) - 1 on the same held-out tokens, with its error bar; before the
+training it is taken over the untouched model.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from matplotlib import rc_context
+from matplotlib.figure import Figure
+from matplotlib.ticker import PercentFormatter
+
+from flash_indexer.judge.plots import STYLE
+
+MOST_OVER_ORACLE, MOST_OF_BEFORE = 1.2, 1 / 3
+SMOOTH = 20
+COLOURS = {"dense": "#8C8C8C", "indexer": "#0072B2", "oracle": "#222222"}
+
+
+class Cost(NamedTuple):
+    """A perplexity's relative cost, and its standard error."""
+
+    cost: float
+    error: float
+
+    def __str__(self) -> str:
+        return f"{self.cost:+.2%} ± {self.error:.2%}"
+
+
+class AtK(NamedTuple):
+    """What attending to K keys costs, before the stage over the untouched model, after it over the dense run."""
+
+    topk: int
+    before: Cost
+    oracle_before: Cost
+    after: Cost
+    oracle_after: Cost
+    crossed: Cost
+    """The dense run's model with its own indexers' keys: what training on few keys buys is the difference to this."""
+
+    @property
+    def over_oracle(self) -> float:
+        return self.after.cost / self.oracle_after.cost if self.oracle_after.cost > 0 else math.inf
+
+    @property
+    def of_before(self) -> float:
+        return self.after.cost / self.before.cost if self.before.cost > 0 else math.inf
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--record", type=Path, required=True)
+    parser.add_argument("--out", type=Path, required=True)
+    arguments = parser.parse_args()
+    found = json.loads((arguments.record / "held_out.json").read_text(encoding="utf-8"))
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    (arguments.out / "sparse.md").write_text(page(found, arguments.record, arguments.out), encoding="utf-8")
+
+
+def costs(found: dict[str, Any]) -> list[AtK]:
+    """Of every K that the record holds."""
+    runs = found["runs"]
+
+    def cost(run: str, attention: str, over: str) -> Cost:
+        row = runs[run][attention]["over_dense_of"][over]
+        return Cost(row["cost"], (row["error"] or 0.0) * (1 + row["cost"]))
+
+    return [
+        AtK(
+            k,
+            cost("warm", f"indexer {k}", "warm"),
+            cost("warm", f"oracle {k}", "warm"),
+            cost(f"indexer-{k}", f"indexer {k}", "dense"),
+            cost(f"oracle-{k}", f"oracle {k}", "dense"),
+            cost("dense", f"indexer {k}", "dense"),
+        )
+        for k in sorted(int(name.removeprefix("indexer-")) for name in runs if name.startswith("indexer-"))
+    ]
+
+
+def verdict(found: dict[str, Any]) -> list[str]:
+    """Whether the control is one, and at each K whether both bars are met."""
+    runs = found["runs"]
+    untouched, dense = (runs[name]["dense"]["perplexity"] for name in ("warm", "dense"))
+    control = "no worse" if dense <= untouched else "WORSE, so that it is no control"
+    lines = [f"The dense run's perplexity is {dense:.3f}, the untouched model's {untouched:.3f}: {control}."]
+    for at in costs(found):
+        met = [at.over_oracle <= MOST_OVER_ORACLE, at.of_before < MOST_OF_BEFORE]
+        lines.append(
+            f"K={at.topk}: the indexer's keys cost {at.after} over the dense run, the oracle's {at.oracle_after}: "
+            f"{at.over_oracle:.2f} times as much (bar {MOST_OVER_ORACLE}: {_met(met[0])}). Before the stage they cost "
+            f"{at.before}; {at.of_before:.2f} of that is left (bar a third: {_met(met[1])})."
+        )
+    return lines
+
+
+def page(found: dict[str, Any], record: Path, out: Path) -> str:
+    """The page; writes its plots beside it."""
+    rates = json.loads((record / "rates.json").read_text(encoding="utf-8"))
+    tokens = found["runs"]["dense"]["dense"]["tokens"]
+    plot_losses(record, [f"indexer-{at.topk}" for at in costs(found)]).savefig(out / "sparse_loss.png", dpi=140)
+    plot_costs(costs(found)).savefig(out / "sparse_costs.png", dpi=140)
+    table = [
+        "| K | before: indexer | before: oracle | dense run, its indexers' keys | after: indexer | after: oracle |",
+        "| ---: | ---: | ---: | ---: | ---: | ---: |",
+        *(
+            f"| {at.topk} | {at.before} | {at.oracle_before} | {at.crossed} | {at.after} | {at.oracle_after} |"
+            for at in costs(found)
+        ),
+    ]
+    return "\n".join([
+        "# The sparse stage on SmolLM2-135M: report", "",
+        *(f"- {line}" for line in verdict(found)), "",
+        "## What few keys cost", "",
+        f"Perplexity on {tokens:,} held-out tokens, in {found['sequences']} sequences. Before: the untouched model "
+        "with the warm-up's indexers, over its own dense attention. Behind that: over the dense run, which trained on "
+        "the same tokens at the same rates. Error bars are paired, over sequences.", "", *table, "",
+        "![What few keys cost, before and after](sparse_costs.png)", "",
+        "## Training", "",
+        f"Rates, chosen on validation text: {rates['lr']} for the model, {rates['indexer_lr']} for the indexers.", "",
+        "![Loss by step](sparse_loss.png)", "",
+        "## To reproduce", "", "```bash", "python benchmarks/record_stage.py --out runs/stage",
+        "python benchmarks/stage_page.py --record runs/stage --out docs/smollm2-135m", "```", "",
+    ])  # fmt: skip
+
+
+def plot_losses(record: Path, sparse: list[str]) -> Figure:
+    """Nats a token of the dense run and of those on few keys, by step; further K are dashed."""
+    with rc_context(STYLE):
+        figure = Figure(figsize=(9, 5), layout="constrained")
+        ax = figure.add_subplot(xlabel="step", ylabel=f"nats a token, mean of the last {SMOOTH} steps")
+        first = sparse[0].removeprefix("indexer") if sparse else ""
+        for name in ["dense", *sparse, *(name.replace("indexer", "oracle") for name in sparse)]:
+            lines = (record / name / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+            losses = [json.loads(line)["loss"] for line in lines]
+            style = "-" if name == "dense" or name.endswith(first) else "--"
+            colour = COLOURS[name.partition("-")[0]]
+            ax.plot(range(1, len(losses) + 1), smooth(losses), style, color=colour, label=name, linewidth=1.6)
+        ax.legend()
+    return figure
+
+
+def smooth(losses: list[float]) -> list[float]:
+    """The mean of the last SMOOTH values, of fewer at the start."""
+    return [sum(losses[max(0, n - SMOOTH) : n]) / min(n, SMOOTH) for n in range(1, len(losses) + 1)]
+
+
+def plot_costs(found: list[AtK]) -> Figure:
+    """Bars: the indexer's and the oracle's keys, before (pale) and after, at each K."""
+    with rc_context(STYLE):
+        figure = Figure(figsize=(9, 4.5), layout="constrained")
+        ax = figure.add_subplot(ylabel="perplexity over dense attention")
+        for number, at in enumerate(found):
+            each = (("indexer", at.before), ("oracle", at.oracle_before))
+            each += (("indexer", at.after), ("oracle", at.oracle_after))
+            for place, (keys, cost) in enumerate(each):
+                x, is_after = number + (place - 1.5) * 0.2, place > 1
+                label = None if number else f"{keys}'s keys, {'after' if is_after else 'before'}"
+                ax.bar(
+                    x, cost.cost, 0.18, yerr=cost.error, color=COLOURS[keys], alpha=1.0 if is_after else 0.35,
+                    label=label, ecolor="#777777",
+                )  # fmt: skip
+                ax.annotate(f" {cost.cost:+.1%}", (x, max(cost.cost, 0.0)), ha="left", va="bottom", fontsize=10)
+        ax.set_xticks(range(len(found)), [f"K={at.topk}" for at in found])
+        ax.yaxis.set_major_formatter(PercentFormatter(1.0))
+        ax.legend()
+    return figure
+
+
+def _met(met: bool) -> str:
+    return "met" if met else "missed"
+
+
+if __name__ == "__main__":
+    main()

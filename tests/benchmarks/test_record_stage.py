@@ -1,0 +1,76 @@
+"""The recorded sparse stage, at a tiny size: every step runs, nothing runs twice, and the page says what was found."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import math
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+
+def row(nats: float, **bases: float) -> dict[str, Any]:
+    over = {name: dict(nats=nats - x, error=0.001, cost=math.expm1(nats - x)) for name, x in bases.items()}
+    return dict(tokens=1000, nats=nats, perplexity=math.exp(nats), over_dense_of=over)
+
+
+def found(indexer: float, oracle: float, dense: float = 1.8) -> dict[str, Any]:
+    bases = dict(warm=2.0, dense=dense)
+    warm = {"dense": row(2.0, **bases), "indexer 128": row(2.1, **bases), "oracle 128": row(2.02, **bases)}
+    runs = {"warm": warm, "dense": {"dense": row(dense, **bases), "indexer 128": row(dense + 0.09, **bases)}}
+    for name, nats in (("indexer", indexer), ("oracle", oracle)):
+        runs[f"{name}-128"] = {f"{name} 128": row(nats, **bases)}
+    return dict(sequences=4, runs=runs)
+
+
+@pytest.mark.parametrize(
+    "indexer, oracle, over_oracle, of_before",
+    [(1.811, 1.81, "met", "met"), (1.82, 1.81, "missed", "met"), (1.84, 1.838, "met", "missed")],
+)
+def test_the_verdict_is_that_of_both_bars(
+    scripts: Path, indexer: float, oracle: float, over_oracle: str, of_before: str
+) -> None:
+    page = importlib.import_module("stage_page")
+    control, line = page.verdict(found(indexer, oracle))
+    assert control.endswith("no worse.")
+    assert f"bar 1.2: {over_oracle})" in line and f"bar a third: {of_before})" in line
+    (at,) = page.costs(found(indexer, oracle))
+    assert at.before.cost == pytest.approx(math.expm1(0.1)) and at.after.cost == pytest.approx(
+        math.expm1(indexer - 1.8)
+    )
+    assert "no control" in page.verdict(found(2.2, 2.1, dense=2.05))[0]
+
+
+@pytest.mark.slow
+def test_from_text_to_page(
+    scripts: Path, checkpoint: Path, texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    record, page = importlib.import_module("record_stage"), importlib.import_module("stage_page")
+    documents = [file.read_text() for file in sorted(texts.iterdir())]
+    for part, some in (("train", documents[:20]), ("validation", documents[20:30]), ("held_out", documents[30:])):
+        lines = "".join(json.dumps(dict(text=text)) + "\n" for text in some)
+        (tmp_path / f"{part}.jsonl").write_text(lines)
+    words = ["--model", str(checkpoint), "--text", str(tmp_path), "--length", "32", "--topk", "8", "--steps", "3"]
+    words += ["--warm-up-steps", "3", "--rate-steps", "1", "--batch-size", "1", "--sequences", "4", "--jobs", "2"]
+    out = tmp_path / "stage"
+    monkeypatch.setattr(sys, "argv", ["record_stage", "--out", str(out), "--dtype", "float32", *words])
+    monkeypatch.setattr(record, "RATES", ("1e-4", "1e-2"))
+    monkeypatch.setattr(record, "INDEXER_RATES", ("1e-3",))
+    record.main()
+    commands = (out / "commands.txt").read_text()
+    record.main()
+    assert (out / "commands.txt").read_text() == commands and len(commands.splitlines()) == 11
+    assert json.loads((out / "rates.json").read_text())["lr"] in ("1e-4", "1e-2")
+    held_out = json.loads((out / "held_out.json").read_text())["runs"]
+    assert set(held_out) == {"warm", "dense", "indexer-8", "oracle-8"}
+    assert all(set(x) == {"dense", "indexer 8", "oracle 8"} for x in held_out.values())
+    assert held_out["dense"]["dense"]["over_dense_of"]["dense"]["nats"] == 0
+    assert held_out["warm"]["indexer 8"]["nats"] != held_out["warm"]["oracle 8"]["nats"]
+    assert (out / "indexer-8" / "report" / "comparison.md").exists()
+    monkeypatch.setattr(sys, "argv", ["stage_page", "--record", str(out), "--out", str(tmp_path / "docs")])
+    page.main()
+    text = (tmp_path / "docs" / "sparse.md").read_text()
+    assert "K=8: the indexer's keys cost" in text and (tmp_path / "docs" / "sparse_costs.png").stat().st_size > 1000
