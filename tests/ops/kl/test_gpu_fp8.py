@@ -133,8 +133,8 @@ def test_the_teacher(D: int, handed_over: bool, spread: float, launches: Counter
     seen = torch.arange(S) < given.key_end[:, None]
     torch.testing.assert_close(lse, x.masked_fill(~seen[:, None], -torch.inf).logsumexp(-1), rtol=1e-3, atol=1e-3)
     for begin, tiles in ((0, [(0, 0, 0)]), (128, [(128, 0, 1), (128, 128, 0)])):
-        items = torch.tensor([[*tile, 0] for tile in tiles], dtype=torch.int32).view(-1)
-        chunk = TileChunk(begin, min(begin + 128, T), len(tiles), S, partial(items.view, -1), no_gradients)
+        items = partial(torch.tensor([[*tile, 0] for tile in tiles], dtype=torch.int32).view, -1)
+        chunk = TileChunk(begin, min(begin + 128, T), len(tiles), S, items, items, no_gradients)
         out = torch.full((len(tiles) * 128, 128), torch.nan)
         teacher.scores(lse, chunk, out)
         expected = (x - lse[..., None]).exp().sum(1)
