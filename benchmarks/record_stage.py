@@ -18,12 +18,14 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import shlex
 import subprocess
 import sys
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from queue import SimpleQueue
 
 HERE = Path(__file__).parent
 RATES = ("3e-5", "1e-4", "3e-4")
@@ -46,6 +48,7 @@ def main() -> None:
     )
     parser.add_argument("--sequences", type=int, default=98, help="held-out ones, of 2,048 tokens")
     parser.add_argument("--jobs", type=int, default=3, help="commands at a time")
+    parser.add_argument("--gpus", type=int, default=1, help="GPUs that commands take in turns")
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--until", choices=("warm-up", "rates", "runs", "judgement"), default="judgement")
     stage = Stage(parser.parse_args())
@@ -61,6 +64,9 @@ class Stage:
     def __init__(self, options: argparse.Namespace) -> None:
         self.options, self.out, self.text = options, options.out, options.text or options.out / "text"
         (self.out / "logs").mkdir(parents=True, exist_ok=True)
+        self.places: SimpleQueue[int] = SimpleQueue()
+        for place in range(options.jobs):
+            self.places.put(place % options.gpus)
         if not (self.text / "train.jsonl").exists():
             self.together({"text": [sys.executable, str(HERE / "stage_text.py"), "--out", str(self.text)]})
 
@@ -145,8 +151,13 @@ class Stage:
             return 0
         with (self.out / "commands.txt").open("a", encoding="utf-8") as file:
             file.write(shlex.join(words) + "\n")
-        with (self.out / "logs" / f"{name}.log").open("a", encoding="utf-8") as log:
-            code = subprocess.run(words, stdout=log, stderr=subprocess.STDOUT).returncode
+        gpu = self.places.get()
+        which = {"CUDA_VISIBLE_DEVICES": str(gpu)} if self.options.gpus > 1 else {}
+        try:
+            with (self.out / "logs" / f"{name}.log").open("a", encoding="utf-8") as log:
+                code = subprocess.run(words, stdout=log, stderr=subprocess.STDOUT, env=os.environ | which).returncode
+        finally:
+            self.places.put(gpu)
         print(f"{name}: {'done' if code == 0 else f'exit code {code}'}", flush=True)
         if code == 0:
             done.touch()

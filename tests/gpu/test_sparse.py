@@ -64,6 +64,10 @@ def test_against_float64(heads: str, topk: int, kl: str) -> None:
             assert getattr(truth, name) is None
             continue
         tensors = value, getattr(truth, name), getattr(eager, name)
+        if name == "dq":  # of a query with one key: 0, and only the backward of a softmax has no rounding there
+            alone = result.selection.count <= 1
+            assert value[alone].abs().max() <= 1e-5 * value.abs().max()
+            tensors = tuple(y[~alone] for y in tensors)
         if value.dtype == torch.float32:  # no row has a rounding of its output that its few numbers could hide behind
             tensors = tuple(y.flatten() for y in tensors)
         assert_close(name, *tensors)

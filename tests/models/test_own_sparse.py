@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
 
 from flash_indexer import reference
 from flash_indexer.files.native import load_native, save_native
-from flash_indexer.models import sparse
+from flash_indexer.models import absorbed, sparse
 from flash_indexer.models.attach import attach
 from flash_indexer.models.own_sparse import OwnSparseHandle
 from flash_indexer.models.sparse import sparse_handle
@@ -177,6 +177,20 @@ def test_the_loss_is_the_mean_of_the_layers_that_an_indexer_serves(
         torch.testing.assert_close(parameter.grad, want[name], rtol=1e-8, atol=1e-12, msg=name)
     for source, kl in handle.losses().items():
         assert float(kl.kl) == pytest.approx(kls[source], rel=1e-9) and float(kl.uniform_kl) > 0
+
+
+@pytest.mark.parametrize("family", ["glm_moe_dsa", "hy_v4"])
+def test_runs_of_queries_learn_what_all_of_them_do(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of an indexer that serves several layers, and with sinks; in float64."""
+    model, ids = model_of(family, **DENSE).double(), own_tokens(2, 21)
+    handle = sparsely(model)
+    want, kls = gradients_of(handle, ids), {n: float(x.kl) for n, x in handle.losses().items()}
+    monkeypatch.setattr(absorbed, "WHOLE_BYTES", 0)
+    monkeypatch.setattr(absorbed, "RUN_BYTES", 5 * 8 * 4 * (2 * 24 + 8))
+    got = gradients_of(handle, ids)
+    for mine, whole in zip(got, want, strict=True):
+        torch.testing.assert_close(mine, whole, rtol=1e-6, atol=1e-9)
+    assert {n: float(x.kl) for n, x in handle.losses().items()} == pytest.approx(kls)
 
 
 @pytest.mark.parametrize("family", ["deepseek_v32", "glm_moe_dsa", "dots3_note", "hy_v4"])

@@ -41,7 +41,7 @@ time.sleep(after[rank])
 STUCK = "time.sleep(600)"
 STUCK_WITH_THE_LOCK = "import ctypes; ctypes.PyDLL(None).sleep(600)"
 GRACE, PATIENCE = 0.5, 1.0
-HANG = 120.0  # seconds after which a process is taken to hang
+HANG = 240.0  # seconds after which a process is taken to hang
 
 
 def start(runs: Any, out: Path, count: int, *, code: str = PROGRAM, **names: Any) -> Any:

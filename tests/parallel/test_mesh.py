@@ -21,7 +21,7 @@ from flash_indexer.parallel.gradients import all_sum, sum_gradients
 from flash_indexer.parallel.mesh import make_parallel
 dist.init_process_group("gloo")
 rank = dist.get_rank()
-place = make_parallel("cpu", cp=2, tp=sizes, layout="contiguous", timeout=30)
+place = make_parallel("cpu", cp=2, tp=sizes, layout="contiguous", timeout=240)
 groups = {name: place.group(name) and dist.get_process_group_ranks(place.group(name)) for name in ("dp", "cp", "tp")}
 parameters = [torch.zeros(2, dtype=torch.bfloat16, requires_grad=True), torch.zeros(3, 1, requires_grad=True)]
 parameters.append(torch.zeros(5, requires_grad=True))

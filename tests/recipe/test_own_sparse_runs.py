@@ -66,7 +66,7 @@ def warm_own(tmp_path_factory: pytest.TempPathFactory, own_checkpoint: Path, tin
 @pytest.fixture
 def base(warm_own: Path, texts: Path) -> dict[str, Any]:
     return dict(
-        init_from=str(warm_own), data=str(texts), sequence_length=32, batch_size=2, accumulation=2, steps=6, lr=1e-3,
+        init_from=str(warm_own), data=str(texts), sequence_length=32, batch_size=2, accumulation=2, steps=4, lr=1e-3,
         indexer_lr=2e-3, save_every=2,
     )  # fmt: skip
 
@@ -131,7 +131,14 @@ def test_model_and_own_indexers_train_at_rates_of_their_own(
     assert torch.equal(logits(load_native(found.model, checkpoint, topk=8).model), want)
 
 
-@pytest.mark.parametrize("changes", [{}, dict(dtype="bfloat16", activation_checkpointing=True), dict(lora=4)])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        pytest.param(dict(dtype="bfloat16", activation_checkpointing=True), marks=pytest.mark.slow),
+        pytest.param(dict(lora=4), marks=pytest.mark.slow),
+    ],
+)
 def test_a_resumed_run_has_the_same_bits(tmp_path: Path, run: Run, changes: dict[str, Any]) -> None:
     if "lora" in changes:
         pytest.importorskip("peft")

@@ -24,6 +24,7 @@ from flash_indexer.recipe.sparse_record import SparseRunSettings, read_any_run, 
 from flash_indexer.recipe.warmup import warm_up
 
 STEPS = 12
+HANG = 240.0  # seconds after which a process is taken to hang
 EXACT = """
 import torch
 from flash_indexer.recipe import sparse as stage
@@ -335,7 +336,7 @@ def test_after_a_kill_the_run_goes_on_with_the_same_bits(
     codes = [code if rank == dying else "" for rank in range(2)]
     started = start(tmp_path / "cut", 2, codes=codes, **options)
     for process in started:
-        process.join(60)
+        process.join(HANG)
     assert [process.exitcode for process in started] == [-signal.SIGKILL if n == dying else 1 for n in range(2)]
     said = Path(f"{tmp_path / 'cut'}.{1 - dying}").read_text()
     assert f"sparse: process {1 - dying} of 2 lost contact with another process" in said, said
@@ -432,7 +433,7 @@ def test_the_command_trains_on_two_processes_ends_when_one_is_asked_to_and_goes_
     codes = [COMMAND, ASKED_TO_END + COMMAND]
     started = runs.ranks(2, None, out, codes=codes, arguments=words)
     for process in started:
-        process.join(60)
+        process.join(HANG)
     assert [process.exitcode for process in started] == [130, 143]
     assert [row["step"] for row in rows(out)] == [1, 2, 3]
     assert "after step 3 of 6, which is saved in" in Path(f"{out}.0").read_text().replace("\n", " ")
@@ -442,6 +443,6 @@ def test_the_command_trains_on_two_processes_ends_when_one_is_asked_to_and_goes_
     assert "trained" in said[0] and "trained" not in said[1]
     started = runs.ranks(2, None, tmp_path / "tp", codes=[COMMAND] * 2, arguments=[*words, "--tp", "2"])
     for process in started:
-        process.join(60)
+        process.join(HANG)
     assert [process.exitcode for process in started] == [1, 1]
     assert "sparse: tp must be 1, got 2" in Path(f"{tmp_path / 'tp'}.1").read_text()

@@ -13,6 +13,7 @@ import pytest
 from flash_indexer.recipe import loop, warmup
 from flash_indexer.recipe.stopping import Interrupted, StopSignals
 
+HANG = 240.0  # seconds after which a process is taken to hang
 SIGNALS = [signal.SIGINT, signal.SIGTERM]
 COMMAND = """
 import os, sys
@@ -113,7 +114,7 @@ def test_a_signal_to_one_process_ends_all_after_the_same_step(
     codes = [COMMAND + (SEND.format(times=1, name=name) if n == rank else "") + "main()" for n in (0, 1)]
     processes = runs.ranks(2, None, cut, codes=codes, arguments=arguments)
     for process in processes:
-        process.join(240)
+        process.join(HANG)
     ends = [process.exitcode for process in processes]
     assert ends[rank] == code and ends[1 - rank] == 130, ends
     assert [row["step"] for row in metrics(cut)] == list(range(1, 8))

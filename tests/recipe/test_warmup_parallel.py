@@ -190,11 +190,11 @@ def test_a_step_that_cannot_be_shared_out_is_refused(build: Any) -> None:
 @pytest.mark.parametrize(
     ("model", "processes", "parallel"),
     [
-        ("llama", 2, dict(cp=2)),
+        pytest.param("llama", 2, dict(cp=2), marks=pytest.mark.slow),
         ("llama", 2, dict(cp=2, layout="contiguous")),
         pytest.param("llama", 4, dict(cp=4), marks=pytest.mark.slow),
         pytest.param("llama", 4, dict(cp=2, layout="contiguous", fsdp=True), marks=pytest.mark.slow),
-        ("llama", 2, dict(tp=2)),
+        pytest.param("llama", 2, dict(tp=2), marks=pytest.mark.slow),
         pytest.param("llama", 4, dict(tp=2, fsdp=True), marks=pytest.mark.slow),
         pytest.param("llama", 4, dict(cp=2, tp=2), marks=pytest.mark.slow),
         ("llama", 4, dict(cp=2, tp=2, fsdp=True)),

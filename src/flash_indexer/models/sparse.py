@@ -54,8 +54,8 @@ class SparseHandle(IndexerHandle):
         token_weight: weight of every token's KL in the indexers' loss; None means 1/T of each forward, T over all
             processes that share the sequence.
         kl_scale: a tensor of no dimension by which the indexers' loss is multiplied; None means 1.
-        deterministic: the same gradients to the bit every time. False lets MLA's backward run in the kernels of Hopper
-            GPUs, which add the keys' gradients in any order.
+        deterministic: the same gradients to the bit every time. False lets MLA's backward on Hopper GPUs add the keys'
+            gradients in any order, which takes less time.
         keys: "indexer", or "oracle": layers attend to the `topk` keys of largest attention, an indexer's bound, and the
             indexers learn on these. In one process, without sinks, not of a model's own.
         on_selection: called with each layer's index and selection in forwards without gradients; None for none.

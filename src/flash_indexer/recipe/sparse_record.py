@@ -61,7 +61,7 @@ class SparseRunSettings:
     indexer_clip: float | None = None
     activation_checkpointing: bool = False
     deterministic: bool = True
-    """False: MLA's backward may run in the kernels that add the keys' gradients in any order."""
+    """False: MLA's backward may add the keys' gradients in any order."""
     seed: int = 0
     dtype: str = "auto"
     """ "float32", "bfloat16" (products; parameters that train are float32), or "auto": bfloat16 on CUDA."""

@@ -202,8 +202,7 @@ BUILDERS = {
         "score",
         "build",
         (
-            *({"D": D, "mode": EXP} for D in HEAD_WIDTHS),  # the narrow ones for `bits`, as RELU for `select`
-            *({"D": D, "mode": SUM} for D in HEAD_WIDTHS if D not in NARROW_STAGES),
+            *({"D": D, "mode": mode} for D in HEAD_WIDTHS for mode in (EXP, SUM)),
             *({"D": E, "mode": RELU} for E in INDEX_WIDTHS),
         ),
     ),

@@ -18,7 +18,6 @@ from flash_indexer.kernels.sm_90.sizes import (
     INDEX_WIDTHS,
     MAX_HEADS,
     MAX_INDEX_HEADS,
-    NARROW_STAGES,
     PADDED_HEADS,
     RELU,
     ROTATED_QUERIES,
@@ -32,6 +31,7 @@ from flash_indexer.ops.kl.plan import Plan, PlanSizes, TileChunk
 from flash_indexer.ops.problem import Problem
 from flash_indexer.ops.worklists import TILE
 
+NARROW: tuple[int, ...] = ()  # widths whose scores `score_narrow` forms: those of NARROW_STAGES, when it has been timed
 _SUMMED = 2**24  # elements of the float32 sums from which the terms are made: no second copy of a long chunk's queries
 _TERMS = 3  # bfloat16 terms that hold a float32 sum of queries exactly enough: 8 bits each
 
@@ -76,7 +76,7 @@ def refusal(q: Tensor, index_q: Tensor) -> str | None:
 def plan_sizes(problem: Problem) -> PlanSizes:
     """What the plan depends on besides the intervals."""
     (S, G, D), (I, E) = problem.k.shape, problem.index_q.shape[1:]
-    processors, narrow = launch.processors(problem.q.device), D in NARROW_STAGES
+    processors, narrow = launch.processors(problem.q.device), D in NARROW
     return PlanSizes(S, E, padded_heads(I), G > 1, problem.workspace_bytes, processors, narrow)
 
 
@@ -226,7 +226,7 @@ def _score(
 ) -> None:
     """low: [rows, H], what is subtracted (lse) or multiplied with (the index weights)."""
     H, D = q.shape[1:]
-    items = chunk.narrow if D in NARROW_STAGES else chunk.score
+    items = chunk.narrow if D in NARROW else chunk.score
     count = items.numel() // 4
     launch.load(score_kernel(D), D=D, mode=mode)(
         q.view(q.shape[0], -1), k.view(k.shape[0], -1), low.view(-1), out, items,
@@ -236,7 +236,7 @@ def _score(
 
 def score_kernel(D: int) -> str:
     """The kernel that forms scores of heads of D columns."""
-    return "score_narrow" if D in NARROW_STAGES else "score"
+    return "score_narrow" if D in NARROW else "score"
 
 
 def rotates(E: int, heads: int) -> bool:

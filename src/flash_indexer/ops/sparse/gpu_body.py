@@ -156,11 +156,10 @@ def latent_gradients(
         if not (S and indices.numel()):
             return LatentGradients(dq.zero_(), dk, p_sum)
         k = launch.aligned(k)
-        value = largest_value(k) if deterministic else None
         step = TOKENS if deterministic else T
         for rows in (slice(first, first + step) for first in range(0, T, step)):
             of_rows = _Rows(*(launch.aligned(x[rows]) for x in (q, d_out, out, lse, indices, count)))
-            _add_gradients(of_rows, k, value, softmax_scale, LatentGradients(dq[rows], dk, p_sum[rows]))
+            _add_gradients(of_rows, k, softmax_scale, LatentGradients(dq[rows], dk, p_sum[rows]), exact=deterministic)
     return LatentGradients(dq, dk, p_sum)
 
 
@@ -175,18 +174,14 @@ class _Rows(NamedTuple):
     counts: Tensor
 
 
-def _add_gradients(x: _Rows, k: Tensor, value: Tensor | None, softmax_scale: float, found: LatentGradients) -> None:
-    """dq and p_sum of some queries are written to `found`, their terms added to its dk.
-
-    value: what `largest_value` says of k, for sums of integers; None adds in any order.
-    """
+def _add_gradients(x: _Rows, k: Tensor, softmax_scale: float, found: LatentGradients, *, exact: bool) -> None:
+    """dq and p_sum of some queries are written to `found`, their terms added to its dk; exact: in integers."""
     (T, H, D), S, K = x.q.shape, k.shape[0], x.indices.shape[1]
-    rows, exact, half = T * H, value is not None, H <= _HALF_HEADS
+    rows, half = T * H, H <= _HALF_HEADS
     q, d_out, indices = x.q.view(rows, D), x.d_out.view(rows, -1), x.indices.view(-1)
     delta, most = torch.empty(rows, device=q.device), torch.zeros(T, device=q.device)
-    launch.load("sparse_delta", bound=int(exact))(
-        x.out.view(rows, -1), d_out, q, delta if value is None else value, delta, most, H, softmax_scale
-    )
+    value = largest_value(k, x.indices, x.counts) if exact else delta  # not looked at
+    launch.load("sparse_delta", bound=int(exact))(x.out.view(rows, -1), d_out, q, value, delta, most, H, softmax_scale)
     sums = ExactSums.new(most, k, x.indices, x.counts, H) if exact else ExactSums(x.counts, delta)  # not looked at
     launch.load("sparse_gradients_mla", exact=int(exact), half=int(half))(
         q, k, d_out, indices, x.counts, x.lse.view(-1), delta, found.dq.view(rows, D), found.dk.view(-1),

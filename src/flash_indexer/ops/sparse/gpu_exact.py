@@ -32,15 +32,13 @@ class ExactSums(NamedTuple):
 
         most: float32 [T]; heads * most[t] is as large as any element of the token's term for a key.
         """
-        S, (T, K) = len(k), indices.shape
+        S = len(k)
         numbers = S * MLA_WIDTHS[0]
         ints = torch.zeros(2 * numbers + 3 * S, dtype=torch.int32, device=k.device)
         total, terms, shares = torch.split(ints, [2 * numbers + S, S, S])
         bound = most * heads
         largest = bound.nan_to_num(0.0, 0.0, 0.0).amax().reshape(1)
-        runs = -(-S // INDEX_TABLE_KEYS)
-        parts = max(1, min(launch.processors(k.device) // runs, -(-T // _TABLE_TOKENS)))
-        launch.load("sparse_exact_table")(indices.view(-1), count, bound, largest, terms, shares, K, runs, parts)
+        _count_terms(indices, count, bound, largest, terms, shares)
         grid = torch.empty(S, device=k.device)
         launch.load("sparse_exact_grid")(terms, shares, largest, grid)
         return ExactSums(total, grid)
@@ -50,7 +48,18 @@ class ExactSums(NamedTuple):
         launch.load("sparse_exact_finish")(self.total, self.grid, dk)
 
 
-def largest_value(k: Tensor) -> Tensor:
-    """[1]: the largest norm of values among keys that are finite."""
+def largest_value(k: Tensor, indices: Tensor, count: Tensor) -> Tensor:
+    """[1]: the largest norm of values among the selected keys that are finite."""
+    terms, shares = torch.zeros(2, len(k), dtype=torch.int32, device=k.device)
+    ones = torch.ones(len(count), device=k.device)
+    _count_terms(indices, count, ones, ones[:1], terms, shares)
     norms: Tensor = torch.linalg.vector_norm(k[:, : MLA_WIDTHS[1]], dim=1, dtype=torch.float32)
-    return norms.nan_to_num(0.0, 0.0, 0.0).amax().reshape(1)
+    return norms.masked_fill(terms == 0, 0.0).nan_to_num(0.0, 0.0, 0.0).amax().reshape(1)
+
+
+def _count_terms(indices: Tensor, count: Tensor, bound: Tensor, largest: Tensor, terms: Tensor, shares: Tensor) -> None:
+    """terms += the number of tokens that select each key, shares += the sums of their bounds; see the kernel."""
+    T, K = indices.shape
+    runs = -(-len(terms) // INDEX_TABLE_KEYS)
+    parts = max(1, min(launch.processors(indices.device) // runs, -(-T // _TABLE_TOKENS)))
+    launch.load("sparse_exact_table")(indices.view(-1), count, bound, largest, terms, shares, K, runs, parts)

@@ -1,0 +1,30 @@
+"""Scores by three warpgroups (`score_narrow`): the bits of `score`, every time, where runs of tiles end early too."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from flash_indexer.kernels.sm_90.sizes import NARROW_STAGES
+from flash_indexer.ops.kl import gpu_body
+from flash_indexer.testing import KernelClass, Result
+
+pytestmark = pytest.mark.gpu
+CASES = {
+    "smollm2": (KernelClass(64, 64, 8), "long", dict(H=9, G=3, I=8), "mean"),
+    "a head a key head": (KernelClass(128, 32, 64), "documents", dict(H=8, G=8, I=37), "mean"),
+    "four heads a key head": (KernelClass(128, 64, 8), "long", dict(H=12, G=3, I=5), "mean"),
+    "sum_logits": (KernelClass(64, 128, 8), "long", dict(H=4, G=1, I=5), "sum_logits"),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_bits_of_two_warpgroups(case, problem, measure, monkeypatch):
+    sizes, layout, fixed, target = CASES[case]
+    x = problem(case, sizes, layout, **fixed)
+    monkeypatch.setattr(gpu_body, "NARROW", ())
+    expected = measure(x, target=target)
+    monkeypatch.setattr(gpu_body, "NARROW", tuple(NARROW_STAGES))
+    for _ in range(50):
+        for name, a, b in zip(Result._fields, measure(x, target=target), expected, strict=True):
+            assert torch.equal(a, b), f"{name}: {int((a != b).sum())} of {a.numel()} elements differ"
