@@ -106,12 +106,13 @@ class Stage:
     def judgement(self) -> None:
         names = ["warm", "dense", *(f"{keys}-{k}" for k in self.options.topk for keys in ("indexer", "oracle"))]
         held_out, sequences = self.text / "held_out.jsonl", str(self.options.sequences)
-        commands = {"held_out": self.judge(names, held_out, sequences, self.out / "held_out.json")}
+        commands = self.judge_each(names, held_out, sequences, self.out / "held_out.json")
         for topk in self.options.topk:
             folder = self.out / f"indexer-{topk}"
             words = ["evaluate", "--run", str(folder), "--data", str(held_out), "--sequences", sequences]
             commands[f"evaluate-{topk}"] = [sys.executable, "-m", "flash_indexer", *words]
         self.together(commands)
+        self.together({"held_out": self.judge(names, held_out, sequences, self.out / "held_out.json")})
 
     def common(self) -> list[str]:
         data = ["--data", str(self.text / "train.jsonl")]
@@ -128,14 +129,28 @@ class Stage:
     def best(self, names: dict[str, str], attention: str) -> str:
         """The rate whose run has the lowest loss on the validation text with that attention."""
         file = self.out / f"validation-{attention.replace(' ', '-')}.json"
-        self.together({file.stem: self.judge(list(names.values()), self.text / "validation.jsonl", "24", file)})
+        wanted = list(names.values()), self.text / "validation.jsonl", "24", file
+        self.together(self.judge_each(*wanted))
+        self.together({file.stem: self.judge(*wanted)})
         found = json.loads(file.read_text(encoding="utf-8"))["runs"]
         return min(names, key=lambda rate: found[names[rate]][attention]["nats"])
 
-    def judge(self, names: Sequence[str], data: Path, sequences: str, file: Path) -> list[str]:
+    def judge_each(self, names: Sequence[str], data: Path, sequences: str, file: Path) -> dict[str, list[str]]:
+        """A process for each run, which keeps its losses for `judge`."""
+        return {
+            f"{file.stem}-{name}": self.judge(
+                [name], data, sequences, self.out / "losses" / f"{file.stem}-{name}.json", file
+            )
+            for name in names
+        }
+
+    def judge(
+        self, names: Sequence[str], data: Path, sequences: str, file: Path, keep: Path | None = None
+    ) -> list[str]:
         runs = [word for name in names for word in ("--run", f"{name}={self.out / name}")]
         topk = ["--topk", *map(str, self.options.topk)]
-        words = [*runs, "--data", str(data), "--sequences", sequences, *topk, "--out", str(file)]
+        losses = str(self.out / "losses" / (keep or file).stem)
+        words = [*runs, "--data", str(data), "--sequences", sequences, *topk, "--keep", losses, "--out", str(file)]
         return [sys.executable, str(HERE / "stage.py"), *words]
 
     def together(self, commands: dict[str, list[str]]) -> None:

@@ -263,19 +263,21 @@ def processes(results: Path) -> list[str]:
 
 
 def gpu_tests(results: Path) -> list[str]:
-    """A line for the last run of the GPU tests on each number of GPUs."""
-    lines = []
-    for gpus, tests in sorted({r.get("gpus", 1): r for r in lines_of(results / "gpu_tests.jsonl")}.items()):
-        clean = ", ".join(
-            f"{tool} {'clean' if v['clean'] else 'see record'}" for tool, v in tests["sanitizers"].items()
-        )
-        counts = f"{tests['passed']} passed, {tests['failed']} failed" + "".join(
-            f", {name}" for name in tests["failures"]
-        )
-        trees = ", ".join(f"{name} {tree[:7]}" for name, tree in tests["trees"].items())
+    """A line for each number of GPUs: the last tested trees, the runs of their parts added up."""
+    lines, by_gpus = [], {}
+    for record in lines_of(results / "gpu_tests.jsonl"):
+        by_gpus.setdefault(record.get("gpus", 1), []).append(record)
+    for gpus, records in sorted(by_gpus.items()):
+        parts = [record for record in records if record["trees"] == records[-1]["trees"]]
+        verdicts = [(tool, verdict["clean"]) for part in parts for tool, verdict in part["sanitizers"].items()]
+        clean = ", ".join(f"{tool} {'clean' if found else 'see record'}" for tool, found in verdicts)
+        passed, failed = (sum(part[name] for part in parts) for name in ("passed", "failed"))
+        counts = f"{passed:,} passed, {failed} failed" + "".join(f", {n}" for part in parts for n in part["failures"])
+        trees = ", ".join(f"{name} {tree[:7]}" for name, tree in parts[-1]["trees"].items())
         lines += [
             "",
-            f"{gpus} x {tests['gpu']} (trees {trees}): {counts}" + (f"; compute-sanitizer: {clean}." if clean else "."),
+            f"{gpus} x {parts[-1]['gpu']} (trees {trees}): {counts}"
+            + (f"; compute-sanitizer: {clean}." if clean else "."),
         ]
     return ["", "## Tests on GPUs", *lines] if lines else []
 

@@ -51,7 +51,7 @@ def sparse(results: Path) -> list[str]:
         "K=2,048 keys a query (`flash-indexer bench --suite sparse`). *Select*: index scores of all visible keys and",
         "the exact top-k. *Backward*: gradients of q, k and v with the head-summed target, the same bits every time;",
         "*any order*: with `deterministic=False`. *Learn*: KL and the index tensors' gradients. *Layer*: all of it by",
-        '`dsa_attention(kl="backward")`. *torch*: the step has no kernel at that size, and was not timed.',
+        '`dsa_attention(kl="backward")`. *torch*: at the commit of the record no kernel took it, and it was not timed.',
         "",
         *table("size | select | forward | backward | any order | learn | layer | layer, any order", rows),
         *_beside_cudnn(records),

@@ -6,6 +6,9 @@
 Every run's model is loaded once and judged with dense attention, and at each K with the keys of its indexers and with
 those of largest attention, on the same sequences. Writes means of nats a token, and of every judgement the difference
 to each run's dense attention, token by token, with its standard error (`flash_indexer.judge.comparison`).
+
+With --keep, the losses of each run lie in a folder and are read from there the next time: runs can be judged by a
+process each, and then compared by one more.
 """
 
 from __future__ import annotations
@@ -39,16 +42,30 @@ def main() -> None:
     parser.add_argument("--sequences", type=int, default=98)
     parser.add_argument("--rows", type=int, default=4, help="sequences of a batch")
     parser.add_argument("--topk", type=int, nargs="+", default=[128])
+    parser.add_argument("--keep", type=Path, help="folder of the runs' losses, NAME.pt")
     parser.add_argument("--out", type=Path, required=True)
     arguments = parser.parse_args()
     found: dict[str, dict[str, TokenLosses]] = {}
     for word in arguments.run:
         name, _, folder = word.partition("=")
         started = time.perf_counter()
-        found[name] = judged(Path(folder), arguments)
+        found[name] = kept(name, Path(folder), arguments)
         shown = {which: round(math.exp(float(x.nats.mean())), 4) for which, x in found[name].items()}
         print(name, shown, f"{time.perf_counter() - started:.1f} s", flush=True)
         arguments.out.write_text(json.dumps(record(found, arguments), indent=1) + "\n", encoding="utf-8")
+
+
+def kept(name: str, folder: Path, arguments: argparse.Namespace) -> dict[str, TokenLosses]:
+    """`judged`, read where it was kept, or kept."""
+    if arguments.keep is None:
+        return judged(folder, arguments)
+    file = arguments.keep / f"{name}.pt"
+    if not file.exists():
+        arguments.keep.mkdir(parents=True, exist_ok=True)
+        found = {which: tuple(x.cpu() for x in own) for which, own in judged(folder, arguments).items()}
+        torch.save(found, file.with_suffix(".part"))
+        file.with_suffix(".part").replace(file)
+    return {which: TokenLosses(*own) for which, own in torch.load(file, weights_only=True).items()}
 
 
 def judged(folder: Path, arguments: argparse.Namespace) -> dict[str, TokenLosses]:

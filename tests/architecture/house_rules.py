@@ -34,7 +34,7 @@ LIBRARIES = {
     "kernels": frozenset({"tilelang", "tvm_ffi"}),
     **dict.fromkeys(("reference", "intervals", "ops", "indexer", "__init__", "parallel", "testing"), TORCH),
     **dict.fromkeys(("models", "files", "judge", "recipe"), WITH_MODELS),
-    "bench": TORCH | {"rich"},
+    "bench": TORCH | {"rich", "cudnn"},  # a peer, where it is installed
     **dict.fromkeys(("commands", "cli"), TORCH | {"rich", "typer"}),
     "__main__": frozenset(),
 }
@@ -44,7 +44,7 @@ FORBIDDEN_FILES = frozenset({"utils.py", "util.py", "helpers.py", "misc.py"})
 CAPABILITY_FILE = "ops/bodies.py"
 MAX_LINES, MAX_LINES_KERNEL = 400, 600  # a kernel: its Python file and the header of the same name together
 MAX_POSITIONAL, MAX_PARAMETERS = 10, 10
-MAX_PARAMETERS_OPERATOR = 20  # 18 of `dsa_attention`, and the group and layout of a sequence that is shared
+MAX_PARAMETERS_OPERATOR = 20  # of `dsa_attention`; of a shared sequence: group and layout, no sinks
 GENERATION = re.compile(r"kernels/(sm_\w+)/")
 PRIVATE = re.compile(r"\._(?!_|(?:asdict|fields|make|replace)\b)")  # those of a NamedTuple are public
 FAMILY = re.compile(r"ops/(\w+)/")

@@ -15,6 +15,7 @@ def queries(scripts: Path) -> Any:
     return importlib.import_module("queries")
 
 
+@pytest.mark.slow
 def test_a_record_for_each_training_and_a_plot(queries: Any, checkpoint: Path, texts: Path, tmp_path: Path) -> None:
     words = [
         "--model", str(checkpoint), "--data", str(texts), "--held-out", str(texts), "--steps", "4", "--points", "2",

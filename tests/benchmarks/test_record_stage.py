@@ -62,7 +62,7 @@ def test_from_text_to_page(
     record.main()
     commands = (out / "commands.txt").read_text()
     record.main()
-    assert (out / "commands.txt").read_text() == commands and len(commands.splitlines()) == 11
+    assert (out / "commands.txt").read_text() == commands and len(commands.splitlines()) == 18
     assert json.loads((out / "rates.json").read_text())["lr"] in ("1e-4", "1e-2")
     held_out = json.loads((out / "held_out.json").read_text())["runs"]
     assert set(held_out) == {"warm", "dense", "indexer-8", "oracle-8"}

@@ -98,6 +98,19 @@ def test_five_numbers_of_five_records(report: ModuleType, write: Write) -> None:
     assert lines[0].startswith("Medians on GPU;")
 
 
+def test_runs_of_parts_of_the_gpu_tests_are_added_up_for_the_last_trees(report: ModuleType, write: Write) -> None:
+    def run(src: str, passed: int, failures: list[str], gpus: int = 1) -> dict[str, Any]:
+        trees, clean = {"src": src, "tests": "b" * 9}, {"memcheck": {"clean": not failures}}
+        counts = {"passed": passed, "failed": len(failures), "failures": failures}
+        return {"gpu": "GPU", "gpus": gpus, "trees": trees, "sanitizers": clean} | counts
+
+    parts = [run("old", 7, []), run("new", 1000, []), run("two", 5, [], 2), run("new", 23, ["test_x"])]
+    text = "\n".join(report.gpu_tests(write(gpu_tests=parts)))
+    assert "1 x GPU (trees src new, tests bbbbbbb): 1,023 passed, 1 failed, test_x; compute-sanitizer: " in text
+    assert "memcheck clean, memcheck see record." in text
+    assert "2 x GPU (trees src two, tests bbbbbbb): 5 passed, 0 failed; compute-sanitizer: memcheck clean." in text
+
+
 def test_no_measurements(report: ModuleType, tmp_path: Path) -> None:
     assert report.summary(tmp_path) == report.page(tmp_path) == "No measurements are recorded yet."
 

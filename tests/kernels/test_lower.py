@@ -128,12 +128,8 @@ def test_the_gradients_of_selected_keys_have_the_shared_memory_that_they_lay_out
     assert int(barriers) + int(behind) == SHARED_BYTES[half] <= sizes.SHARED_MEMORY
 
 
-WIDEST = max(sizes.GATHERED_INDEX_WIDTHS)
-
-
-@pytest.mark.parametrize(
-    "E", [pytest.param(E, marks=() if E == WIDEST else pytest.mark.slow) for E in sizes.GATHERED_INDEX_WIDTHS]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("E", sizes.GATHERED_INDEX_WIDTHS)
 def test_the_indexer_at_selected_keys_has_the_shared_memory_that_it_lays_out(E, source, nvcc, tmp_path):
     """`sizes.sparse_index_bytes` against the layout in its CUDA source, which the compiler evaluates."""
     check = f"sparse_index::Layout<{E}>::BYTES == {sizes.sparse_index_bytes(E)}"
@@ -141,6 +137,7 @@ def test_the_indexer_at_selected_keys_has_the_shared_memory_that_it_lays_out(E, 
     assert sizes.sparse_index_bytes(E) <= sizes.SHARED_MEMORY
 
 
+@pytest.mark.slow
 def test_sums_of_a_range_of_keys_have_the_shared_memory_that_they_lay_out(source, nvcc, tmp_path):
     checks = f"index_keys::BYTES == {sizes.INDEX_KEYS_BYTES}", f"index_keys::RANGE == {sizes.INDEX_RANGE}"
     compiles(source("sparse_index_keys", E=128), checks, nvcc, tmp_path)
@@ -149,6 +146,7 @@ def test_sums_of_a_range_of_keys_have_the_shared_memory_that_they_lay_out(source
     assert f"#define INDEX_RUNS {sizes.INDEX_RUNS} " in source_of_spans and sizes.INDEX_RUN == 256
 
 
+@pytest.mark.slow
 def test_selection_has_the_shared_memory_and_the_sizes_of_its_source(source, nvcc, tmp_path):
     from flash_indexer.kernels.sm_90.select import SHARED_BYTES
 

@@ -197,7 +197,7 @@ def test_a_step_that_cannot_be_shared_out_is_refused(build: Any) -> None:
         pytest.param("llama", 2, dict(tp=2), marks=pytest.mark.slow),
         pytest.param("llama", 4, dict(tp=2, fsdp=True), marks=pytest.mark.slow),
         pytest.param("llama", 4, dict(cp=2, tp=2), marks=pytest.mark.slow),
-        ("llama", 4, dict(cp=2, tp=2, fsdp=True)),
+        pytest.param("llama", 4, dict(cp=2, tp=2, fsdp=True), marks=pytest.mark.slow),
         pytest.param("llama", 4, dict(), marks=pytest.mark.slow),
         ("llama", 2, dict(fsdp=True)),
         pytest.param("deepseek_v3", 4, dict(fsdp=True), marks=pytest.mark.slow),

@@ -338,7 +338,10 @@ def compiled_case(x: Inputs, backend: str, target: str) -> Result:
     return Result(loss.detach(), kl, entropy, *(leaf.grad for leaf in leaves))
 
 
-@pytest.mark.parametrize("backend, target", [*(("aot_eager", target) for target in TARGETS), ("inductor", "mean")])
+@pytest.mark.parametrize(
+    "backend, target",
+    [*(("aot_eager", target) for target in TARGETS), pytest.param("inductor", "mean", marks=pytest.mark.slow)],
+)
 def test_compiled(backend, target):
     torch._dynamo.reset()
     x = make("packed", target)

@@ -10,7 +10,7 @@ static constexpr float LOW_LIMIT = 131072.f, HIGH_UNIT = 262144.f, HIGH_LIMIT = 
 // 1.5 · 2^23: adding it to a number below 2^22 rounds that, and leaves the whole number above these bits
 static constexpr float ROUNDING = 12582912.f;
 static constexpr int ROUNDING_BITS = 0x4b400000;
-static __device__ __forceinline__ float power_of_two(int exponent) { return __int_as_float((exponent + 127) << 23); }
+static __device__ __forceinline__ float two_to_the(int exponent) { return __int_as_float((exponent + 127) << 23); }
 // of the largest power of two not above x, which is positive and normal
 static __device__ __forceinline__ int exponent_of(float x) { return (int)(__float_as_uint(x) >> 23 & 255) - 127; }
 // |x| < limit, by their bits: not where x is NaN

@@ -40,9 +40,9 @@ static __device__ __forceinline__ void exact_grid(
     const int* TERMS, const int* SHARES, const float* LARGEST, float* GRID, int S, int block) {
   const int s = block * EXACT_THREADS + threadIdx.x;
   if (s >= S) return;
-  const float mean = (float)SHARES[s] / (float)max(TERMS[s], 1) * LARGEST[0] * power_of_two(-SHARE_BITS);
+  const float mean = (float)SHARES[s] / (float)max(TERMS[s], 1) * LARGEST[0] * two_to_the(-SHARE_BITS);
   const int unit = exponent_of(fminf(fmaxf(mean, 1.2e-38f), 3e38f)) + 1 - HIGH_BITS;  // exponent of a high unit
-  GRID[s] = power_of_two(min(max(LOW_BITS - unit, -126), 126));
+  GRID[s] = two_to_the(min(max(LOW_BITS - unit, -126), 126));
 }
 // DK[s] += the sums of both, in units of the grid; NaN where a term was none, or infinite
 template <int D>

@@ -193,7 +193,7 @@ __device__ __forceinline__ void key_gradients(float (&d)[32]) {
   commit_products();
 }
 template <bool EXACT, int PANEL_NUMBER = 0>
-__device__ __forceinline__ void add_panels(const Problem& x, const Rows& rows, int bar) {
+__device__ __forceinline__ void add_panels(const Problem& x, const sparse::Rows& rows, int bar) {
   float d[32];
   key_gradients<PANEL_NUMBER>(d);
   wait_products<0>();
@@ -207,7 +207,7 @@ __device__ __forceinline__ void add_gradients(const Problem& x, int sm) {
   for (int t = blockIdx.x; t < x.T; t += gridDim.x) {
     const int count = __ldg(x.count + t), n = tiles_of(count);
     for (int i = 0; i < n; ++i, ++number) {
-      Rows rows;
+      sparse::Rows rows;
       rows_of_tile<EXACT>(rows, x, t, i, count, 0);
       barrier_wait(sm + BARRIERS + 8 * P_FULL, number & 1);
       add_panels<EXACT>(x, rows, sm + BARRIERS);
