@@ -2,9 +2,8 @@
 #include "../device/cluster.cuh"
 #include "../device/numbers.cuh"
 #include "../device/score_tiles.cuh"
-#define ROWS_THREADS 256
-#define ROWS_WARPS (ROWS_THREADS / 32)
-#define ROWS_KEYS (ROWS_THREADS * 16)
+#define ROWS_THREADS 256  // that share a row
+#define ROWS_KEYS 4096     // of a piece
 // e^x for x <= 0, to an ulp, at least e^-87: x = n·ln(2) + r, |r| <= ln(2)/2; adding 1.5·2^23 leaves n in the low bits.
 // NaN for NaN
 static __device__ __forceinline__ float rows_exp(float x) {
@@ -53,17 +52,18 @@ static __device__ __forceinline__ float rows_finite(float top) { return top == -
 // KL, entropy and di of a row; `row` says where its scores and di lie: open and close stand around the loads of a piece of
 // ROWS_KEYS columns, p and x load four columns from c on, of which one at least is seen, store takes four of the width.
 // Where a piece STAYS until it is closed, its scores are read again, and their exponentials kept in registers instead.
-// A warp has 128 columns in each quarter of a piece, which it leaves out where the query sees none of them
+// A warp has every WARPS-th run of 128 columns, and leaves out those of which the query sees none
 template <bool LOGITS, class Row>
 static __device__ __forceinline__ void rows_row(Row& row, float w, void* DI, float* KL, float* ENT, int t) {
-  __shared__ float4 warps[ROWS_WARPS];    // largest x, sum of its exponentials, sum of p or of its exponentials, largest p
-  __shared__ float2 results[ROWS_WARPS];  // KL, entropy
+  constexpr int WARPS = Row::THREADS / 32, RUNS = ROWS_KEYS / (Row::THREADS * 4), KEYS = 4 * RUNS;  // keys of a thread
+  __shared__ float4 warps[WARPS];    // largest x, sum of its exponentials, sum of p or of its exponentials, largest p
+  __shared__ float2 results[WARPS];  // KL, entropy
   const float inf = INFINITY;
   const int width = row.width, low = row.low, high = row.high, lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
   const bool one_piece = width <= ROWS_KEYS, kept = Row::STAYS && one_piece, loads_again = Row::STAYS || !one_piece;
-  float p[16], x[16];
+  float p[KEYS], x[KEYS];
   float m = -inf, l = 0.0f, mp = -inf, z = 0.0f;
-  auto tile = [&](int begin, int i) { return begin + i * (ROWS_KEYS / 4) + warp * 128; };
+  auto tile = [&](int begin, int i) { return begin + (i * WARPS + warp) * 128; };
   auto is_seen = [&](int first) { return first < high && first + 128 > low; };
   auto is_whole = [&](int first) { return first >= low && first + 128 <= high; };
   auto load = [&](int first, float* p, float* x) {
@@ -86,18 +86,18 @@ static __device__ __forceinline__ void rows_row(Row& row, float w, void* DI, flo
     float top = m, topp = mp, sum = 0.0f, sump = 0.0f;
     row.open();
 #pragma unroll
-    for (int i = 0; i < 4; ++i)
+    for (int i = 0; i < RUNS; ++i)
       if (is_seen(tile(begin, i))) load(tile(begin, i), p + 4 * i, x + 4 * i);
     if (!kept) row.close();
 #pragma unroll
-    for (int i = 0; i < 16; ++i) {
+    for (int i = 0; i < KEYS; ++i) {
       if (!is_seen(tile(begin, i / 4))) continue;
       top = max_or_nan(top, x[i]);
       if (LOGITS) topp = max_or_nan(topp, p[i]);
     }
     const float safe = rows_finite(top), safep = rows_finite(topp);
 #pragma unroll
-    for (int i = 0; i < 16; ++i) {
+    for (int i = 0; i < KEYS; ++i) {
       if (!is_seen(tile(begin, i / 4))) continue;
       const float y = rows_exp(x[i] - safe);
       if (Row::STAYS) x[i] = y;
@@ -120,18 +120,18 @@ static __device__ __forceinline__ void rows_row(Row& row, float w, void* DI, flo
   row.meet();
   float M, MP = 0.0f, Z, scale, inverse, log_sum;
   {
-    const float4 part = warps[lane % ROWS_WARPS];
+    const float4 part = warps[lane % WARPS];
     M = rows_finite(rows_max(part.x));
     float v = part.y * rows_exp(part.x - M), u = part.z;
     if (LOGITS) MP = rows_finite(rows_max(part.w)), u *= rows_exp(part.w - MP);
-    v = lane & ROWS_WARPS ? u : v;  // sums of exp(x) in lanes 0 to 7, of p in lanes 8 to 15
+    v = lane & WARPS ? u : v;  // sums of exp(x) in lanes 0 to 7, of p in lanes 8 to 15
 #pragma unroll
-    for (int d = ROWS_WARPS / 2; d; d >>= 1) v += __shfl_xor_sync(0xffffffffu, v, d);
+    for (int d = WARPS / 2; d; d >>= 1) v += __shfl_xor_sync(0xffffffffu, v, d);
     // a teacher whose every probability is 0, because of an lse that is not its own, has no distribution
-    if ((lane & ROWS_WARPS) && !(v >= 1.17549435e-38f)) v = inf - inf;
+    if ((lane & WARPS) && !(v >= 1.17549435e-38f)) v = inf - inf;
     const float r = __frcp_rn(v);
-    Z = __shfl_sync(0xffffffffu, v, ROWS_WARPS);
-    scale = __shfl_sync(0xffffffffu, r, ROWS_WARPS);
+    Z = __shfl_sync(0xffffffffu, v, WARPS);
+    scale = __shfl_sync(0xffffffffu, r, WARPS);
     inverse = __shfl_sync(0xffffffffu, r, 0);
     log_sum = __shfl_sync(0xffffffffu, rows_log(v), 0);
   }
@@ -140,7 +140,7 @@ static __device__ __forceinline__ void rows_row(Row& row, float w, void* DI, flo
   for (int begin = 0; begin < width; begin += ROWS_KEYS) {
     if (!one_piece) row.open();
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
+    for (int i = 0; i < RUNS; ++i) {
       const int first = tile(begin, i), c = first + lane * 4;
       if (first >= width) break;
       float d[4] = {0.0f, 0.0f, 0.0f, 0.0f};
@@ -181,17 +181,18 @@ static __device__ __forceinline__ void rows_row(Row& row, float w, void* DI, flo
   if ((lane & 15) == 0) ((float*)&results[warp])[lane >> 4] = sum;
   row.meet();
   if (threadIdx.x >= 32) return;
-  const float2 part = results[lane % ROWS_WARPS];
-  float v = lane & ROWS_WARPS ? part.y : part.x;
+  const float2 part = results[lane % WARPS];
+  float v = lane & WARPS ? part.y : part.x;
 #pragma unroll
-  for (int d = ROWS_WARPS / 2; d; d >>= 1) v += __shfl_xor_sync(0xffffffffu, v, d);
+  for (int d = WARPS / 2; d; d >>= 1) v += __shfl_xor_sync(0xffffffffu, v, d);
   if (lane == 0) KL[t] = high > low ? v : 0.0f;
-  if (lane == ROWS_WARPS) ENT[t] = high > low ? v : 0.0f;
+  if (lane == WARPS) ENT[t] = high > low ? v : 0.0f;
 }
 // A row whose scores lie in tiles, copied piece by piece to a ring of stages in shared memory, and its di in tiles
 template <int STAGES>
 struct TileRow : ScoreRow {
   static constexpr bool STAYS = true;
+  static constexpr int THREADS = ROWS_THREADS;
   int stage, parity;
   int ring, full, empty;  // addresses in shared memory
   __device__ __forceinline__ void open() const { barrier_wait(full + 8 * stage, parity); }
@@ -237,7 +238,7 @@ static __device__ __forceinline__ void rows_tile_rows(
     void* DI, float* KL, float* ENT, int first, int end, int step, int ring, int barriers) {
   if (threadIdx.x < STAGES) {
     barrier_init(barriers + 8 * threadIdx.x, 1);
-    barrier_init(barriers + 8 * (STAGES + threadIdx.x), ROWS_WARPS);
+    barrier_init(barriers + 8 * (STAGES + threadIdx.x), ROWS_THREADS / 32);
     barriers_ready();
   }
   __syncthreads();

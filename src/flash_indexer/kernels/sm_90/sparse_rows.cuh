@@ -3,6 +3,7 @@
 // Where a row's scores and di lie in slots, [T, width]; no slot from `high` on is read
 struct SlotRow {
   static constexpr bool STAYS = false;
+  static constexpr int THREADS = 256;
   long long begin;
   int width, low, high;
   bool whole;  // vectors of four are aligned
