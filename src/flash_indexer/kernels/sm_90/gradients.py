@@ -168,6 +168,24 @@ def _template(E, IP, function):
     return mainloop, release_x, addresses
 
 
+def _shared(E, STAGES, TOKENS):
+    """The rings of X and of Y, and the di of each stage of Y."""
+    Xs = T.alloc_shared((X_STAGES, 128, E), "bfloat16")
+    Ys = T.alloc_shared((STAGES, 128, E), "bfloat16")
+    Ds = T.alloc_shared((STAGES, TOKENS, 128), "bfloat16")
+    T.annotate_layout({x: make_swizzled_layout(x) for x in (Xs, Ys)})
+    x = Ring(Xs, T.alloc_barrier([1] * X_STAGES), T.alloc_barrier([8] * X_STAGES))
+    return x, Ring(Ys, T.alloc_barrier([1] * STAGES), T.alloc_barrier([8] * STAGES)), Ds
+
+
+def _registers(E):
+    """v, S, P, O, X and the addresses, as the macros of `_template` take them."""
+    v, at = T.alloc_local((STATE,), "int32"), T.alloc_local((4,), "int32")
+    S, O = T.alloc_local((64,), "float32"), T.alloc_local((E // 2,), "float32")
+    P, X = [T.alloc_local((32,), "uint32") for _ in range(2)], T.alloc_local((E // 4,), "uint32")
+    return v, S, P, O, X, at
+
+
 def build_query(E, IP, rotation=0):
     """Gradients of index_q and of the weights, summed over the keys of each query token.
 
@@ -199,23 +217,11 @@ def build_query(E, IP, rotation=0):
     ):  # fmt: skip
         with T.Kernel(grid, threads=384) as bx:
             T.import_source(SOURCE)
-            Xs = T.alloc_shared((X_STAGES, 128, E), "bfloat16")
-            Ys = T.alloc_shared((STAGES, 128, E), "bfloat16")
-            Ds = T.alloc_shared((STAGES, TOKENS, 128), "bfloat16")
-            T.annotate_layout({x: make_swizzled_layout(x) for x in (Xs, Ys)})
-            fullx = T.alloc_barrier([1] * X_STAGES)
-            emptyx = T.alloc_barrier([8] * X_STAGES)
-            full = T.alloc_barrier([1] * STAGES)
-            empty = T.alloc_barrier([8] * STAGES)
+            x, y, Ds = _shared(E, STAGES, TOKENS)
             tx = T.get_thread_binding()
             if tx < 256:
                 T.set_max_nreg(REGISTERS[0], 1)
-                v = T.alloc_local((STATE,), "int32")
-                S = T.alloc_local((64,), "float32")
-                P = [T.alloc_local((32,), "uint32"), T.alloc_local((32,), "uint32")]
-                O = T.alloc_local((E // 2,), "float32")
-                X = T.alloc_local((E // 4,), "uint32")
-                at = T.alloc_local((4,), "int32")
+                v, S, P, O, X, at = _registers(E)
                 w = T.alloc_local((2,), "float32")
                 dw = T.alloc_local((2,), "float32")
                 item = T.alloc_local((4,), "int32")
@@ -223,8 +229,7 @@ def build_query(E, IP, rotation=0):
                 count = T.alloc_var("int32")
                 for i in list(range(STATE)):
                     v[i] = 0
-                addresses(at, Xs, Ys, Ds, tx)
-                x, y = Ring(Xs, fullx, emptyx), Ring(Ys, full, empty)
+                addresses(at, x.stages, y.stages, Ds, tx)
                 place = bx
                 item[NEXT_TOKEN] = number(ITEMS, place * SHORT_ITEM + QueryTilesItem.TOKEN)
                 item[NEXT_STEPS] = number(ITEMS, place * SHORT_ITEM + QueryTilesItem.KEY_TILES)
@@ -270,15 +275,15 @@ def build_query(E, IP, rotation=0):
                         row = (row + key) * 128 + (first & 127)
                         key = key * 128
                         first = (first - q_base) * IP
-                        T.barrier_wait(emptyx[xs], xp)
-                        T.tma_copy(IQ[first : first + 128, 0:E], Xs[xs, :, :], barrier=fullx[xs])
-                        commit((fullx, xs))
+                        T.barrier_wait(x.empty[xs], xp)
+                        T.tma_copy(IQ[first : first + 128, 0:E], x.stages[xs, :, :], barrier=x.full[xs])
+                        commit((x.full, xs))
                         advance(xs, xp, X_STAGES)
                         for _ in T.serial(steps):
-                            T.barrier_wait(empty[ys], yp)
-                            T.tma_copy(IK[key : key + 128, 0:E], Ys[ys, :, :], barrier=full[ys])
-                            T.tma_copy(DI[row : row + TOKENS, 0:128], Ds[ys, :, :], barrier=full[ys])
-                            commit((full, ys))
+                            T.barrier_wait(y.empty[ys], yp)
+                            T.tma_copy(IK[key : key + 128, 0:E], y.stages[ys, :, :], barrier=y.full[ys])
+                            T.tma_copy(DI[row : row + TOKENS, 0:128], Ds[ys, :, :], barrier=y.full[ys])
+                            commit((y.full, ys))
                             key = key + 128
                             row = row + 128
                             advance(ys, yp, STAGES)
@@ -314,33 +319,20 @@ def build_key(E, IP):
     ):  # fmt: skip
         with T.Kernel(grid, threads=384) as bx:
             T.import_source(SOURCE)
-            Xs = T.alloc_shared((X_STAGES, 128, E), "bfloat16")
-            Ys = T.alloc_shared((STAGES, 128, E), "bfloat16")
-            Ds = T.alloc_shared((STAGES, TOKENS, 128), "bfloat16")
+            x, y, Ds = _shared(E, STAGES, TOKENS)
             Ws = T.alloc_shared((STAGES, 128), "float32")
-            T.annotate_layout({x: make_swizzled_layout(x) for x in (Xs, Ys)})
-            fullx = T.alloc_barrier([1] * X_STAGES)
-            emptyx = T.alloc_barrier([8] * X_STAGES)
-            full = T.alloc_barrier([1] * STAGES)
-            empty = T.alloc_barrier([8] * STAGES)
             tx = T.get_thread_binding()
             if tx < 256:
                 T.set_max_nreg(REGISTERS[0], 1)
-                v = T.alloc_local((STATE,), "int32")
-                S = T.alloc_local((64,), "float32")
-                P = [T.alloc_local((32,), "uint32"), T.alloc_local((32,), "uint32")]
-                O = T.alloc_local((E // 2,), "float32")
-                X = T.alloc_local((E // 4,), "uint32")
-                at = T.alloc_local((4,), "int32")
+                v, S, P, O, X, at = _registers(E)
                 item = T.alloc_local((4,), "int32")
                 place = T.alloc_var("int32")
                 n = T.alloc_var("int32")
                 count = T.alloc_var("int32")
                 for i in list(range(STATE)):
                     v[i] = 0
-                addresses(at, Xs, Ys, Ds, tx)
+                addresses(at, x.stages, y.stages, Ds, tx)
                 at[WEIGHTS] = shared_address(Ws)
-                x, y = Ring(Xs, fullx, emptyx), Ring(Ys, full, empty)
                 place = bx
                 item[NEXT_BLOCK] = number(ITEMS, place * SHORT_ITEM + KeyBlocksItem.BLOCK)
                 item[NEXT_BLOCK_END] = number(ITEMS, place * SHORT_ITEM + KeyBlocksItem.BLOCK_END)
@@ -386,9 +378,9 @@ def build_key(E, IP):
                         steps = T.call_extern("int32", "gd_steps", first, (steps * 128 - q_base) * IP, nq)
                         left = 0
                         if steps > 0:
-                            T.barrier_wait(emptyx[xs], xp)
-                            T.tma_copy(IK[key * 128 : key * 128 + 128, 0:E], Xs[xs, :, :], barrier=fullx[xs])
-                            commit((fullx, xs))
+                            T.barrier_wait(x.empty[xs], xp)
+                            T.tma_copy(IK[key * 128 : key * 128 + 128, 0:E], x.stages[xs, :, :], barrier=x.full[xs])
+                            commit((x.full, xs))
                             advance(xs, xp, X_STAGES)
                         for _ in T.serial(steps):
                             if left == 0:
@@ -396,11 +388,11 @@ def build_key(E, IP):
                                 row = number(BLOCKS, block * SHORT_ITEM + Block.TILE_BASE)
                                 row = (row + key) * 128
                                 block = block + 1
-                            T.barrier_wait(empty[ys], yp)
-                            T.tma_copy(IQ[first : first + 128, 0:E], Ys[ys, :, :], barrier=full[ys])
-                            T.tma_copy(DI[row : row + TOKENS, 0:128], Ds[ys, :, :], barrier=full[ys])
-                            T.tma_copy(W[first : first + 128], Ws[ys, :], barrier=full[ys])
-                            commit((full, ys))
+                            T.barrier_wait(y.empty[ys], yp)
+                            T.tma_copy(IQ[first : first + 128, 0:E], y.stages[ys, :, :], barrier=y.full[ys])
+                            T.tma_copy(DI[row : row + TOKENS, 0:128], Ds[ys, :, :], barrier=y.full[ys])
+                            T.tma_copy(W[first : first + 128], Ws[ys, :], barrier=y.full[ys])
+                            commit((y.full, ys))
                             first = first + 128
                             row = row + TOKENS
                             left = left - 1
