@@ -29,12 +29,6 @@ static __device__ __forceinline__ float load_shared_bfloat16(int address) {
   asm volatile("ld.shared.u16 %0, [%1];" : "=h"(v) : "r"(address));
   return __uint_as_float((unsigned)v << 16);
 }
-// a bfloat16 in both halves of a word
-static __device__ __forceinline__ unsigned load_shared_bfloat16_twice(int address) {
-  unsigned short v;
-  asm volatile("ld.shared.u16 %0, [%1];" : "=h"(v) : "r"(address));
-  return __byte_perm(v, 0, 0x1010);
-}
 static __device__ __forceinline__ float load_shared_float_once(int address) {
   float v;
   asm volatile("ld.shared.f32 %0, [%1];" : "=f"(v) : "r"(address));

@@ -32,11 +32,6 @@ static __device__ __forceinline__ unsigned pack(float low, float high) {
   asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(v) : "f"(high), "f"(low));
   return v;
 }
-static __device__ __forceinline__ unsigned multiply_pairs(unsigned a, unsigned b) {
-  unsigned v;
-  asm("mul.rn.bf16x2 %0, %1, %2;" : "=r"(v) : "r"(a), "r"(b));
-  return v;
-}
 static __device__ __forceinline__ float low_half(unsigned v) { return __uint_as_float(v << 16); }
 static __device__ __forceinline__ float high_half(unsigned v) { return __uint_as_float(v & 0xffff0000u); }
 // 0xffff in each half where s > 0 (bfloat16 has the exponents of float32: the sign survives the rounding)

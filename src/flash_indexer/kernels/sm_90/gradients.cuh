@@ -36,13 +36,12 @@ static __device__ __forceinline__ void gd_key(const float* s, unsigned* p, int d
   const int d = di + thread_row() * 2, w = w_ + (threadIdx.x & 3) * 8;
 #pragma unroll
   for (int t = 0; t < 128 / IP; ++t) {
-    const unsigned d0 = load_shared_bfloat16_twice(d + t * 256), d1 = load_shared_bfloat16_twice(d + t * 256 + 16);
+    const float d0 = load_shared_bfloat16(d + t * 256), d1 = load_shared_bfloat16(d + t * 256 + 16);
 #pragma unroll
     for (int g = t * (IP / 8); g < (t + 1) * (IP / 8); ++g) {
       const float2 two = load_shared_float2(w + g * 32);
-      const unsigned factors = pack(two.x, two.y);
-      p[2 * g] = define_word(multiply_pairs(factors, d0), mask_signs(s[4 * g], s[4 * g + 1]));
-      p[2 * g + 1] = define_word(multiply_pairs(factors, d1), mask_signs(s[4 * g + 2], s[4 * g + 3]));
+      p[2 * g] = define_word(pack(two.x * d0, two.y * d0), mask_signs(s[4 * g], s[4 * g + 1]));
+      p[2 * g + 1] = define_word(pack(two.x * d1, two.y * d1), mask_signs(s[4 * g + 2], s[4 * g + 3]));
     }
   }
 }
