@@ -49,7 +49,6 @@ REGISTERS = (160, 32)  # of a thread of the warps that compute, of the others
 # that it is full, and its parity
 Q_STAGE, Q_PARITY, Q_NEXT, Q_NEXT_PARITY, K_STAGE, K_FULL, K_PARITY = range(7)
 STATE = 7
-FIRST_TURN = 8  # the named barrier at which the first warpgroup waits for its turn
 NEXT = 2  # of L's registers, the next head's
 Q_ROWS, K_ROWS = range(2)  # where in shared memory Q and K begin, in units of 16 bytes
 
@@ -66,15 +65,6 @@ def build(D, mode):
     Q_SIZE, K_SIZE = 64 * D // 8, 128 * D // 8  # of a stage, in units of 16 bytes
     tq, hd, tk, gd = T.dynamic("tq"), T.dynamic("hd"), T.dynamic("tk"), T.dynamic("gd")
     nl, nr, ni = T.dynamic("nl"), T.dynamic("nr"), T.dynamic("ni")
-
-    # warpgroups multiply in turns: the next one's begins when the first half of a product is done
-    @T.macro
-    def wait_for_turn(tx):
-        T.sync_threads(FIRST_TURN + tx // 128, 256)
-
-    @T.macro
-    def pass_turn(tx):
-        T.named_barrier_arrive(FIRST_TURN + (tx // 128 + 1) % WARPGROUPS, 256)
 
     @T.macro
     def next_head(q, v, tx):
@@ -93,14 +83,12 @@ def build(D, mode):
     def step(q, v, registers, at, rows, head, H, scale, tx):
         S, A, low = registers
         L, first, second = rows
-        wait_for_turn(tx)
         T.call_extern(
             "handle", f"nr_product<{D}>", S.access_ptr("rw"), at[Q_ROWS] + v[Q_STAGE] * Q_SIZE,
             at[K_ROWS] + v[K_STAGE] * K_SIZE,
         )  # fmt: skip
         load_low(L, low, NEXT, first, second, T.min(head + 1, H - 1))
         T.wait_wgmma(1)
-        pass_turn(tx)
         T.warpgroup_fence_operand(S, num_regs=32)
         T.call_extern(
             "handle", f"sc_add<{mode}, 0, 8>", S.access_ptr("r"), A.access_ptr("rw"), low.access_ptr("r"), scale
@@ -156,8 +144,6 @@ def build(D, mode):
         for i in T.unroll(64):
             A[i] = 0.0
         count = count_items(nitems, bx, grid)
-        if tx >= 256:
-            pass_turn(tx)
         # for tokens, tiles in items: OUT = f(Q[tokens] @ K[tile].T).sum(0)
         for it in T.serial(count):
             place = (bx + it * grid) * SHORT_ITEM
@@ -185,8 +171,6 @@ def build(D, mode):
             else:
                 for _ in T.serial(H):
                     T.barrier_wait(q.full[v[Q_STAGE]], v[Q_PARITY])
-                    wait_for_turn(tx)
-                    pass_turn(tx)
                     next_head(q, v, tx)
                 for _ in T.serial(H // HG):
                     next_group(v, tiles)
