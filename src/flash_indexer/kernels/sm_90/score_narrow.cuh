@@ -1,11 +1,9 @@
 #pragma once
 #include "score.cuh"
-// s = Q K^T of a head, of the first and of the last 64 keys in groups of their own: addresses as in Tile
+// s = Q K^T of a head: addresses as in Tile
 template <int D>
 static __device__ __forceinline__ void nr_product(float* s, int q, int k) {
-  q = wg_uniform(q), k = wg_uniform(k);
-  wg_product<64, D, 64, 1, 128>(s, q, k);
-  wg_product<64, D, 64, 1, 128>(s + 32, q, k + Tile<D, 128>::HALF);
+  wg_product<128, D, 64>(s, wg_uniform(q), wg_uniform(k));
 }
 // row of Q of the thread's first row, for the warpgroup's tokens from `token` on, at most `last`
 static __device__ __forceinline__ int nr_row(int token, int last) { return min(token + warpgroup_row(), last); }

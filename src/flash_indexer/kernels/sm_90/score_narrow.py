@@ -12,9 +12,7 @@ One CTA takes 64 tokens and up to three neighbouring tiles of 128 keys after the
     tensor cores     | S of 0      | S of 1      | S of 2      | S of 0      | ...       of each warpgroup the
     everything else  | A += f of 2 | A += f of 0 | A += f of 1 | A += f of 2 | ...       next head
 
-While one warpgroup multiplies, two are at their sums. Within a warpgroup S comes in two halves of 64 keys, so that the
-first one's sum runs under the second one's product. The wait for the next head's Q stands between the two sums: its
-branch keeps the compiler from moving the first behind the wait for the second product.
+While one warpgroup multiplies, two are at their sums: nothing within a warpgroup needs to overlap.
 
 A barrier shows the parity of its phase alone: a warp may neither lag nor lead by two phases. So all warps hand stages
 of Q back, those without a tile too; and that its keys are there a warpgroup learns from barriers of its own, as many as
@@ -45,10 +43,9 @@ SOURCE = source(__file__)
 WARPGROUPS = 3
 REGISTERS = (160, 32)  # of a thread of the warps that compute, of the others
 
-# of a thread that computes: stage of Q and its parity, of the next head and its parity; stage of K; which barrier tells
-# that it is full, and its parity
-Q_STAGE, Q_PARITY, Q_NEXT, Q_NEXT_PARITY, K_STAGE, K_FULL, K_PARITY = range(7)
-STATE = 7
+# of a thread that computes: stage of Q and its parity; stage of K; which barrier tells that it is full, and its parity
+Q_STAGE, Q_PARITY, K_STAGE, K_FULL, K_PARITY = range(5)
+STATE = 5
 NEXT = 2  # of L's registers, the next head's
 Q_ROWS, K_ROWS = range(2)  # where in shared memory Q and K begin, in units of 16 bytes
 
@@ -78,33 +75,22 @@ def build(D, mode):
             low[at] = T.call_extern("float32", "load_float", T.address_of(L[0]), first + head)
             low[at + 1] = T.call_extern("float32", "load_float", T.address_of(L[0]), second + head)
 
-    # S = Q[t, h] @ K[s, h // HG].T; A += f(S). L of the next head is asked for meanwhile, its Q is there at the end
+    # S = Q[t, h] @ K[s, h // HG].T; A += f(S). L of the next head is asked for meanwhile
     @T.macro
     def step(q, v, registers, at, rows, head, H, scale, tx):
         S, A, low = registers
         L, first, second = rows
+        T.barrier_wait(q.full[v[Q_STAGE]], v[Q_PARITY])
         T.call_extern(
             "handle", f"nr_product<{D}>", S.access_ptr("rw"), at[Q_ROWS] + v[Q_STAGE] * Q_SIZE,
             at[K_ROWS] + v[K_STAGE] * K_SIZE,
         )  # fmt: skip
         load_low(L, low, NEXT, first, second, T.min(head + 1, H - 1))
-        T.wait_wgmma(1)
-        T.warpgroup_fence_operand(S, num_regs=32)
-        T.call_extern(
-            "handle", f"sc_add<{mode}, 0, 8>", S.access_ptr("r"), A.access_ptr("rw"), low.access_ptr("r"), scale
-        )
-        v[Q_NEXT] = v[Q_STAGE]
-        v[Q_NEXT_PARITY] = v[Q_PARITY]
-        advance(v[Q_NEXT], v[Q_NEXT_PARITY], QST)
-        if head + 1 < H:
-            T.barrier_wait(q.full[v[Q_NEXT]], v[Q_NEXT_PARITY])
         T.wait_wgmma(0)
         T.warpgroup_fence_operand(S, num_regs=64)
-        arrive(q.empty, v[Q_STAGE], tx)
-        v[Q_STAGE] = v[Q_NEXT]
-        v[Q_PARITY] = v[Q_NEXT_PARITY]
+        next_head(q, v, tx)
         T.call_extern(
-            "handle", f"sc_add<{mode}, 8, 16>", S.access_ptr("r"), A.access_ptr("rw"), low.access_ptr("r"), scale
+            "handle", f"sc_add<{mode}, 0, 16>", S.access_ptr("r"), A.access_ptr("rw"), low.access_ptr("r"), scale
         )
         low[0] = low[NEXT]
         low[1] = low[NEXT + 1]
@@ -154,7 +140,6 @@ def build(D, mode):
                 second = T.call_extern("int32", "nr_row", token - qbase + 8, tq - 1) * H
                 head = 0
                 load_low(L, low, 0, first, second, 0)
-                T.barrier_wait(q.full[v[Q_STAGE]], v[Q_PARITY])
                 for _ in T.serial(H // HG):
                     T.barrier_wait(k.full[tx // 128 * KST + v[K_FULL]], v[K_PARITY])
                     advance(v[K_FULL], v[K_PARITY], KST)
