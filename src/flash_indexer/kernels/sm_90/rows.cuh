@@ -4,10 +4,10 @@
 #include "../device/score_tiles.cuh"
 #define ROWS_THREADS 256  // that share a row
 #define ROWS_KEYS 4096     // of a piece
-// e^x for x <= 0, to an ulp, at least e^-87: x = n·ln(2) + r, |r| <= ln(2)/2; adding 1.5·2^23 leaves n in the low bits.
-// NaN for NaN
+// e^x for x <= 0, to an ulp: x = n·ln(2) + r, |r| <= ln(2)/2; adding 1.5·2^23 leaves n in the low bits. n = -127, from
+// -88 down to -infinity, gives 0. NaN for NaN
 static __device__ __forceinline__ float rows_exp(float x) {
-  x = max_or_nan(x, -87.0f);
+  x = max_or_nan(x, -88.0f);
   const float t = fmaf(x, LOG2E, 12582912.0f), n = t - 12582912.0f;
   const float r = fmaf(n, -1.42860677e-6f, fmaf(n, -0.693145752f, x));
   float y = fmaf(r, 1.37805939e-3f, 8.37312452e-3f);
