@@ -55,6 +55,14 @@ def test_lists_of_recent_contents_are_kept_and_those_of_older_ones_let_go() -> N
     assert len(worklists._recent) == 2
 
 
+def test_a_sample_of_queries_in_each_step_does_not_displace_all_queries() -> None:
+    made: list[int] = []
+    for step in range(4):
+        for length in (180, 181 + step):
+            cached(*intervals(length), length, "a", lambda *_, length=length: made.append(length))
+    assert made == [180, 181, 182, 183, 184]
+
+
 @pytest.mark.parametrize("processors", [3, 8])
 def test_items_are_dealt_once_and_evenly(processors: int) -> None:
     cost = torch.randint(1, 9, (101,), generator=torch.Generator().manual_seed(0))

@@ -42,7 +42,9 @@ class _Contents(NamedTuple):
 
 
 _cache: Any = WeakTensorKeyDictionary()
-_recent: deque[_Contents] = deque(maxlen=2)  # of documents as they are, and of a sliding window beside it
+_recent: deque[_Contents] = deque(
+    maxlen=2
+)  # last used last: of documents, and of a sliding window or a sample of queries
 
 
 def cached(
@@ -61,13 +63,19 @@ def cached(
         entry = _Cached(key_end, versions or (0, 0), num_keys, _read(key_start, key_end, num_keys))
         if versions is not None:
             _cache[key_start] = entry
-            if not any(entry.contents is contents for contents in tuple(_recent)):
-                _recent.append(entry.contents)
+            _keep(entry.contents)
     made = entry.contents.made
     if key not in made:
         with torch.inference_mode(False):  # what is kept is for training as well
             made[key] = make(*entry.contents.on_host)
     return cast("_Made", made[key])
+
+
+def _keep(contents: _Contents) -> None:
+    """As the last used, and of the others the one used last: a step's sample of queries doesn't displace all queries."""
+    recent = tuple(_recent)  # at once, as below
+    if not recent or recent[-1] is not contents:
+        _recent.extend([*[other for other in recent if other is not contents][-1:], contents])
 
 
 def _read(key_start: Tensor, key_end: Tensor, num_keys: int) -> _Contents:
