@@ -11,8 +11,6 @@ static __device__ __forceinline__ float load_float(const float* p, long long i) 
   asm volatile("ld.global.nc.f32 %0, [%1];" : "=f"(v) : "l"(p + i));
   return v;
 }
-// what is loaded soon, to the L1 cache: no register waits for it
-static __device__ __forceinline__ void prefetch(const void* p) { asm volatile("prefetch.global.L1 [%0];" ::"l"(p)); }
 static __device__ __forceinline__ int shared_address(const void* p) { return (int)__cvta_generic_to_shared(p); }
 static __device__ __forceinline__ int load_shared_int(int address) {
   int v;

@@ -2,18 +2,15 @@
 
     KL[t] = sum_s p̂ (log p̂ - log_softmax(x)[s])     ENT[t] = -sum_s p̂ log p̂     DI[t,s] = (softmax(x)[s] - p̂)·WT[t]
 
-with p̂ = p / sum p, or softmax(p) where the teacher's scores are logits. A CTA takes one row after the other, in pieces
-of 4,096 keys; of longer rows a piece is read twice, from the L2 cache.
+with p̂ = p / sum p, or softmax(p) where the teacher's scores are logits. A CTA takes one row after the other, of which
+its 256 threads hold 4,096 keys of both scores in registers (16 each); longer rows are read again, from the L2 cache.
 
-    warp 8      copies the visible tiles of the next rows to a ring of stages, a piece each
-    warps 0-7   every eighth tile of 128 keys, four keys a thread
-    pass 1      y = exp(x - m) with m a thread's largest x; sums of y and of p. A warp's are added up, then, with each
-                warp's largest x, those of all warps: y is formed once, and a row has two barriers
-    pass 2      KL, entropy and di from p, x and y; di is written for whole tiles, zero where the row sees nothing
+    warp 8     copies the visible tiles of the next rows to a ring of stages, 4,096 keys each
+    pass 1     each thread: running maximum and sum of exponentials of its keys; then two tree reductions over the CTA
+    pass 2     KL, entropy and di of the same keys; di is written for whole tiles, zero where the row sees nothing
 
-A warp leaves out tiles that the query doesn't see, and masks keys only in tiles of which it sees a part. p and x are
-read from the stage in both passes: registers hold y alone. 8 bytes are read and 2 written a visible pair. The sums are
-trees of a fixed shape: always the same bits.
+Columns behind the row's last tile are left out, in steps of 1,024. Bound by memory: 8 bytes read and 2 written a
+visible pair. The sums are trees of a fixed shape: always the same bits.
 """
 
 import tilelang

@@ -2,8 +2,6 @@
 #include "rows.cuh"
 // Where a row's scores and di lie in slots, [T, width]; no slot from `high` on is read
 struct SlotRow {
-  static constexpr bool STAYS = false;
-  static constexpr int THREADS = 256;
   long long begin;
   int width, low, high;
   bool whole;  // vectors of four are aligned
@@ -36,5 +34,5 @@ static __device__ __forceinline__ void sparse_rows_row(
     const float* P, const float* X, const int* count, const float* weight, float* DI, float* KL, float* ENT, int t,
     int width) {
   SlotRow row(P, X, t, width, count[t]);
-  rows_row<false>(row, weight[t], DI, KL, ENT, t);
+  rows_row<false>(row, weight[t], DI, KL + t, ENT + t);
 }
