@@ -166,6 +166,26 @@ def test_gradients_against_float64(T: int, S: int, K: int, I: int, E: int, kind:
     assert (got[0][nothing] == 0).all() and (got[2][nothing] == 0).all()
 
 
+@pytest.mark.parametrize("kind", ["plain", "wide"])
+@pytest.mark.parametrize("I, E", [(64, 128), (50, 128), (8, 64), (1, 64)])
+@pytest.mark.parametrize("T, S, K", SIZES)
+def test_additions_in_any_order_against_float64(
+    T: int, S: int, K: int, I: int, E: int, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """deterministic=False, gathered: d_index_k is added to, within its rounding; all else is the same bits."""
+    monkeypatch.setattr(gpu_index, "dense_is_faster", lambda *_: False)
+    x = make(T, S, K, I, E, kind)
+    truth, expected, sums = dense(x, torch.float64), run(x), torch.zeros(S, E, device="cuda")
+    d_index_q, d_weights = gpu_index.index_gradients(*x, (True, True, True), sums, False, 2**29)
+    assert torch.equal(d_index_q, expected[0]) and torch.equal(d_weights, expected[2])
+    assert_close("d_index_k", sums, truth[1], worst_of_eight(x, truth)[1])
+    again = sums.clone()
+    gpu_index.index_gradients(*x, (False, True, False), again, False, 2**29)
+    torch.testing.assert_close(again, 2 * sums, rtol=1e-4, atol=1e-5 * float(sums.abs().max()))
+    none, _ = gpu_index.index_gradients(*x, (True, False, False), None, False, 2**29)
+    assert torch.equal(none, expected[0])
+
+
 @pytest.mark.parametrize("I, E", [(64, 128), (33, 128), (8, 64), (1, 64)])
 @pytest.mark.parametrize("T, S, K", SIZES)
 def test_scores_against_float64(T: int, S: int, K: int, I: int, E: int) -> None:

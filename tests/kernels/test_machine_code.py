@@ -69,10 +69,10 @@ def products(name: str, static: dict[str, int]) -> int:
         return 4 * (static["D"] + static["E"]) // 16 + (3 * static["BN"] // 16 if static["V"] else 0)
     if name in LATENT:
         return 3 * (36 + 4 + 4)
-    if name == "sparse_gradients_mla" and static["half"]:  # the same; of dk 4 steps a panel, which dS and P have
-        return 2 * (36 + 32 + 2 * 4) + 8 * 8 + 4
-    if name == "sparse_gradients_mla":  # two warpgroups' S, dP and dq with its rope; dk and its rope
-        return 2 * (18 + 16 + 2 * 4) + 4 * 16 + 8
+    if name == "sparse_gradients_mla" and static["half"]:  # the same; of dk 4 steps for a panel, which dS and P have
+        return 2 * (36 + 32 + 2 * 4) + 8 + 4
+    if name == "sparse_gradients_mla":  # two warpgroups' S, dP and dq with its rope; a panel of dk, and its rope
+        return 2 * (18 + 16 + 2 * 4) + 16 + 8
     if name == "sparse_index_gradients":  # S and O of the queries' warps; S and the sums of the keys'
         return 2 * static["E"] // 16 + 128 // 16 + 64 // 16
     if name == "sparse_index_scores":

@@ -244,7 +244,12 @@ BUILDERS = {
         tuple({"E": E, "wide": wide} for E in INDEX_WIDTHS for wide in (0, 1)),
         streamed=False,
     ),
-    "sparse_index_gradients": Kernel("sparse_index_gradients", "build", GATHERED_INDEX, streamed=False),
+    "sparse_index_gradients": Kernel(
+        "sparse_index_gradients",
+        "build",
+        tuple({"E": E, "exact": exact} for E in GATHERED_INDEX_WIDTHS for exact in (0, 1)),
+        streamed=False,
+    ),
     "sparse_scatter": Kernel("sparse_scatter", "build", ({},), streamed=False),
     "sparse_index_scores": Kernel("sparse_index_gradients", "build_scores", GATHERED_INDEX, streamed=False),
     "sparse_index_largest": Kernel("sparse_index_sums", "build_largest", GATHERED_INDEX, streamed=False),

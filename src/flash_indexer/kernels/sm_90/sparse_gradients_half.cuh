@@ -1,6 +1,6 @@
 #pragma once
 #include "sparse_gradients_rows.cuh"
-// Gradients for up to 64 heads: see sparse_gradients_mla.py for the picture.
+// The form for up to 64 heads: see sparse_gradients_mla.py for the picture.
 namespace sparse_half {
 using namespace sparse;
 // shared memory of a CTA, in bytes from BASE on; panels of 64 columns, 128 bytes a row, swizzled
@@ -13,34 +13,26 @@ constexpr int BARRIERS = 230400;
 constexpr int BYTES = BARRIERS + 128;
 constexpr int PANEL = 8192;
 enum {
-  P_FULL = 0,  // P and dS are written
-  P_FREE = 1,  // dk has been made of them
+  P_FULL = 0,     // P and dS are written
+  P_FREE = 1,     // dk has been made of them
+  GATHERING = 2,  // copies of the next tile's keys have been issued
 };
 
 // Warps 0 to 3 (W = 0) and 4 to 7: S and dP of the tile's keys 32 W to 32 W + 31, dq of the columns from 256 W on
 template <int W>
-struct Attending {
+struct Attending : Warps {
   static constexpr uint64_t q = tile(Q, 128, 16, 1024), g = tile(G, 128, 16, 1024);
   static constexpr uint64_t k = tile(K + W * 4096, 128, 16, 1024);                                  // k^T as B
   static constexpr uint64_t k_b = tile(K + W * 4 * PANEL, 128, PANEL, 1024);                         // k as B
   static constexpr uint64_t k_rope_b = plus(tile(K + 8 * PANEL, 128, PANEL, 1024), W * 64);
   static constexpr uint64_t ds = tile(P + PANEL, 128, 16, 1024);  // as A
 
-  const Problem& x;
-  const int sm, bar, warp, lane;
-
-  __device__ __forceinline__ Attending(const Problem& x, int sm)
-      : x(x), sm(sm), bar(sm + BARRIERS), warp(__shfl_sync(0xffffffffu, (int)(threadIdx.x >> 5) & 3, 0)),
-        lane(threadIdx.x & 31) {}
-  __device__ __forceinline__ int row() const { return warp * 16 + (lane >> 2); }
+  __device__ __forceinline__ Attending(const Problem& x, int sm) : Warps(x, sm, sm + BARRIERS) {}
   __device__ __forceinline__ int first_row() const { return (W * 4 + warp) * 8; }  // of 8 that the warp copies
-  __device__ __forceinline__ void meet_all() const { meet(3, 32 * WARPS); }
 
-  // the key of the lane's row (of 8) of a tile
-  __device__ __forceinline__ int key_of(int t, int tile, int count) const {
-    const int slot = tile * KEYS + first_row() + (lane & 7);
-    const int key = slot < count ? __ldg(x.indices + (int64_t)t * x.width + slot) : -1;
-    return (unsigned)key < (unsigned)x.S ? key : -1;
+  // the key of the lane's row of the next gather, 8 rows a warp
+  __device__ __forceinline__ int next_key(int t, int tile, int count) const {
+    return key_in(x, t, tile * KEYS + first_row() + (lane & 7), count);
   }
   // the first 512 columns of a row to panels from `to` on
   __device__ __forceinline__ void copy_values(int to, const char* from, int r, int bytes) const {
@@ -79,28 +71,15 @@ struct Attending {
       copy_rope(sm + Q, from + head * (D * 2), r, r < x.H ? 16 : 0);
     }
   }
-  __device__ __forceinline__ void copies_here() const {
-    asm volatile("cp.async.wait_all;" ::: "memory");
-    fence_shared();
-    meet_all();
-  }
-  // to shared memory, [64 heads][64 keys], 32 of them
-  __device__ __forceinline__ void store_half(const float (&s)[16], int to) const {
-    to += (warp * 16 + (lane & 15)) * 128;
-#pragma unroll
-    for (int g = 0; g < 4; g += 2) {
-      unsigned v[4];
-#pragma unroll
-      for (int i = 0; i < 4; ++i) v[i] = pack(s[4 * g + 2 * i], s[4 * g + 2 * i + 1]);
-      store_shared_matrices(to + (((W * 4 + g + (lane >> 4)) ^ (lane & 7)) << 4), v);
-    }
-  }
-  // a b^T over the columns of `panels` panels
-  static __device__ __forceinline__ void logits(float (&s)[16], uint64_t a, uint64_t b, int panels) {
+  // s = a b^T over the columns of panels FIRST to END - 1
+  template <int FIRST, int END>
+  static __device__ __forceinline__ void logits(float (&s)[16], uint64_t a, uint64_t b) {
     begin_products();
 #pragma unroll
-    for (int j = 0; j < panels * 4; ++j)
-      product<false, false>(s, plus(a, j / 4 * PANEL + j % 4 * 32), plus(b, j / 4 * PANEL + j % 4 * 32), j > 0);
+    for (int j = 4 * FIRST; j < 4 * END; ++j) {
+      const int at = j / 4 * PANEL + j % 4 * 32;
+      product<false, false>(s, plus(a, at), plus(b, at), j > 4 * FIRST);
+    }
     commit_products();
   }
   __device__ __forceinline__ void query_gradients(float (&dq)[128], float (&dq_rope)[16]) const {
@@ -112,41 +91,27 @@ struct Attending {
     }
     commit_products();
   }
-  // of the thread's two heads; those that are padding get no probability
-  __device__ __forceinline__ void numbers_of_rows(float (&lse2)[2], float (&delta)[2], int t) const {
-#pragma unroll
-    for (int e = 0; e < 2; ++e) {
-      const int head = row() + 8 * e;
-      const bool is_head = head < x.H;
-      lse2[e] = is_head ? __ldg(x.lse + (int64_t)t * x.H + head) * LOG2E : INFINITY;
-      delta[e] = is_head ? __ldg(x.delta + (int64_t)t * x.H + head) : 0.f;
-    }
-  }
-  // of 32 slots, over all heads, to memory
-  __device__ __forceinline__ void write_sums(int t, int first) const {
-    float sum = 0.f;
-#pragma unroll
-    for (int w = 0; w < 4; ++w) sum += load_shared_float(sm + SUMS + (W * 4 + w) * 128 + lane * 4);
-    if (first + lane < x.width) x.p_sum[(int64_t)t * x.width + first + lane] = sum;
-  }
   // One tile of a token, whose keys are in shared memory; those of the next are gathered, where there is one
   __device__ __forceinline__ void step(
       float (&dq)[128], float (&dq_rope)[16], int t, int i, int n, int count, int number) const {
     float s[16], d[16], lse2[2], delta[2];
     const int first = i * KEYS + 32 * W;
-    const int key = i + 1 < n ? key_of(t, i + 1, count) : -1;
-    logits(s, q, k, 9);
-    logits(d, g, k, 8);
-    numbers_of_rows(lse2, delta, t);
-    wait_products<1>();
+    const int key = i + 1 < n ? next_key(t, i + 1, count) : -1;
+    logits<0, 4>(s, q, k);
+    logits<4, 9>(d, q, k);  // a sum of its own: tensor cores cut off bits of all that they add to
+    numbers_of_rows(lse2, delta, t, 0);
+    wait_products<0>();
+#pragma unroll
+    for (int j = 0; j < 16; ++j) s[j] += d[j];
+    logits<0, 8>(d, g, k);  // meanwhile P
     probabilities(s, lse2, x.scale, first, count);
     store_head_sums(s, sm + SUMS + (W * 4 + warp) * 128);
     wait_products<0>();
 #pragma unroll
     for (int j = 0; j < 16; ++j) d[j] = s[j] * (d[j] - delta[j / 2 % 2]) * x.scale;
     barrier_wait(bar + 8 * P_FREE, (number & 1) ^ 1);
-    store_half(s, sm + P);
-    store_half(d, sm + P + PANEL);
+    store_half<128>(s, sm + P, 4 * W);
+    store_half<128>(d, sm + P + PANEL, 4 * W);
     fence_shared();
     meet_all();
     if (lane == 0) barrier_arrive(bar + 8 * P_FULL);
@@ -154,7 +119,8 @@ struct Attending {
     wait_products<0>();
     meet_all();  // neither warpgroup reads the keys any more
     if (i + 1 < n) gather(key);
-    if (warp == 3) write_sums(t, first);
+    if (lane == 0) barrier_arrive(bar + 8 * GATHERING);
+    if (warp == 3) write_sums<4>(sm + SUMS + W * 512, t, first);
     if (i + 1 < n) copies_here();
   }
   __device__ __forceinline__ void run() const {
@@ -166,7 +132,7 @@ struct Attending {
       for (int i = 0; i < 128; ++i) dq[i] = 0;
 #pragma unroll
       for (int i = 0; i < 16; ++i) dq_rope[i] = 0;
-      gather(key_of(t, 0, count));
+      gather(next_key(t, 0, count));
       barrier_wait(bar + 8 * P_FREE, (number & 1) ^ 1);  // dk no longer reads q and d_out of the token before
       load_token(t);
       copies_here();
@@ -179,27 +145,19 @@ struct Attending {
   }
 };
 
-// Warps 8 to 11: dk of all 576 columns, in panels of 64
-template <int PANEL_NUMBER>
-__device__ __forceinline__ void key_gradients(float (&d)[32]) {
+// Warps 8 to 11: dk of all 576 columns, in panels of 64; d_out has none of the last
+template <bool VALUES>
+__device__ __forceinline__ void key_gradients(float (&d)[32], int panel) {
   constexpr uint64_t p_t = tile(P, 128, 16, 1024);  // P^T as A; dS^T a panel on
-  constexpr uint64_t q = tile(Q + PANEL_NUMBER * PANEL, 128, 16, 1024), g = tile(G + PANEL_NUMBER * PANEL, 128, 16, 1024);
+  const uint64_t q = plus(tile(Q, 128, 16, 1024), panel * PANEL), g = plus(tile(G, 128, 16, 1024), panel * PANEL);
   begin_products();
 #pragma unroll
   for (int j = 0; j < 4; ++j) {
     product<true, true>(d, plus(p_t, PANEL + j * 2048), plus(q, j * 2048), j > 0);
-    if (PANEL_NUMBER < 8) product<true, true>(d, plus(p_t, j * 2048), plus(g, j * 2048), true);
+    if (VALUES) product<true, true>(d, plus(p_t, j * 2048), plus(g, j * 2048), true);
   }
   commit_products();
-}
-template <bool EXACT, int PANEL_NUMBER = 0>
-__device__ __forceinline__ void add_panels(const Problem& x, const sparse::Rows& rows, int bar) {
-  float d[32];
-  key_gradients<PANEL_NUMBER>(d);
   wait_products<0>();
-  if (PANEL_NUMBER == 8 && (threadIdx.x & 31) == 0) barrier_arrive(bar + 8 * P_FREE);
-  add_keys<EXACT>(x, d, rows, 64 * PANEL_NUMBER);
-  if constexpr (PANEL_NUMBER < 8) add_panels<EXACT, PANEL_NUMBER + 1>(x, rows, bar);
 }
 template <bool EXACT>
 __device__ __forceinline__ void add_gradients(const Problem& x, int sm) {
@@ -210,37 +168,36 @@ __device__ __forceinline__ void add_gradients(const Problem& x, int sm) {
       sparse::Rows rows;
       rows_of_tile<EXACT>(rows, x, t, i, count, 0);
       barrier_wait(sm + BARRIERS + 8 * P_FULL, number & 1);
-      add_panels<EXACT>(x, rows, sm + BARRIERS);
+      float d[32];
+      key_gradients<false>(d, V / 64);
+      add_keys<EXACT>(x, d, rows, V);
+      barrier_wait(sm + BARRIERS + 8 * GATHERING, number & 1);  // loads wait behind additions: those of keys go first
+#pragma unroll 1  // instructions would not fit their cache
+      for (int panel = 0; panel < V / 64; ++panel) {
+        key_gradients<true>(d, panel);
+        if (panel == V / 64 - 1 && (threadIdx.x & 31) == 0) barrier_arrive(sm + BARRIERS + 8 * P_FREE);
+        add_keys<EXACT>(x, d, rows, 64 * panel);
+      }
     }
   }
 }
-}  // namespace sparse_half
 
-// The whole kernel, for 384 threads; `sm` the address of BYTES of shared memory.
-template <bool EXACT>
-static __device__ __forceinline__ void sparse_gradients_half(
-    int sm, const void* q, const void* k, const void* g, const int* indices, const int* count, const float* lse,
-    const float* delta, void* dq, float* dk, float* p_sum, const float* grid, int* sums, int T, int H, int S, int width,
-    float scale) {
-  using namespace sparse_half;
-  const Problem x{(const char*)q, (const char*)k, (const char*)g, indices, count, lse, delta, (char*)dq, dk, p_sum,
-                  grid, sums, sums + (int64_t)S * D, sums + (int64_t)S * D * 2, T, H, S, width, scale};
-  const int warpgroup = __shfl_sync(0xffffffffu, (int)threadIdx.x >> 7, 0);
-  if (threadIdx.x == 0) {
-    if (sm != BASE) __trap();
-    barrier_init(sm + BARRIERS + 8 * P_FULL, WARPS);
-    barrier_init(sm + BARRIERS + 8 * P_FREE, 4);
-    barriers_ready();
+// What `sparse_gradients` takes of a form
+struct Form {
+  static constexpr int ATTENDING_REGISTERS = 216, ADDING_REGISTERS = 72;
+  template <int W>
+  static __device__ __forceinline__ void attend(const Problem& x, int sm) { Attending<W>(x, sm).run(); }
+  template <bool EXACT>
+  static __device__ __forceinline__ void add(const Problem& x, int sm) { add_gradients<EXACT>(x, sm); }
+  static __device__ __forceinline__ void begin(int sm) {
+    if (threadIdx.x == 0) {
+      barrier_init(sm + BARRIERS + 8 * P_FULL, WARPS);
+      barrier_init(sm + BARRIERS + 8 * P_FREE, 4);
+      barrier_init(sm + BARRIERS + 8 * GATHERING, WARPS);
+      barriers_ready();
+    }
+    __syncthreads();
   }
-  __syncthreads();
-  if (warpgroup == 2) {
-    asm volatile("setmaxnreg.dec.sync.aligned.u32 72;");
-    add_gradients<EXACT>(x, sm);
-  } else {
-    asm volatile("setmaxnreg.inc.sync.aligned.u32 216;");
-    if (warpgroup == 0)
-      Attending<0>(x, sm).run();
-    else
-      Attending<1>(x, sm).run();
-  }
-}
+  static __device__ __forceinline__ void end() {}
+};
+}  // namespace sparse_half

@@ -1,7 +1,8 @@
 #pragma once
 #include "sparse_gradients_rows.cuh"
 // Shared memory of a CTA of a pair; and its warps 8 to 11: dk of this CTA's columns, added to memory.
-namespace sparse {
+namespace sparse_pair {
+using namespace sparse;
 // shared memory of a CTA, in bytes from BASE on; "128" and "64": bytes of a row of a panel, swizzled
 constexpr int Q = 0;            // queries, 256 columns: 4 panels [128 heads][64], 128
 constexpr int G = 65536;        // d_out, the same
@@ -63,7 +64,7 @@ __device__ __forceinline__ void add_gradients(const Problem& x, int sm, int rank
   for (int t = blockIdx.x / 2; t < x.T; t += gridDim.x / 2) {
     const int count = __ldg(x.count + t), n = tiles_of(count);
     for (int i = 0; i < n; ++i, ++number) {
-      Rows rows;
+      sparse::Rows rows;
       rows_of_tile<EXACT>(rows, x, t, i, count, rank);
       barrier_wait(bar + 8 * P_OWN, number & 1);
       barrier_wait(bar + 8 * P_FULL, number & 1);
@@ -73,7 +74,7 @@ __device__ __forceinline__ void add_gradients(const Problem& x, int sm, int rank
         wait_products<0>();
         add_keys<EXACT>(x, d, rows, V + 32 * rank);
       }
-#pragma unroll
+#pragma unroll 1
       for (int part = 0; part < 4; ++part) {
         float d[32];
         key_gradients(d, tile(Q + part * 16384, 128, 16, 1024), tile(G + part * 16384, 128, 16, 1024));
@@ -84,4 +85,4 @@ __device__ __forceinline__ void add_gradients(const Problem& x, int sm, int rank
     }
   }
 }
-}  // namespace sparse
+}  // namespace sparse_pair

@@ -27,12 +27,11 @@ Up to 64 heads (`half`): one CTA a token, with all columns of q, d_out and the k
 
     warps 0-3      S, dP of the tile's first 32 keys; dq of the columns below 256, and half of the rope's
     warps 4-7      of the other 32 keys; dq of the columns 256 .. 511, and the other half. Both gather the next tile
-    warps 8-11     dk of all columns, in pieces of 64 that are added to memory one after the other
+    warps 8-11     dk of all columns, in pieces of 64 that are added to memory one after the other. After the rope's
+                   they wait until copies of the next tile are on their way, which additions would hold up
 
 `exact`: dk is made of integers, whose sums don't depend on their order; see device/exact_sums.cuh.
 """
-
-from pathlib import Path
 
 import tilelang.language as T
 
@@ -41,10 +40,9 @@ from flash_indexer.kernels.sm_90.macros import PASS_CONFIGS, shared_address
 from flash_indexer.kernels.sm_90.sizes import MLA_WIDTHS
 
 __all__ = ["PASS_CONFIGS", "build"]
-SOURCES = source(__file__), source(Path(__file__).with_name("sparse_gradients_half.py"))
-NAMES = "sparse_gradients", "sparse_gradients_half"
+SOURCE = source(__file__)
 D, V = MLA_WIDTHS
-SHARED_BYTES = 227328 + 128, 230400 + 128  # up to the barriers of sparse_gradients_tiles.cuh, sparse_gradients_half.cuh
+SHARED_BYTES = 227328 + 128, 230400 + 128  # up to the barriers of sparse_gradients_keys.cuh, sparse_gradients_half.cuh
 
 
 def build(exact, half):
@@ -76,10 +74,10 @@ def build(exact, half):
         tokens: T.int32, H: T.int32, S: T.int32, width: T.int32, clusters: T.int32, scale: T.float32,
     ):  # fmt: skip
         with T.Kernel(clusters * (2 - half), threads=384, cluster_dims=(2 - half, 1, 1)):
-            T.import_source(SOURCES[half])
+            T.import_source(SOURCE)
             shared = T.alloc_shared((SHARED_BYTES[half],), "uint8")
             T.call_extern(
-                "handle", f"{NAMES[half]}<{exact}>", shared_address(shared), T.address_of(Q[0, 0]),
+                "handle", f"sparse_gradients<{exact}, {half}>", shared_address(shared), T.address_of(Q[0, 0]),
                 T.address_of(K[0, 0]), T.address_of(G[0, 0]), T.address_of(IDX[0]), T.address_of(COUNT[0]),
                 T.address_of(LSE[0]), T.address_of(DELTA[0]), T.address_of(DQ[0, 0]), T.address_of(DK[0]),
                 T.address_of(PSUM[0]), T.address_of(GRID[0]), T.address_of(SUMS[0]), tokens, H, S, width, scale,

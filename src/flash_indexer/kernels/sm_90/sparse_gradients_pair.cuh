@@ -1,11 +1,10 @@
 #pragma once
 #include "sparse_gradients_keys.cuh"
-#include "sparse_gradients_tiles.cuh"
-// Warps 0 to 7 of a CTA of a pair, and the kernel: see sparse_gradients_mla.py for the picture.
-namespace sparse {
+// Warps 0 to 7 of a CTA of a pair: see sparse_gradients_mla.py for the picture.
+namespace sparse_pair {
 // Warps 0 to 3 (W = 0) and 4 to 7: heads 64 W to 64 W + 63.
 template <int W>
-struct Attending {
+struct Attending : Warps {
   static constexpr int OWN = P + W * P_SIZE;
   static constexpr uint64_t q = tile(Q + W * 8192, 128, 16, 1024), q_rope = tile(Q_ROPE + W * 4096, 64, 16, 512);
   static constexpr uint64_t g = tile(G + W * 8192, 128, 16, 1024);
@@ -13,23 +12,14 @@ struct Attending {
   static constexpr uint64_t k_b = tile(K, 128, 8192, 1024), k_rope_b = k_rope;               // k as B
   static constexpr uint64_t ds = tile(OWN + 4096, 64, 16, 512);  // as A; of the other CTA's keys at + P_THERE
 
-  const Problem& x;
-  const int sm, rank, bar, tid, warp, lane;
+  const int rank;
 
-  __device__ __forceinline__ Attending(const Problem& x, int sm, int rank)
-      : x(x), sm(sm), rank(rank), bar(sm + BARRIERS), tid(threadIdx.x & 127),
-        warp(__shfl_sync(0xffffffffu, (int)(threadIdx.x >> 5) & 3, 0)), lane(threadIdx.x & 31) {}
-
-  // the thread's first row of accumulators, within the 64 heads
-  __device__ __forceinline__ int row() const { return warp * 16 + (lane >> 2); }
-  __device__ __forceinline__ void meet_all() const { meet(3, 32 * WARPS); }
+  __device__ __forceinline__ Attending(const Problem& x, int sm) : Warps(x, sm, sm + BARRIERS), rank(cluster_rank()) {}
 
   // the key of the lane's row of the next gather, 8 rows a warp. Row r of a tile holds slot r ^ 32·rank, so that the
   // first 32 rows are the slots that this CTA finishes
   __device__ __forceinline__ int next_key(int t, int tile, int count) const {
-    const int slot = tile * KEYS + (((W * 4 + warp) * 8 + (lane & 7)) ^ (32 * rank));
-    const int key = slot < count ? __ldg(x.indices + (int64_t)t * x.width + slot) : -1;
-    return (unsigned)key < (unsigned)x.S ? key : -1;
+    return key_in(x, t, tile * KEYS + (((W * 4 + warp) * 8 + (lane & 7)) ^ (32 * rank)), count);
   }
   __device__ __forceinline__ void gather(int key) const {
     const int first = (W * 4 + warp) * 8;
@@ -62,11 +52,6 @@ struct Attending {
       copy16(sm + Q_ROPE + r * 64 + (((lane & 3) ^ ((r >> 1) & 3)) << 4), from + head * (D * 2), r < x.H ? 16 : 0);
     }
   }
-  __device__ __forceinline__ void copies_here() const {
-    asm volatile("cp.async.wait_all;" ::: "memory");
-    fence_shared();
-    meet_all();
-  }
   // the half of this CTA's keys, moved out of the accumulator: the next product takes its registers, too few for two
   static __device__ __forceinline__ void keep_half(float (&half)[16], const float (&a)[32]) {
 #pragma unroll
@@ -97,17 +82,6 @@ struct Attending {
     const int there = of_rank(bar + 8 * (S_READ + W), rank ^ 1) + (int)(loaded & (unsigned)(x.width >> 31));
     if (lane == 0) barrier_arrive_there(there);
   }
-  // to shared memory, [64 heads][32 keys]
-  __device__ __forceinline__ void store_half(const float (&s)[16], int to) const {
-    to += (warp * 16 + (lane & 15)) * 64;
-#pragma unroll
-    for (int g = 0; g < 4; g += 2) {
-      unsigned v[4];
-#pragma unroll
-      for (int i = 0; i < 4; ++i) v[i] = pack(s[4 * g + 2 * i], s[4 * g + 2 * i + 1]);
-      store_shared_matrices(to + (((g + (lane >> 4)) ^ ((lane >> 1) & 3)) << 4), v);
-    }
-  }
   // S = q k^T, and dP = d_out k^T, over this CTA's columns
   static __device__ __forceinline__ void logits(float (&a)[32]) {
     begin_products();
@@ -125,16 +99,6 @@ struct Attending {
       product<false, false>(a, plus(g, (j / 4) * 16384 + (j % 4) * 32), plus(k, (j / 4) * 8192 + (j % 4) * 32), j > 0);
     commit_products();
   }
-  // of the thread's two heads; those that are padding get no probability
-  __device__ __forceinline__ void numbers_of_rows(float (&lse2)[2], float (&delta)[2], int t) const {
-#pragma unroll
-    for (int e = 0; e < 2; ++e) {
-      const int head = W * 64 + row() + 8 * e;
-      const bool is_head = head < x.H;
-      lse2[e] = is_head ? __ldg(x.lse + (int64_t)t * x.H + head) * LOG2E : INFINITY;
-      delta[e] = is_head ? __ldg(x.delta + (int64_t)t * x.H + head) : 0.f;
-    }
-  }
   // dq += dS k over half of the tile's keys: this CTA's or the other's
   __device__ __forceinline__ void query_gradients(float (&dq)[128], float (&dq_rope)[16], int there) const {
     begin_products();
@@ -145,15 +109,6 @@ struct Attending {
     }
     commit_products();
   }
-  // of all heads, to memory: 32 slots, in the order of the warps
-  __device__ __forceinline__ void write_sums(int t, int first, int number) const {
-    float sum = 0.f;
-#pragma unroll
-    for (int w = 0; w < WARPS; ++w)
-      sum += load_shared_float(sm + SUMS + ((number & 1) * WARPS + w) * 128 + lane * 4);
-    if (first + lane < x.width) x.p_sum[(int64_t)t * x.width + first + lane] = sum;
-  }
-
   // One tile of a token, whose keys are in shared memory; those of the next are gathered, where there is one
   __device__ __forceinline__ void step(
       float (&dq)[128], float (&dq_rope)[16], int t, int i, int n, int count, int number) const {
@@ -166,7 +121,7 @@ struct Attending {
     const int first = i * KEYS + 32 * rank;
     const int key = i + 1 < n ? next_key(t, i + 1, count) : -1;
     logits(a);
-    numbers_of_rows(lse2, delta, t);
+    numbers_of_rows(lse2, delta, t, W * 64);
     wait_products<0>();
     send_half(a, S_FULL + W);
     keep_half(s, a);
@@ -180,12 +135,12 @@ struct Attending {
     keep_half(ds_, a);
     store_head_sums(s, sm + SUMS + ((number & 1) * WARPS + W * 4 + warp) * 128);
     barrier_wait(bar + 8 * P_FREE, (number & 1) ^ 1);
-    store_half(s, sm + OWN);
+    store_half<64>(s, sm + OWN, 0);
     barrier_wait(bar + 8 * (DP_FULL + W), number & 1);
     add_inbox(ds_);
 #pragma unroll
     for (int j = 0; j < 16; ++j) ds_[j] = s[j] * (ds_[j] - delta[j / 2 % 2]) * x.scale;
-    store_half(ds_, sm + OWN + 4096);
+    store_half<64>(ds_, sm + OWN + 4096, 0);
     fence_shared();
     meet(1 + W, 128);
     if (tid == 0)
@@ -197,7 +152,7 @@ struct Attending {
     wait_products<0>();
     meet_all();  // neither warpgroup reads the keys any more; the sums of both are in shared memory
     if (i + 1 < n) gather(key);
-    if (W == 1 && warp == 3) write_sums(t, first, number);
+    if (W == 1 && warp == 3) write_sums<WARPS>(sm + SUMS + (number & 1) * WARPS * 128, t, first);
     if (i + 1 < n) copies_here();
   }
 
@@ -222,41 +177,30 @@ struct Attending {
     }
   }
 };
-}  // namespace sparse
 
-// The whole kernel, for 384 threads of two CTAs; `sm` the address of BYTES of shared memory.
-template <bool EXACT>
-static __device__ __forceinline__ void sparse_gradients(
-    int sm, const void* q, const void* k, const void* g, const int* indices, const int* count, const float* lse,
-    const float* delta, void* dq, float* dk, float* p_sum, const float* grid, int* sums, int T, int H, int S,
-    int width, float scale) {
-  using namespace sparse;
-  const Problem x{(const char*)q, (const char*)k, (const char*)g, indices, count, lse, delta, (char*)dq, dk, p_sum,
-                  grid, sums, sums + (int64_t)S * D, sums + (int64_t)S * D * 2, T, H, S, width, scale};
-  const int rank = cluster_rank(), warpgroup = __shfl_sync(0xffffffffu, (int)threadIdx.x >> 7, 0), bar = sm + BARRIERS;
-  if (threadIdx.x == 0) {
-    if ((sm & 0xffffff) != BASE) __trap();
+// What `sparse_gradients` takes of a form
+struct Form {
+  static constexpr int ATTENDING_REGISTERS = 216, ADDING_REGISTERS = 72;
+  template <int W>
+  static __device__ __forceinline__ void attend(const Problem& x, int sm) { Attending<W>(x, sm).run(); }
+  template <bool EXACT>
+  static __device__ __forceinline__ void add(const Problem& x, int sm) { add_gradients<EXACT>(x, sm, cluster_rank()); }
+  static __device__ __forceinline__ void begin(int sm) {
+    const int bar = sm + BARRIERS;
+    if (threadIdx.x == 0) {
 #pragma unroll
-    for (int w = 0; w < 2; ++w) {
-      barrier_init(bar + 8 * (S_FULL + w), 1);
-      barrier_init(bar + 8 * (DP_FULL + w), 1);
-      barrier_init(bar + 8 * (S_READ + w), 4);
+      for (int w = 0; w < 2; ++w) {
+        barrier_init(bar + 8 * (S_FULL + w), 1);
+        barrier_init(bar + 8 * (DP_FULL + w), 1);
+        barrier_init(bar + 8 * (S_READ + w), 4);
+      }
+      barrier_init(bar + 8 * P_OWN, WARPS);
+      barrier_init(bar + 8 * P_FULL, 1);
+      barrier_init(bar + 8 * P_FREE, 8);
+      barriers_ready();
     }
-    barrier_init(bar + 8 * P_OWN, WARPS);
-    barrier_init(bar + 8 * P_FULL, 1);
-    barrier_init(bar + 8 * P_FREE, 8);
-    barriers_ready();
+    cluster_sync();
   }
-  cluster_sync();
-  if (warpgroup == 2) {
-    asm volatile("setmaxnreg.dec.sync.aligned.u32 72;");
-    add_gradients<EXACT>(x, sm, rank);
-  } else {
-    asm volatile("setmaxnreg.inc.sync.aligned.u32 216;");
-    if (warpgroup == 0)
-      Attending<0>(x, sm, rank).run();
-    else
-      Attending<1>(x, sm, rank).run();
-  }
-  cluster_sync();
-}
+  static __device__ __forceinline__ void end() { cluster_sync(); }  // the other CTA may still send
+};
+}  // namespace sparse_pair

@@ -16,10 +16,9 @@ __device__ __forceinline__ void rows_of_tile(Rows& rows, const Problem& x, int t
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
     const int slot = tile * KEYS + ((row + (i & 1) + 8 * (i / 2)) ^ (32 * rank));
-    const int key = slot < count ? __ldg(x.indices + (int64_t)t * x.width + slot) : -1;
-    const bool is_key = (unsigned)key < (unsigned)x.S;
-    rows.at[i] = is_key ? key * D + column : -1;
-    if (EXACT) rows.grid[i] = is_key ? __ldg(x.grid + key) : 0.f;
+    const int key = key_in(x, t, slot, count);
+    rows.at[i] = key >= 0 ? key * D + column : -1;
+    if (EXACT) rows.grid[i] = key >= 0 ? __ldg(x.grid + key) : 0.f;
   }
 }
 // pairs of numbers of one row, 16 columns apart

@@ -8,7 +8,7 @@
 namespace sparse {
 constexpr int D = 576, V = 512, KEYS = 64;
 constexpr int BASE = 1024;  // where dynamic shared memory begins: descriptors are then constants (checked)
-constexpr int WARPS = 8;  // that attend
+constexpr int WARPS = 8;   // that attend
 
 struct Problem {
   const char *q, *k, *g;  // q [T, H, D], k [S, D], d_out [T, H, V] bfloat16
@@ -87,4 +87,58 @@ __device__ __forceinline__ void store_head_sums(const float (&s)[16], int to) {
   store_shared(to + key * 4, f);
 }
 __device__ __forceinline__ int tiles_of(int count) { return max(1, (count + KEYS - 1) / KEYS); }
+// the key in a slot of a token, negative where it holds none
+__device__ __forceinline__ int key_in(const Problem& x, int t, int slot, int count) {
+  const int key = slot < count ? __ldg(x.indices + (int64_t)t * x.width + slot) : -1;
+  return (unsigned)key < (unsigned)x.S ? key : -1;
+}
+// Warps 0 to 3 or 4 to 7 of a CTA, of either form
+struct Warps {
+  const Problem& x;
+  const int sm, bar, tid, warp, lane;
+
+  __device__ __forceinline__ Warps(const Problem& x, int sm, int bar)
+      : x(x), sm(sm), bar(bar), tid(threadIdx.x & 127),
+        warp(__shfl_sync(0xffffffffu, (int)(threadIdx.x >> 5) & 3, 0)), lane(threadIdx.x & 31) {}
+  // the thread's first row of accumulators, within the 64 heads
+  __device__ __forceinline__ int row() const { return warp * 16 + (lane >> 2); }
+  __device__ __forceinline__ void meet_all() const { meet(3, 32 * WARPS); }
+  // the copies of all these warps
+  __device__ __forceinline__ void copies_here() const {
+    asm volatile("cp.async.wait_all;" ::: "memory");
+    fence_shared();
+    meet_all();
+  }
+  // of the thread's two heads, of 64 from `first` on; those that are padding get no probability
+  __device__ __forceinline__ void numbers_of_rows(float (&lse2)[2], float (&delta)[2], int t, int first) const {
+#pragma unroll
+    for (int e = 0; e < 2; ++e) {
+      const int head = first + row() + 8 * e;
+      const bool is_head = head < x.H;
+      lse2[e] = is_head ? __ldg(x.lse + (int64_t)t * x.H + head) * LOG2E : INFINITY;
+      delta[e] = is_head ? __ldg(x.delta + (int64_t)t * x.H + head) : 0.f;
+    }
+  }
+  // half of a tile's keys, of 64 heads, to a panel whose rows have ROW_BYTES, from its piece `first` of 8 keys on
+  template <int ROW_BYTES>
+  __device__ __forceinline__ void store_half(const float (&s)[16], int to, int first) const {
+    to += (warp * 16 + (lane & 15)) * ROW_BYTES;
+#pragma unroll
+    for (int g = 0; g < 4; g += 2) {
+      unsigned v[4];
+#pragma unroll
+      for (int i = 0; i < 4; ++i) v[i] = pack(s[4 * g + 2 * i], s[4 * g + 2 * i + 1]);
+      const int swizzle = ROW_BYTES == 128 ? lane & 7 : (lane >> 1) & 3;
+      store_shared_matrices(to + (((first + g + (lane >> 4)) ^ swizzle) << 4), v);
+    }
+  }
+  // p_sum of 32 slots from `first` on: sums over the heads of COUNT warps, in shared memory, are added in their order
+  template <int COUNT>
+  __device__ __forceinline__ void write_sums(int from, int t, int first) const {
+    float sum = 0.f;
+#pragma unroll
+    for (int w = 0; w < COUNT; ++w) sum += load_shared_float(from + w * 128 + lane * 4);
+    if (first + lane < x.width) x.p_sum[(int64_t)t * x.width + first + lane] = sum;
+  }
+};
 }  // namespace sparse

@@ -1,5 +1,6 @@
 #pragma once
 #include "../device/accumulator.cuh"
+#include "../device/additions.cuh"
 #include "../device/cluster.cuh"
 #include "../device/fixed_point.cuh"
 #include "../device/wgmma.cuh"
@@ -46,7 +47,7 @@ struct Problem {
   const float* most;
   char* dq;
   float* dw;
-  int* sums;
+  int* sums;  // of integers; where sums are of float32 its bits, and bound and most are null
   float* scores;  // [T, width]
   int T, I, S, width, bits, wants;
 };
@@ -106,7 +107,7 @@ struct Work {
         const bool is_key = (unsigned)key < (unsigned)x.S;
         const int own = is_key ? key : -1;
         const float own_di = is_key ? di : 0.f;
-        const bool is_summed = is_key && (x.wants & WANTS_KEY);
+        const bool is_summed = is_key && (x.wants & WANTS_KEY) && x.bound;
         const int bound = is_summed ? load_int(x.bound, key) : 0;
         const float most = is_summed ? load_float(x.most, key) : 0.f;
         const int next = (i + 1) * KEYS + tid;
@@ -229,28 +230,40 @@ struct Work {
       z.next(TOKENS);
     }
   }
-  // of a thread's two keys di and scale, and the key that its lane adds to
+  // of a thread's two keys di and scale, and the keys that it adds to: one (EXACT), or four after a trade
+  template <bool EXACT>
   struct Numbers {
-    float a0, a1, b0, b1;
-    int key;
+    float di[2], scale[2];
+    int keys[EXACT ? 1 : 4];
   };
   // d_index_k
   //   P = di w [S > 0]    sums[keys] += P X
+  template <bool EXACT>
   __device__ __forceinline__ void add_keys(int half) const {
-    const int row = half * 64 + warpgroup_row();
+    const int row = half * 64 + warpgroup_row(), first = half * 64 + warp * 16;
     const int out = sm + L::Z + half * L::SUMS + warp * 16 * L::ROW;  // the warp's rows
     const auto read = [&](int n) {
-      return Numbers{load_shared_float(di_at(n, row)), load_shared_float(di_at(n, row + 8)),
-                     load_shared_float(scale_at(n, row)), load_shared_float(scale_at(n, row + 8)),
-                     load_shared_int(number_at(n, half * 64 + warp * 16 + (lane & 15)))};
+      Numbers<EXACT> y;
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        y.di[h] = load_shared_float(di_at(n, row + 8 * h));
+        y.scale[h] = EXACT ? load_shared_float(scale_at(n, row + 8 * h)) : 1.f;
+      }
+#pragma unroll
+      for (int i = 0; i < (EXACT ? 1 : 4); ++i)
+        y.keys[i] = load_shared_int(
+            number_at(n, first + (EXACT ? lane & 15 : ((lane / 4) & ~1) + (i & 1) + 8 * (i / 2))));
+      return y;
     };
-    each_product(half, read, [&](float (&s)[32], const Numbers& y, const Place& at) {
+    each_product(half, read, [&](float (&s)[32], const Numbers<EXACT>& y, const Place& at) {
       unsigned p[16];
 #pragma unroll
       for (int g = 0; g < 8; ++g) {
         const float2 w = load_shared_float2(at.weights + g * 32);
-        p[2 * g] = define_word(pack(w.x * y.a0, w.y * y.a0), mask_positive(s[4 * g], s[4 * g + 1]));
-        p[2 * g + 1] = define_word(pack(w.x * y.a1, w.y * y.a1), mask_positive(s[4 * g + 2], s[4 * g + 3]));
+#pragma unroll
+        for (int h = 0; h < 2; ++h)
+          p[2 * g + h] = define_word(
+              pack(w.x * y.di[h], w.y * y.di[h]), mask_positive(s[4 * g + 2 * h], s[4 * g + 2 * h + 1]));
       }
       float d[E / 2];
 #pragma unroll
@@ -258,22 +271,40 @@ struct Work {
       wg_accumulate<HEADS, E>(d, p, at.token >> 4);
       tl::wait_wgmma<0>();
       tl::warpgroup_fence_operand(d, E / 2);
-      if (lane < 16) wait_bulk_read();
-      __syncwarp();
-#pragma unroll
-      for (int g = 0; g < E / 8; ++g) {
-        const int to = out + (lane >> 2) * L::ROW + g * 32 + (lane & 3) * 8;
-        store_shared(to, __float2int_rn(d[4 * g] * y.b0), __float2int_rn(d[4 * g + 1] * y.b0));
-        store_shared(to + 8 * L::ROW, __float2int_rn(d[4 * g + 2] * y.b1), __float2int_rn(d[4 * g + 3] * y.b1));
-      }
-      fence_shared();
-      __syncwarp();
-      if (lane < 16) {
-        if (y.key >= 0) add_bulk(x.sums + (long long)y.key * E, out + lane * L::ROW, E * 4);
-        commit_bulk();
-      }
+      if constexpr (EXACT)
+        add_integers(d, y, out);
+      else
+        add_floats(d, y);
     });
-    if (lane < 16) wait_bulk();
+    if (EXACT && lane < 16) wait_bulk();
+  }
+  // rows of a warp's accumulators in units of their scale, by way of shared memory
+  __device__ __forceinline__ void add_integers(const float (&d)[E / 2], const Numbers<true>& y, int out) const {
+    if (lane < 16) wait_bulk_read();
+    __syncwarp();
+#pragma unroll
+    for (int g = 0; g < E / 8; ++g) {
+      const int to = out + (lane >> 2) * L::ROW + g * 32 + (lane & 3) * 8;
+#pragma unroll
+      for (int h = 0; h < 2; ++h)
+        store_shared(to + 8 * h * L::ROW, __float2int_rn(d[4 * g + 2 * h] * y.scale[h]),
+                     __float2int_rn(d[4 * g + 2 * h + 1] * y.scale[h]));
+    }
+    fence_shared();
+    __syncwarp();
+    if (lane < 16) {
+      if (y.keys[0] >= 0) add_bulk(x.sums + (long long)y.keys[0] * E, out + lane * L::ROW, E * 4);
+      commit_bulk();
+    }
+  }
+  __device__ __forceinline__ void add_floats(float (&d)[E / 2], const Numbers<false>& y) const {
+    trade_rows<E>(d);
+#pragma unroll
+    for (int m = 0; m < E / 32; ++m)
+#pragma unroll
+      for (int i = 0; i < 4; ++i)
+        if (y.keys[i] >= 0)
+          add_to((float*)x.sums + (long long)y.keys[i] * E + traded_column() + 32 * m, d + 16 * m + 4 * i);
   }
   // scores[t, slot] = sum_j w_j ReLU(S)
   __device__ __forceinline__ void score_keys(int half) const {
@@ -309,10 +340,11 @@ struct Work {
     }
   }
 };
+enum { SCORES, FLOATS, INTEGERS };  // what warpgroups 0 and 1 make: scores, or d_index_k's sums of such terms
 }  // namespace sparse_index
 
 // Barriers, then each warpgroup to its work, for 512 threads; `sm` the address of BYTES of shared memory, a multiple of 1,024
-template <int E, bool SCORES>
+template <int E, int WHAT>
 static __device__ __forceinline__ void work_on_selected_keys(int sm, const sparse_index::Problem& x) {
   using namespace sparse_index;
   const Work<E> work(x, sm);
@@ -329,23 +361,23 @@ static __device__ __forceinline__ void work_on_selected_keys(int sm, const spars
     work.feed();
   } else if (warpgroup == 2) {
     asm volatile("setmaxnreg.inc.sync.aligned.u32 200;");
-    if (!SCORES && (x.wants & WANTS_QUERY)) work.sum_queries(); else work.pass();
+    if (WHAT != SCORES && (x.wants & WANTS_QUERY)) work.sum_queries(); else work.pass();
   } else {
     asm volatile("setmaxnreg.dec.sync.aligned.u32 120;");
-    if constexpr (SCORES) work.score_keys(warpgroup);
-    else if (x.wants & WANTS_KEY) work.add_keys(warpgroup);
+    if constexpr (WHAT == SCORES) work.score_keys(warpgroup);
+    else if (x.wants & WANTS_KEY) work.template add_keys<WHAT == INTEGERS>(warpgroup);
     else work.pass();
   }
 }
-template <int E>
+template <int E, bool EXACT>
 static __device__ __forceinline__ void sparse_index_gradients(
     int sm, const void* q, const void* k, const float* w, const float* di, const int* indices, const int* count,
     const int* bound, const float* most, void* dq, float* dw, int* sums, int T, int I, int S, int width, int bits,
     int wants) {
   const sparse_index::Problem x{
-      (const char*)q, (const char*)k, w, di, indices, count, bound, most, (char*)dq, dw, sums, nullptr, T,
-      I, S, width, bits, wants};
-  work_on_selected_keys<E, false>(sm, x);
+      (const char*)q, (const char*)k, w, di, indices, count, EXACT ? bound : nullptr, most, (char*)dq, dw,
+      sums, nullptr, T, I, S, width, bits, wants};
+  work_on_selected_keys<E, EXACT ? sparse_index::INTEGERS : sparse_index::FLOATS>(sm, x);
 }
 template <int E>
 static __device__ __forceinline__ void sparse_index_scores(
@@ -354,5 +386,5 @@ static __device__ __forceinline__ void sparse_index_scores(
   const sparse_index::Problem x{
       (const char*)q, (const char*)k, w, nullptr, indices, count, nullptr, nullptr, nullptr, nullptr, nullptr, scores, T,
       I, S, width, 0, sparse_index::WANTS_SCORES};
-  work_on_selected_keys<E, true>(sm, x);
+  work_on_selected_keys<E, sparse_index::SCORES>(sm, x);
 }

@@ -17,7 +17,8 @@ anything but its tile, so that products of one warpgroup run beside the conversi
 
 Sums over tokens are of integers, which are the same in any order (device/fixed_point.cuh): each row of index_k has a
 power of two by which its terms are multiplied before they are rounded. The rows of a tile go to shared memory, and from
-there to memory by one addition of the copy engine each.
+there to memory by one addition of the copy engine each. Or, where any order will do, they are of float32, four columns
+of a row by an instruction (device/additions.cuh).
 """
 
 import tilelang.language as T
@@ -30,16 +31,16 @@ __all__ = ["PASS_CONFIGS", "build", "build_scores"]
 SOURCE = source(__file__)
 
 
-def build(E):
-    """The kernel for index width E, 32, 64 or 128. Run-time arguments:
+def build(E, exact):
+    """The kernel for index width E, 64 or 128. exact (1): sums of integers. Run-time arguments:
 
     IQ    [T·I, E], IK [S, E] bfloat16, W [T·I] float32; I at most 64
     DI    [T·width] float32, IDX [T·width] int32: read in the first COUNT[t] slots of a row; a key outside 0 .. S - 1
           is neither read nor added to
     COUNT [T] int32, at most width
-    BOUND [S] int32, MOST [S] float32, bits     of `sparse_index_table`
+    BOUND [S] int32, MOST [S] float32, bits     exact: of `sparse_index_table`. Otherwise not looked at
     DQ    [T·I, E] bfloat16, DW [T·I] float32     written
-    SUMS  [S·E] int32     added to, in units of each row's scale
+    SUMS  [S·E] int32     added to, in units of each row's scale; not exact: the bits of float32
     tokens, I, S, width; wants: 1 for DQ and DW, 2 for SUMS, 3 for both; grid
     """
     nq, nk, nw, ns, nt, nb = (T.dynamic(name) for name in ("nq", "nk", "nw", "ns", "nt", "nb"))
@@ -57,7 +58,7 @@ def build(E):
             T.import_source(SOURCE)
             shared = T.alloc_shared((sparse_index_bytes(E),), "uint8")
             T.call_extern(
-                "handle", f"sparse_index_gradients<{E}>", shared_address(shared), T.address_of(IQ[0, 0]),
+                "handle", f"sparse_index_gradients<{E}, {exact}>", shared_address(shared), T.address_of(IQ[0, 0]),
                 T.address_of(IK[0, 0]), T.address_of(W[0]), T.address_of(DI[0]), T.address_of(IDX[0]),
                 T.address_of(COUNT[0]), T.address_of(BOUND[0]), T.address_of(MOST[0]), T.address_of(DQ[0, 0]),
                 T.address_of(DW[0]), T.address_of(SUMS[0]), tokens, I, S, width, bits, wants,

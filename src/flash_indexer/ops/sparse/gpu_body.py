@@ -20,7 +20,7 @@ from flash_indexer.ops.sparse.problem import KeySums, Needs, SparseProblem
 
 _LOG2E = 1.4426950408889634
 _ROWS = 64  # heads of an item
-_HALF_HEADS = 0  # up to which a token's gradients are one CTA's work: 64 once that form has been seen to be right
+_HALF_HEADS = 64  # up to which a token's gradients are one CTA's work
 
 
 class LatentGradients(NamedTuple):

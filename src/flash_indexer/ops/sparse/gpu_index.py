@@ -100,7 +100,8 @@ def index_gradients(
     workspace_bytes: int,
     tiles: Tiles | None = None,
 ) -> tuple[Tensor | None, Tensor | None]:
-    """See `torch_index.index_gradients`. The same bits every time, whether asked for or not.
+    """See `torch_index.index_gradients`. The same bits every time, but for d_index_k of gathered tiles where
+    deterministic is False.
 
     From gathered tiles or from dense ones (`gpu_index_tiles`), whichever takes less time by `dense_is_faster`.
 
@@ -124,8 +125,10 @@ def index_gradients(
                 tiles.known.synchronize()
                 number = int(tiles.number)
             dense = dense_is_faster(number, leaves, K)
-            step = gpu_index_tiles.index_gradients if dense else gathered_gradients
-            step(di.contiguous(), leaves, selection, out, workspace_bytes)
+            if dense:
+                gpu_index_tiles.index_gradients(di.contiguous(), leaves, selection, out, workspace_bytes)
+            else:
+                gathered_gradients(di.contiguous(), leaves, selection, out, exact=deterministic)
     return out[0] if needs[0] else None, out[2] if needs[2] else None
 
 
@@ -152,22 +155,26 @@ def gathered_gradients(
     leaves: Leaves,
     selection: Selection,
     out: tuple[Tensor | None, Tensor | None, Tensor | None],
-    workspace_bytes: int,
+    *,
+    exact: bool,
 ) -> None:
-    """As `gpu_index_tiles.index_gradients`. Beside the results: d_index_k's sum in integers, and 8 bytes a key."""
+    """As `gpu_index_tiles.index_gradients`. exact: d_index_k's sum in integers, and 8 bytes a key, beside the results;
+    otherwise additions in any order.
+    """
     (index_q, index_k, weights), d_index_k = leaves, out[1]
     (T, I, E), S, K = index_q.shape, index_k.shape[0], di.shape[1]
     rows = index_q.view(T * I, E), index_k, weights.view(-1)
     slots = di.view(-1), selection.indices.view(-1), selection.count
-    sums = _KeySums.none(index_k) if d_index_k is None else _KeySums.new(rows, slots, (S, E, I, K))
+    exact = exact and d_index_k is not None
+    sums = _KeySums.new(rows, slots, (S, E, I, K)) if exact else _KeySums.none(index_k, d_index_k)
     # where these are not wanted, something that is not written
     d_index_q, d_weights = (x if y is None else y for x, y in ((index_q, out[0]), (weights, out[2])))
     wants = _WANTS_QUERY * (out[0] is not None) + _WANTS_KEY * (d_index_k is not None)
-    launch.load("sparse_index_gradients", E=E)(
+    launch.load("sparse_index_gradients", E=E, exact=int(exact))(
         *rows, *slots, sums.bound, sums.most, d_index_q.view(-1, E), d_weights.view(-1), sums.total, T, I, S, K,
         sums.bits, wants, min(T, launch.processors(di.device)),
     )  # fmt: skip
-    if d_index_k is not None:
+    if exact and d_index_k is not None:
         sums.add_to(d_index_k)
 
 
@@ -199,10 +206,11 @@ class _KeySums(NamedTuple):
         return sums
 
     @staticmethod
-    def none(like: Tensor) -> _KeySums:
-        """Of a call that makes no sums: nobody reads them."""
-        total = torch.empty(1, dtype=torch.int32, device=like.device)
-        return _KeySums(total, total, total.view(torch.float32), 0)
+    def none(like: Tensor, d_index_k: Tensor | None) -> _KeySums:
+        """Of a call that makes no integers: d_index_k's own float32, or where that is not wanted what nobody reads."""
+        unread = torch.empty(1, dtype=torch.int32, device=like.device)
+        total = unread if d_index_k is None else d_index_k.view(torch.int32).view(-1)
+        return _KeySums(total, unread, unread.view(torch.float32), 0)
 
     def add_to(self, out: Tensor) -> None:
         """out [S, E] += the sums, in float32."""
