@@ -1,4 +1,4 @@
-"""README's five numbers, docs/performance.md and docs/performance.png, from what is recorded in benchmarks/results.
+"""README's numbers, docs/performance.md and docs/performance.png, from what is recorded in benchmarks/results.
 
 python benchmarks/report.py
 """
@@ -10,7 +10,7 @@ from pathlib import Path
 from report_attention import attention, per_head
 from report_records import Record, latest, lines_of, table
 from report_sparse import sparse
-from report_steps import steps
+from report_steps import answers, steps
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -33,7 +33,7 @@ PASSES = {
 
 
 def summary(results: Path = RESULTS) -> str:
-    """README's table: a line for each of five questions whose record is there."""
+    """README's table: a line for each of the questions whose record is there."""
     sizes, pairs = latest(results / "indexer_kl.jsonl"), latest(results / "distributed.jsonl")
     runs = latest(results / "warmup.jsonl")
     rows = []
@@ -57,10 +57,12 @@ def summary(results: Path = RESULTS) -> str:
         rows.append([f"How much faster are {record['ranks']} GPUs than one, collectives included?",
                      f"{record['speedup']['context']:.2f} x",
                      f"DeepSeek-V3.2, absorbed, one sequence of {record['size']['tokens']:,} tokens"])  # fmt: skip
+    rows += answers(results)
     if not rows:
         return NOTHING
     lines = [line.replace("---:", "---") for line in table("question | answer | measured on", rows)]
-    gpus = sorted({record["gpu"] for record in (*sizes.values(), *pairs.values(), *runs.values())})
+    measured = (*sizes.values(), *pairs.values(), *runs.values(), *lines_of(results / "sparse_step.jsonl"))
+    gpus = sorted({record["gpu"] for record in measured})
     return "\n".join([f"Medians on {' and '.join(gpus)}; every result was checked before it was timed.", "", *lines])
 
 

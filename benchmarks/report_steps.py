@@ -12,9 +12,27 @@ MODELS = {
 }
 
 
+def answers(results: Path) -> list[list[str]]:
+    """Rows of README's table: of each model the longest step that has a dense one beside it."""
+    longest = {model: record for (model, _, one_order), record in sorted(_latest(results).items())
+               if one_order and record.get("fastest")}  # fmt: skip
+    return [
+        [
+            f"What does a training step of the sparse stage cost, beside the dense one ({record['fastest']})?",
+            f"{record['over_dense']:.2f} x its time",
+            f"{MODELS[model]}, {record['length'] // 1024}K tokens, K={record['topk']:,}",
+        ]
+        for model, record in longest.items()
+    ]
+
+
+def _latest(results: Path) -> dict[tuple[str, int, bool], Record]:
+    return {(x["model"], x["length"], x["deterministic"]): x for x in lines_of(results / "sparse_step.jsonl")}
+
+
 def steps(results: Path) -> list[str]:
     """The last record of each model, length and order of sums; nothing without records."""
-    found = {(x["model"], x["length"], x["deterministic"]): x for x in lines_of(results / "sparse_step.jsonl")}
+    found = _latest(results)
     if not found:
         return []
     one = next(iter(found.values()))

@@ -162,7 +162,7 @@ def test_a_sparse_step_stands_beside_the_dense_one_and_has_none_where_none_was_r
     def step(ms: float, gb: float, attention: float) -> dict[str, Any]:
         return dict(ms=dict(p50=ms), peak_gb=gb, kernels=dict(attention=attention, idle=1.0))
 
-    given = dict(topk=2048, deterministic=True, dense={}, sparse=step(1900.4, 56.54, 1000.0))
+    given = dict(gpu="GPU", topk=2048, deterministic=True, dense={}, sparse=step(1900.4, 56.54, 1000.0))
     both = given | dict(
         dense=dict(cuDNN=step(580.0, 36.7, 225.0), slow=dict(absent="no")), fastest="cuDNN", over_dense=1.304,
         sparse=step(756.0, 41.0, 370.0), dense_token=dict(p50=55.0), sparse_token=dict(p50=15.5),
@@ -175,6 +175,10 @@ def test_a_sparse_step_stands_beside_the_dense_one_and_has_none_where_none_was_r
     assert "1 layer, 131,072 tokens |  | 1,900 ms |  |  | 1,000 ms |  | 56.5 GB |" in text and text.count("gqa") == 0
     assert "behind 32,768 in the cache, Qwen3-8B's layer shapes, 4 layers: dense 55.0 ms, sparse 15.5 ms." in text
     assert text.count("| Qwen3-8B") == 1, "one row of a size, of its last record"
+    (asked,) = [line for line in report.summary(write(sparse_step=records)).splitlines() if "sparse stage" in line]
+    assert (
+        "the dense one (cuDNN)? | 1.30 x its time | Qwen3-8B's layer shapes, 4 layers, 32K tokens, K=2,048 |" in asked
+    )
     assert report.steps(write(sparse_step=[])) == []
 
 
