@@ -69,7 +69,8 @@ def parse(words: list[str] | None) -> argparse.Namespace:
 def make_model(shapes: dict[str, int], device: torch.device) -> PreTrainedModel:
     """Random weights, in bfloat16 on a GPU."""
     torch.manual_seed(0)
-    model: PreTrainedModel = AutoModelForCausalLM.from_config(Qwen3Config(**shapes), attn_implementation="sdpa")
+    with device:  # a CPU would take longer to draw the weights than the GPU to measure
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(Qwen3Config(**shapes), attn_implementation="sdpa")
     return model.to(device, torch.bfloat16 if device.type == "cuda" else torch.float32).eval()
 
 
@@ -82,6 +83,7 @@ def measure(model: PreTrainedModel, arguments: argparse.Namespace, device: torch
             model.model(**batch(length, n, arguments.documents, device), use_cache=False)
 
     before = clock(plain, steps, device)
+    print(f"plain forward {percentiles(before)}", flush=True)
     handle = attach(model, **arguments.indexer)
     check_loss(handle, device)
     runs = {fraction: train(handle, fraction, arguments, device) for fraction in arguments.queries}
@@ -113,6 +115,7 @@ def train(
         optimizer.zero_grad(set_to_none=True)
 
     times = clock(step, arguments.steps, device)
+    print(f"step with {fraction} of the queries {percentiles(times)}", flush=True)
     return times, shares(step, arguments.steps + WARM_UP, device)
 
 

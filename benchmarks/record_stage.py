@@ -9,7 +9,7 @@
 4. runs      on the same tokens: dense attention (K = the sequence's length), the indexer's keys and the oracle's at
              each --topk
 5. judgement all of them on the held-out text, dense and sparse (`stage.py`), and `flash-indexer evaluate` of the
-             indexers' runs: dense, sparse before and sparse after
+             indexers' runs, on --evaluate-sequences: dense, sparse before and sparse after
 
 Called again it goes on where it was. Every command is in OUT/commands.txt, what it printed in OUT/logs.
 """
@@ -47,6 +47,7 @@ def main() -> None:
         "--batch-size", type=int, default=8, help="sequences; the host sets the pace, so many cost little"
     )
     parser.add_argument("--sequences", type=int, default=98, help="held-out ones, of 2,048 tokens")
+    parser.add_argument("--evaluate-sequences", type=int, default=24, help="of `evaluate`'s own pages, at most as many")
     parser.add_argument("--jobs", type=int, default=3, help="commands at a time")
     parser.add_argument("--gpus", type=int, default=1, help="GPUs that commands take in turns")
     parser.add_argument("--dtype", default="bfloat16")
@@ -106,11 +107,12 @@ class Stage:
     def judgement(self) -> None:
         names = ["warm", "dense", *(f"{keys}-{k}" for k in self.options.topk for keys in ("indexer", "oracle"))]
         held_out, sequences = self.text / "held_out.jsonl", str(self.options.sequences)
-        commands = self.judge_each(names, held_out, sequences, self.out / "held_out.json")
+        commands = {}  # those that take longest first
         for topk in self.options.topk:
-            folder = self.out / f"indexer-{topk}"
-            words = ["evaluate", "--run", str(folder), "--data", str(held_out), "--sequences", sequences]
+            words = ["evaluate", "--run", str(self.out / f"indexer-{topk}"), "--data", str(held_out)]
+            words += ["--sequences", str(min(self.options.evaluate_sequences, self.options.sequences))]
             commands[f"evaluate-{topk}"] = [sys.executable, "-m", "flash_indexer", *words]
+        commands |= self.judge_each(names, held_out, sequences, self.out / "held_out.json")
         self.together(commands)
         self.together({"held_out": self.judge(names, held_out, sequences, self.out / "held_out.json")})
 
@@ -150,7 +152,8 @@ class Stage:
         runs = [word for name in names for word in ("--run", f"{name}={self.out / name}")]
         topk = ["--topk", *map(str, self.options.topk)]
         losses = str(self.out / "losses" / (keep or file).stem)
-        words = [*runs, "--data", str(data), "--sequences", sequences, *topk, "--keep", losses, "--out", str(file)]
+        words = [*runs, "--data", str(data), "--sequences", sequences, "--length", str(self.options.length)]
+        words += [*topk, "--keep", losses, "--out", str(file)]
         return [sys.executable, str(HERE / "stage.py"), *words]
 
     def together(self, commands: dict[str, list[str]]) -> None:

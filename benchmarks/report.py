@@ -10,6 +10,7 @@ from pathlib import Path
 from report_attention import attention, per_head
 from report_records import Record, latest, lines_of, table
 from report_sparse import sparse
+from report_steps import steps
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -69,7 +70,7 @@ def page(results: Path = RESULTS) -> str:
     if not records:
         return NOTHING
     lines = loss_and_gradients(records) + long_sequences(records) + each_pass(records) + slow_launches(records)
-    lines += warmups(results) + fp8(results) + sparse(results) + per_head(results) + attention(results)
+    lines += warmups(results) + fp8(results) + sparse(results) + steps(results) + per_head(results) + attention(results)
     return "\n".join(lines + processes(results) + gpu_tests(results))
 
 

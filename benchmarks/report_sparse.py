@@ -75,30 +75,37 @@ def _recorded(steps: Iterable[str], records: dict[str, Record]) -> list[str]:
 
 
 def _beside_cudnn(records: dict[str, Record]) -> list[str]:
-    rows, steps = [], _recorded(LIKE, records)
+    rows, absent, steps = [], {}, _recorded(LIKE, records)
+    together = tuple(step for step in steps if step != "learn" or "learn_any_order" not in steps)
+    all_names = tuple(peer for step in together for peer in LIKE[step])
     for name, title in MLA.items():
         record = records.get(name, {})
-        if not any(peer in record for names in LIKE.values() for peer in names):
+        absent |= {peer: reason for peer, reason in record.get("notes", {}).items() if peer.startswith("dsa_")}
+        if not any(peer in record for peer in all_names):
             continue
-        cells = [title]
-        for step in steps:
-            names = LIKE[step]
-            if step not in record or not all(peer in record for peer in names):
-                cells.append("")
-                continue
-            theirs = [record[peer]["p50"] for peer in names]
-            ratio = record[step]["p50"] / sum(theirs)
-            cells.append(f"{ratio:.2f} x ({' + '.join(f'{ms:.2f}' for ms in theirs)} ms)")
-        rows.append(cells)
+        each = [_over(record, (step,), LIKE[step]) for step in steps]
+        rows.append([title, *each, _over(record, together, all_names, apart=False)])
     if not rows:
         return []
     return [
         "",
         "Over the time of cuDNN's kernels for selected keys, in the same rounds: index scores and deterministic top-k;",
-        "backward and target, both in any order; index scores and gradients at the selected keys, without the KL.",
+        "backward and target, both in any order; index scores and gradients at the selected keys, without the KL; and",
+        "all of these, in any order where it was timed. Its forward over selected keys needs a later GPU.",
         "",
-        *table(" | ".join(["size", *(STEPS[step] for step in steps)]), rows),
+        *table(" | ".join(["size", *(STEPS[step] for step in steps), "together"]), rows),
+        *([""] if absent else []),
+        *(f"- `{peer}` was not timed: {reason}" for peer, reason in absent.items()),
     ]
+
+
+def _over(record: Record, steps: tuple[str, ...], names: tuple[str, ...], *, apart: bool = True) -> str:
+    """The ratio of our steps' time to theirs, and theirs, one by one or the sum; nothing where one is missing."""
+    if not all(x in record for x in (*steps, *names)):
+        return ""
+    theirs = [record[peer]["p50"] for peer in names]
+    ratio = sum(record[step]["p50"] for step in steps) / sum(theirs)
+    return f"{ratio:.2f} x ({' + '.join(f'{ms:.2f}' for ms in (theirs if apart else [sum(theirs)]))} ms)"
 
 
 def _beside_dense(records: dict[str, Record]) -> list[str]:

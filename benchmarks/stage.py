@@ -40,7 +40,8 @@ def main() -> None:
     parser.add_argument("--run", action="append", required=True, help="NAME=FOLDER of a warm-up or a sparse run")
     parser.add_argument("--data", required=True, help="held-out text")
     parser.add_argument("--sequences", type=int, default=98)
-    parser.add_argument("--rows", type=int, default=4, help="sequences of a batch")
+    parser.add_argument("--length", type=int, help="tokens of a sequence; default: the run's")
+    parser.add_argument("--rows", type=int, default=8, help="sequences of a batch")
     parser.add_argument("--topk", type=int, nargs="+", default=[128])
     parser.add_argument("--keep", type=Path, help="folder of the runs' losses, NAME.pt")
     parser.add_argument("--out", type=Path, required=True)
@@ -72,6 +73,7 @@ def judged(folder: Path, arguments: argparse.Namespace) -> dict[str, TokenLosses
     """Losses by the attention with which they were computed: "dense", "indexer 128", "oracle 128", ..."""
     dense, _, run = load_trained(folder, None, Console(file=io.StringIO()))
     device = next(dense.model.parameters()).device
+    run |= {} if arguments.length is None else dict(sequence_length=arguments.length)
     packed = batched(held_out_batches(run, arguments.data, arguments.sequences), arguments.rows)
     batches = [batch_tensors(batch, device) for batch in packed]
     dense.model.train(False)

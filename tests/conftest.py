@@ -2,38 +2,30 @@
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import os
 import random
 import signal
 import socket
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import asdict
 from multiprocessing.forkserver import ensure_running
 from multiprocessing.process import BaseProcess
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
-import torch
-from tokenizers import Tokenizer
-from tokenizers.models import WordLevel
-from tokenizers.pre_tokenizers import WhitespaceSplit
-from transformers import (
-    AutoModelForCausalLM,
-    DeepseekV3Config,
-    GlmMoeDsaConfig,
-    LlamaConfig,
-    MistralConfig,
-    PreTrainedTokenizerFast,
-)
 
-from flash_indexer.recipe.run_record import WarmupSettings
+if TYPE_CHECKING:
+    from flash_indexer.recipe.run_record import WarmupSettings
 
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # a shell's background job, whose tests press Ctrl-C as well
     signal.signal(signal.SIGINT, signal.default_int_handler)
-torch.set_num_threads(1)  # as many test processes run side by side as there are cores
-os.environ["OMP_NUM_THREADS"] = "1"  # processes that they start have one thread too: accelerate would choose more
+# As many test processes run side by side as there are cores: torch, which is imported later, has one thread in them
+# and in those that they start. Nothing heavy is imported here: the process that deals tests out, for which all others
+# wait, reads this file too.
+os.environ["OMP_NUM_THREADS"] = "1"
 HANG = 240  # seconds after which a process is taken to hang
 GPU_TESTS = Path(__file__).with_name("gpu")
 WORDS = 60
@@ -63,14 +55,35 @@ runpy.run_path(programs)["serve"](rank, world, port, backend, seconds, pipe)
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
     """Where there is no GPU, its thousands of tests are left out, unless their path or a list of tests is asked for."""
-    if collection_path != GPU_TESTS or torch.cuda.is_available() or config.option.collectonly:
+    if collection_path != GPU_TESTS or config.option.collectonly:
+        return None
+    import torch
+
+    if torch.cuda.is_available():
         return None
     paths = [Path(config.invocation_params.dir, argument.split("::")[0]).resolve() for argument in config.args]
     return None if any(path.is_relative_to(GPU_TESTS) for path in paths) else True
 
 
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Generator[None, Any, Any]:
+    """Millions of objects of imported modules stay: no search for garbage among them, while they come or later."""
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.enable()
+        gc.freeze()
+
+
 def write_checkpoint(path: Path, config: Any) -> Path:
     """A model whose attention is far from uniform, with a tokenizer of words."""
+    import torch
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
+    from tokenizers.pre_tokenizers import WhitespaceSplit
+    from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config)
     for name, tensor in sorted(model.state_dict().items()):
@@ -97,6 +110,8 @@ def fork_server() -> Any:
 @pytest.fixture(scope="session")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A Llama of 3 layers, 6 heads over 2 key heads. Read only."""
+    from transformers import LlamaConfig
+
     config = LlamaConfig(**SIZES, num_attention_heads=6, num_key_value_heads=2)
     return write_checkpoint(tmp_path_factory.mktemp("tiny") / "model", config)
 
@@ -104,6 +119,8 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def mla_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A DeepSeek-V3 of 3 layers, 4 heads, the last layer of experts. Read only."""
+    from transformers import DeepseekV3Config
+
     config = DeepseekV3Config(
         **SIZES, num_attention_heads=4, num_key_value_heads=4, q_lora_rank=32, kv_lora_rank=24, qk_rope_head_dim=8,
         qk_nope_head_dim=16, v_head_dim=12, first_k_dense_replace=2, moe_intermediate_size=32, n_routed_experts=4,
@@ -115,6 +132,8 @@ def mla_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def own_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A GLM-MoE-DSA of 3 layers, 4 heads, the second of which uses the first's indexer: 4 heads of 32. Read only."""
+    from transformers import GlmMoeDsaConfig
+
     config = GlmMoeDsaConfig(
         **SIZES, num_attention_heads=4, num_key_value_heads=4, q_lora_rank=32, kv_lora_rank=24, qk_rope_head_dim=8,
         qk_nope_head_dim=16, v_head_dim=12, first_k_dense_replace=2, moe_intermediate_size=32, n_routed_experts=4,
@@ -127,6 +146,8 @@ def own_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def window_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A Mistral of 3 layers, 4 heads over 2 key heads, whose queries see 9 keys. Read only."""
+    from transformers import MistralConfig
+
     config = MistralConfig(**SIZES, num_attention_heads=4, num_key_value_heads=2, sliding_window=9)
     return write_checkpoint(tmp_path_factory.mktemp("tiny") / "window", config)
 
@@ -202,6 +223,7 @@ def runs() -> Runs:
 @pytest.fixture(scope="session")
 def tiny_settings(checkpoint: Path, texts: Path) -> Callable[..., WarmupSettings]:
     """`tiny_settings(**changes)`: a run of 12 steps on the tiny Llama."""
+    from flash_indexer.recipe.run_record import WarmupSettings
 
     def build(**changes: Any) -> WarmupSettings:
         values = dict(

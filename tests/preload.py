@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import gc
 import importlib
 
 import torch
 
 torch.set_num_threads(1)
+gc.disable()  # what is imported stays
 for name in (
     "flash_indexer.parallel",
     "flash_indexer.recipe.warmup",
@@ -23,3 +25,5 @@ for name in (
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping  # noqa: E402
 
 get_checkpoint_conversion_mapping("llama")  # compiles a thousand regular expressions, which it keeps
+gc.enable()
+gc.freeze()  # nor do its forks search it for garbage, and so copy it

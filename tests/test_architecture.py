@@ -41,6 +41,14 @@ def test_benchmarks_do_not_import_tests() -> None:
     assert [f"{path}:{use.line}" for path, use in imports if inside(use.name, frozenset({"tests"}))] == []
 
 
+def test_the_process_that_deals_tests_out_waits_for_no_library() -> None:
+    """It reads tests/conftest.py before any other process begins: seconds of one core while the others idle."""
+    body = ast.parse((ROOT / "tests" / "conftest.py").read_text("utf-8")).body  # imports under `if` are for types
+    imports = ast.Module([node for node in body if isinstance(node, ast.Import | ast.ImportFrom)], [])
+    names = {use.name.split(".")[0] for use in uses(imports, ["tests"])}
+    assert "pytest" in names and names <= {"pytest", *sys.stdlib_module_names}
+
+
 def test_import_needs_torch_alone(house: Sources) -> None:
     """In a fresh interpreter where every other third-party package of ours refuses to be imported.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 import json
 import os
@@ -11,6 +12,7 @@ import signal
 import subprocess
 import sys
 import weakref
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,6 +22,7 @@ import torch
 from click.testing import Result
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
+from typer.main import get_command
 from typer.testing import CliRunner
 
 from flash_indexer.cli import app
@@ -32,6 +35,14 @@ from flash_indexer.recipe.run_record import WarmupSettings, parse_layers, read_m
 
 def run(*arguments: object) -> Result:
     return CliRunner().invoke(app, [str(x) for x in arguments], env={"COLUMNS": "200", "TERM": "dumb"})
+
+
+@pytest.fixture(scope="module", autouse=True)
+def commands_built_once() -> Iterator[None]:
+    """CliRunner would make every command and option from the functions' signatures anew, at each call."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("typer.testing._get_command", functools.cache(get_command), raising=False)
+        yield
 
 
 def plain(text: str) -> str:

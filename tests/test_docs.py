@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 import shlex
 import shutil
@@ -196,9 +197,14 @@ def check_module(name: str, arguments: list[str], is_module: bool) -> None:
         assert (ROOT / name).is_file()
 
 
+@functools.cache
+def command_group() -> Any:
+    return typer.main.get_command(app)
+
+
 def check_command_line(arguments: list[str]) -> None:
     """As typer would, but for running it."""
-    group: Any = typer.main.get_command(app)
+    group = command_group()
     name, *rest = arguments
     assert name in group.commands, f"no command {name}"
     command = group.commands[name]

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers.models.deepseek_v32 import modeling_deepseek_v32 as v32
 from transformers.models.glm_moe_dsa import modeling_glm_moe_dsa as glm
 
-from flash_indexer.indexer import LightningIndexer
+from flash_indexer.indexer import LightningIndexer, bfloat16_terms
 
 HIDDEN, I, E, ROPE, Q_LORA = 64, 4, 32, 16, 48
 
@@ -395,3 +395,11 @@ def test_rejects_an_unexpected_q_residual() -> None:
 def test_rejects_a_module_elsewhere() -> None:
     with pytest.raises(ValueError, match=r"wk\.weight must be on hidden's device cpu, got meta; move"):
         indexer().to("meta")(**inputs())
+
+
+def test_three_bfloat16_terms_are_a_float32_number() -> None:
+    x = torch.randn(1000, generator=torch.Generator().manual_seed(0)) * torch.logspace(-20, 20, 1000)
+    terms = bfloat16_terms(x)
+    assert terms.dtype == torch.bfloat16
+    assert float(((terms.double().sum(0) - x.double()).abs() / x.double().abs()).max()) <= 2**-24
+    assert float(((terms[:2].double().sum(0) - x.double()).abs() / x.double().abs()).max()) > 2**-20

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import nullcontext
-from typing import Self
+from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +15,9 @@ PROJECTION_STD = 0.02
 
 HEAD_WEIGHT_GAIN = 0.04
 """Initial std of weights_proj times sqrt(hidden_size); LightningIndexer.reset_parameters says why."""
+
+_TERMS = 3
+_MANY = 2**25  # numbers of hidden states, from which on making terms takes less time than a wide copy
 
 
 class _WideLinear(nn.Linear):
@@ -28,6 +31,75 @@ class _WideLinear(nn.Linear):
 
         super()._apply(move, recurse)  # type: ignore[no-untyped-call]
         return self
+
+
+class _WideProduct(torch.autograd.Function):
+    """x W^T in float32 at least, of x [..., D] and W [I, D]; keeps x for the gradient of W, not its wide copy.
+
+    Of a large x in bfloat16 on an NVIDIA GPU tensor cores form it, with float32's rounding: the other factor is a sum
+    of three bfloat16 terms, products are exact and sums are in float32. A wide copy would take twice the bytes of x.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        nvidia = x.device.type == "cuda" and torch.version.hip is None and not torch.compiler.is_compiling()
+        narrow = (x.dtype, weight.dtype) == (torch.bfloat16, torch.float32)
+        ctx.in_terms = nvidia and narrow and x.numel() >= _MANY
+        if ctx.in_terms:
+            made = torch.mm(x.reshape(-1, x.shape[-1]), bfloat16_terms(weight).flatten(0, 1).T, out_dtype=torch.float32)
+            return made.view(*x.shape[:-1], _TERMS, -1).sum(-2)
+        wide = torch.promote_types(x.dtype, torch.float32)
+        return F.linear(x.to(wide), weight.to(wide))
+
+    @staticmethod
+    def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        x, weight = ctx.saved_tensors
+        d_x = d_weight = None
+        with no_autocast(d_out.device.type):
+            if ctx.needs_input_grad[0]:
+                d_x = (d_out @ weight.to(d_out.dtype)).to(x.dtype)
+            if ctx.needs_input_grad[1]:
+                rows, d_rows = x.reshape(-1, x.shape[-1]), d_out.reshape(-1, d_out.shape[-1])
+                if ctx.in_terms:
+                    terms = bfloat16_terms(d_rows.T).flatten(0, 1)
+                    d_weight = torch.mm(terms, rows, out_dtype=torch.float32).view(_TERMS, *weight.shape).sum(0)
+                else:
+                    d_weight = (d_rows.T @ rows.to(d_out.dtype)).to(weight.dtype)
+        return d_x, d_weight
+
+
+def bfloat16_terms(x: Tensor) -> Tensor:
+    """Three bfloat16 tensors [3, *x.shape] whose sum is the float32 tensor x but for its last bit: 8 bits each."""
+    terms = torch.empty(_TERMS, *x.shape, dtype=torch.bfloat16, device=x.device)
+    rest = x
+    for n in range(_TERMS):
+        terms[n] = rest
+        rest = rest - terms[n]
+    return terms
+
+
+class _Rotation(torch.autograd.Function):
+    """`_rotated`, whose gradient is the rotation by the opposite angles: a third of the launches of its parts'."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor, rope_dim: int, interleaved: bool) -> Tensor:
+        ctx.save_for_backward(cos, sin)
+        ctx.layout = rope_dim, interleaved
+        return _rotated(x, cos, sin, rope_dim, interleaved)
+
+    @staticmethod
+    def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor | None, ...]:
+        cos, sin = ctx.saved_tensors
+        return _rotated(d_out, cos, -sin, *ctx.layout), None, None, None, None
+
+
+def _rotated(x: Tensor, cos: Tensor, sin: Tensor, rope_dim: int, interleaved: bool) -> Tensor:
+    """Each pair (a, b) of the first rope_dim dims of x as (a cos - b sin, b cos + a sin)."""
+    shape, pair = ((-1, 2), -1) if interleaved else ((2, -1), -2)
+    a, b = torch.unflatten(x[..., :rope_dim].to(cos.dtype), -1, shape).unbind(pair)
+    turned = torch.stack((a * cos - b * sin, b * cos + a * sin), dim=pair).flatten(-2)
+    return torch.cat((turned.to(x.dtype), x[..., rope_dim:]), dim=-1)
 
 
 class LightningIndexer(nn.Module):
@@ -172,16 +244,14 @@ class LightningIndexer(nn.Module):
             index_k = F.layer_norm(index_k, (self.head_dim,), gain, bias, self.k_norm.eps)
             index_k = self.rope(index_k, cos, sin).to(dtype)
 
-            index_weights = F.linear(asking.to(wide), self.weights_proj.weight.to(wide))
+            index_weights: Tensor = _WideProduct.apply(asking, self.weights_proj.weight)  # type: ignore[no-untyped-call]
             index_weights = index_weights * (self.num_heads**-0.5 * self.head_dim**-0.5)
         return index_q, index_k, index_weights
 
     def rope(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         """Turn each pair (a, b) of the first rope_dim dims: (a cos - b sin, b cos + a sin)."""
-        shape, pair = ((-1, 2), -1) if self.rope_interleaved else ((2, -1), -2)
-        a, b = torch.unflatten(x[..., : self.rope_dim].to(cos.dtype), -1, shape).unbind(pair)
-        turned = torch.stack((a * cos - b * sin, b * cos + a * sin), dim=pair).flatten(-2)
-        return torch.cat((turned.to(x.dtype), x[..., self.rope_dim :]), dim=-1)
+        out: Tensor = _Rotation.apply(x, cos, sin, self.rope_dim, self.rope_interleaved)  # type: ignore[no-untyped-call]
+        return out
 
     def _check(self, hidden: Tensor, q_residual: Tensor | None, cos: Tensor, sin: Tensor) -> None:
         if hidden.ndim < 1 or hidden.shape[-1] != self.hidden_size:

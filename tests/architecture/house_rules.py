@@ -171,11 +171,11 @@ def room(name: str, pattern: re.Pattern[str]) -> str | None:
 
 def capabilities(sources: Sources) -> Iterator[Fault]:
     """One file asks which GPU this is."""
-    for name, tree in sources.trees.items():
+    for name, nodes in sources.nodes.items():
         if name == CAPABILITY_FILE:
             continue
         asks_properties = "get_device_properties" in sources.text[name]
-        for node in ast.walk(tree):
+        for node, _ in nodes:
             word = node.attr if isinstance(node, ast.Attribute) else node.name if isinstance(node, ast.alias) else ""
             if word == "get_device_capability" or (asks_properties and word in ("major", "minor")):
                 yield Fault(f"{name} asks for a GPU's capability", f": ask {CAPABILITY_FILE}", node.lineno)
@@ -219,9 +219,9 @@ def parameters(sources: Sources) -> Iterator[Fault]:
         definition(name, file, sources) for file in entries
         if file in sources.trees for name in public_names(sources.trees[file])
     ]  # fmt: skip
-    for file, tree in sources.trees.items():
-        schemas = schema_functions(tree)
-        for node in ast.walk(tree):
+    for file, nodes in sources.nodes.items():
+        schemas = schema_functions(nodes)
+        for node, _ in nodes:
             if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) or node.name in schemas:
                 continue
             if node.decorator_list and part_of(file) in ("cli", "commands", "kernels"):
@@ -237,10 +237,10 @@ def parameters(sources: Sources) -> Iterator[Fault]:
                 yield Fault(f"{file}: {node.name} has too many parameters", detail, node.lineno)
 
 
-def schema_functions(tree: ast.Module) -> set[str]:
+def schema_functions(nodes: list[tuple[ast.AST, bool]]) -> set[str]:
     """Functions that are handed to torch.library (as an argument or under its decorator)."""
     names: set[str] = set()
-    for node in ast.walk(tree):
+    for node, _ in nodes:
         if isinstance(node, ast.Call) and of_torch_library(node.func):
             names |= {argument.id for argument in node.args if isinstance(argument, ast.Name)}
         elif isinstance(node, ast.FunctionDef):

@@ -48,9 +48,14 @@ class Sources:
         self.folders = {posixpath.dirname(name) for name in self.text}
 
     @cached_property
+    def nodes(self) -> dict[str, list[tuple[ast.AST, bool]]]:
+        """Every node of each Python file, with whether it lies in a function."""
+        return {name: list(walk(tree)) for name, tree in self.trees.items()}
+
+    @cached_property
     def uses(self) -> dict[str, list[Use]]:
         """What each Python file imports or reaches."""
-        return {name: list(uses(tree, package_of(name))) for name, tree in self.trees.items()}
+        return {name: list(uses_among(nodes, package_of(name))) for name, nodes in self.nodes.items()}
 
     @cached_property
     def edges(self) -> dict[str, list[Edge]]:
@@ -91,7 +96,7 @@ class Sources:
                 if target or quoted:
                     yield target or quoted, self.text[name].count("\n", 0, match.start()) + 1
             return
-        for node in ast.walk(self.trees[name]):
+        for node, _ in self.nodes[name]:
             if isinstance(node, ast.Constant) and isinstance(node.value, str) and ".cuh" in node.value:
                 for path in HEADER.findall(node.value):
                     if target := self.header(name, path):
@@ -141,8 +146,12 @@ def origin(node: ast.ImportFrom, package: list[str]) -> list[str]:
 
 
 def uses(tree: ast.Module, package: list[str]) -> Iterator[Use]:
+    return uses_among(list(walk(tree)), package)
+
+
+def uses_among(nodes: list[tuple[ast.AST, bool]], package: list[str]) -> Iterator[Use]:
     bound: dict[str, str] = {}
-    for node, nested in walk(tree):
+    for node, nested in nodes:
         if isinstance(node, ast.Import):
             for alias in node.names:
                 root = alias.name.split(".")[0]
@@ -155,7 +164,7 @@ def uses(tree: ast.Module, package: list[str]) -> Iterator[Use]:
                 yield Use(f"{module}.{alias.name}", node.lineno, nested, True)
         elif isinstance(node, ast.Call):
             yield from (Use(name, node.lineno, nested, True) for name in import_by_name(node))
-    for node, nested in walk(tree):
+    for node, nested in nodes:
         if isinstance(node, ast.Attribute):
             root, _, rest = dotted(node).partition(".")
             if root in bound:

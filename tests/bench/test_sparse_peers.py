@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from flash_indexer.bench import sparse_peers
+from flash_indexer.bench import sparse_cudnn, sparse_peers
 from flash_indexer.bench.sparse_peers import in_torch, peers
 from flash_indexer.bench.sparse_problem import CAUSAL, SparseSize, make
 from flash_indexer.bench.sparse_steps import Steps
@@ -24,29 +24,74 @@ def problem():
 
 
 def library(x, answers, **changes):
-    """A module like cuDNN's front end that gives our results, float32 as it does."""
+    """A module like cuDNN's front end that gives our results: shapes are checked as it does, on a GPU of 9.0.
+
+    changes: of a wrapper, a factor by the name of a result, or an error that it raises.
+    """
     ours, indices = answers["one order"], x.selection.indices
-    best = ours.selection.scores.sort(-1, descending=True).values
-    results = {
-        "sparse_attention_backward_wrapper": dict(dq=ours.dq, dkv=ours.dk[:, 0]),
-        "sparse_attn_score_recompute_wrapper": dict(target=ours.p_sum[None].masked_fill(indices < 0, torch.nan)),
-        "sparse_indexer_score_recompute_wrapper": dict(predict=x.selection.scores[None]),
-        "indexer_backward_wrapper": dict(d_index_q=ours.d_index_q[None]),
-        "indexer_forward_wrapper": dict(scores=torch.zeros(1, ABSORBED.T, ABSORBED.S)),
-        "indexer_top_k_wrapper": dict(values=best),
-    } | changes  # fmt: skip
-    calls = {name: lambda *_, found=found, **__: found for name, found in results.items()}
-    return SimpleNamespace(DSA=SimpleNamespace(**calls))
+    T, S, H, D, I, E, K = (getattr(ABSORBED, name) for name in "TSHDIEK")
+    scores = torch.einsum("tj,tjs->ts", x.index_weights, torch.einsum("tje,se->tjs", x.index_q, x.index_k).relu())
+    scores[torch.arange(S) >= x.key_end[:, None]] = -torch.inf
+    p, absent = ours.p_sum / ours.p_sum.sum(-1, keepdim=True), indices < 0
+
+    def wrapper(name, shapes, results):
+        change = changes.get(name, {})
+
+        def call(*tensors, **settings):
+            if isinstance(change, Exception):
+                raise change
+            given = [tuple(y.shape) for y in tensors if isinstance(y, torch.Tensor)]
+            given += [tuple(y.shape) for y in settings.values() if isinstance(y, torch.Tensor)]
+            assert given == shapes, f"{name}: {given}"
+            return {key: y * change.get(key, 1) for key, y in results.items()}
+
+        return call
+
+    index, slots = ((1, T, I, E), (1, S, E), (1, T, I)), (1, T, K)
+    return SimpleNamespace(
+        DSA=SimpleNamespace(
+            indexer_forward_wrapper=wrapper(
+                "indexer_forward_wrapper", [index[0], (1, S, 1, E), index[2], (1,)], dict(scores=scores[None])
+            ),
+            indexer_top_k_wrapper=lambda given, ends, *_, **__: wrapper(
+                "indexer_top_k_wrapper", [(len(ends), S), (len(ends),)], dict(values=given.topk(K).values)
+            )(given, ends),
+            sparse_attention_backward_wrapper=wrapper(
+                "sparse_attention_backward_wrapper",
+                [(T, H, D), (S, D), (T, H, ABSORBED.V), (T, H, ABSORBED.V), (T, H), (H,), (T, K), (T,)],
+                dict(dq=ours.dq, dkv=ours.dk[:, 0]),
+            ),
+            sparse_attn_score_recompute_wrapper=wrapper(
+                "sparse_attn_score_recompute_wrapper",
+                [(1, T, H, D), (1, S, D), (1, T, H), slots, (1, T)],
+                dict(target=p.masked_fill(absent, torch.nan)[None]),
+            ),
+            sparse_indexer_score_recompute_wrapper=wrapper(
+                "sparse_indexer_score_recompute_wrapper",
+                [*index, slots, (1, T)],
+                dict(predict=x.selection.scores.softmax(-1).masked_fill(absent, torch.nan)[None]),
+            ),
+            indexer_backward_wrapper=wrapper(
+                "indexer_backward_wrapper",
+                [index[0], index[2], index[1], slots, slots, slots, (1,)],
+                dict(
+                    d_index_q=ours.d_index_q[None], d_index_k=ours.d_index_k[None], d_weights=ours.d_index_weights[None]
+                ),
+            ),
+        )
+    )  # fmt: skip
 
 
-def test_a_library_that_gives_our_results_takes_its_turns(problem, monkeypatch):
+DSA = ["dsa_scores", "dsa_topk", "dsa_backward", "dsa_target", "dsa_index_scores", "dsa_index_gradients"]
+
+
+@pytest.mark.parametrize("numbers", [sparse_cudnn.TOPK_NUMBERS, 2 * 90 * 7])
+def test_a_library_that_gives_our_results_takes_its_turns(problem, numbers, monkeypatch):
     x, answers = problem
+    monkeypatch.setattr(sparse_cudnn, "TOPK_NUMBERS", numbers)
     monkeypatch.setitem(sys.modules, "cudnn", library(x, answers))
     beside, reasons = peers(ABSORBED, x, answers)
-    assert not reasons
-    assert list(beside) == [
-        "dsa_scores", "dsa_topk", "dsa_backward", "dsa_target", "dsa_index_scores", "dsa_index_gradients"
-    ]  # fmt: skip
+    assert not reasons and list(beside) == DSA
     for call in beside.values():
         call()
 
@@ -54,18 +99,33 @@ def test_a_library_that_gives_our_results_takes_its_turns(problem, monkeypatch):
 @pytest.mark.parametrize(
     ("wrapper", "key", "name"),
     [
+        ("indexer_forward_wrapper", "scores", "dsa_scores"),
+        ("indexer_top_k_wrapper", "values", "dsa_topk"),
         ("sparse_attention_backward_wrapper", "dq", "dsa_backward"),
         ("sparse_attention_backward_wrapper", "dkv", "dsa_backward"),
+        ("sparse_attn_score_recompute_wrapper", "target", "dsa_target"),
+        ("sparse_indexer_score_recompute_wrapper", "predict", "dsa_index_scores"),
         ("indexer_backward_wrapper", "d_index_q", "dsa_index_gradients"),
-        ("indexer_top_k_wrapper", "values", "dsa_topk"),
+        ("indexer_backward_wrapper", "d_index_k", "dsa_index_gradients"),
+        ("indexer_backward_wrapper", "d_weights", "dsa_index_gradients"),
     ],
 )
-def test_a_library_of_other_results_is_named_and_not_timed(problem, monkeypatch, wrapper, key, name):
+def test_a_kernel_of_other_results_is_named_and_the_others_are_timed(problem, monkeypatch, wrapper, key, name):
     x, answers = problem
-    right = getattr(library(x, answers).DSA, wrapper)()
-    monkeypatch.setitem(sys.modules, "cudnn", library(x, answers, **{wrapper: right | {key: right[key] * 1.05}}))
+    monkeypatch.setitem(sys.modules, "cudnn", library(x, answers, **{wrapper: {key: 1.05}}))
     beside, reasons = peers(ABSORBED, x, answers)
-    assert beside == {} and f"{name} differs from ours by" in reasons["dsa"]
+    wrong = [name, "dsa_topk"] if name == "dsa_scores" else [name]  # which takes these scores
+    assert [*beside] == [x for x in DSA if x not in wrong]
+    assert [*reasons] == wrong and all(f"{x} differs from ours by" in reasons[x] for x in wrong)
+
+
+def test_a_kernel_that_fails_is_named_and_the_others_are_timed(problem, monkeypatch):
+    x, answers = problem
+    failed = AssertionError("k must be 4D BSHD, got 3D")
+    monkeypatch.setitem(sys.modules, "cudnn", library(x, answers, sparse_attn_score_recompute_wrapper=failed))
+    beside, reasons = peers(ABSORBED, x, answers)
+    assert [*beside] == [x for x in DSA if x != "dsa_target"]
+    assert reasons == {"dsa_target": "AssertionError: k must be 4D BSHD, got 3D"}
 
 
 def test_an_absent_library_is_named(problem, monkeypatch):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import math
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -55,14 +56,23 @@ def test_from_text_to_page(
         (tmp_path / f"{part}.jsonl").write_text(lines)
     words = ["--model", str(checkpoint), "--text", str(tmp_path), "--length", "32", "--topk", "8", "--steps", "3"]
     words += ["--warm-up-steps", "3", "--rate-steps", "1", "--batch-size", "1", "--sequences", "4", "--jobs", "2"]
-    out = tmp_path / "stage"
-    monkeypatch.setattr(sys, "argv", ["record_stage", "--out", str(out), "--dtype", "float32", *words])
+    first, out = tmp_path / "first", tmp_path / "stage"
     monkeypatch.setattr(record, "RATES", ("1e-4", "1e-2"))
     monkeypatch.setattr(record, "INDEXER_RATES", ("1e-3",))
-    record.main()
-    commands = (out / "commands.txt").read_text()
-    record.main()
-    assert (out / "commands.txt").read_text() == commands and len(commands.splitlines()) == 18
+
+    def call(folder: Path, *more: str) -> list[str]:
+        monkeypatch.setattr(sys, "argv", ["record_stage", "--out", str(folder), "--dtype", "float32", *words, *more])
+        record.main()
+        return (folder / "commands.txt").read_text().splitlines()
+
+    assert len(call(first, "--until", "rates")) == 9
+    shutil.copytree(first / "warm" / "checkpoint", out / "warm" / "checkpoint")  # all that another machine needs
+    shutil.copytree(first / "logs", out / "logs", ignore=shutil.ignore_patterns("*.log"))
+    shutil.copy(first / "rates.json", out)
+    shutil.rmtree(first)
+    commands = call(out, "--until", "runs")
+    assert len(commands) == 3 and all(" sparse " in line for line in commands)
+    assert len(call(out)) == 9 and call(out)[:3] == commands and len(call(out)) == 9
     assert json.loads((out / "rates.json").read_text())["lr"] in ("1e-4", "1e-2")
     held_out = json.loads((out / "held_out.json").read_text())["runs"]
     assert set(held_out) == {"warm", "dense", "indexer-8", "oracle-8"}

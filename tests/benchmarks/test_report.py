@@ -156,20 +156,53 @@ def test_the_sparse_stage_has_a_row_for_each_size_and_names_what_runs_in_torch(
     assert "## The sparse stage" not in report.page(write(indexer_kl=[record("mqa64")], sparse=[]))
 
 
+def test_a_sparse_step_stands_beside_the_dense_one_and_has_none_where_none_was_run(
+    report: ModuleType, write: Write
+) -> None:
+    def step(ms: float, gb: float, attention: float) -> dict[str, Any]:
+        return dict(ms=dict(p50=ms), peak_gb=gb, kernels=dict(attention=attention, idle=1.0))
+
+    given = dict(topk=2048, deterministic=True, dense={}, sparse=step(1900.4, 56.54, 1000.0))
+    both = given | dict(
+        dense=dict(cuDNN=step(580.0, 36.7, 225.0), slow=dict(absent="no")), fastest="cuDNN", over_dense=1.304,
+        sparse=step(756.0, 41.0, 370.0), dense_token=dict(p50=55.0), sparse_token=dict(p50=15.5),
+    )  # fmt: skip
+    records = [dict(model="gqa", length=32768, **x) for x in (given, both)] + [
+        dict(model="mla", length=131072, **given)
+    ]
+    text = "\n".join(report.steps(write(sparse_step=records)))
+    assert "4 layers, 32,768 tokens | 580 ms, cuDNN | 756 ms | 1.30 x | 225 ms | 370 ms | 36.7 GB | 41.0 GB |" in text
+    assert "1 layer, 131,072 tokens |  | 1,900 ms |  |  | 1,000 ms |  | 56.5 GB |" in text and text.count("gqa") == 0
+    assert "behind 32,768 in the cache, Qwen3-8B's layer shapes, 4 layers: dense 55.0 ms, sparse 15.5 ms." in text
+    assert text.count("| Qwen3-8B") == 1, "one row of a size, of its last record"
+    assert report.steps(write(sparse_step=[])) == []
+
+
 def test_the_sparse_stage_beside_cudnn_dense_attention_and_gathering(report: ModuleType, write: Write) -> None:
     theirs = timed("dsa_scores", "dsa_topk", "dsa_backward", "dsa_target", "dsa_index_scores", ms=2.0)
     absorbed = {"name": "v32", "peers": list(theirs), **timed(*SPARSE_STEPS), **theirs}
     grouped = {"name": "gqa32", "peers": ["cudnn_forward"], **timed(*SPARSE_STEPS, "cudnn_forward", "cudnn_backward")}
     late = {"name": "mqa64_late_16k", "peers": [], **timed("forward", "backward"),
             **timed("torch_forward", "torch_backward", ms=10.0)}  # fmt: skip
-    text = "\n".join(report.sparse(write(sparse=[absorbed, grouped, late])))
-    assert "random keys | 0.62 x (2.00 + 2.00 ms) | 0.62 x (2.00 + 2.00 ms) |  |" in text
+    all_six = timed("dsa_index_gradients", ms=2.0) | theirs
+    causal = absorbed | all_six | {"name": "v32_causal", "peers": list(all_six)}
+    absorbed["notes"] = {"dsa_index_gradients": "ValueError: other widths", "flex": "is no kernel for selected keys"}
+    text = "\n".join(report.sparse(write(sparse=[absorbed, grouped, late, causal])))
+    assert "random keys | 0.62 x (2.00 + 2.00 ms) | 0.62 x (2.00 + 2.00 ms) |  |  |" in text
+    assert "slots empty | 0.62 x (2.00 + 2.00 ms)" + " | 0.62 x (2.00 + 2.00 ms)" * 2 + " | 0.62 x (12.00 ms) |" in text
+    assert "- `dsa_index_gradients` was not timed: ValueError: other widths" in text and "`flex`" not in text
     assert "learn, any order" not in text
-    theirs |= timed("dsa_index_gradients", ms=2.0)
-    added = {"name": "v32", "peers": list(theirs), **timed(*SPARSE_STEPS), **timed("learn_any_order", ms=2.0), **theirs}
+    added = {
+        "name": "v32",
+        "peers": list(all_six),
+        **timed(*SPARSE_STEPS),
+        **timed("learn_any_order", ms=2.0),
+        **all_six,
+    }
     text = "\n".join(report.sparse(write(sparse=[added, grouped, late])))
     assert "| learn | learn, any order | layer |" in text and "| 2.50 ms | 2.00 ms | 2.50 ms | 2.50 ms |" in text
-    assert "| 0.62 x (2.00 + 2.00 ms) | 0.50 x (2.00 + 2.00 ms) |" in text and "| 2.50 ms | torch | 2.50 ms |" in text
+    assert "| 0.62 x (2.00 + 2.00 ms) | 0.50 x (2.00 + 2.00 ms) | 0.58 x (12.00 ms) |" in text
+    assert "| 2.50 ms | torch | 2.50 ms |" in text
     assert "random keys: cuDNN, dense 5.00 ms; ours 5.00 ms, with the target 5.00 ms." in text
     assert "| H=64 G=1 D=128, 16,384 keys | 5.00 ms | 20.00 ms | 0.25 x |" in text
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from flash_indexer import IndexerKL, indexer_kl
 from flash_indexer.testing import Inputs, KernelClass, Result, Shape, eager_indexer_kl, random_inputs
 
-pytest.register_assert_rewrite("head_problems")
+pytest.register_assert_rewrite("head_problems", "sparse_problems")
 EVALUATIONS = 8
 MAX_LOGITS = 48 * 2**20  # elements of [T, H, S], which the reference holds several times in float64
 

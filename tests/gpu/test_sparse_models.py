@@ -7,12 +7,15 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, DeepseekV3Config, LlamaConfig, PreTrainedModel
 
+import flash_indexer.indexer
 from flash_indexer import reference
+from flash_indexer.indexer import LightningIndexer
 from flash_indexer.intervals import causal_intervals
 from flash_indexer.models import absorbed
 from flash_indexer.models.attach import attach
 from flash_indexer.models.oracle import oracle_keys
 from flash_indexer.models.sparse import SparseHandle
+from flash_indexer.ops import bodies
 from flash_indexer.testing.sparse import selection_mask
 
 pytestmark = pytest.mark.gpu
@@ -58,7 +61,12 @@ def test_the_oracles_keys_hold_the_most_attention() -> None:
     generator = torch.Generator(DEVICE).manual_seed(0)
     q = torch.randn(len(start), 6, 64, device=DEVICE, generator=generator).to(DTYPE)
     k = torch.randn(len(start), 2, 64, device=DEVICE, generator=generator).to(DTYPE)
-    found = oracle_keys(q, k, start, end, K, softmax_scale=0.4, workspace_bytes=2**22)
+    with bodies.need_kernels():
+        found = oracle_keys(q, k, start, end, K, softmax_scale=0.4, workspace_bytes=2**20)
+    with bodies.use(bodies.TORCH):
+        expected = oracle_keys(q, k, start, end, K, softmax_scale=0.4, workspace_bytes=2**22)
+    assert torch.equal(found.count, expected.count)
+    torch.testing.assert_close(found.scores.sort(-1).values, expected.scores.sort(-1).values, rtol=1e-4, atol=1e-6)
     p = reference.target_distribution(q.double(), k.double(), 0.4, start, end)
     held, best = (p * selection_mask(found, len(k))).sum(-1), p.topk(K).values.sum(-1)
     torch.testing.assert_close(held, best, rtol=1e-5, atol=0.0)
@@ -96,3 +104,21 @@ def test_runs_of_mla_queries_give_the_same_by_kernels(monkeypatch: pytest.Monkey
         found.append((out.detach(), kl, torch.cat(gradients), torch.cat(indexers)))
     out, kl, gradients, indexers = (difference(a, b) for a, b in zip(*found, strict=True))
     assert out < 1e-3 and kl < 1e-3 and gradients < 1e-2 and indexers < 1e-2
+
+
+@pytest.mark.parametrize("few", [0, 2**40], ids=["terms", "wide"])
+def test_head_weights_and_their_gradient_are_rounded_like_float32(few: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of bfloat16 hidden states: within a few units of float32's last place of the sums' size."""
+    monkeypatch.setattr(flash_indexer.indexer, "_MANY", few)
+    torch.manual_seed(0)
+    indexer = LightningIndexer(1024, num_heads=8, head_dim=64, rope_dim=32, rope_interleaved=False).to(DEVICE)
+    hidden = torch.randn(3000, 1024, device=DEVICE).to(DTYPE)
+    angles = torch.ones(3000, 32, device=DEVICE), torch.zeros(3000, 32, device=DEVICE)
+    got = indexer(hidden, None, *angles)[2]
+    d_out = torch.randn_like(got)
+    (gradient,) = torch.autograd.grad(got, indexer.weights_proj.weight, d_out)
+    factor, weight = 8**-0.5 * 64**-0.5, indexer.weights_proj.weight.detach().double()
+    assert got.dtype == gradient.dtype == torch.float32
+    for found, a, b in ((got, hidden, weight.T), (gradient, d_out.T, hidden)):
+        exact, size = a.double() @ b.double() * factor, a.double().abs() @ b.double().abs() * factor
+        assert float(((found.double() - exact).abs() / size).max()) < 2e-6

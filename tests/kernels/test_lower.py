@@ -27,8 +27,8 @@ def samples() -> list[Kernel]:
 SAMPLES = samples()
 FIRST = list({name: kernel for kernel in reversed(SAMPLES) for name in (kernel[0],)}.values())  # of each kernel
 LARGE = (
-    "attention_mla", "sparse_attention_mla", "head_gradients_query", "head_gradients_key", "head_gradients_once",
-    "bits_gradients_query", "bits_gradients_key",
+    "attention", "attention_mla", "score_narrow", "sparse_attention_mla", "head_gradients_query",
+    "head_gradients_key", "head_gradients_once", "bits_gradients_query", "bits_gradients_key",
 )  # fmt: skip
 """Lowered within seconds, not within a fraction of one."""
 STREAMED = [kernel for kernel in SAMPLES if sizes.BUILDERS[kernel[0]].streamed]

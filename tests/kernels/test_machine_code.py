@@ -64,7 +64,7 @@ def products(name: str, static: dict[str, int]) -> int:
     if name in ("score_fp8", "lse_fp8"):  # of 32 columns
         return (4 if name == "score_fp8" else 3) * static["D"] // 32
     if name in ("gradients_query", "gradients_key"):
-        return 4 * (static["E"] + 128) // 16
+        return (4 * static["E"] + 5 * 128) // 16
     if name == "attention":  # logits before all items, of masked and whole tiles, beside the last; values but before
         return 4 * (static["D"] + static["E"]) // 16 + (3 * static["BN"] // 16 if static["V"] else 0)
     if name in LATENT:

@@ -16,6 +16,7 @@ from flash_indexer.models import oracle
 from flash_indexer.models.attach import attach
 from flash_indexer.models.oracle import oracle_keys
 from flash_indexer.models.sparse import SparseHandle
+from flash_indexer.ops import SparseSettings, sparse_indexer_kl
 from flash_indexer.parallel.mesh import Parallel
 from flash_indexer.testing.sparse import selection_mask
 
@@ -47,14 +48,14 @@ def test_layers_attend_to_them_and_the_indexers_learn_on_them(
     tiny: Tiny, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The indexers' gradients are those of the KL on these keys, once, under activation checkpointing as well."""
-    made: list[dict[str, Any]] = []
-    real = oracle.sparse_indexer_kl
+    made: list[tuple[SparseSettings, Tensor, Tensor, tuple[Tensor, ...]]] = []
+    real = oracle.recomputed_attention
 
-    def spy(*args: Any, **kwargs: Any) -> Any:
-        made.append(dict(zip(("q", "k", "index_q", "index_k", "weights", "selection"), args, strict=True)) | kwargs)
-        return real(*args, **kwargs)
+    def spy(settings: SparseSettings, q: Tensor, k: Tensor, v: Any, sinks: Any, leaves: Any) -> Any:
+        made.append((settings, q.detach(), k.detach(), tuple(x.detach() for x in leaves)))
+        return real(settings, q, k, v, sinks, leaves)
 
-    monkeypatch.setattr(oracle, "sparse_indexer_kl", spy)
+    monkeypatch.setattr(oracle, "recomputed_attention", spy)
     gradients: list[list[Tensor]] = []
     for again in (False, True):
         model = tiny(name).requires_grad_(True)
@@ -73,12 +74,17 @@ def test_layers_attend_to_them_and_the_indexers_learn_on_them(
     for one, other in zip(*gradients, strict=True):
         assert torch.equal(one, other) and bool(one.isfinite().all())
     start, end = causal_intervals(torch.tensor([0, 30]))
-    for call in made:
-        scale, q, k = call["softmax_scale"], call["q"], call["k"]
+    for settings, q, k, leaves in made:
+        scale, selection = settings.softmax_scale, settings.selection
+        assert selection is not None
         p = reference.target_distribution(q.double(), k.double(), scale, start, end)
-        chosen = selection_mask(call["selection"], len(k))
+        chosen = selection_mask(selection, len(k))
         best = p.topk(K).values.sum(-1)
         torch.testing.assert_close((p * chosen).sum(-1), best, rtol=1e-6, atol=0.0)
+        if settings.kl_out is not None:
+            expected = sparse_indexer_kl(q, k, *leaves, selection, softmax_scale=scale).kl
+            torch.testing.assert_close(settings.kl_out, expected, rtol=1e-4, atol=1e-6)
+    assert sum(settings.kl_out is not None for settings, *_ in made) == 6
 
 
 def test_sharing_a_sequence_is_refused(tiny: Tiny) -> None:

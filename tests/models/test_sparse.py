@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -254,6 +255,39 @@ def test_runs_of_queries_are_absorbed_one_at_a_time_with_the_same_result(
         if whole is not None and in_runs is not None:
             assert bool(whole.abs().sum() > 0) or "bias" in name, name
             torch.testing.assert_close(in_runs, whole, rtol=1e-8, atol=1e-12, msg=name)
+
+
+def test_activation_checkpointing_frees_what_runs_of_queries_selected(
+    tiny: Tiny, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(absorbed, "WHOLE_BYTES", 0)
+    made, real = list[weakref.ref[Tensor]](), sparse.select_keys
+
+    def spy(*args: Any, **kwargs: Any) -> Any:
+        found = real(*args, **kwargs)
+        made.extend(weakref.ref(x) for x in (found.indices, found.scores))
+        return found
+
+    monkeypatch.setattr(sparse, "select_keys", spy)
+    handle = sparsely(without_experts(tiny, "deepseek_v3").requires_grad_(True))
+    handle.model.train()
+    handle.model.activation_checkpointing_enable({"use_reentrant": False})
+    loss = handle.model(tokens(1, 21), use_cache=False).logits.square().mean()
+    assert len(made) == 6 and all(x() is None for x in made)
+    loss.backward()
+    assert len(made) == 12 and all(float(x.kl) > 0 for x in handle.losses().values())
+
+
+def test_runs_of_queries_learn_once(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(absorbed, "WHOLE_BYTES", 0)
+    handle = sparsely(without_experts(tiny, "deepseek_v3").requires_grad_(True))
+    loss = handle.model(tokens(1, 21), use_cache=False).logits.square().mean()
+    with pytest.raises(RuntimeError, match="no second derivative"):
+        torch.autograd.grad(loss, handle.model.lm_head.weight, retain_graph=True)
+        torch.autograd.grad(loss, handle.model.model.embed_tokens.weight, create_graph=True)
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="would count the KL twice"):
+        loss.backward()
 
 
 @pytest.mark.parametrize("name", ["llama", "deepseek_v3"])

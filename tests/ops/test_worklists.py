@@ -11,6 +11,7 @@ from torch import Tensor
 
 from flash_indexer.intervals import causal_intervals
 from flash_indexer.ops import worklists
+from flash_indexer.ops.kl.plan import GradientItems, TileChunk
 from flash_indexer.ops.worklists import cached, deal, mean_weight
 
 
@@ -53,6 +54,14 @@ def test_lists_of_recent_contents_are_kept_and_those_of_older_ones_let_go() -> N
     lists(82), lists(83)
     assert lists(80) is not first and made == [80, 81, 82, 83, 80]
     assert len(worklists._recent) == 2
+
+
+def test_a_sample_of_queries_in_each_step_does_not_displace_all_queries() -> None:
+    made: list[int] = []
+    for step in range(4):
+        for length in (180, 181 + step):
+            cached(*intervals(length), length, "a", lambda *_, length=length: made.append(length))
+    assert made == [180, 181, 182, 183, 184]
 
 
 @pytest.mark.parametrize("processors", [3, 8])
@@ -116,3 +125,22 @@ def test_mean_weight() -> None:
     weight = mean_weight(start, end.clone().copy_(torch.tensor([1, 1, 2, 4])), 4)
     assert weight.dtype == torch.float32 and weight.tolist() == pytest.approx([1 / 3, 1 / 3, 0, 1 / 3])
     assert mean_weight(start, start, 4).tolist() == [0.0] * 4
+
+
+def test_lists_are_made_in_one_thread() -> None:
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        threads = cached(*intervals(300), 300, "threads", lambda *_: torch.get_num_threads())
+        assert threads == 1 and torch.get_num_threads() == 3
+        with pytest.raises(ValueError, match="key_end"):
+            cached(*intervals(301), 300, "threads", lambda *_: None)
+        assert torch.get_num_threads() == 3
+
+        def count() -> torch.Tensor:
+            return torch.tensor(torch.get_num_threads())
+
+        chunk = TileChunk(0, 1, 1, 1, count, count, lambda: GradientItems(count(), count(), count(), 0))
+        assert (int(chunk.score), int(chunk.narrow), int(chunk.gradients.query)) == (1, 1, 1)
+    finally:
+        torch.set_num_threads(before)

@@ -85,6 +85,7 @@ def test_from_warmup_to_export(
         assert torch.equal(again.state_dict()[name], value)
 
 
+@pytest.mark.usefixtures("blank_plots")
 def test_the_commands_take_a_hybrid_and_after_a_refusal_the_same_command_does(
     tmp_path: Path, checkpoint: Path, texts: Path
 ) -> None:

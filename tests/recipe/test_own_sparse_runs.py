@@ -185,6 +185,7 @@ def test_adapters_leave_the_indexers_out(tmp_path: Path, run: Run, own_checkpoin
     torch.testing.assert_close(logits(merged.model), want, rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.usefixtures("blank_plots")
 def test_the_commands_judge_and_export_a_model_of_its_family(
     tmp_path: Path, own_checkpoint: Path, warm_own: Path, texts: Path
 ) -> None:

@@ -69,6 +69,7 @@ def test_the_first_steps_metrics_are_the_drawn_queries(tmp_path: Path, recipe: A
     assert some["kl_over_uniform"] == pytest.approx(whole["kl_over_uniform"], rel=0.01)
 
 
+@pytest.mark.slow
 def test_a_quarter_of_the_queries_learns(tmp_path: Path, recipe: Any) -> None:
     recipe(tmp_path / "run", steps=80, lr=1e-2, batch_size=4, num_heads=8, head_dim=64, save_every=80, queries=0.25)
     found = [row["kl_over_uniform"] for row in read_metrics(tmp_path / "run" / "metrics.jsonl")]

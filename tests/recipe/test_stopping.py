@@ -47,8 +47,7 @@ def send(monkeypatch: pytest.MonkeyPatch, number: int, step: int) -> None:
     monkeypatch.setattr(loop, "forward", forward)
 
 
-@pytest.mark.parametrize("number", SIGNALS)
-@pytest.mark.parametrize("step", [1, 6, 12])
+@pytest.mark.parametrize(("step", "number"), [(1, SIGNALS[0]), (6, SIGNALS[1]), (12, SIGNALS[0])])
 def test_the_step_is_finished_and_saved_and_the_run_goes_on_bit_for_bit(
     tmp_path: Path, recipe: Any, whole_run: Path, metrics: Any, same_bits: Any, monkeypatch: pytest.MonkeyPatch,
     number: int, step: int,

@@ -1,44 +1,59 @@
 """How long the first call of the sparse stage takes in a process that finds all kernels compiled.
 
 A process of its own for each of NAMES makes a few tokens of that size's heads, waits for the GPU, and then times one
-`dsa_attention(kl="backward")`, forward and backward: what it imports, loads and launches. A process before it has had
-the kernels compiled, and another call of it is timed last.
-
-    python -m flash_indexer.bench.sparse_first_call v32
+`dsa_attention(kl="backward")`, forward and backward: what it loads and launches. The process that measures has called
+it before, so that the kernels are compiled; another call is timed last. These processes are forked from one that has
+imported this module, with torch, and no more: that takes seconds, and is once enough. A backward of torch's own comes
+first in each: torch imports sympy at the first that is given a gradient, which takes a second or more.
 """
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
+import multiprocessing
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
+
+import torch
 
 from flash_indexer.bench.sparse_problem import SIZES, make
 from flash_indexer.bench.sparse_steps import Steps
 
 NAME, NAMES = "sparse_first_call", ("v32", "gqa32")
 TOKENS, KEYS, TOPK = 256, 512, 64
-LIMIT = 300  # seconds, kernels included
+LIMIT = 120  # seconds of a process
 
 
 def measure() -> dict[str, Any]:
-    """Seconds of the first call and milliseconds of the next by size, of the second of two processes.
+    """Seconds of the first call and milliseconds of the next by size, each in a process of its own.
 
     Raises:
-        RuntimeError: where a process fails, with the end of what it said.
+        RuntimeError: where a process fails or takes longer than LIMIT.
     """
-    found = {}
     for name in NAMES:
-        for _ in range(2):
-            command = [sys.executable, "-m", __name__, name]
-            done = subprocess.run(command, capture_output=True, text=True, timeout=LIMIT, check=False)
-            if done.returncode:
-                raise RuntimeError(f"bench: the first call of {name} failed: {done.stderr[-2000:]}")
-        found[name] = json.loads(done.stdout.splitlines()[-1])
-    return {"first_call": found}
+        time_calls(name)
+    return {"first_call": in_processes(time_calls, NAMES)}
+
+
+def in_processes(call: Callable[[str], Any], names: tuple[str, ...]) -> dict[str, Any]:
+    """call(name) by name, one after another, each in a new process.
+
+    Raises:
+        RuntimeError: as `measure`.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__])
+    found = {}
+    with context.Pool(1, maxtasksperchild=1) as processes:
+        for name in names:
+            try:
+                found[name] = processes.apply_async(call, (name,)).get(LIMIT)
+            except Exception as error:
+                raise RuntimeError(
+                    f"bench: the first call of {name} failed: {type(error).__name__}: {error}"
+                ) from error
+    return found
 
 
 def line(record: dict[str, Any]) -> str:
@@ -49,11 +64,11 @@ def line(record: dict[str, Any]) -> str:
 
 def time_calls(name: str, device: str = "cuda") -> dict[str, float]:
     """In this process: seconds of its first call and milliseconds of the one after, of the size's heads."""
-    import torch
-
     size = replace(SIZES[name], T=TOKENS, S=KEYS, K=TOPK)
     x = make(size, device, torch.bfloat16 if device == "cuda" else torch.float64)
     layer = Steps(size, x).by_name()["layer_any_order"]
+    one = torch.ones(1, device=device)
+    torch.autograd.backward(one.clone().requires_grad_() * 1, one)
     times = []
     for _ in range(2):
         if device == "cuda":
@@ -64,7 +79,3 @@ def time_calls(name: str, device: str = "cuda") -> dict[str, float]:
             torch.cuda.synchronize()
         times.append(time.perf_counter() - began)
     return {"first_s": times[0], "next_ms": times[1] * 1e3}
-
-
-if __name__ == "__main__":
-    print(json.dumps(time_calls(sys.argv[1])))

@@ -1,7 +1,6 @@
 """What runs beside the sparse stage's steps: other libraries' kernels at the same sizes, held to ours before.
 
-    dsa_*            cuDNN's kernels for selected keys (package nvidia-cudnn-frontend, where it is installed), at MLA's
-                     widths; their additions come in any order
+    dsa_*            cuDNN's kernels for selected keys (`sparse_cudnn`), at MLA's widths
     cudnn_*, fa2_*   dense causal attention, of causal squares
     flex_*           FlexAttention with a bit for each (query, key), of causal squares of random keys
     torch_*          the blockwise torch body, which gathers, of few queries
@@ -11,8 +10,8 @@ A library that is absent, fails or does not compute what ours does is named with
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,6 +19,7 @@ from torch import Tensor
 
 from flash_indexer.bench.baselines import attention_contestants, flex_attention_with_bits
 from flash_indexer.bench.sparse_check import Answer
+from flash_indexer.bench.sparse_cudnn import SelectedKeys
 from flash_indexer.bench.sparse_problem import CAUSAL, LATE, SparseSize, Tensors
 from flash_indexer.bench.timing import Size
 from flash_indexer.ops import Needs, bodies, sparse_backward, sparse_forward
@@ -33,8 +33,7 @@ def peers(size: SparseSize, x: Tensors, answers: Mapping[str, Answer]) -> tuple[
     beside: Contestants = {}
     reasons: dict[str, str] = {}
     if size.D > size.V:
-        _add(beside, reasons, "dsa", lambda: selected_keys_of_cudnn(size, x, answers))
-        return beside, reasons
+        return selected_keys_of_cudnn(size, x, answers)
     if size.T <= LATE:
         return in_torch(size, x), {}
     beside, reasons = attention_contestants(Size(size.H, size.G, size.D, 0, 0, (size.T,), size.V))
@@ -43,79 +42,33 @@ def peers(size: SparseSize, x: Tensors, answers: Mapping[str, Answer]) -> tuple[
     return beside, reasons
 
 
-def selected_keys_of_cudnn(size: SparseSize, x: Tensors, answers: Mapping[str, Answer]) -> Contestants:
-    """cuDNN's DSA kernels. Its backward and target take our out and lse; its gradients take our target and scores.
+def selected_keys_of_cudnn(
+    size: SparseSize, x: Tensors, answers: Mapping[str, Answer]
+) -> tuple[Contestants, dict[str, str]]:
+    """cuDNN's kernels for selected keys, each held to ours, and why those are absent that are."""
+    beside: Contestants = {}
+    reasons: dict[str, str] = {}
+    ready: list[SelectedKeys] = []
 
-    Raises:
-        ImportError: where the package or a part of it is missing. RuntimeError: where a result is not close to ours.
-    """
-    DSA = importlib.import_module("cudnn").DSA
+    def library() -> Contestants:
+        ready.append(SelectedKeys(size, x, answers))
+        return {}
 
-    ours = next((answer for answer in reversed(list(answers.values())) if answer.p_sum is not None), None)
-    if ours is None or ours.out is None or ours.lse is None or ours.p_sum is None:
-        raise RuntimeError("nothing of ours to hold it to")
-    indices, count, scores = x.selection
-    first = answers["one order"]  # it has the selection and the index gradients
-    out, lse, p_sum, k = ours.out, ours.lse, ours.p_sum, x.k[:, 0]
-    no_sink = torch.full((size.H,), -1e30, device=x.q.device)
-    index = x.index_q[None], x.index_k[None], x.index_weights[None].to(x.index_q.dtype)
-    offset = torch.tensor([size.S - size.T], dtype=torch.int32, device=x.q.device)
-    one = torch.ones(1, device=x.q.device)
-    absent = indices < 0
-    p = (p_sum / p_sum.sum(-1, keepdim=True))[None]
-    predicted = scores.softmax(-1)[None]
-    target = p.clone()  # it is written to
+    def held(name: str) -> Contestants:
+        call, pairs = ready[0].by_name()[name]
+        _hold(name, *pairs(call()))
+        return {name: call}
 
-    def backward() -> Any:
-        return DSA.sparse_attention_backward_wrapper(
-            x.q, k, out, x.d_out, lse, no_sink, indices, softmax_scale=size.D**-0.5, topk_length=count
-        )
-
-    def teacher() -> Any:
-        return DSA.sparse_attn_score_recompute_wrapper(
-            x.q[None], k[None], lse[None], indices[None], size.D**-0.5, qhead_per_kv_head=size.H,
-            topk_length=count[None],
-        )  # fmt: skip
-
-    def index_scores() -> Any:
-        return DSA.sparse_indexer_score_recompute_wrapper(
-            *index, indices[None], qhead_per_kv_head=size.I, topk_length=count[None]
-        )
-
-    def index_gradients() -> Any:
-        return DSA.indexer_backward_wrapper(
-            index[0], index[2], index[1], target, predicted, indices[None], one
-        )  # fmt: skip
-
-    def all_scores() -> Tensor:
-        found: Tensor = DSA.indexer_forward_wrapper(*index, ratio=1, qhead_per_kv_head=size.I, q_causal_offsets=offset)[
-            "scores"
-        ]
-        return found
-
-    given = all_scores()[0]
-
-    def topk() -> Any:
-        return DSA.indexer_top_k_wrapper(given, x.key_end, size.K, deterministic=True)
-
-    made, gradients = backward(), index_gradients()
-    theirs = teacher()["target"][0].masked_fill(absent, 0.0)
-    _hold("dsa_backward", made["dq"], made["dkv"], ours=(ours.dq, None if ours.dk is None else ours.dk[:, 0]))
-    _hold("dsa_target", theirs / theirs.sum(-1, keepdim=True), ours=(p[0],))
-    _hold("dsa_index_gradients", gradients["d_index_q"][0], ours=(first.d_index_q,))
-    if first.selection is not None:
-        best = first.selection.scores
-        _hold("dsa_topk", topk()["values"].sort(-1).values, ours=(best.sort(-1).values,))
-    return {
-        "dsa_scores": all_scores, "dsa_topk": topk, "dsa_backward": backward, "dsa_target": teacher,
-        "dsa_index_scores": index_scores, "dsa_index_gradients": index_gradients,
-    }  # fmt: skip
+    _add(beside, reasons, "dsa", library)
+    for name in ready[0].by_name() if ready else ():
+        _add(beside, reasons, name, partial(held, name))
+    return beside, reasons
 
 
 def flex(x: Tensors, answers: Mapping[str, Answer]) -> Contestants:
     """FlexAttention; its forward gives our out."""
     forward, backward = flex_attention_with_bits(x.q, x.k, x.values, x.selection.indices, x.d_out)
-    _hold("flex", forward()[0].transpose(0, 1), ours=(answers["one order"].out,))
+    _hold("flex", (answers["one order"].out, forward()[0].transpose(0, 1)))
     backward()
     return {"flex_forward": forward, "flex_backward": backward}
 
@@ -147,9 +100,9 @@ def _add(beside: Contestants, reasons: dict[str, str], name: str, make: Callable
         reasons[name] = f"{type(error).__name__}: {str(error).strip()}".split("\n")[0][:200]
 
 
-def _hold(name: str, *theirs: Tensor, ours: tuple[Tensor | None, ...]) -> None:
-    """Raises RuntimeError where norms differ by more than CLOSE: then it does not compute what ours does."""
-    for mine, other in zip(ours, theirs, strict=True):
+def _hold(name: str, *pairs: tuple[Tensor | None, Tensor]) -> None:
+    """Raises RuntimeError where ours, of each pair the first, and theirs differ in norm by more than CLOSE."""
+    for mine, other in pairs:
         if mine is None:
             continue
         mine, other = (y.float().nan_to_num(0.0, 0.0, 0.0) for y in (mine, other))  # -inf behind the last key

@@ -41,12 +41,12 @@ def token_losses(model: torch.nn.Module, input_ids: Tensor, position_ids: Tensor
     """The losses that `loss_sum` adds up, on the CPU."""
     logits = model(input_ids=input_ids, position_ids=position_ids, use_cache=False).logits
     counted = position_ids[:, 1:] == position_ids[:, :-1] + 1
-    nats = torch.zeros(counted.shape, dtype=torch.float64)
-    for row, targets, out in zip(logits, input_ids[:, 1:], nats, strict=True):
+    found = torch.zeros(counted.shape, device=logits.device)
+    for row, targets, out in zip(logits, input_ids[:, 1:], found, strict=True):
         for begin in range(0, len(targets), _LOGIT_ROWS):
             part = slice(begin, min(begin + _LOGIT_ROWS, len(targets)))
-            out[part] = cross_entropy(row[part].float(), targets[part], reduction="none").double().cpu()
-    counted, position_ids = counted.cpu(), position_ids.cpu()
+            out[part] = cross_entropy(row[part].float(), targets[part], reduction="none")
+    nats, counted, position_ids = found.cpu().double(), counted.cpu(), position_ids.cpu()
     sequence = torch.arange(len(input_ids))[:, None].expand(counted.shape)
     return TokenLosses(nats[counted], position_ids[:, 1:][counted], sequence[counted])
 

@@ -13,15 +13,16 @@ Source: DeepSeek-V2 technical report (2024), section 2.1; DeepSeek-V3.2 trains i
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
-from flash_indexer.ops import SparseSettings, recomputed_attention
+from flash_indexer.ops import Selection, SparseSettings, recomputed_attention
+from flash_indexer.ops.sparse.dsa_op import refuse_backward
 
-WHOLE_BYTES, RUN_BYTES = 20 * 2**30, 4 * 2**30
+WHOLE_BYTES, RUN_BYTES = 20 * 2**30, 2 * 2**30
 """Of q' and the latent output: above the first, queries are taken in runs of the second."""
 Leaves = tuple[Tensor, Tensor, Tensor]
 
@@ -85,32 +86,93 @@ def absorbed_in_runs(
 ) -> Tensor:
     """out [T, H, V] of a run of queries at a time, which is absorbed, attends and is expanded, again in the backward.
 
-    Held of a run at a time are its q' and latent output, of 2R + r numbers a head. What all runs share, k, index_k and
-    the weights, gets its gradient as one sum in float32.
+    Held of a run at a time are its q' and latent output, of 2R + r numbers a head. The output and the gradients of q,
+    index_q and index_weights are each made once, run after run. What all runs share, k, index_k and the weights, gets
+    its gradient as one sum in float32.
 
     Args:
         q: [T, H, nope + r]. k: [S, 1, R + r]. leaves: index_q, index_k, index_weights.
         settings: of all queries, with their selection. sinks: [H] or None.
     """
-    dtype, step = q.dtype, max(1, RUN_BYTES // _token_bytes(q, weights))
     index_q, index_k, index_weights = leaves
-    shared = tuple(x.to(torch.promote_types(x.dtype, torch.float32)) for x in (k, index_k, *weights))
+    step = max(1, RUN_BYTES // _token_bytes(q, weights))
+    assert settings.selection is not None
+    out: Tensor = _InRuns.apply(  # type: ignore[no-untyped-call]
+        settings._replace(selection=None), step, *settings.selection, q, index_q, index_weights, k, index_k, *weights,
+        sinks,
+    )  # fmt: skip
+    return out
 
-    def run(rows: slice, q: Tensor, index_q: Tensor, index_weights: Tensor, *shared: Tensor) -> Tensor:
-        k, index_k, *weights = (x.to(dtype) for x in shared)
-        w_k, w_v, b_v = weights
-        of_run, own = (index_q, index_k, index_weights), absorbed_query(q, w_k)
-        out, *_ = recomputed_attention(
-            settings.rows(rows).checked("attach", own, k, None, of_run), own, k, None, sinks, of_run
-        )
-        return expanded_output(out, w_v, b_v)
 
-    runs = [slice(begin, begin + step) for begin in range(0, len(q), step)]
-    made = [
-        checkpoint(run, rows, q[rows], index_q[rows], index_weights[rows], *shared, use_reentrant=False)
-        for rows in runs
-    ]  # fmt: skip
-    return torch.cat(made)
+_OF_QUERIES = 3  # of the tensors of a run, the first are those of its queries, the others are shared
+
+
+def _run(settings: SparseSettings, rows: slice, tensors: list[Tensor | None]) -> Tensor:
+    """out of some queries. tensors: q, index_q, index_weights of these; k, index_k, w_k, w_v, b_v and sinks."""
+    q, index_q, index_weights, k, index_k, w_k, w_v, b_v, sinks = tensors
+    assert q is not None and k is not None and w_k is not None and w_v is not None and b_v is not None
+    assert index_q is not None and index_k is not None and index_weights is not None
+    leaves, own = (index_q, index_k, index_weights), absorbed_query(q, w_k)
+    checked = settings.rows(rows).checked("attach", own, k, None, leaves)
+    out, *_ = recomputed_attention(checked, own, k, None, sinks, leaves)
+    return expanded_output(out, w_v, b_v)
+
+
+class _InRuns(torch.autograd.Function):
+    """Each run's graph lives while the run does: slices of q would each have a gradient as large as q's own.
+
+    The selection travels as tensors, which activation checkpointing frees with the others.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, settings: SparseSettings, step: int, indices: Tensor, count: Tensor, scores: Tensor,
+        *tensors: Tensor | None,
+    ) -> Tensor:  # fmt: skip
+        q, w_v = tensors[0], tensors[6]
+        assert q is not None and w_v is not None
+        ctx.save_for_backward(indices, count, scores, *tensors)
+        ctx.settings, ctx.consumed = settings, False
+        settings = settings._replace(selection=Selection(indices, count, scores))
+        ctx.runs = [slice(begin, begin + step) for begin in range(0, len(q), step)]
+        out = q.new_empty(*q.shape[:2], w_v.shape[2])
+        for rows in ctx.runs:
+            out[rows] = _run(settings, rows, _of(tensors, rows))
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor | None, ...]:
+        refuse_backward(ctx, "attach")
+        ctx.consumed = True
+        indices, count, scores, *tensors = ctx.saved_tensors
+        wanted = ctx.needs_input_grad[5:]
+        settings = ctx.settings._replace(selection=Selection(indices, count, scores))
+        sums = {n: _room(x, n) for n, x in enumerate(tensors) if x is not None and wanted[n]}
+        for rows in ctx.runs:
+            some = [
+                None if x is None else x.detach().requires_grad_(wanted[n]) for n, x in enumerate(_of(tensors, rows))
+            ]
+            with torch.enable_grad():
+                out = _run(settings, rows, some)
+            leaves = [x for x in some if x is not None and x.requires_grad]
+            made = torch.autograd.grad(out, leaves, d_out[rows], allow_unused=True)
+            for (n, room), gradient in zip(sums.items(), made, strict=True):
+                if gradient is not None and n < _OF_QUERIES:
+                    room[rows] = gradient
+                elif gradient is not None:
+                    room += gradient
+        nothing = (None,) * 5
+        return *nothing, *(sums[n].to(x.dtype) if n in sums else None for n, x in enumerate(tensors))
+
+
+def _of(tensors: Sequence[Tensor | None], rows: slice) -> list[Tensor | None]:
+    return [x if x is None or n >= _OF_QUERIES else x[rows] for n, x in enumerate(tensors)]
+
+
+def _room(x: Tensor, place: int) -> Tensor:
+    """For a gradient: zeros, of float32 at least where runs add to it."""
+    dtype = x.dtype if place < _OF_QUERIES else torch.promote_types(x.dtype, torch.float32)
+    return torch.zeros(x.shape, dtype=dtype, device=x.device)
 
 
 def _token_bytes(q: Tensor, weights: Absorbed) -> int:

@@ -25,7 +25,7 @@ from flash_indexer.models.options import check_arithmetic, check_target
 from flash_indexer.models.own_attach import OwnOptions, attach_own
 from flash_indexer.models.own_indexers import has_own_indexers
 from flash_indexer.models.own_sparse import own_sparse_handle
-from flash_indexer.models.rope import check_rope, default_rope_dim, indexer_rotary, rope_parameters
+from flash_indexer.models.rope import IndexerRotaries, check_rope, default_rope_dim, rope_parameters
 from flash_indexer.models.sparse import sparse_handle
 from flash_indexer.models.sparse_checks import check_topk
 from flash_indexer.models.sparse_hooks import SPARSE_TAP
@@ -149,14 +149,14 @@ def attach(
     check_sizes("attach", rope_dim=rope_dim)
     check_target(target, num_heads, config, parallel)
     check_arithmetic(index_dtype, teacher_dtype, head_dim)
-    modules, rotaries = nn.ModuleDict(), dict[int, nn.Module | None]()
+    modules, rotaries, shared = nn.ModuleDict(), dict[int, nn.Module | None](), IndexerRotaries(config, rope_dim)
     for layer in chosen:
         device = layer_device(found.attentions[layer])
         modules[str(layer)] = LightningIndexer(
             config.hidden_size, num_heads=num_heads, head_dim=head_dim, q_lora_rank=rank,
             rope_dim=rope_dim, rope_interleaved=False,
         ).to(device)  # fmt: skip
-        rotaries[layer] = None if own_rope else indexer_rotary(config, ropes[layer], rope_dim).to(device)
+        rotaries[layer] = None if own_rope else shared.of(ropes[layer], device)
     handle = IndexerHandle(
         model, modules, target, parallel or Parallel(), found=found, index_dtype=index_dtype,
         teacher_dtype=teacher_dtype,

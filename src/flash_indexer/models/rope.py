@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import nn
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
@@ -77,3 +78,23 @@ def indexer_rotary(config: Any, parameters: Mapping[str, Any], rope_dim: int) ->
     longest = getattr(config, "max_position_embeddings", None) or LlamaConfig.max_position_embeddings
     sizes: dict[str, Any] = dict(hidden_size=rope_dim, num_attention_heads=1, head_dim=rope_dim)
     return LlamaRotaryEmbedding(LlamaConfig(max_position_embeddings=longest, rope_parameters=resized, **sizes))
+
+
+class IndexerRotaries:
+    """`indexer_rotary` of a model's layers: the same one for all of the same settings on a device.
+
+    A forward then asks it once (`SparseForward.rope`), not once a layer.
+    """
+
+    def __init__(self, config: Any, rope_dim: int) -> None:
+        self.config, self.rope_dim = config, rope_dim
+        self.made: list[tuple[Mapping[str, Any], torch.device, nn.Module]] = []
+
+    def of(self, parameters: Mapping[str, Any], device: torch.device) -> nn.Module:
+        """Of a layer with these rope settings."""
+        for settings, place, rotary in self.made:
+            if (settings, place) == (parameters, device):
+                return rotary
+        made = indexer_rotary(self.config, parameters, self.rope_dim).to(device)
+        self.made.append((parameters, device, made))
+        return made

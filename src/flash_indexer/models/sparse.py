@@ -136,8 +136,8 @@ class SparseHandle(IndexerHandle):
             latent = latent.to(query.dtype)
             tensors = absorbed_query(query, latent.w_k), key, None
         if self.keys == "oracle":
-            out, found, selection = self._attend_to_largest(forward, tensors, leaves, visible, form, width)
-            kl = None if again or tap.cache is not None else found
+            reports = not again and tap.cache is None
+            out, kl, selection = self._attend_to_largest(forward, tensors, leaves, visible, form, width, reports)
             if self.on_selection is not None and not torch.is_grad_enabled():
                 self.on_selection(tap.layer, selection)
         elif forward.packing is not None:
@@ -216,21 +216,23 @@ class SparseHandle(IndexerHandle):
         visible: tuple[Tensor, Tensor],
         form: AttentionForm,
         width: int | None,
-    ) -> tuple[Tensor, Tensor, Selection]:
-        """The output over the keys of largest attention, with the KL [T] of the indexer there."""
+        reports: bool,
+    ) -> tuple[Tensor, Tensor | None, Selection]:
+        """The output over the keys of largest attention, with the KL [T] of the indexer there, if the layer reports."""
         if forward.packing is not None or form.sinks is not None or self.trains_own:
             raise ValueError(
                 'attach: keys="oracle" must run in one process, without sinks, of fresh indexers, got '
                 f"cp={self.parallel.cp}, sinks {'' if form.sinks is None else 'not '}None, indexers "
                 f"{'own' if self.trains_own else 'fresh'}; leave it out"
             )
-        if self.indexers.training and not torch.is_grad_enabled():
-            check_learns()
-        return attend_to_oracle_keys(
+        weight = self._token_weights(leaves[2], tensors[0])
+        out, kl, selection = attend_to_oracle_keys(
             tensors, leaves, visible, self.topk, softmax_scale=form.softmax_scale, value_dim=width,
-            token_weight=self._token_weights(leaves[2], tensors[0]), kl_scale=self.kl_scale,
+            token_weight=weight, kl_scale=self.kl_scale,
+            kl_out=torch.full_like(weight, torch.nan) if reports and torch.is_grad_enabled() else None,
             deterministic=self.deterministic,
         )  # fmt: skip
+        return out, kl if reports else None, selection
 
     def _attend_in_part(
         self,
@@ -246,8 +248,6 @@ class SparseHandle(IndexerHandle):
         """The output and the KL of this process's tokens, over the keys of all processes; learns as in one process."""
         learns, with_gradients = self._learns(tap, forward), torch.is_grad_enabled()
         now = learns and not with_gradients
-        if now:
-            check_learns()
         weights, group = self._token_weights(leaves[2], tensors[0]), forward.parallel.group("cp")
         assert group is not None
         kl = leaves[2].new_full(weights.shape, torch.nan) if learns and with_gradients and not again else None
@@ -277,19 +277,12 @@ class SparseHandle(IndexerHandle):
         lse: Tensor,
     ) -> Tensor:
         """The KL [T] of a model that is frozen, and in train() mode its backward, at once."""
-        if self.indexers.training:
-            check_learns()
         weight = self._token_weights(leaves[2], qk[0])
         with torch.enable_grad():
             loss, kl, entropy = sparse_indexer_kl(
-                *qk,
-                *leaves,
-                selection,
-                softmax_scale=scale,
-                lse=lse,
-                token_weight=weight,
+                *qk, *leaves, selection, softmax_scale=scale, lse=lse, token_weight=weight,
                 deterministic=self.deterministic,
-            )
+            )  # fmt: skip
             if loss.requires_grad:
                 loss = loss if self.kl_scale is None else loss * self.kl_scale
                 loss.backward()  # type: ignore[no-untyped-call]
@@ -313,7 +306,9 @@ class SparseHandle(IndexerHandle):
                 "call it under torch.autocast"
             )
         wide = (lambda x: x.to(q.dtype)) if q.device.type == "cuda" else at_least_float32
-        with torch.set_grad_enabled(self._learns(tap, forward)):
+        if (learns := self._learns(tap, forward)) and not torch.is_grad_enabled():
+            check_learns()
+        with torch.set_grad_enabled(learns):
             index_q, index_k, weights = tap.operands(self.indexers[str(tap.layer)], wide)
         if tap.cache is not None:
             rows = torch.unflatten(index_k, 0, (forward.rows, -1))

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from flash_indexer.models.documents import document_begins, document_positions
 from flash_indexer.models.families import given_cache
@@ -47,6 +47,7 @@ class SparseForward:
         self.kl: dict[int, Tensor] = {}
         self.uniform_kl: dict[int, Tensor] = {}
         self.seen: set[int] = set()
+        self._ropes: dict[tuple[Any, ...], tuple[Tensor, tuple[Tensor, Tensor]]] = {}
         self.parallel = parallel
         self.packing: Packing | None = None
         if parallel.cp > 1:
@@ -73,6 +74,16 @@ class SparseForward:
     def is_packed(self) -> bool:
         """Whether a row holds several documents, or parts of one, which only position_ids can tell the layers."""
         return self.positions is not None and bool((self.positions.diff(dim=1) != 1).any())
+
+    def rope(self, rotary: nn.Module, hidden: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """cos and sin of a rotary embedding at these positions, made once for the layers that share it."""
+        key = rotary, id(positions), hidden.dtype, hidden.device
+        if key not in self._ropes:
+            self._ropes[key] = (
+                positions,
+                rotary(hidden, positions),
+            )  # the positions too: an id is another's when they go
+        return self._ropes[key][1]
 
     def visible(self, keys: int, window: int | None) -> tuple[Tensor, Tensor]:
         """key_start and key_end, int32 [B * L], over the last `keys` keys of each row, laid end to end.

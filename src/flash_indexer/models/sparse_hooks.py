@@ -73,7 +73,10 @@ class SparseTap:
             if not isinstance(self.rope, tuple) or len(self.rope) != 2:
                 raise ValueError(f"attach: rope must come as (cos, sin), got {type(self.rope).__name__}; {FAMILIES}")
             return
-        positions = kwargs.get("position_ids")
+        positions, forward = kwargs.get("position_ids"), kwargs.get(FORWARD)
+        if positions is not None and isinstance(forward, SparseForward):
+            self.rope = forward.rope(self.rotary, self.hidden, positions)
+            return
         if positions is None:
             past = 0 if self.cache is None else int(self.cache.get_seq_length(self.layer))
             positions = torch.arange(past, past + self.hidden.shape[1], device=self.hidden.device)[None]

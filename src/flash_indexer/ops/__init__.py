@@ -19,6 +19,7 @@ from flash_indexer.ops.sparse.op import SparseAttention, select_keys, sparse_att
 from flash_indexer.ops.sparse.problem import KeySums, Needs, SparseProblem, new_key_sums
 from flash_indexer.ops.sparse.selection import Selection, check_selection
 from flash_indexer.ops.sparse.stages import (
+    attended_rows,
     select_rows,
     sparse_backward,
     sparse_forward,
@@ -49,6 +50,7 @@ __all__ = [
     "WaitForKeys",
     "WarmupAttention",
     "among_all",
+    "attended_rows",
     "attention_forward",
     "body_of",
     "check_arithmetic",

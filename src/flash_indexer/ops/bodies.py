@@ -9,7 +9,9 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from importlib.util import find_spec
+from typing import Any
 
 import torch
 
@@ -79,7 +81,13 @@ def no_kernels(device: torch.device) -> str | None:
 
 
 def _capability(device: torch.device) -> tuple[int, int]:
-    properties = torch.cuda.get_device_properties(device)
+    return _read_capability(device, torch.cuda.get_device_properties)
+
+
+@cache
+def _read_capability(device: torch.device, read: Callable[[torch.device], Any]) -> tuple[int, int]:
+    """Read once: a model of many layers asks hundreds of times a step."""
+    properties = read(device)
     return properties.major, properties.minor
 
 

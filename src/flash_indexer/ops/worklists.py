@@ -8,7 +8,8 @@ contents live on: batches of one document each have the same ones, step after st
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
@@ -42,7 +43,24 @@ class _Contents(NamedTuple):
 
 
 _cache: Any = WeakTensorKeyDictionary()
-_recent: deque[_Contents] = deque(maxlen=2)  # of documents as they are, and of a sliding window beside it
+_recent: deque[_Contents] = deque(
+    maxlen=2
+)  # last used last: of documents, and of a sliding window or a sample of queries
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Torch's operators on the CPU in this thread alone.
+
+    A list is made by some hundred operators of microseconds; several threads would meet behind each, and where other
+    processes keep the cores busy, a meeting waits for the scheduler: milliseconds.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def cached(
@@ -58,16 +76,23 @@ def cached(
     versions = None if key_start.is_inference() or key_end.is_inference() else (key_start._version, key_end._version)
     entry: _Cached | None = _cache.get(key_start) if versions is not None else None
     if entry is None or entry.key_end is not key_end or entry.versions != versions or entry.num_keys != num_keys:
-        entry = _Cached(key_end, versions or (0, 0), num_keys, _read(key_start, key_end, num_keys))
+        with one_thread():
+            entry = _Cached(key_end, versions or (0, 0), num_keys, _read(key_start, key_end, num_keys))
         if versions is not None:
             _cache[key_start] = entry
-            if not any(entry.contents is contents for contents in tuple(_recent)):
-                _recent.append(entry.contents)
+            _keep(entry.contents)
     made = entry.contents.made
     if key not in made:
-        with torch.inference_mode(False):  # what is kept is for training as well
+        with torch.inference_mode(False), one_thread():  # what is kept is for training as well
             made[key] = make(*entry.contents.on_host)
     return cast("_Made", made[key])
+
+
+def _keep(contents: _Contents) -> None:
+    """As the last used, beside the one used last of the others: a step's sample of queries displaces no documents."""
+    recent = tuple(_recent)  # at once, as below
+    if not recent or recent[-1] is not contents:
+        _recent.extend([*[other for other in recent if other is not contents][-1:], contents])
 
 
 def _read(key_start: Tensor, key_end: Tensor, num_keys: int) -> _Contents:

@@ -82,6 +82,9 @@ def complete_gradients(parameters: Sequence[Tensor], *, timeout: float = 600.0) 
 def unusable_gradient(modules: nn.ModuleDict) -> tuple[str, float] | None:
     """The first module whose max |gradient| is NaN or not below LARGEST_GRADIENT, and which; waits for the device."""
     gradients = {name: [p.grad for p in module.parameters() if p.grad is not None] for name, module in modules.items()}
+    every = [x for each in gradients.values() for x in each]
+    if not every or float(get_total_norm(every, norm_type=torch.inf)) < LARGEST_GRADIENT:
+        return None  # a few launches, as a rule all that is needed
     norms = {name: get_total_norm(each, norm_type=torch.inf) for name, each in gradients.items() if each}
-    values = torch.stack([*norms.values()]).tolist() if norms else []
+    values = torch.stack([*norms.values()]).tolist()
     return next(((name, x) for name, x in zip(norms, values, strict=True) if not x < LARGEST_GRADIENT), None)

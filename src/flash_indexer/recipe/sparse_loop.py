@@ -132,8 +132,9 @@ class SparseLoop:
             if loss.requires_grad:
                 loss.backward()  # type: ignore[no-untyped-call]
             language += float(loss.detach())
-            for layer, found in self.handle.losses().items():
-                kl[layer] += float(found.kl) * batch["input_ids"].numel() / tokens
+            found = {layer: loss.kl.to(processes.device) for layer, loss in self.handle.losses().items()}
+            for layer, value in zip(found, torch.stack([*found.values()]).tolist() if found else [], strict=True):
+                kl[layer] += value * batch["input_ids"].numel() / tokens
         self._sum_gradients()
         own = torch.tensor([language, *kl.values(), bool(stop.number)], dtype=torch.float64, device=processes.device)
         language, *kls, stopping = processes.sum(own).tolist()

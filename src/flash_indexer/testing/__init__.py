@@ -304,7 +304,8 @@ def assert_close(name: str, got: Tensor, ref64: Tensor, eager: Tensor) -> None:
     and are left out of the sums.
 
     Args:
-        got: what is judged. ref64: the float64 truth. eager: the baseline, in got's dtype.
+        got: what is judged. ref64: the float64 truth, on whose device all is compared. eager: the baseline, in got's
+            dtype.
 
     Raises:
         AssertionError: naming the criterion, the row, the error, the allowance and where it comes from.
@@ -319,7 +320,7 @@ def assert_close(name: str, got: Tensor, ref64: Tensor, eager: Tensor) -> None:
     if got.dtype != eager.dtype:
         raise AssertionError(f"{name}: dtype must be {eager.dtype} like eager, got {got.dtype}")
     eps = torch.finfo(got.dtype).eps
-    got, ref64, eager = (x.detach().double().cpu() for x in (got, ref64, eager))
+    got, ref64, eager = (x.detach().to(ref64.device).double() for x in (got, ref64, eager))
     finite = ref64.isfinite()
     for which, x in (("got", got), ("eager", eager)):
         wrong = (x.isfinite() != finite) | (~finite & (x != ref64) & ~(x.isnan() & ref64.isnan()))

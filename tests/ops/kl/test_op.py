@@ -88,7 +88,7 @@ def test_float64_against_the_reference(shape, target):
         kind: reference_indexer_kl(x, target=target, token_weight=weights_for(x, kind), d_loss=D_LOSS)
         for kind in ("none", "random")
     }
-    cases = ((1, True, "none"), (1, False, "random"), (30_000, True, "random"), (30_000, False, "none"))
+    cases = ((1, True, "none"), (3000, False, "random"), (30_000, True, "random"), (30_000, False, "none"))
     for workspace, with_lse, kind in (*cases, (2**29, True, "none"), (2**29, False, "random")):
         lse = x.lse if with_lse and target != "sum_logits" else None
         got = measure(x, target=target, lse=lse, token_weight=weights_for(x, kind), workspace_bytes=workspace)

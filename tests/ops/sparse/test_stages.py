@@ -26,7 +26,7 @@ from flash_indexer.ops import (
     sparse_target,
 )
 from flash_indexer.ops.sparse import gpu_body
-from flash_indexer.ops.sparse.learning import mean_weight
+from flash_indexer.ops.sparse.learning import equal_runs, mean_weight
 from flash_indexer.testing import SHAPES, assert_close, make_inputs
 from flash_indexer.testing.sparse import eager_dsa, make_values, reference_dsa, selection_mask
 
@@ -124,6 +124,19 @@ def test_runs_fit_the_workspace(make_case: Callable[..., Any], workspace_bytes: 
     runs = list(runs_of_rows(selection, workspace_bytes))
     assert [r.start for r in runs[1:]] == [r.stop for r in runs[:-1]] and (runs[0].start, runs[-1].stop) == (0, 91)
     assert all(r.stop - r.start == 1 or (r.stop - r.start) * 7 * 8 * 16 <= workspace_bytes for r in runs)
+
+
+@pytest.mark.parametrize(
+    "rows, most, unit, lengths",
+    [
+        (32768, 10922, 128, [8192] * 4), (32768, 16384, 128, [16384] * 2), (300, 200, 128, [128, 128, 44]),
+        (300, 100, 128, [100] * 3), (10, 0, 128, [1] * 10), (7, 3, 1, [3, 3, 1]), (0, 5, 128, []),
+    ],
+)  # fmt: skip
+def test_runs_are_about_equal(rows: int, most: int, unit: int, lengths: list[int]) -> None:
+    runs = list(equal_runs(rows, most, unit))
+    assert [r.stop - r.start for r in runs] == lengths
+    assert [r.start for r in runs] == [sum(lengths[:n]) for n in range(len(lengths))]
 
 
 def test_a_learner_takes_known_scores_or_forms_them(make_case: Callable[..., Any]) -> None:

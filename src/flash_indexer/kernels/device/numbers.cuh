@@ -40,3 +40,9 @@ static __device__ __forceinline__ unsigned mask_positive(float lo, float hi) {
   asm("set.gt.u32.bf16x2 %0, %1, %2;" : "=r"(m) : "r"(pack(lo, hi)), "r"(0u));
   return m;
 }
+// 0xffff in each half where s has a minus sign
+static __device__ __forceinline__ unsigned mask_signs(float lo, float hi) {
+  unsigned m;
+  asm("prmt.b32 %0, %1, %2, 0xffbb;" : "=r"(m) : "r"(__float_as_uint(lo)), "r"(__float_as_uint(hi)));
+  return m;
+}

@@ -17,17 +17,30 @@ struct Tile {
   static __device__ constexpr int along_row(int k) { return (k / (ROW / 32) * (ROWS * ROW) + k % (ROW / 32) * 32) >> 4; }
   static __device__ constexpr int along_column(int k) { return k * 16 * ROW >> 4; }
 };
-// d = A B^T: rows of A [ROWS, W] from a on, 64 of them, and B [N, W]
-template <int N, int W, int ROWS>
+// d = A B^T: rows of A [ROWS, W] from a on, 64 of them, and B [N, W]; SIGN -1: the negative of it
+template <int N, int W, int ROWS, int SIGN = 1>
 static __device__ __forceinline__ void wg_product(float* d, int a, int b) {
   using namespace tl;
   warpgroup_fence_operand(d, N / 2);
   warpgroup_arrive();
 #pragma unroll
   for (int k = 0; k < W / 16; ++k)
-    wgmma_ss<DataType::kBFloat16, DataType::kBFloat16, DataType::kFloat32, 64, N, 16, false, false, 1, 1>(
+    wgmma_ss<DataType::kBFloat16, DataType::kBFloat16, DataType::kFloat32, 64, N, 16, false, false, SIGN, 1>(
         Tile<W, ROWS>::descriptor(a + Tile<W, ROWS>::along_row(k)), Tile<W, N>::descriptor(b + Tile<W, N>::along_row(k)),
         (uint32_t*)d, k > 0);
+  warpgroup_commit_batch();
+  warpgroup_fence_operand(d, N / 2);
+}
+// d = A B^T: A [64, W] in registers, and B [N, W]
+template <int N, int W>
+static __device__ __forceinline__ void wg_product_held(float* d, const unsigned* a, int b) {
+  using namespace tl;
+  warpgroup_fence_operand(d, N / 2);
+  warpgroup_arrive();
+#pragma unroll
+  for (int k = 0; k < W / 16; ++k)
+    wgmma_rs<DataType::kBFloat16, DataType::kBFloat16, DataType::kFloat32, 64, N, 16, false, false, 1, 1>(
+        a + 4 * k, Tile<W, N>::descriptor(b + Tile<W, N>::along_row(k)), (uint32_t*)d, k > 0);
   warpgroup_commit_batch();
   warpgroup_fence_operand(d, N / 2);
 }

@@ -34,7 +34,7 @@ static __device__ __forceinline__ void finish_loss(const float* weight, const fl
   __shared__ double part[8];
   if (blockIdx.x) return;
   double sum = 0.0;
-#pragma unroll 8
+#pragma unroll 16  // loads under way: their latency is what one CTA waits for
   for (int t = threadIdx.x; t < tokens; t += 256) sum += (double)weight[t] * (double)kl[t];
 #pragma unroll
   for (int d = 16; d; d >>= 1) sum += __shfl_xor_sync(0xffffffffu, sum, d);

@@ -14,29 +14,31 @@ Both kernels are one template. X, 128 rows, stays in shared memory; tiles Y of 1
     query    128/IP tokens, IP heads each  128 keys                        di·[S > 0]   (w is applied once, at the end)
     key      128 keys                      128/IP tokens, IP heads each    (di·w)·[S > 0]
 
-    warps 0-3, 4-7   64 rows of X each: S [64, 128], P [64, 128] and O [64, E] in registers
+    warps 0-3, 4-7   64 rows of X each: S [64, 128], two P [64, 128] and O [64, E] in registers; X itself where E < 128
     warp 8           feeds the rings by TMA: X, and Y with its di (and w); it runs ahead across work items
     warps 9-11       idle (their registers go to the consumers)
 
     tensor cores     | O += P0 Y0 | S = X Y2^T | O += P1 Y1 | S = X Y3^T ...
     everything else  | P1 = f(S)               | P2 = f(S)  ...
 
+What is formed is -S: the mask [S > 0] is then made of sign bits, by one instruction for two elements. P of one tile is
+formed in the registers that the product under way does not read.
+
 S of tile i+1 is issued ahead of the second product of tile i, and S of tile i+2 as soon as f has consumed that of i+1.
 ptxas tracks accumulators in flight only within a loop body, so the queue drains once in two tiles, at the back edge.
 
-di may hold junk (NaN bits) in rows t >= T: there index_q is zero (TMA fills zeros out of bounds), so S = 0, and f masks
-by a bitwise AND, which turns NaN into zero too. Heads are padded to IP with zeros and vanish the same way.
+di may hold junk (NaN bits) in rows t >= T: there index_q is zero (TMA fills zeros out of bounds), so S = +0, and f
+masks by a bitwise AND, which turns NaN into zero too. Heads are padded to IP with zeros and vanish the same way.
 """
 
 import tilelang.language as T
+from tilelang.layout import make_swizzled_layout
 
 from flash_indexer.kernels.device.items import SHORT_ITEM, Block, KeyBlocksItem, QueryTilesItem
 from flash_indexer.kernels.device.sources import source
 from flash_indexer.kernels.sm_90.macros import (
-    FULL_ROW,
     PASS_CONFIGS,
     REGISTERS,
-    ROW_LAYOUT,
     Ring,
     advance,
     arrive,
@@ -54,6 +56,8 @@ SOURCE = source(__file__)
 # next for f; stage of X and its parity
 Y_STAGE, Y_PARITY, Y_RELEASE, Y_APPLY, X_STAGE, X_PARITY = range(6)
 STATE = 6
+# where in shared memory the warpgroup's rows of X begin, and Y (units of 16 bytes); di and w (bytes)
+X_ROWS, Y_ROWS, DI, WEIGHTS = range(4)
 # of the item of `build_query` and of its next one, of `build_key`: what is read ahead of the item before
 TOKEN, STEPS, NEXT_TOKEN, NEXT_STEPS = range(4)
 KEY_TILE, SLOT, NEXT_BLOCK, NEXT_BLOCK_END = range(4)
@@ -62,85 +66,124 @@ KEY_TILE, SLOT, NEXT_BLOCK, NEXT_BLOCK_END = range(4)
 def _template(E, IP, function):
     """The consumers' side of both kernels: the macros (mainloop, release_x)."""
     STAGES = Y_STAGES[E]
+    SIZE = 128 * E // 8  # of a stage, in units of 16 bytes
     di_bytes = 128 // IP * 256
     w_bytes = 512
+    HELD = E < 128  # -X stays in registers: half as many bytes are read from shared memory for S
 
+    # S = -X @ Y.T, negative where the logit is positive: f takes its mask from the sign bits, which zero doesn't have
     @T.macro
-    def first_product(x, y, S, v):
+    def first_product(y, S, X, at, v):
         T.barrier_wait(y.full[v[Y_STAGE]], v[Y_PARITY])
-        T.wgmma_gemm(
-            x.stages[v[X_STAGE], :, :], y.stages[v[Y_STAGE], :, :], S, transpose_B=True, clear_accum=True,
-            policy=FULL_ROW,
-        )  # fmt: skip
-
-    @T.macro
-    def apply(S, words, address, stage):
-        T.warpgroup_fence_operand(S, num_regs=64)
-        if function == "query":
+        if HELD:
             T.call_extern(
-                "handle", f"gd_query<{IP}>", S.access_ptr("r"), words.access_ptr("w"), address[0] + stage * di_bytes
-            )
+                "handle", f"gd_held_product<{E}>", S.access_ptr("rw"), X.access_ptr("r"),
+                at[Y_ROWS] + v[Y_STAGE] * SIZE,
+            )  # fmt: skip
         else:
             T.call_extern(
-                "handle", f"gd_key<{IP}>", S.access_ptr("r"), words.access_ptr("w"), address[0] + stage * di_bytes,
-                address[1] + stage * w_bytes,
+                "handle", f"gd_product<{E}>", S.access_ptr("rw"), at[X_ROWS] + v[X_STAGE] * SIZE,
+                at[Y_ROWS] + v[Y_STAGE] * SIZE,
             )  # fmt: skip
 
+    # O += P @ Y
     @T.macro
-    def define(P, words, ones):
-        T.call_extern("handle", "define_operand<32>", P.access_ptr("w"), words.access_ptr("r"), ones[0])
+    def second_product(P, O, at, stage):
+        T.call_extern(
+            "handle", f"gd_accumulate<{E}>", O.access_ptr("rw"), P.access_ptr("rw"), at[Y_ROWS] + stage * SIZE
+        )
 
-    # P of tile i is defined at entry; of tile i + tiles at exit, and nothing is in flight
+    # P = f(S)
     @T.macro
-    def group(x, y, products, words, v, tx, tiles):
-        S, P, O = products
-        bits, address, ones = words
+    def apply(S, P, at, stage):
+        T.warpgroup_fence_operand(S, num_regs=64)
+        if function == "query":
+            T.call_extern("handle", f"gd_query<{IP}>", S.access_ptr("r"), P.access_ptr("w"), at[DI] + stage * di_bytes)
+        else:
+            T.call_extern(
+                "handle", f"gd_key<{IP}>", S.access_ptr("r"), P.access_ptr("w"), at[DI] + stage * di_bytes,
+                at[WEIGHTS] + stage * w_bytes,
+            )  # fmt: skip
+
+    # P[0] is of tile i at entry, P[tiles % 2] of tile i + tiles at exit, and nothing is in flight
+    @T.macro
+    def group(y, S, X, P, O, at, v, tx, tiles):
         v[Y_RELEASE] = v[Y_STAGE]
         advance(v[Y_STAGE], v[Y_PARITY], STAGES)
-        first_product(x, y, S, v)
+        first_product(y, S, X, at, v)
         for u in list(range(tiles)):
             v[Y_APPLY] = v[Y_STAGE]
-            T.wgmma_gemm(P, y.stages[v[Y_RELEASE], :, :], O, policy=FULL_ROW)
+            second_product(P[u % 2], O, at, v[Y_RELEASE])
             T.wait_wgmma(1)
-            apply(S, bits, address, v[Y_APPLY])
+            apply(S, P[(u + 1) % 2], at, v[Y_APPLY])
             if u < tiles - 1:
                 advance(v[Y_STAGE], v[Y_PARITY], STAGES)
-                first_product(x, y, S, v)
+                first_product(y, S, X, at, v)
                 T.wait_wgmma(1)
             else:
                 T.wait_wgmma(0)
             T.warpgroup_fence_operand(O, num_regs=E // 2)
             arrive(y.empty, v[Y_RELEASE], tx)  # di and w are read by plain loads: every warp arrives
-            define(P, bits, ones)
             v[Y_RELEASE] = v[Y_APPLY]
 
-    # for Y in tiles: O += f(X @ Y.T) @ Y
     @T.macro
-    def mainloop(x, y, products, words, v, n, tx):
-        S, P, O = products
-        bits, address, ones = words
-        T.barrier_wait(x.full[v[X_STAGE]], v[X_PARITY])
-        first_product(x, y, S, v)
-        T.wait_wgmma(0)
-        apply(S, bits, address, v[Y_STAGE])
-        define(P, bits, ones)
-        T.clear(O)
-        for _ in T.serial((n - 1) // 2):
-            group(x, y, products, words, v, tx, 2)
-        for _ in T.serial((n - 1) % 2):
-            group(x, y, products, words, v, tx, 1)
-        T.wgmma_gemm(P, y.stages[v[Y_STAGE], :, :], O, policy=FULL_ROW)
+    def last(y, P, O, at, v, tx):
+        second_product(P, O, at, v[Y_STAGE])
         T.wait_wgmma(0)
         T.warpgroup_fence_operand(O, num_regs=E // 2)
         arrive(y.empty, v[Y_STAGE], tx)
         advance(v[Y_STAGE], v[Y_PARITY], STAGES)
+
+    # for Y in tiles: O += f(X @ Y.T) @ Y
+    @T.macro
+    def mainloop(x, y, S, X, P, O, at, v, n, tx):
+        T.barrier_wait(x.full[v[X_STAGE]], v[X_PARITY])
+        if HELD:
+            T.call_extern("handle", f"gd_hold<{E}>", X.access_ptr("w"), at[X_ROWS] * 16 + v[X_STAGE] * (256 * E))
+        first_product(y, S, X, at, v)
+        T.wait_wgmma(0)
+        apply(S, P[0], at, v[Y_STAGE])
+        for i in T.unroll(E // 2):
+            O[i] = 0.0
+        for _ in T.serial((n - 1) // 2):
+            group(y, S, X, P, O, at, v, tx, 2)
+        if (n - 1) % 2 > 0:
+            group(y, S, X, P, O, at, v, tx, 1)
+            last(y, P[1], O, at, v, tx)
+        else:
+            last(y, P[0], O, at, v, tx)
 
     @T.macro
     def release_x(x, v, tx):
         arrive(x.empty, v[X_STAGE], tx)
         advance(v[X_STAGE], v[X_PARITY], X_STAGES)
 
-    return mainloop, release_x
+    # addresses of X and Y in units of 16 bytes, of di and w in bytes
+    @T.macro
+    def addresses(at, Xs, Ys, Ds, tx):
+        at[X_ROWS] = shared_address(Xs) // 16 + tx // 128 * (8 * min(E, 64))
+        at[Y_ROWS] = shared_address(Ys) // 16
+        at[DI] = shared_address(Ds)
+
+    return mainloop, release_x, addresses
+
+
+def _shared(E, STAGES, TOKENS):
+    """The rings of X and of Y, and the di of each stage of Y."""
+    Xs = T.alloc_shared((X_STAGES, 128, E), "bfloat16")
+    Ys = T.alloc_shared((STAGES, 128, E), "bfloat16")
+    Ds = T.alloc_shared((STAGES, TOKENS, 128), "bfloat16")
+    T.annotate_layout({x: make_swizzled_layout(x) for x in (Xs, Ys)})
+    x = Ring(Xs, T.alloc_barrier([1] * X_STAGES), T.alloc_barrier([8] * X_STAGES))
+    return x, Ring(Ys, T.alloc_barrier([1] * STAGES), T.alloc_barrier([8] * STAGES)), Ds
+
+
+def _registers(E):
+    """v, S, P, O, X and the addresses, as the macros of `_template` take them."""
+    v, at = T.alloc_local((STATE,), "int32"), T.alloc_local((4,), "int32")
+    S, O = T.alloc_local((64,), "float32"), T.alloc_local((E // 2,), "float32")
+    P, X = [T.alloc_local((32,), "uint32") for _ in range(2)], T.alloc_local((E // 4,), "uint32")
+    return v, S, P, O, X, at
 
 
 def build_query(E, IP, rotation=0):
@@ -161,7 +204,7 @@ def build_query(E, IP, rotation=0):
                                       tiles kt_begin .. kt_begin + n_kt - 1 (n_kt >= 1); di in tile tile_base + kt
         I, q_base, ntok, nitems, grid int32   CTA c of `grid` <= nitems takes the items c, c + grid, ...
     """
-    mainloop, release_x = _template(E, IP, "query")
+    mainloop, release_x, addresses = _template(E, IP, "query")
     STAGES, TOKENS = Y_STAGES[E], 128 // IP
     nq, nk, nt = T.dynamic("nq"), T.dynamic("nk"), T.dynamic("nt")
     no, ni = T.dynamic("no"), T.dynamic("ni")
@@ -174,54 +217,38 @@ def build_query(E, IP, rotation=0):
     ):  # fmt: skip
         with T.Kernel(grid, threads=384) as bx:
             T.import_source(SOURCE)
-            Xs = T.alloc_shared((X_STAGES, 128, E), "bfloat16")
-            Ys = T.alloc_shared((STAGES, 128, E), "bfloat16")
-            Ds = T.alloc_shared((STAGES, TOKENS, 128), "bfloat16")
-            S = T.alloc_fragment((128, 128), "float32")
-            P = T.alloc_fragment((128, 128), "bfloat16")
-            O = T.alloc_fragment((128, E), "float32")
-            XO = T.alloc_fragment((128, E), "float32")
-            dw = T.alloc_fragment((128,), "float32")
-            T.annotate_layout({dw: ROW_LAYOUT})
-            fullx = T.alloc_barrier([1] * X_STAGES)
-            emptyx = T.alloc_barrier([8] * X_STAGES)
-            full = T.alloc_barrier([1] * STAGES)
-            empty = T.alloc_barrier([8] * STAGES)
+            x, y, Ds = _shared(E, STAGES, TOKENS)
             tx = T.get_thread_binding()
             if tx < 256:
                 T.set_max_nreg(REGISTERS[0], 1)
-                v = T.alloc_local((STATE,), "int32")
-                bits = T.alloc_local((32,), "uint32")
+                v, S, P, O, X, at = _registers(E)
                 w = T.alloc_local((2,), "float32")
-                address = T.alloc_local((1,), "int32")
-                ones = T.alloc_local((1,), "int32")
+                dw = T.alloc_local((2,), "float32")
                 item = T.alloc_local((4,), "int32")
-                at = T.alloc_var("int32")
+                place = T.alloc_var("int32")
                 count = T.alloc_var("int32")
                 for i in list(range(STATE)):
                     v[i] = 0
-                address[0] = shared_address(Ds)
-                ones[0] = T.if_then_else(grid > 0, -1, 0)
-                x, y = Ring(Xs, fullx, emptyx), Ring(Ys, full, empty)
-                products, words = (S, P, O), (bits, address, ones)
-                at = bx
-                item[NEXT_TOKEN] = number(ITEMS, at * SHORT_ITEM + QueryTilesItem.TOKEN)
-                item[NEXT_STEPS] = number(ITEMS, at * SHORT_ITEM + QueryTilesItem.KEY_TILES)
+                addresses(at, x.stages, y.stages, Ds, tx)
+                place = bx
+                item[NEXT_TOKEN] = number(ITEMS, place * SHORT_ITEM + QueryTilesItem.TOKEN)
+                item[NEXT_STEPS] = number(ITEMS, place * SHORT_ITEM + QueryTilesItem.KEY_TILES)
                 count = count_items(nitems, bx, grid)
                 # for t0, keys in items: O = ((index_q @ keys.T > 0) * di) @ keys; DQ = w * O; DW = sum(index_q * O)
                 for _ in T.serial(count):
                     item[TOKEN] = item[NEXT_TOKEN]
                     item[STEPS] = item[NEXT_STEPS]
-                    at = T.min(at + grid, nitems - 1)
-                    item[NEXT_TOKEN] = number(ITEMS, at * SHORT_ITEM + QueryTilesItem.TOKEN)
-                    item[NEXT_STEPS] = number(ITEMS, at * SHORT_ITEM + QueryTilesItem.KEY_TILES)
+                    place = T.min(place + grid, nitems - 1)
+                    item[NEXT_TOKEN] = number(ITEMS, place * SHORT_ITEM + QueryTilesItem.TOKEN)
+                    item[NEXT_STEPS] = number(ITEMS, place * SHORT_ITEM + QueryTilesItem.KEY_TILES)
                     T.call_extern(
                         "handle", "gd_weights", w.access_ptr("w"), T.address_of(W[0]), (item[TOKEN] - q_base) * IP, nq
                     )
-                    mainloop(x, y, products, words, v, item[STEPS], tx)
-                    for r, e in T.Parallel(128, E):
-                        XO[r, e] = O[r, e] * T.cast(Xs[v[X_STAGE], r, e], "float32")
-                    T.reduce_sum(XO, dw, dim=1)
+                    mainloop(x, y, S, X, P, O, at, v, item[STEPS], tx)
+                    T.call_extern(
+                        "handle", f"gd_row_products<{E}>", O.access_ptr("r"), dw.access_ptr("w"),
+                        at[X_ROWS] * 16 + v[X_STAGE] * (256 * E),
+                    )  # fmt: skip
                     release_x(x, v, tx)
                     T.call_extern(
                         "handle", f"gd_store_query<{E}, {IP}, {rotation}>", O.access_ptr("rw"), w.access_ptr("r"),
@@ -248,15 +275,15 @@ def build_query(E, IP, rotation=0):
                         row = (row + key) * 128 + (first & 127)
                         key = key * 128
                         first = (first - q_base) * IP
-                        T.barrier_wait(emptyx[xs], xp)
-                        T.tma_copy(IQ[first : first + 128, 0:E], Xs[xs, :, :], barrier=fullx[xs])
-                        commit((fullx, xs))
+                        T.barrier_wait(x.empty[xs], xp)
+                        T.tma_copy(IQ[first : first + 128, 0:E], x.stages[xs, :, :], barrier=x.full[xs])
+                        commit((x.full, xs))
                         advance(xs, xp, X_STAGES)
                         for _ in T.serial(steps):
-                            T.barrier_wait(empty[ys], yp)
-                            T.tma_copy(IK[key : key + 128, 0:E], Ys[ys, :, :], barrier=full[ys])
-                            T.tma_copy(DI[row : row + TOKENS, 0:128], Ds[ys, :, :], barrier=full[ys])
-                            commit((full, ys))
+                            T.barrier_wait(y.empty[ys], yp)
+                            T.tma_copy(IK[key : key + 128, 0:E], y.stages[ys, :, :], barrier=y.full[ys])
+                            T.tma_copy(DI[row : row + TOKENS, 0:128], Ds[ys, :, :], barrier=y.full[ys])
+                            commit((y.full, ys))
                             key = key + 128
                             row = row + 128
                             advance(ys, yp, STAGES)
@@ -278,7 +305,7 @@ def build_key(E, IP):
                                           (each sees kt; none: an empty item). slot < 0: DK[kt·128 + r] += sum;
                                           otherwise PART[slot·128 + r] = sum, for `gradients_reduce` to add in order
     """
-    mainloop, release_x = _template(E, IP, "key")
+    mainloop, release_x, addresses = _template(E, IP, "key")
     STAGES, TOKENS = Y_STAGES[E], 128 // IP
     nq, nk, nt = T.dynamic("nq"), T.dynamic("nk"), T.dynamic("nt")
     np, nb, ni = T.dynamic("np"), T.dynamic("nb"), T.dynamic("ni")
@@ -292,38 +319,23 @@ def build_key(E, IP):
     ):  # fmt: skip
         with T.Kernel(grid, threads=384) as bx:
             T.import_source(SOURCE)
-            Xs = T.alloc_shared((X_STAGES, 128, E), "bfloat16")
-            Ys = T.alloc_shared((STAGES, 128, E), "bfloat16")
-            Ds = T.alloc_shared((STAGES, TOKENS, 128), "bfloat16")
+            x, y, Ds = _shared(E, STAGES, TOKENS)
             Ws = T.alloc_shared((STAGES, 128), "float32")
-            S = T.alloc_fragment((128, 128), "float32")
-            P = T.alloc_fragment((128, 128), "bfloat16")
-            O = T.alloc_fragment((128, E), "float32")
-            fullx = T.alloc_barrier([1] * X_STAGES)
-            emptyx = T.alloc_barrier([8] * X_STAGES)
-            full = T.alloc_barrier([1] * STAGES)
-            empty = T.alloc_barrier([8] * STAGES)
             tx = T.get_thread_binding()
             if tx < 256:
                 T.set_max_nreg(REGISTERS[0], 1)
-                v = T.alloc_local((STATE,), "int32")
-                bits = T.alloc_local((32,), "uint32")
-                address = T.alloc_local((2,), "int32")
-                ones = T.alloc_local((1,), "int32")
+                v, S, P, O, X, at = _registers(E)
                 item = T.alloc_local((4,), "int32")
-                at = T.alloc_var("int32")
+                place = T.alloc_var("int32")
                 n = T.alloc_var("int32")
                 count = T.alloc_var("int32")
                 for i in list(range(STATE)):
                     v[i] = 0
-                address[0] = shared_address(Ds)
-                address[1] = shared_address(Ws)
-                ones[0] = T.if_then_else(grid > 0, -1, 0)
-                x, y = Ring(Xs, fullx, emptyx), Ring(Ys, full, empty)
-                products, words = (S, P, O), (bits, address, ones)
-                at = bx
-                item[NEXT_BLOCK] = number(ITEMS, at * SHORT_ITEM + KeyBlocksItem.BLOCK)
-                item[NEXT_BLOCK_END] = number(ITEMS, at * SHORT_ITEM + KeyBlocksItem.BLOCK_END)
+                addresses(at, x.stages, y.stages, Ds, tx)
+                at[WEIGHTS] = shared_address(Ws)
+                place = bx
+                item[NEXT_BLOCK] = number(ITEMS, place * SHORT_ITEM + KeyBlocksItem.BLOCK)
+                item[NEXT_BLOCK_END] = number(ITEMS, place * SHORT_ITEM + KeyBlocksItem.BLOCK_END)
                 count = count_items(nitems, bx, grid)
                 # for kt, tokens in items: O = ((index_k @ index_q.T > 0) * (di * w).bfloat16()) @ index_q; DK += O
                 for _ in T.serial(count):
@@ -331,13 +343,13 @@ def build_key(E, IP):
                         "int32", "gd_steps", (item[NEXT_BLOCK] * 128 - q_base) * IP,
                         (item[NEXT_BLOCK_END] * 128 - q_base) * IP, nq,
                     )  # fmt: skip
-                    item[KEY_TILE] = number(ITEMS, at * SHORT_ITEM + KeyBlocksItem.KEY_TILE)
-                    item[SLOT] = number(ITEMS, at * SHORT_ITEM + KeyBlocksItem.SLOT)
-                    at = T.min(at + grid, nitems - 1)
-                    item[NEXT_BLOCK] = number(ITEMS, at * SHORT_ITEM + KeyBlocksItem.BLOCK)
-                    item[NEXT_BLOCK_END] = number(ITEMS, at * SHORT_ITEM + KeyBlocksItem.BLOCK_END)
+                    item[KEY_TILE] = number(ITEMS, place * SHORT_ITEM + KeyBlocksItem.KEY_TILE)
+                    item[SLOT] = number(ITEMS, place * SHORT_ITEM + KeyBlocksItem.SLOT)
+                    place = T.min(place + grid, nitems - 1)
+                    item[NEXT_BLOCK] = number(ITEMS, place * SHORT_ITEM + KeyBlocksItem.BLOCK)
+                    item[NEXT_BLOCK_END] = number(ITEMS, place * SHORT_ITEM + KeyBlocksItem.BLOCK_END)
                     if n > 0:
-                        mainloop(x, y, products, words, v, n, tx)
+                        mainloop(x, y, S, X, P, O, at, v, n, tx)
                         release_x(x, v, tx)
                         T.call_extern(
                             "handle", f"add_or_store<{E}>", O.access_ptr("r"), T.address_of(DK[0, 0]),
@@ -366,9 +378,9 @@ def build_key(E, IP):
                         steps = T.call_extern("int32", "gd_steps", first, (steps * 128 - q_base) * IP, nq)
                         left = 0
                         if steps > 0:
-                            T.barrier_wait(emptyx[xs], xp)
-                            T.tma_copy(IK[key * 128 : key * 128 + 128, 0:E], Xs[xs, :, :], barrier=fullx[xs])
-                            commit((fullx, xs))
+                            T.barrier_wait(x.empty[xs], xp)
+                            T.tma_copy(IK[key * 128 : key * 128 + 128, 0:E], x.stages[xs, :, :], barrier=x.full[xs])
+                            commit((x.full, xs))
                             advance(xs, xp, X_STAGES)
                         for _ in T.serial(steps):
                             if left == 0:
@@ -376,11 +388,11 @@ def build_key(E, IP):
                                 row = number(BLOCKS, block * SHORT_ITEM + Block.TILE_BASE)
                                 row = (row + key) * 128
                                 block = block + 1
-                            T.barrier_wait(empty[ys], yp)
-                            T.tma_copy(IQ[first : first + 128, 0:E], Ys[ys, :, :], barrier=full[ys])
-                            T.tma_copy(DI[row : row + TOKENS, 0:128], Ds[ys, :, :], barrier=full[ys])
-                            T.tma_copy(W[first : first + 128], Ws[ys, :], barrier=full[ys])
-                            commit((full, ys))
+                            T.barrier_wait(y.empty[ys], yp)
+                            T.tma_copy(IQ[first : first + 128, 0:E], y.stages[ys, :, :], barrier=y.full[ys])
+                            T.tma_copy(DI[row : row + TOKENS, 0:128], Ds[ys, :, :], barrier=y.full[ys])
+                            T.tma_copy(W[first : first + 128], Ws[ys, :], barrier=y.full[ys])
+                            commit((y.full, ys))
                             first = first + 128
                             row = row + TOKENS
                             left = left - 1

@@ -46,6 +46,7 @@ REGISTERS = (160, 32)  # of a thread of the warps that compute, of the others
 # of a thread that computes: stage of Q and its parity; stage of K; which barrier tells that it is full, and its parity
 Q_STAGE, Q_PARITY, K_STAGE, K_FULL, K_PARITY = range(5)
 STATE = 5
+NEXT = 2  # of L's registers, the next head's
 Q_ROWS, K_ROWS = range(2)  # where in shared memory Q and K begin, in units of 16 bytes
 
 
@@ -67,25 +68,32 @@ def build(D, mode):
         arrive(q.empty, v[Q_STAGE], tx)
         advance(v[Q_STAGE], v[Q_PARITY], QST)
 
-    # S = Q[t, h] @ K[s, h // HG].T; A += f(S)
+    # L of the thread's two rows
     @T.macro
-    def step(q, v, registers, at, rows, head, scale, tx):
+    def load_low(L, low, at, first, second, head):
+        if mode != SUM:
+            low[at] = T.call_extern("float32", "load_float", T.address_of(L[0]), first + head)
+            low[at + 1] = T.call_extern("float32", "load_float", T.address_of(L[0]), second + head)
+
+    # S = Q[t, h] @ K[s, h // HG].T; A += f(S). L of the next head is asked for meanwhile
+    @T.macro
+    def step(q, v, registers, at, rows, head, H, scale, tx):
         S, A, low = registers
         L, first, second = rows
         T.barrier_wait(q.full[v[Q_STAGE]], v[Q_PARITY])
         T.call_extern(
-            "handle", f"wg_product<128, {D}, 64>", S.access_ptr("rw"), at[Q_ROWS] + v[Q_STAGE] * Q_SIZE,
+            "handle", f"nr_product<{D}>", S.access_ptr("rw"), at[Q_ROWS] + v[Q_STAGE] * Q_SIZE,
             at[K_ROWS] + v[K_STAGE] * K_SIZE,
         )  # fmt: skip
-        if mode != SUM:
-            low[0] = T.call_extern("float32", "load_float", T.address_of(L[0]), first + head)
-            low[1] = T.call_extern("float32", "load_float", T.address_of(L[0]), second + head)
+        load_low(L, low, NEXT, first, second, T.min(head + 1, H - 1))
         T.wait_wgmma(0)
         T.warpgroup_fence_operand(S, num_regs=64)
         next_head(q, v, tx)
         T.call_extern(
             "handle", f"sc_add<{mode}, 0, 16>", S.access_ptr("r"), A.access_ptr("rw"), low.access_ptr("r"), scale
         )
+        low[0] = low[NEXT]
+        low[1] = low[NEXT + 1]
 
     @T.macro
     def next_group(v, tiles):
@@ -99,7 +107,7 @@ def build(D, mode):
         H, HG, scale, qbase, nitems, grid = sizes
         S = T.alloc_local((64,), "float32")
         A = T.alloc_local((64,), "float32")
-        low = T.alloc_local((2,), "float32")
+        low = T.alloc_local((4,), "float32")
         v = T.alloc_local((STATE,), "int32")
         at = T.alloc_local((2,), "int32")
         factor = T.alloc_var("float32")
@@ -131,11 +139,12 @@ def build(D, mode):
                 first = T.call_extern("int32", "nr_row", token - qbase, tq - 1) * H
                 second = T.call_extern("int32", "nr_row", token - qbase + 8, tq - 1) * H
                 head = 0
+                load_low(L, low, 0, first, second, 0)
                 for _ in T.serial(H // HG):
                     T.barrier_wait(k.full[tx // 128 * KST + v[K_FULL]], v[K_PARITY])
                     advance(v[K_FULL], v[K_PARITY], KST)
                     for _ in T.serial(HG):
-                        step(q, v, (S, A, low), at, (L, first, second), head, factor, tx)
+                        step(q, v, (S, A, low), at, (L, first, second), head, H, factor, tx)
                         head = head + 1
                     arrive(k.empty, v[K_STAGE], tx)
                     next_group(v, tiles)

@@ -197,7 +197,8 @@ BUILDERS = {
         "score",
         "build",
         (
-            *({"D": D, "mode": mode} for D in HEAD_WIDTHS for mode in (EXP, SUM)),
+            *({"D": D, "mode": EXP} for D in HEAD_WIDTHS),
+            *({"D": D, "mode": SUM} for D in HEAD_WIDTHS if D not in NARROW_STAGES),
             *({"D": E, "mode": RELU} for E in INDEX_WIDTHS),
         ),
     ),

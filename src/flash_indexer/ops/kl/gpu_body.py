@@ -18,6 +18,7 @@ from flash_indexer.kernels.sm_90.sizes import (
     INDEX_WIDTHS,
     MAX_HEADS,
     MAX_INDEX_HEADS,
+    NARROW_STAGES,
     PADDED_HEADS,
     RELU,
     ROTATED_QUERIES,
@@ -31,7 +32,7 @@ from flash_indexer.ops.kl.plan import Plan, PlanSizes, TileChunk
 from flash_indexer.ops.problem import Problem
 from flash_indexer.ops.worklists import TILE
 
-NARROW: tuple[int, ...] = ()  # widths whose scores `score_narrow` forms: those of NARROW_STAGES, when it has been timed
+NARROW = tuple(NARROW_STAGES)  # widths whose scores `score_narrow` forms
 _SUMMED = 2**24  # elements of the float32 sums from which the terms are made: no second copy of a long chunk's queries
 _TERMS = 3  # bfloat16 terms that hold a float32 sum of queries exactly enough: 8 bits each
 

@@ -15,7 +15,7 @@ from typing import NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-from flash_indexer.ops.worklists import TILE, balance, cached, deal, ragged, to_device, visible_tiles
+from flash_indexer.ops.worklists import TILE, balance, cached, deal, one_thread, ragged, to_device, visible_tiles
 
 BYTES_PER_TILE = TILE * TILE * (4 + 4 + 2)  # teacher scores, index scores, di
 _SIDE_BY_SIDE = {False: 1, True: 8}  # token blocks whose tiles are computed together; one key head, many
@@ -67,16 +67,19 @@ class TileChunk:
     make_gradients: Callable[[], GradientItems]
 
     @cached_property
+    @one_thread()
     def score(self) -> Tensor:
         """(token, key, tile, 0) of every tile."""
         return self.make_score()
 
     @cached_property
+    @one_thread()
     def narrow(self) -> Tensor:
         """(token, key, tile, tiles): three neighbouring tiles at most, and half of the block's tokens."""
         return self.make_narrow()
 
     @cached_property
+    @one_thread()
     def gradients(self) -> GradientItems:
         """Of the tiles' gradients."""
         return self.make_gradients()

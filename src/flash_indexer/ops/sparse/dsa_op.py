@@ -228,7 +228,9 @@ class _RecomputedAttention(torch.autograd.Function):
         ctx.mark_non_differentiable(lse, *selection)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(q, k, v, sinks, *leaves, out, lse, *(selection if settings.save_selection else ()))
-        ctx.settings, ctx.consumed = settings, False
+        # saved once, as tensors, which activation checkpointing frees
+        ctx.settings = settings._replace(selection=None) if settings.save_selection else settings
+        ctx.consumed = False
         return out, lse, *selection
 
     @staticmethod
@@ -264,16 +266,21 @@ def attention_and_learning(
     learner: Learner | None,
 ) -> tuple[Tensor | None, KeySums, Sums | None]:
     """dq, the sums dk and dv, and what `learner` makes of the same probabilities, a run of rows at a time."""
-    needs = Needs(*wanted, p_sum=learner is not None)
-    sums, learned = new_key_sums(problem, needs), None if learner is None else learner.new_sums()
+    needs, learned = Needs(*wanted, p_sum=learner is not None), None
+    sums, runs = new_key_sums(problem, needs), list(runs_of_rows(problem.selection, problem.workspace_bytes))
+    if learner is not None and len(runs) != 1:
+        learned = learner.new_sums()
     dq = problem.q.new_empty(problem.q.shape) if needs.q and len(problem.q) == 0 else None
-    for rows in runs_of_rows(problem.selection, problem.workspace_bytes):
+    for rows in runs:
         tiles = None if learner is None else learner.ahead(rows)
         made = sparse_backward(problem.rows(rows), d_out[rows], out[rows], lse[rows], needs, sums)
         if made.dq is not None:
             dq = with_rows(dq, rows, made.dq, len(problem.q))
-        if learner is not None and learned is not None and made.p_sum is not None:
-            learner.learn(rows, made.p_sum, learned, tiles)
+        if learner is not None and made.p_sum is not None:
+            if learned is None:
+                learned = learner.learn_all(made.p_sum, tiles)
+            else:
+                learner.learn(rows, made.p_sum, learned, tiles)
     return dq, sums, learned
 
 

@@ -1,15 +1,19 @@
 """Selection by kernels: score tiles of a chunk of rows, then the K largest of each row. See `torch_select`.
 
+The scores are the indexer's (`select`), or the attention's own probabilities summed over heads (`attended`).
+
 A score is the same bits in whatever tile, chunk or call it is computed: each is one accumulator's sum over heads in
 their order, and an accumulator's value does not depend on its place in a tile. So is the selection.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
-from flash_indexer.kernels.sm_90.sizes import INDEX_WIDTHS, RELU
+from flash_indexer.kernels.sm_90.sizes import EXP, HEAD_WIDTHS, INDEX_WIDTHS, MAX_HEADS, RELU
 from flash_indexer.ops import launch
 from flash_indexer.ops.sparse.plan import ScoreChunk, ScorePlan, score_plan
 from flash_indexer.ops.sparse.problem import Leaves
@@ -42,25 +46,92 @@ def select(
     Raises:
         ValueError: as `check_intervals`, when the contents are no valid intervals.
     """
-    T, S = index_q.shape[0], index_k.shape[0]
     device = index_q.device
-    out = Selection(
-        torch.empty(T, min(topk, S), dtype=torch.int32, device=device),
-        torch.empty(T, dtype=torch.int32, device=device),
-        torch.empty(T, min(topk, S), device=device),
-    )
     with torch.cuda.device(device):
-        plan = score_plan(key_start, key_end, S, workspace_bytes)
-        if not out.indices.numel():
-            return out._replace(count=out.count.zero_())
         leaves = launch.aligned(index_q), launch.aligned(index_k), index_weights.contiguous()
         launch.prepare([("score", dict(D=index_q.shape[2], mode=RELU)), ("select", {})])
-        tiles = max(chunk.tiles for chunk in plan.chunks)
-        scores = torch.empty(max(tiles, 1) * TILE, TILE, device=device)
+        plan = score_plan(key_start, key_end, index_k.shape[0], workspace_bytes)
+        out = _new_selection(len(index_q), min(topk, index_k.shape[0]), device)
+        return _best(plan, (key_start, key_end), always, out, lambda chunk, room: index_scores(leaves, chunk, room))
+
+
+def attended_refusal(q: Tensor, softmax_scale: float) -> str | None:
+    """Why `attended` doesn't take an attention; None where it does."""
+    _, H, D = q.shape
+    if D not in HEAD_WIDTHS or q.dtype != torch.bfloat16:
+        widths = ", ".join(map(str, HEAD_WIDTHS))
+        return f"the keys of largest attention have kernels for bfloat16 of D in {{{widths}}}, got {q.dtype}, D={D}"
+    if not 1 <= H <= MAX_HEADS:
+        return f"the keys of largest attention have kernels for 1 to {MAX_HEADS} heads, got H={H}; split the heads"
+    if not softmax_scale > 0:
+        return f"the keys of largest attention have kernels for a positive softmax_scale, got {softmax_scale}"
+    return None
+
+
+@torch.no_grad()
+def attended(
+    q: Tensor,
+    k: Tensor,
+    key_start: Tensor,
+    key_end: Tensor,
+    topk: int,
+    softmax_scale: float,
+    workspace_bytes: int,
+) -> Selection:
+    """S_t of `torch_attended`, K = min(topk, S) slots a query; the same bits at any workspace_bytes.
+
+    Raises:
+        ValueError: as `check_intervals`, when the contents are no valid intervals.
+    """
+    (T, H, D), (S, G, _) = q.shape, k.shape
+    with torch.cuda.device(q.device):
+        plan = score_plan(key_start, key_end, S, workspace_bytes)
+        out = _new_selection(T, min(topk, S), q.device)
+        if not out.indices.numel():
+            return out._replace(count=out.count.zero_())
+        launch.prepare([("lse", dict(D=D)), ("score", dict(D=D, mode=EXP)), ("select", {})])
+        queries, keys = launch.aligned(q).view(T, H * D), launch.aligned(k).view(S, G * D)
+        lse, ctas = torch.empty(T * H, device=q.device), launch.processors(q.device)
         intervals = key_start.contiguous(), key_end.contiguous()
-        for chunk in plan.chunks:
-            index_scores(leaves, chunk, scores)
-            top_rows(scores, plan, chunk, intervals, always, out)
+        launch.load("lse", D=D)(
+            queries, keys, *intervals, lse, H, H // G, softmax_scale, min(-(-T // TILE) * H, ctas)
+        )  # fmt: skip
+
+        def score(chunk: ScoreChunk, room: Tensor) -> None:
+            if chunk.tiles:
+                launch.load("score", D=D, mode=EXP)(
+                    queries, keys, lse, room, chunk.score, H, H // G, softmax_scale, 0, chunk.tiles,
+                    min(chunk.tiles, ctas),
+                )  # fmt: skip
+
+        return _best(plan, intervals, (0, 0), out, score)
+
+
+def _new_selection(T: int, width: int, device: torch.device) -> Selection:
+    return Selection(
+        torch.empty(T, width, dtype=torch.int32, device=device),
+        torch.empty(T, dtype=torch.int32, device=device),
+        torch.empty(T, width, device=device),
+    )
+
+
+def _best(
+    plan: ScorePlan,
+    intervals: tuple[Tensor, Tensor],
+    always: tuple[int, int],
+    out: Selection,
+    score: Callable[[ScoreChunk, Tensor], None],
+) -> Selection:
+    """`out`, all of it written, from the tiles that `score` writes, chunk by chunk, to the same room."""
+    if not out.indices.numel():
+        return out._replace(count=out.count.zero_())
+    tiles = max(chunk.tiles for chunk in plan.chunks)
+    scores = torch.empty(max(tiles, 1) * TILE, TILE, device=out.indices.device)
+    start, end = intervals
+    contiguous = start.contiguous(), end.contiguous()
+    for chunk in plan.chunks:
+        score(chunk, scores)
+        top_rows(scores, plan, chunk, contiguous, always, out)
     return out
 
 

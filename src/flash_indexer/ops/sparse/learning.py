@@ -20,9 +20,11 @@ from flash_indexer.ops.sparse.stages import (
     sparse_index_scores,
     sparse_kl_rows,
 )
+from flash_indexer.ops.worklists import TILE
 
-_NUMBERS, _NUMBERS_TORCH = 6, 16  # numbers of a slot that fit the workspace: three that a run of rows holds beside the
-# stages' own chunks, p_sum, scores and di, or eight with those that `sparse_kl_rows` makes in torch
+_NUMBERS, _NUMBERS_TORCH = 4, 16  # of a slot that fit the workspace: p_sum, di, and what the gradients are made with
+# (8 bytes of masks); in torch beside the stages' own chunks three that a run of rows holds, p_sum, scores and di, or
+# eight with those that `sparse_kl_rows` makes
 
 
 class Learner(NamedTuple):
@@ -62,29 +64,52 @@ class Learner(NamedTuple):
 
     def learn(self, rows: slice, p_sum: Tensor, sums: Sums, tiles: Tiles | None = None) -> None:
         """KL, entropy and gradients of these rows from p_sum [rows, K] summed over all heads; tiles: of `ahead`."""
+        made = self._made(rows, p_sum, sums.d_index_k, tiles)
+        sums.kl[rows], sums.entropy[rows] = made.kl, made.entropy
+        for whole, part in ((sums.d_index_q, made.d_index_q), (sums.d_index_weights, made.d_index_weights)):
+            if whole is not None and part is not None:
+                whole[rows] = part
+
+    def learn_all(self, p_sum: Tensor, tiles: Tiles | None = None) -> Sums:
+        """What `learn` makes of all rows in one run, without room to copy it to."""
+        return self._made(slice(0, len(p_sum)), p_sum, None, tiles)
+
+    def _made(self, rows: slice, p_sum: Tensor, d_index_k: Tensor | None, tiles: Tiles | None) -> Sums:
+        """Of these rows, but for d_index_k, which is added to; None makes it."""
         leaves, chosen = self._of(rows)
         known = self.scores_are_known
         scores = chosen.scores if known else sparse_index_scores(leaves, chosen, self.workspace_bytes)
         kl, entropy, di = sparse_kl_rows(p_sum, scores, chosen.count, self.token_weight[rows])
-        sums.kl[rows], sums.entropy[rows] = kl, entropy
-        if any(self.needs):
-            made = sparse_index_gradients(
-                di, leaves, chosen, self.needs, d_index_k=sums.d_index_k, deterministic=self.deterministic,
-                workspace_bytes=self.workspace_bytes, tiles=tiles,
-            )  # fmt: skip
-            for whole, part in ((sums.d_index_q, made.d_index_q), (sums.d_index_weights, made.d_index_weights)):
-                if whole is not None and part is not None:
-                    whole[rows] = part
+        if not any(self.needs):
+            return Sums(kl, entropy, None, None, None)
+        made = sparse_index_gradients(
+            di, leaves, chosen, self.needs, d_index_k=d_index_k, deterministic=self.deterministic,
+            workspace_bytes=self.workspace_bytes, tiles=tiles,
+        )  # fmt: skip
+        return Sums(kl, entropy, *made)
 
 
 def runs_of_rows(selection: Selection, workspace_bytes: int) -> Iterator[slice]:
-    """Runs of query rows whose [rows, K] tensors fit workspace_bytes; the same on ranks with other heads."""
+    """Runs of query rows whose [rows, K] tensors fit workspace_bytes, of nearly one length; whole tiles for kernels.
+
+    The same on ranks with other heads.
+    """
     T, K = selection.indices.shape
     device = selection.indices.device
     by_kernels = device.type == "cuda" and bodies.generation(device) != bodies.TORCH
-    numbers = _NUMBERS if by_kernels else _NUMBERS_TORCH
-    step = max(1, workspace_bytes // (max(1, K) * numbers * selection.scores.element_size()))
-    yield from (slice(begin, min(begin + step, T)) for begin in range(0, T, step))
+    numbers, unit = (_NUMBERS, TILE) if by_kernels else (_NUMBERS_TORCH, 1)
+    yield from equal_runs(T, workspace_bytes // (max(1, K) * numbers * selection.scores.element_size()), unit)
+
+
+def equal_runs(T: int, most: int, unit: int) -> Iterator[slice]:
+    """As few runs of T rows, of at most `most` and at least one, as there can be, about equal: whole units, the last
+    aside, where `most` holds one. A last run of a few rows would cost as many launches as a long one.
+    """
+    unit = unit if most >= unit else 1
+    most = max(most // unit, 1)
+    units = -(-T // unit)
+    step = unit * -(-units // max(-(-units // most), 1))
+    yield from (slice(begin, min(begin + step, T)) for begin in range(0, T, max(step, 1)))
 
 
 def with_rows(whole: Tensor | None, rows: slice, part: Tensor, total: int) -> Tensor:

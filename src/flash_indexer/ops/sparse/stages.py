@@ -1,6 +1,7 @@
 """The sparse stage's steps, for whoever owns the loop over rows and ranks. None knows autograd or a process group.
 
     select_rows             Selection of the K keys of largest score      index_q, index_k, index_weights, intervals
+    attended_rows           Selection of the K keys of largest attention  q, k, intervals
     sparse_forward          out, lse                                      SparseProblem; with sinks: forward_with_sinks
     sparse_backward         dq, sums dk and dv, p_sum                     SparseProblem, d_out, out, lse
     sparse_target           p_sum alone, where no backward runs           SparseProblem, lse or None
@@ -22,6 +23,7 @@ A GPU body (gpu_body.py gathers keys, gpu_bits.py takes dense tiles) has some of
 torch_attention and torch_index have them:
 
     select(index_q, index_k, index_weights, key_start, key_end, topk, always, workspace_bytes) -> Selection
+    attended(q, k, key_start, key_end, topk, softmax_scale, workspace_bytes) -> Selection
     forward(problem) -> out, lse
     target(problem, lse | None) -> p_sum
     backward(problem, d_out, out, lse, needs, sums) -> dq | None, p_sum | None          adds to sums.dk, sums.dv
@@ -50,6 +52,7 @@ from flash_indexer.ops.sparse import (
     gpu_body,
     gpu_index,
     gpu_select,
+    torch_attended,
     torch_attention,
     torch_index,
     torch_select,
@@ -93,6 +96,18 @@ def select_rows(
     step = torch_select.select if body == TORCH else gpu_select.select
     with torch.autocast(leaves[0].device.type, enabled=False):
         return step(*leaves, key_start, key_end, topk, always, workspace_bytes)
+
+
+def attended_rows(
+    q: Tensor, k: Tensor, key_start: Tensor, key_end: Tensor, topk: int, softmax_scale: float, workspace_bytes: int
+) -> Selection:
+    """The topk visible keys with the largest sum_h a[t,h,s], the attention over all visible keys summed over heads."""
+    body = bodies.choose("select_keys", q.device, lambda: gpu_select.attended_refusal(q, softmax_scale))
+    if body == TORCH:
+        check_intervals(key_start, key_end, k.shape[0])
+    step = torch_attended.attended if body == TORCH else gpu_select.attended
+    with torch.autocast(q.device.type, enabled=False):
+        return step(q, k, key_start, key_end, topk, softmax_scale, workspace_bytes)
 
 
 def sparse_forward(problem: SparseProblem) -> tuple[Tensor, Tensor]:
