@@ -61,6 +61,10 @@ def parse(words: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--held-out", help="text to judge on; default: the standard library's other half")
     parser.add_argument("--steps", type=int, default=360)
     parser.add_argument("--sequence-length", type=int, default=2048)
+    parser.add_argument(
+        "--batch-size", type=int, default=1, help="many tokens a step, so that the device sets the pace"
+    )
+    parser.add_argument("--warmup-steps", type=int, default=20)
     parser.add_argument("--points", type=int, default=8, help="indexers that are judged, of each training")
     parser.add_argument("--sequences", type=int, default=10, help="held-out sequences")
     parser.add_argument("--k", type=int, default=128, help="keys whose attention mass is taken")
@@ -89,7 +93,7 @@ def train(arguments: argparse.Namespace, fraction: float, steps: int) -> Record:
     every = max(steps // arguments.points, 1)
     settings = WarmupSettings(
         model=arguments.model, data=arguments.data, sequence_length=arguments.sequence_length, steps=steps,
-        save_every=every, queries=fraction,
+        batch_size=arguments.batch_size, warmup_steps=arguments.warmup_steps, save_every=every, queries=fraction,
     )  # fmt: skip
     with tempfile.TemporaryDirectory() as folder:
         handle, saved = keep_checkpoints(settings, Path(folder))
@@ -103,7 +107,8 @@ def train(arguments: argparse.Namespace, fraction: float, steps: int) -> Record:
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
     return {
         "commit": arguments.commit, "device": device, "torch": torch.__version__, "model": arguments.model,
-        "sequence_length": arguments.sequence_length, "queries": fraction, "steps": steps,
+        "sequence_length": arguments.sequence_length, "batch_size": arguments.batch_size, "queries": fraction,
+        "steps": steps,
         "seconds_per_step": seconds, "k": arguments.k, "curve": curve,
     }  # fmt: skip
 

@@ -3,9 +3,9 @@
     python benchmarks/record_stage.py --out runs/stage --jobs 3
 
 1. text      train, validation and held-out documents (`stage_text.py`)
-2. warm-up   360 steps of 2,048 tokens, as the recorded warm-up's
-3. rates     short runs, dense, of each of RATES, then with the indexers' keys of each of INDEXER_RATES; the lowest
-             perplexity on the validation text wins, and all three runs have the same
+2. warm-up   of WARM_UP's indexers, --warm-up-steps of 16 sequences
+3. rates     short runs, dense, of each of RATES, and with the indexers' keys of each of INDEXER_RATES at the second of
+             RATES; the lowest perplexity on the validation text wins, and all three runs have the same
 4. runs      on the same tokens: dense attention (K = the sequence's length), the indexer's keys and the oracle's at
              each --topk
 5. judgement all of them on the held-out text, dense and sparse (`stage.py`), and `flash-indexer evaluate` of the
@@ -29,7 +29,8 @@ from queue import SimpleQueue
 
 HERE = Path(__file__).parent
 RATES = ("3e-5", "1e-4", "3e-4")
-INDEXER_RATES = ("1e-4", "3e-4", "1e-3")
+INDEXER_RATES = ("3e-4", "1e-3", "3e-3")
+WARM_UP = ["--num-heads", "16", "--head-dim", "128", "--lr", "3e-3", "--batch-size", "16"]
 SCHEDULE = ["--warmup-steps", "10", "--decay", "cosine"]
 
 
@@ -39,15 +40,16 @@ def main() -> None:
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--text", type=Path, help="folder of train, validation and held_out.jsonl; default: made")
     parser.add_argument("--length", type=int, default=2048, help="tokens of a sequence")
-    parser.add_argument("--warm-up-steps", type=int, default=360)
+    parser.add_argument("--warm-up-steps", type=int, default=500)
     parser.add_argument("--topk", type=int, nargs="+", default=[128, 256], help="rates are chosen at the first")
-    parser.add_argument("--steps", type=int, default=300, help="of each of the runs")
+    parser.add_argument("--steps", type=int, default=250, help="of each of the runs, of 2 x --batch-size sequences")
     parser.add_argument("--rate-steps", type=int, default=40)
     parser.add_argument(
-        "--batch-size", type=int, default=8, help="sequences; the host sets the pace, so many cost little"
+        "--batch-size", type=int, default=8, help="of a micro-batch; the host sets the pace, so many cost little"
     )
     parser.add_argument("--sequences", type=int, default=98, help="held-out ones, of 2,048 tokens")
     parser.add_argument("--evaluate-sequences", type=int, default=24, help="of `evaluate`'s own pages, at most as many")
+    parser.add_argument("--needles", type=int, default=10, help="documents of the needle test at each depth")
     parser.add_argument("--jobs", type=int, default=3, help="commands at a time")
     parser.add_argument("--gpus", type=int, default=1, help="GPUs that commands take in turns")
     parser.add_argument("--dtype", default="bfloat16")
@@ -73,26 +75,28 @@ class Stage:
 
     def warm_up(self) -> None:
         words = [
-            "--model",
-            self.options.model,
-            *self.common(),
-            "--steps",
-            str(self.options.warm_up_steps),
-            "--evaluate-sequences",
-            "0",
-        ]
+            "--model", self.options.model, *self.common(), *WARM_UP, "--steps", str(self.options.warm_up_steps),
+            "--evaluate-sequences", "0", "--save-every", str(self.options.warm_up_steps),
+        ]  # fmt: skip
         self.together({"warm": command("warmup", self.out / "warm", words)})
 
     def rates(self) -> None:
         if (self.out / "rates.json").exists():
             return
         steps, length, topk = self.options.rate_steps, self.options.length, self.options.topk[0]
-        dense = {f"rate-{lr}": self.sparse(f"rate-{lr}", length, "indexer", lr, "3e-4", steps) for lr in RATES}
-        self.together(dense)
-        lr = self.best({lr: f"rate-{lr}" for lr in RATES}, "dense")
-        names = {rate: f"indexer-rate-{rate}" for rate in INDEXER_RATES}
-        self.together({name: self.sparse(name, topk, "indexer", lr, rate, steps) for rate, name in names.items()})
-        rate = self.best(names, f"indexer {topk}")
+        first = INDEXER_RATES[0]
+        dense, sparse = ({lr: f"rate-{lr}" for lr in RATES}, {lr: f"indexer-rate-{lr}" for lr in INDEXER_RATES})
+        runs = {name: self.sparse(name, length, "indexer", lr, first, steps) for lr, name in dense.items()}
+        runs |= {name: self.sparse(name, topk, "indexer", RATES[1], rate, steps) for rate, name in sparse.items()}
+        self.together(runs)
+        judged = {"dense": dense, f"indexer {topk}": sparse}
+        files = {attention: self.out / f"validation-{attention.replace(' ', '-')}.json" for attention in judged}
+        wanted = {
+            at: (list(names.values()), self.text / "validation.jsonl", "24", files[at]) for at, names in judged.items()
+        }
+        self.together({name: words for of_one in wanted.values() for name, words in self.judge_each(*of_one).items()})
+        self.together({file.stem: self.judge(*wanted[attention]) for attention, file in files.items()})
+        lr, rate = (best(files[attention], names, attention) for attention, names in judged.items())
         (self.out / "rates.json").write_text(json.dumps(dict(lr=lr, indexer_lr=rate)) + "\n", encoding="utf-8")
 
     def runs(self) -> None:
@@ -111,6 +115,7 @@ class Stage:
         for topk in self.options.topk:
             words = ["evaluate", "--run", str(self.out / f"indexer-{topk}"), "--data", str(held_out)]
             words += ["--sequences", str(min(self.options.evaluate_sequences, self.options.sequences))]
+            words += ["--needles", str(self.options.needles)]
             commands[f"evaluate-{topk}"] = [sys.executable, "-m", "flash_indexer", *words]
         commands |= self.judge_each(names, held_out, sequences, self.out / "held_out.json")
         self.together(commands)
@@ -123,19 +128,10 @@ class Stage:
     def sparse(self, name: str, topk: int, keys: str, lr: str, indexer_lr: str, steps: int) -> list[str]:
         words = [
             "--init-from", str(self.out / "warm"), *self.common(), "--topk", str(topk), "--keys", keys, "--lr", lr,
-            "--indexer-lr", indexer_lr, "--batch-size", str(self.options.batch_size), "--steps", str(steps), *SCHEDULE,
-            "--save-every", "200",
+            "--indexer-lr", indexer_lr, "--batch-size", str(self.options.batch_size), "--accumulation", "2",
+            "--steps", str(steps), *SCHEDULE, "--save-every", str(steps),
         ]  # fmt: skip
         return command("sparse", self.out / name, words)
-
-    def best(self, names: dict[str, str], attention: str) -> str:
-        """The rate whose run has the lowest loss on the validation text with that attention."""
-        file = self.out / f"validation-{attention.replace(' ', '-')}.json"
-        wanted = list(names.values()), self.text / "validation.jsonl", "24", file
-        self.together(self.judge_each(*wanted))
-        self.together({file.stem: self.judge(*wanted)})
-        found = json.loads(file.read_text(encoding="utf-8"))["runs"]
-        return min(names, key=lambda rate: found[names[rate]][attention]["nats"])
 
     def judge_each(self, names: Sequence[str], data: Path, sequences: str, file: Path) -> dict[str, list[str]]:
         """A process for each run, which keeps its losses for `judge`."""
@@ -180,6 +176,12 @@ class Stage:
         if code == 0:
             done.touch()
         return code
+
+
+def best(file: Path, names: dict[str, str], attention: str) -> str:
+    """The rate whose run has the lowest loss with that attention, of those that `file` judges."""
+    found = json.loads(file.read_text(encoding="utf-8"))["runs"]
+    return min(names, key=lambda rate: found[names[rate]][attention]["nats"])
 
 
 def command(name: str, out: Path, words: list[str]) -> list[str]:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import shutil
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,6 +19,7 @@ from matplotlib import rc_context
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
+from flash_indexer.judge.comparison_report import NUMBERS, PAGE, PLOT
 from flash_indexer.judge.plots import STYLE
 
 MOST_OVER_ORACLE, MOST_OF_BEFORE = 1.2, 1 / 3
@@ -108,6 +110,8 @@ def page(found: dict[str, Any], record: Path, out: Path) -> str:
     tokens = found["runs"]["dense"]["dense"]["tokens"]
     plot_losses(record, [f"indexer-{at.topk}" for at in costs(found)]).savefig(out / "sparse_loss.png", dpi=140)
     plot_costs(costs(found)).savefig(out / "sparse_costs.png", dpi=140)
+    judged = [copied(record / f"indexer-{at.topk}" / "report", out / f"sparse_k{at.topk}") for at in costs(found)]
+    links = ", ".join(f"[K={at.topk}]({folder.name}/{PAGE})" for at, folder in zip(costs(found), judged, strict=True))
     table = [
         "| K | before: indexer | before: oracle | dense run, its indexers' keys | after: indexer | after: oracle |",
         "| ---: | ---: | ---: | ---: | ---: | ---: |",
@@ -124,12 +128,40 @@ def page(found: dict[str, Any], record: Path, out: Path) -> str:
         "with the warm-up's indexers, over its own dense attention. Behind that: over the dense run, which trained on "
         "the same tokens at the same rates. Error bars are paired, over sequences.", "", *table, "",
         "![What few keys cost, before and after](sparse_costs.png)", "",
+        f"What `flash-indexer evaluate` says of the indexers' runs, layer by layer and with needles: {links}.", "",
         "## Training", "",
+        *training(record), "",
         f"Rates, chosen on validation text: {rates['lr']} for the model, {rates['indexer_lr']} for the indexers.", "",
         "![Loss by step](sparse_loss.png)", "",
         "## To reproduce", "", "```bash", "python benchmarks/record_stage.py --out runs/stage",
         "python benchmarks/stage_page.py --record runs/stage --out docs/smollm2-135m", "```", "",
     ])  # fmt: skip
+
+
+def training(record: Path) -> list[str]:
+    """What the warm-up and each run trained on, for how long."""
+
+    def of(name: str) -> tuple[dict[str, Any], float]:
+        run = json.loads((record / name / "run.json").read_text(encoding="utf-8"))
+        last = (record / name / "metrics.jsonl").read_text(encoding="utf-8").splitlines()[-1]
+        return run["settings"] | {"sequences": run["sequences_per_step"]}, json.loads(last)["seconds"]
+
+    (warm, warm_time), (dense, dense_time) = of("warm"), of("dense")
+    tokens = dense["steps"] * dense["sequences"] * dense["sequence_length"]
+    return [
+        f"Warm-up: {warm['num_heads']} index heads of {warm['head_dim']}, {warm['steps']} steps of {warm['sequences']} "
+        f"sequences of {warm['sequence_length']:,} tokens, learning rate {warm['lr']:g}, {warm_time:,.0f} s. Each run: "
+        f"all parameters, {dense['steps']} steps of {dense['sequences']} such sequences, {tokens:,} tokens, the same ones "
+        f"in the same order; the dense one took {dense_time:,.0f} s."
+    ]
+
+
+def copied(report: Path, out: Path) -> Path:
+    """The folder `out` with the page of `flash-indexer evaluate`, its plot and its numbers."""
+    out.mkdir(parents=True, exist_ok=True)
+    for name in (PAGE, PLOT, NUMBERS):
+        shutil.copy(report / name, out / name)
+    return out
 
 
 def plot_losses(record: Path, sparse: list[str]) -> Figure:

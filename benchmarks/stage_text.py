@@ -19,7 +19,7 @@ from pathlib import Path
 
 from flash_indexer.recipe.standard_library import standard_library_documents
 
-PACKAGES = ("fontTools", "mpmath", "networkx", "sympy")
+PACKAGES = ("fontTools", "mpmath", "networkx", "sympy", "torch")
 LEAST, MOST = 8_000, 400_000  # characters; longer files are tables
 PARTS = {"held_out": range(7), "validation": range(7, 9), "train": range(9, 100)}
 

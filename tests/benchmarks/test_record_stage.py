@@ -56,6 +56,7 @@ def test_from_text_to_page(
         (tmp_path / f"{part}.jsonl").write_text(lines)
     words = ["--model", str(checkpoint), "--text", str(tmp_path), "--length", "32", "--topk", "8", "--steps", "3"]
     words += ["--warm-up-steps", "3", "--rate-steps", "1", "--batch-size", "1", "--sequences", "4", "--jobs", "2"]
+    words += ["--needles", "0"]
     first, out = tmp_path / "first", tmp_path / "stage"
     monkeypatch.setattr(record, "RATES", ("1e-4", "1e-2"))
     monkeypatch.setattr(record, "INDEXER_RATES", ("1e-3",))
@@ -83,4 +84,6 @@ def test_from_text_to_page(
     monkeypatch.setattr(sys, "argv", ["stage_page", "--record", str(out), "--out", str(tmp_path / "docs")])
     page.main()
     text = (tmp_path / "docs" / "sparse.md").read_text()
+    assert "16 index heads of 128, 3 steps of 16 sequences of 32 tokens" in text
+    assert (tmp_path / "docs" / "sparse_k8" / "comparison.md").read_text().startswith("#")
     assert "K=8: the indexer's keys cost" in text and (tmp_path / "docs" / "sparse_costs.png").stat().st_size > 1000

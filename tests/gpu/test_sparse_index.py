@@ -262,13 +262,3 @@ def test_a_small_workspace_takes_rows_in_chunks(form: str) -> None:
     parts = gpu_index.index_gradients(*x, (True, True, True), sums, True, 2**17)
     assert torch.equal(parts[0], whole[0]) and torch.equal(parts[1], whole[2])
     torch.testing.assert_close(sums, whole[1], rtol=1e-4, atol=1e-6 * float(whole[1].abs().max()))
-
-
-def test_which_form_is_chosen() -> None:
-    """Dense tiles where a query selects a quarter of what its block sees, or heads are few; else gathered ones."""
-    leaves = make(2560, 300, 8, 64, 128).leaves
-    few = make(2560, 300, 8, 8, 64).leaves
-    tiles = 20 * 128
-    assert gpu_index.dense_is_faster(tiles, leaves, 8192) and not gpu_index.dense_is_faster(tiles, leaves, 2048)
-    assert gpu_index.dense_is_faster(tiles, few, 2048) and not gpu_index.dense_is_faster(tiles, few, 128)
-    assert not gpu_index.dense_is_faster(128, tuple(x[:128] for x in few), 2048)

@@ -15,9 +15,10 @@ from flash_indexer.ops.sparse.selection import Selection
 from flash_indexer.ops.worklists import TILE
 
 _WANTS_QUERY, _WANTS_KEY = 1, 2
-_DENSE_PRODUCT, _DENSE_PAIR = 1.05e-5, 2e-3  # ns of a pair: for each head and column, and beside them
+_DENSE_PRODUCT, _DENSE_PAIR = 9.2e-6, 5e-3  # ns of a pair: for each head and column, and beside them
 _LISTS = 3e5  # ns of making the lists of dense tiles: some 60 small launches
-_SLOT, _SUM = 0.06, 1.5e-3  # ns of a slot: beside the additions, and for each column
+_SLOT, _SUM = 0.04, 1.64e-3  # ns of a slot with sums in integers: beside the additions, and for each column
+_SLOT_ANY_ORDER, _SUM_ANY_ORDER = 0.003, 1.4e-3  # the same of float32 additions in any order
 _TABLE_TOKENS = 32  # that a block of `sparse_index_table` takes at a time
 _FINISH = 1024  # numbers that a block of `sparse_index_finish` takes
 
@@ -74,11 +75,13 @@ class Tiles(NamedTuple):
 
 
 @torch.no_grad()
-def count_tiles(leaves: Leaves, selection: Selection) -> Tiles | None:
-    """For `index_gradients`; None where it doesn't ask. Whoever calls this before other work for the GPU has the host
-    wait for what came before that work, not for the work."""
+def count_tiles(leaves: Leaves, selection: Selection, deterministic: bool) -> Tiles | None:
+    """For `index_gradients`; None where the number changes nothing. To be called before other work for the GPU, so that
+    the host waits for what came before that work, not for the work."""
     (T, S), K = (len(x) for x in leaves[:2]), selection.indices.shape[1]
-    if not (T and S and K) or dense_is_faster(_most_tiles(T, S), leaves, K) or gathering_time(leaves, K) <= _LISTS:
+    if not (T and S and K) or dense_is_faster(_most_tiles(T, S), leaves, K, deterministic):
+        return None
+    if gathering_time(leaves, K, deterministic) <= _LISTS:
         return None
     with torch.cuda.device(selection.count.device):
         tiles = gpu_index_tiles.spans(selection, S, TILE)
@@ -105,7 +108,8 @@ def index_gradients(
 
     From gathered tiles or from dense ones (`gpu_index_tiles`), whichever takes less time by `dense_is_faster`.
 
-    tiles: what `count_tiles` returned for this selection; None counts now.
+    tiles: what `count_tiles` returned for this selection. None: as many as a selection can have are counted on, for to
+    ask now the host would wait for the GPU, and the GPU for the lists that the host makes then.
     """
     index_q, index_k, weights = map(launch.aligned, leaves)
     leaves = index_q, index_k, weights
@@ -119,35 +123,34 @@ def index_gradients(
                 if x is not None:
                     x.zero_()
         elif any(x is not None for x in out):
-            tiles = count_tiles(leaves, selection) if tiles is None else tiles
             number = _most_tiles(T, S)
             if tiles is not None:
                 tiles.known.synchronize()
                 number = int(tiles.number)
-            dense = dense_is_faster(number, leaves, K)
-            if dense:
+            if dense_is_faster(number, leaves, K, deterministic):
                 gpu_index_tiles.index_gradients(di.contiguous(), leaves, selection, out, workspace_bytes)
             else:
                 gathered_gradients(di.contiguous(), leaves, selection, out, exact=deterministic)
     return out[0] if needs[0] else None, out[2] if needs[2] else None
 
 
-def dense_is_faster(tiles: int, leaves: Leaves, K: int) -> bool:
+def dense_is_faster(tiles: int, leaves: Leaves, K: int, deterministic: bool) -> bool:
     """Whether dense tiles, so many of 128 tokens by 128 keys, take less time than gathering T * K keys.
 
     Dense tiles take four products of every pair at the tensor cores' rate and two bytes of di; gathering is bound by
-    additions to d_index_k, of E numbers a slot. Nanoseconds of an H100, docs/kernels.md.
+    additions to d_index_k, of E numbers a slot. Nanoseconds of an H100, docs/kernels-sparse.md.
     """
     I, E = leaves[0].shape[1:]
     pairs = tiles * TILE * TILE
     time = pairs * (gpu_index_tiles.padded_heads(I) * E * _DENSE_PRODUCT + _DENSE_PAIR) + _LISTS
-    return time < gathering_time(leaves, K)
+    return time < gathering_time(leaves, K, deterministic)
 
 
-def gathering_time(leaves: Leaves, K: int) -> float:
+def gathering_time(leaves: Leaves, K: int, deterministic: bool) -> float:
     """Nanoseconds of gathering K keys a query, with d_index_k."""
     T, _, E = leaves[0].shape
-    return T * K * (_SLOT + E * _SUM)
+    slot, number = (_SLOT, _SUM) if deterministic else (_SLOT_ANY_ORDER, _SUM_ANY_ORDER)
+    return T * K * (slot + E * number)
 
 
 def gathered_gradients(

@@ -56,7 +56,7 @@ class Learner(NamedTuple):
 
     def ahead(self, rows: slice) -> Tiles | None:
         """For `learn`, before the GPU is given what makes p_sum: the host then need not wait for that."""
-        return count_index_tiles(*self._of(rows)) if any(self.needs) else None
+        return count_index_tiles(*self._of(rows), deterministic=self.deterministic) if any(self.needs) else None
 
     def _of(self, rows: slice) -> tuple[Leaves, Selection]:
         index_q, index_k, weights = self.leaves

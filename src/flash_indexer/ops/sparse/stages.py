@@ -177,12 +177,12 @@ def sparse_kl_rows(p_sum: Tensor, scores: Tensor, count: Tensor, token_weight: T
     return KLRows(*step(p_sum, scores, count, token_weight.to(p_sum.dtype)))
 
 
-def count_index_tiles(leaves: Leaves, selection: Selection) -> gpu_index.Tiles | None:
-    """What `sparse_index_gradients` asks the GPU about a selection, asked early; None where it asks nothing."""
+def count_index_tiles(leaves: Leaves, selection: Selection, *, deterministic: bool) -> gpu_index.Tiles | None:
+    """What `sparse_index_gradients` would know of a selection that lies on the GPU; None where it needs nothing."""
     if leaves[0].device.type != "cuda":
         return None
     body = bodies.choose("sparse_indexer_kl", leaves[0].device, lambda: gpu_index.refusal(leaves))
-    return None if body == TORCH else gpu_index.count_tiles(leaves, selection)
+    return None if body == TORCH else gpu_index.count_tiles(leaves, selection, deterministic)
 
 
 def sparse_index_gradients(
@@ -199,7 +199,7 @@ def sparse_index_gradients(
     """The gradients of index_q, index_k, index_weights from those of their scores, di [T, K].
 
     d_index_k: the buffer [S, E] to add to; None makes zeros where `needs` wants it. tiles: what `count_index_tiles`
-    returned for this selection, so that the host doesn't wait for what it launched since; None asks now.
+    returned for this selection and `deterministic` before other work was launched; None does without.
     """
     body = bodies.choose("sparse_indexer_kl", di.device, lambda: gpu_index.refusal(leaves))
     if body == TORCH:
