@@ -65,6 +65,7 @@ def parse(words: list[str] | None) -> argparse.Namespace:
         "--batch-size", type=int, default=1, help="many tokens a step, so that the device sets the pace"
     )
     parser.add_argument("--warmup-steps", type=int, default=20)
+    parser.add_argument("--lr", type=float, default=WarmupSettings.lr)
     parser.add_argument("--points", type=int, default=8, help="indexers that are judged, of each training")
     parser.add_argument("--sequences", type=int, default=10, help="held-out sequences")
     parser.add_argument("--k", type=int, default=128, help="keys whose attention mass is taken")
@@ -93,7 +94,8 @@ def train(arguments: argparse.Namespace, fraction: float, steps: int) -> Record:
     every = max(steps // arguments.points, 1)
     settings = WarmupSettings(
         model=arguments.model, data=arguments.data, sequence_length=arguments.sequence_length, steps=steps,
-        batch_size=arguments.batch_size, warmup_steps=arguments.warmup_steps, save_every=every, queries=fraction,
+        batch_size=arguments.batch_size, warmup_steps=arguments.warmup_steps, lr=arguments.lr,
+        save_every=every, queries=fraction,
     )  # fmt: skip
     with tempfile.TemporaryDirectory() as folder:
         handle, saved = keep_checkpoints(settings, Path(folder))
@@ -107,9 +109,8 @@ def train(arguments: argparse.Namespace, fraction: float, steps: int) -> Record:
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
     return {
         "commit": arguments.commit, "device": device, "torch": torch.__version__, "model": arguments.model,
-        "sequence_length": arguments.sequence_length, "batch_size": arguments.batch_size, "queries": fraction,
-        "steps": steps,
-        "seconds_per_step": seconds, "k": arguments.k, "curve": curve,
+        "sequence_length": arguments.sequence_length, "batch_size": arguments.batch_size, "lr": arguments.lr,
+        "queries": fraction, "steps": steps, "seconds_per_step": seconds, "k": arguments.k, "curve": curve,
     }  # fmt: skip
 
 

@@ -40,9 +40,9 @@ def main() -> None:
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--text", type=Path, help="folder of train, validation and held_out.jsonl; default: made")
     parser.add_argument("--length", type=int, default=2048, help="tokens of a sequence")
-    parser.add_argument("--warm-up-steps", type=int, default=500)
+    parser.add_argument("--warm-up-steps", type=int, default=400)
     parser.add_argument("--topk", type=int, nargs="+", default=[128, 256], help="rates are chosen at the first")
-    parser.add_argument("--steps", type=int, default=250, help="of each of the runs, of 2 x --batch-size sequences")
+    parser.add_argument("--steps", type=int, default=200, help="of each of the runs, of 2 x --batch-size sequences")
     parser.add_argument("--rate-steps", type=int, default=40)
     parser.add_argument(
         "--batch-size", type=int, default=8, help="of a micro-batch; the host sets the pace, so many cost little"

@@ -151,8 +151,8 @@ def training(record: Path) -> list[str]:
     return [
         f"Warm-up: {warm['num_heads']} index heads of {warm['head_dim']}, {warm['steps']} steps of {warm['sequences']} "
         f"sequences of {warm['sequence_length']:,} tokens, learning rate {warm['lr']:g}, {warm_time:,.0f} s. Each run: "
-        f"all parameters, {dense['steps']} steps of {dense['sequences']} such sequences, {tokens:,} tokens, the same ones "
-        f"in the same order; the dense one took {dense_time:,.0f} s."
+        f"all parameters, {dense['steps']} steps of {dense['sequences']} such sequences, the same {tokens:,} tokens "
+        f"in all runs; the dense one took {dense_time:,.0f} s."
     ]
 
 

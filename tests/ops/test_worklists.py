@@ -12,7 +12,7 @@ from torch import Tensor
 from flash_indexer.intervals import causal_intervals
 from flash_indexer.ops import worklists
 from flash_indexer.ops.kl.plan import GradientItems, TileChunk
-from flash_indexer.ops.worklists import cached, deal, mean_weight
+from flash_indexer.ops.worklists import cached, deal, mean_weight, read
 
 
 def intervals(length: int) -> tuple[Tensor, Tensor]:
@@ -144,3 +144,10 @@ def test_lists_are_made_in_one_thread() -> None:
         assert (int(chunk.score), int(chunk.narrow), int(chunk.gradients.query)) == (1, 1, 1)
     finally:
         torch.set_num_threads(before)
+
+
+def test_contents_read_ahead_are_not_read_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    start, end = intervals(77)
+    read(start, end, 77)
+    monkeypatch.setattr(worklists, "_read", lambda *_: pytest.fail("reads wait for the device"))
+    assert cached(start, end, 77, "a", lambda first, last: int((last - first).sum())) == int((end - start).sum())

@@ -193,6 +193,7 @@ class IndexerHandle:
         check_call(module, inputs)
         positions = document_positions(inputs, tokens, self.parallel)
         self._packing, self._positions = packing(positions, self.parallel, self._checked_queries(positions)), positions
+        self._packing.read_ahead()
         self._losses, self._seen, self._shared = {}, set(), {}
         self._verification.begin(positions)
         several = bool((positions.diff(dim=1) != 1).any())

@@ -11,6 +11,7 @@ from torch import Tensor
 from flash_indexer.models.capture import AttentionForm
 from flash_indexer.models.documents import document_begins
 from flash_indexer.ops import attention_forward, share_beside_sinks
+from flash_indexer.ops.worklists import read as read_intervals
 from flash_indexer.parallel.context import context_positions, gather_tokens
 from flash_indexer.parallel.mesh import Parallel
 
@@ -52,6 +53,12 @@ class Packing:
                 key_start = torch.maximum(key_start, rows - (rows - self.document_start[rows]) % chunk)
             self._visible[place] = key_start, key_end
         return self._visible[place]
+
+    def read_ahead(self) -> None:
+        """Reads what layers without window and chunk see, before they give the device work that would be waited for."""
+        if self.rows.device.type == "cuda":
+            for queries_only in (False, True)[: 1 if self.queries is None else 2]:
+                read_intervals(*self.visible(None, queries_only=queries_only), len(self.document_start))
 
 
 def packing(position_ids: Tensor, parallel: Parallel = _ALONE, queries: Tensor | None = None) -> Packing:

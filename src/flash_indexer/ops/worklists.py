@@ -12,6 +12,7 @@ from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple, TypeVar, cast
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
@@ -30,10 +31,10 @@ class _Cached(NamedTuple):
     key_end: Tensor
     versions: tuple[int, int]
     num_keys: int
-    contents: _Contents
+    contents: Contents
 
 
-class _Contents(NamedTuple):
+class Contents(NamedTuple):
     """Intervals on the host, valid for num_keys keys, and what was made of them for a device."""
 
     device: torch.device
@@ -43,7 +44,7 @@ class _Contents(NamedTuple):
 
 
 _cache: Any = WeakTensorKeyDictionary()
-_recent: deque[_Contents] = deque(
+_recent: deque[Contents] = deque(
     maxlen=2
 )  # last used last: of documents, and of a sliding window or a sample of queries
 
@@ -73,6 +74,22 @@ def cached(
     Raises:
         ValueError: as `check_intervals`, when the contents are no valid intervals.
     """
+    contents = read(key_start, key_end, num_keys)
+    if key not in contents.made:
+        with torch.inference_mode(False), one_thread():  # what is kept is for training as well
+            contents.made[key] = make(*contents.on_host)
+    return cast("_Made", contents.made[key])
+
+
+def read(key_start: Tensor, key_end: Tensor, num_keys: int) -> Contents:
+    """The intervals' contents on the host, kept as `cached` says; whoever calls this first waits for the device.
+
+    Called before a forward has given the device work, it waits for nothing, and the host makes the lists of the first
+    layer while the device computes what comes before them.
+
+    Raises:
+        ValueError: as `check_intervals`, when the contents are no valid intervals.
+    """
     versions = None if key_start.is_inference() or key_end.is_inference() else (key_start._version, key_end._version)
     entry: _Cached | None = _cache.get(key_start) if versions is not None else None
     if entry is None or entry.key_end is not key_end or entry.versions != versions or entry.num_keys != num_keys:
@@ -81,21 +98,17 @@ def cached(
         if versions is not None:
             _cache[key_start] = entry
             _keep(entry.contents)
-    made = entry.contents.made
-    if key not in made:
-        with torch.inference_mode(False), one_thread():  # what is kept is for training as well
-            made[key] = make(*entry.contents.on_host)
-    return cast("_Made", made[key])
+    return entry.contents
 
 
-def _keep(contents: _Contents) -> None:
+def _keep(contents: Contents) -> None:
     """As the last used, beside the one used last of the others: a step's sample of queries displaces no documents."""
     recent = tuple(_recent)  # at once, as below
     if not recent or recent[-1] is not contents:
         _recent.extend([*[other for other in recent if other is not contents][-1:], contents])
 
 
-def _read(key_start: Tensor, key_end: Tensor, num_keys: int) -> _Contents:
+def _read(key_start: Tensor, key_end: Tensor, num_keys: int) -> Contents:
     """Copies, on a CPU too: a cache that held its own key would never let it go."""
     with torch.inference_mode(False):
         start, end = (x.detach().to("cpu", copy=True) for x in (key_start, key_end))
@@ -105,7 +118,7 @@ def _read(key_start: Tensor, key_end: Tensor, num_keys: int) -> _Contents:
         ):
             return contents
     check_intervals(start, end, num_keys)
-    return _Contents(key_start.device, num_keys, (start, end), {})
+    return Contents(key_start.device, num_keys, (start, end), {})
 
 
 def mean_weight(key_start: Tensor, key_end: Tensor, num_keys: int) -> Tensor:
@@ -146,21 +159,20 @@ def deal(items: Tensor, cost: Tensor, processors: int) -> Tensor:
     """
     count = items.shape[0]
     grid = min(processors, count)
-    order, load = torch.full((-(-count // grid), grid), count), torch.zeros(grid, dtype=cost.dtype)
-    order.view(-1)[:count] = torch.arange(count)
-    alike = torch.zeros(order.shape[0] * grid, dtype=cost.dtype)
-    alike[:count] = cost
-    any_order = (alike.view(-1, grid) == alike[::grid, None]).all(1).tolist()
-    for n, here in enumerate(torch.split(cost, grid)):
-        if any_order[n]:  # costs are alike, as most are in long documents
-            continue
+    rounds = -(-count // grid)
+    order, costs = np.full((rounds, grid), count), np.zeros((rounds, grid), dtype=np.int64)
+    order.reshape(-1)[:count], costs.reshape(-1)[:count] = np.arange(count), cost.numpy()
+    load = np.zeros(grid, dtype=np.int64)
+    # where all costs of a round are alike, as most are in long documents, it stays as it is
+    for n in np.flatnonzero((costs != costs[:, :1]).any(1)):
+        here = costs[n, : count - n * grid]
+        largest = np.argsort(-here, kind="stable")
+        least = np.argsort(load, kind="stable")[: len(here)]
         order[n] = count
-        largest = torch.argsort(here, descending=True, stable=True)
-        least = torch.argsort(load, stable=True)[: here.shape[0]]
         order[n, least] = largest + n * grid
         load[least] += here[largest]
     empty = torch.tensor([[0, 0, 0, -1]], dtype=items.dtype)
-    return torch.cat([items, empty])[order.flatten()]
+    return torch.cat([items, empty])[torch.from_numpy(order.reshape(-1))]
 
 
 def balance(items: Tensor, cost: Tensor, processors: int) -> Tensor:
@@ -169,22 +181,22 @@ def balance(items: Tensor, cost: Tensor, processors: int) -> Tensor:
     Longest first, every second round of `processors` items backwards; in the last rounds the longest go to those CTAs
     that have least.
     """
-    count, rounds = items.shape[0], -(-items.shape[0] // processors)
-    order = torch.full((rounds * processors,), -1)
-    order[:count] = torch.argsort(cost, descending=True, stable=True)
-    order = order.view(rounds, processors)
+    costs = cost.numpy()
+    count, rounds = len(costs), -(-len(costs) // processors)
+    order = np.full((rounds, processors), -1)
+    order.reshape(-1)[:count] = np.argsort(-costs, kind="stable")
     paired = max(rounds - _GREEDY_ROUNDS, 0)
-    order[1:paired:2] = order[1:paired:2].flip(1)
-    load = cost[order[:paired].flatten()].view(paired, processors).sum(0)
+    order[1:paired:2] = order[1:paired:2, ::-1].copy()
+    load = costs[order[:paired]].sum(0)
     for n in range(paired, rounds):
         here = order[n][order[n] >= 0]
-        place = torch.argsort(load, stable=True)[: here.numel()]
+        place = np.argsort(load, kind="stable")[: len(here)]
         order[n] = -1
         order[n, place] = here
-        load[place] += cost[here]
+        load[place] += costs[here]
     if rounds:
-        order = order[:, torch.argsort(order[-1] < 0, stable=True)]  # who has none of the last round comes last
-    return items[order[order >= 0]]
+        order = order[:, np.argsort(order[-1] < 0, kind="stable")]  # who has none of the last round comes last
+    return items[torch.from_numpy(order[order >= 0])]
 
 
 def ragged(counts: Tensor) -> tuple[Tensor, Tensor]:
