@@ -42,10 +42,10 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=2048, help="tokens of a sequence")
     parser.add_argument("--warm-up-steps", type=int, default=400)
     parser.add_argument("--topk", type=int, nargs="+", default=[128, 256], help="rates are chosen at the first")
-    parser.add_argument("--steps", type=int, default=200, help="of each of the runs, of 2 x --batch-size sequences")
+    parser.add_argument("--steps", type=int, default=200, help="of each of the runs")
     parser.add_argument("--rate-steps", type=int, default=40)
     parser.add_argument(
-        "--batch-size", type=int, default=8, help="of a micro-batch; the host sets the pace, so many cost little"
+        "--batch-size", type=int, default=8, help="sequences; the host sets the pace, so many cost little"
     )
     parser.add_argument("--sequences", type=int, default=98, help="held-out ones, of 2,048 tokens")
     parser.add_argument("--evaluate-sequences", type=int, default=24, help="of `evaluate`'s own pages, at most as many")
@@ -128,8 +128,8 @@ class Stage:
     def sparse(self, name: str, topk: int, keys: str, lr: str, indexer_lr: str, steps: int) -> list[str]:
         words = [
             "--init-from", str(self.out / "warm"), *self.common(), "--topk", str(topk), "--keys", keys, "--lr", lr,
-            "--indexer-lr", indexer_lr, "--batch-size", str(self.options.batch_size), "--accumulation", "2",
-            "--steps", str(steps), *SCHEDULE, "--save-every", str(steps),
+            "--indexer-lr", indexer_lr, "--batch-size", str(self.options.batch_size), "--steps", str(steps), *SCHEDULE,
+            "--save-every", str(steps),
         ]  # fmt: skip
         return command("sparse", self.out / name, words)
 
