@@ -140,14 +140,9 @@ def train_sparsely(
 
 
 def notes(settings: SparseRunSettings, processes: Processes, resume: bool) -> list[str]:
-    """What a person should know of options that do nothing, or less than they could, and of what was never tried."""
+    """What a person should know of options that do nothing, or less than they could."""
     said, parallel = [], processes.settings
     trains_all = settings.lora is None and not settings.indexers_alone
-    if processes.count > 1 and processes.device.type == "cuda":
-        said.append(
-            "sparse: training on several processes was compared with one process on CPUs, by gloo, and not yet on "
-            "GPUs; compare the losses of a few steps with those of one GPU"
-        )
     if parallel.fsdp and processes.count == 1:
         said.append(
             "sparse: --fsdp does nothing in one process, which holds the whole model; start several with torchrun"
