@@ -245,7 +245,10 @@ def test_many_processes_train_what_one_does(
     assert sum(held) == whole if parallel.get("fsdp") else held == [whole] * count
     assert max(held) <= 1.1 * whole / count or not parallel.get("fsdp")
     assert json.loads((out / "run.json").read_text())["sequences_per_step"] == 4
-    assert f"--accumulation {4 // sizes['batch_size']}" in sparse_command(read_any_run(out), "x") + " --accumulation 1"
+    assert (
+        f"--accumulation {4 // sizes['batch_size']}"
+        in sparse_command(read_any_run(out, "evaluate"), "x") + " --accumulation 1"
+    )
 
 
 @pytest.mark.slow

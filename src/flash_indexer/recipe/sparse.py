@@ -173,7 +173,7 @@ def _prepare(
         start, model, tokenizer = load_start(settings, processes.settings, say)
         settings = replace(settings, topk=(topk := keys_of(settings, model, start)))
         layers = _chosen_layers(settings, start)
-        check_logits(model.config.get_text_config())
+        check_logits(model.config.get_text_config(), "sparse")
         rows, longest = embedding_rows(model), longest_context(model.config)
         say("reading the text")
         documents, warnings = training_documents(settings.data, settings.column)
