@@ -358,6 +358,16 @@ def test_a_damaged_checkpoint_is_refused(tmp_path: Path, run: Run) -> None:
         run(out, resume=True)
 
 
+@pytest.mark.parametrize("name", ["flash_indexer.recipe.sparse.pack", "flash_indexer.recipe.sparse.SparseLoop.load"])
+def test_before_the_first_step_nothing_is_there(
+    tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.setattr(name, lambda *args, **options: signal.raise_signal(signal.SIGINT))
+    with pytest.raises(KeyboardInterrupt, match=f"sparse: interrupted before a step was computed: {tmp_path}/cut is"):
+        run(tmp_path / "cut")
+    assert not (tmp_path / "cut").exists()
+
+
 @pytest.mark.parametrize(("name", "step"), [("_clip", 3), ("_save", 6)], ids=["in a step", "in the last save"])
 def test_a_run_that_is_asked_to_end_saves_and_goes_on(
     tmp_path: Path, run: Run, whole: Path, monkeypatch: pytest.MonkeyPatch, name: str, step: int

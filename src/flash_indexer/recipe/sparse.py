@@ -131,10 +131,14 @@ def train_sparsely(
         processes.check_length(settings.sequence_length)
         for note in notes(settings, processes, record is not None or resume):
             say(note)
-        loop = _prepare(settings, out, record, processes, console)
-        alone = settings.indexers_alone
-        before = model_fingerprint(loop.handle.model, without=loop.handle.indexers) if alone else None
-        loop.train(*loop.load())
+        try:
+            loop = _prepare(settings, out, record, processes, console)
+            alone = settings.indexers_alone
+            before = model_fingerprint(loop.handle.model, without=loop.handle.indexers) if alone else None
+            optimizer, done = loop.load()
+        except KeyboardInterrupt as error:
+            raise KeyboardInterrupt(f"sparse: interrupted before a step was computed: {out} is as it was") from error
+        loop.train(optimizer, done)
         _audit(loop.handle, before)
         return loop.handle
 
