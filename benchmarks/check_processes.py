@@ -98,10 +98,10 @@ def warm_up(
 
 def watch_a_death(path: Path, given: argparse.Namespace, name: str, options: list[object], dying: int) -> list[str]:
     """Kills one of two processes that no agent watches; [name] where the other did not end as it should."""
-    started = []
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    started, held = [], socket.socket()
+    held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # bound as long as it lives: nobody else gets the port,
+    held.bind(("", 0))  # while torch's store, which allows reuse as well, listens at it
+    port = held.getsockname()[1]
     options = [*options, "--steps", 100000, "--timeout", TIMEOUT, "--save-every", 1]
     out = path / f"dead {dying}"
     for rank in (0, 1):
@@ -116,6 +116,7 @@ def watch_a_death(path: Path, given: argparse.Namespace, name: str, options: lis
                 process.kill()
             raise SystemExit(f"check_processes: a process ended by itself:\n{started[0].communicate()[1][-3000:]}")
         time.sleep(1)
+    held.close()
     began, other = time.monotonic(), started[1 - dying]
     started[dying].send_signal(signal.SIGKILL)
     try:

@@ -169,11 +169,47 @@ def blank_plots(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("matplotlib.figure.Figure.savefig", lambda figure, path, **options: Path(path).touch())
 
 
+class Ports:
+    """`take()` gives a port of this machine that no other program is given before the tests end.
+
+    A socket that is bound to it and does not listen keeps it: neither a program that asks for any free port nor a
+    connection gets it then, while a server that allows the reuse of addresses, as that of torch's store does, listens
+    at it. A port that is found and let go may be another's before the server listens.
+    """
+
+    def __init__(self) -> None:
+        self.sockets: list[socket.socket] = []
+
+    def take(self) -> int:
+        held = socket.socket()
+        self.sockets.append(held)
+        held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        held.bind(("", 0))
+        return int(held.getsockname()[1])
+
+    def places(self, count: int) -> list[dict[str, str]]:
+        """What torchrun tells each of `count` processes in its environment: its rank, and where all meet."""
+        sizes = dict(WORLD_SIZE=str(count), LOCAL_WORLD_SIZE=str(count))
+        place = sizes | dict(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(self.take()))
+        return [place | dict(RANK=str(rank), LOCAL_RANK=str(rank)) for rank in range(count)]
+
+    def release(self) -> None:
+        for held in self.sockets:
+            held.close()
+
+
+@pytest.fixture(scope="session")
+def ports() -> Iterator[Ports]:
+    ports = Ports()
+    yield ports
+    ports.release()
+
+
 class Runs:
     """Warm-up runs in new processes."""
 
-    def __init__(self) -> None:
-        self.context = fork_server()
+    def __init__(self, ports: Ports) -> None:
+        self.context, self.ports = fork_server(), ports
         self.start("", None, Path()).join()
 
     def start(self, code: str, settings: WarmupSettings | None, out: Path, **names: Any) -> BaseProcess:
@@ -189,16 +225,9 @@ class Runs:
         self, count: int, settings: WarmupSettings | None, out: Path, *, codes: Sequence[str] = (), **names: Any
     ) -> list[BaseProcess]:
         """One run of `count` processes in torchrun's environment; codes[rank], if there, comes before its run."""
-        with socket.socket() as found:
-            found.bind(("127.0.0.1", 0))
-            port = int(found.getsockname()[1])
         started = []
-        for rank in range(count):
-            environment = dict(
-                RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(count), LOCAL_WORLD_SIZE=str(count),
-                MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), ACCELERATE_USE_CPU="true",
-            )  # fmt: skip
-            code = codes[rank] if rank < len(codes) else ""
+        for rank, place in enumerate(self.ports.places(count)):
+            code, environment = codes[rank] if rank < len(codes) else "", place | dict(ACCELERATE_USE_CPU="true")
             started.append(self.start(code, settings, out, environment=environment, **names))
         return started
 
@@ -216,8 +245,8 @@ class Runs:
 
 
 @pytest.fixture(scope="session")
-def runs() -> Runs:
-    return Runs()
+def runs(ports: Ports) -> Runs:
+    return Runs(ports)
 
 
 @pytest.fixture(scope="session")
@@ -241,11 +270,8 @@ class Ranks:
     One that does not answer within HANG seconds is taken to hang: all are killed and the test fails.
     """
 
-    def __init__(self, backend: str, world: int) -> None:
+    def __init__(self, backend: str, world: int, port: int) -> None:
         server = fork_server()
-        with socket.socket() as found:
-            found.bind(("127.0.0.1", 0))
-            port = found.getsockname()[1]
         self.pipes, self.processes = [], []
         common = dict(
             programs=str(Path(__file__).with_name("parallel") / "programs.py"), world=world, port=port,
@@ -282,12 +308,12 @@ class Ranks:
 
 
 @pytest.fixture(scope="session")
-def start_ranks() -> Iterator[Callable[..., Ranks]]:
+def start_ranks(ports: Ports) -> Iterator[Callable[..., Ranks]]:
     """start_ranks(backend, world): they are ended with the session."""
     started: list[Ranks] = []
 
     def start(backend: str, world: int) -> Ranks:
-        started.append(Ranks(backend, world))
+        started.append(Ranks(backend, world, ports.take()))
         return started[-1]
 
     yield start

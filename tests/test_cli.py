@@ -444,13 +444,13 @@ def test_error_text_is_not_taken_for_markup(warmup: Any, tmp_path: Path) -> None
     [(None, None), ("3", (3,)), ("0,1,5-7", (0, 1, 5, 6, 7)), ("2-2", (2,)), (" 1, 2 ", (1, 2))],
 )
 def test_layers(text: str | None, layers: tuple[int, ...] | None) -> None:
-    assert parse_layers(text) == layers
+    assert parse_layers(text, "warmup") == layers
 
 
 @pytest.mark.parametrize("text", ["", "a", "1,,2", "1-", "-1", "3-1", "1-2-3"])
 def test_layers_that_are_none(text: str) -> None:
     with pytest.raises(ValueError, match=f"--layers must be like 0,1,5-9, got '{text}'"):
-        parse_layers(text)
+        parse_layers(text, "warmup")
 
 
 @pytest.mark.parametrize(

@@ -81,7 +81,7 @@ def warmup(
         if evaluate_sequences < 0:
             raise ValueError(f"warmup: --evaluate-sequences must be 0 (none) or more, got {evaluate_sequences}")
         values = {name: value for name, value in context.params.items() if name in WarmupSettings.__dataclass_fields__}
-        values["layers"] = parse_layers(layers)
+        values["layers"] = parse_layers(layers, "warmup")
         settings, recorded = WarmupSettings(**values), read_run(out) if resume else {}
         typed = [name for name in values if was_typed(context, name)]
         refuse_other_settings(recorded, {name: getattr(settings, name) for name in typed})
@@ -122,7 +122,7 @@ def warmup(
                 if cp * tp > 1 or fsdp:
                     del handle
                     torch.cuda.empty_cache()
-                    handle, _, _ = judging.load_trained(out, None, console)
+                    handle, _, _ = judging.load_trained(out, None, console, "warmup")
                 serve = handle.index_dtype
                 judging.judge_and_report(handle, batches, out, out / "report", run, console=console, serve=serve)
 
@@ -170,7 +170,7 @@ def evaluate(
             check_folder("evaluate: --report", run_folder / "report")
         else:
             check_report_folder("evaluate: --report", report)
-        handle, _, run = judging.load_trained(run_folder, model, console)
+        handle, _, run = judging.load_trained(run_folder, model, console, "evaluate")
         if sequence_length is None and not (run_folder / RUN_FILE).exists():
             console.print(
                 f"evaluating sequences of {run['sequence_length']} tokens: a native indexer folder doesn't say how "
@@ -222,7 +222,7 @@ def check(
         folder = report or run_folder / "fp8"
         if fp8:
             check_folder("check: --report", folder)
-        handle, _, run = judging.load_trained(run_folder, model, console)
+        handle, _, run = judging.load_trained(run_folder, model, console, "check")
         chosen = {"sequence_length": sequence_length, "column": column}
         run |= {name: value for name, value in chosen.items() if value is not None}
         batch = held_out_batches(run, data, 1)[0]
@@ -261,7 +261,7 @@ def export(
         if topk is not None and topk < 1:
             raise ValueError(f"export: --topk must be at least 1, got {topk}")
         check_replaceable(path, overwrite=overwrite)
-        handle, tokenizer, run = judging.load_trained(run_folder, model, console)
+        handle, tokenizer, run = judging.load_trained(run_folder, model, console, "export")
         format = format or ("own" if handle.trains_own else "deepseek_v32")
         _print_path("writing", path)
         if "topk" in run and handle.trains_own:  # so many keys Transformers and servers are to select as well

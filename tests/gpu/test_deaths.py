@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -40,21 +40,11 @@ HANG = 120.0  # seconds after which a process is taken to hang
 
 
 @pytest.mark.parametrize("holding", [False, True], ids=["waits", "waits with Python's lock"])
-def test_who_waits_for_its_gpu_is_ended(tmp_path: Path, holding: bool) -> None:
+def test_who_waits_for_its_gpu_is_ended(tmp_path: Path, ports: Any, holding: bool) -> None:
     """And says why, whether or not its threads can run."""
     words = [sys.executable, "-c", PROGRAM, str(tmp_path), str(TIMEOUT), str(PATIENCE), str(holding)]
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    place = dict(WORLD_SIZE="2", LOCAL_WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
     first, second = (
-        subprocess.Popen(
-            words,
-            env=os.environ | place | dict(RANK=str(rank), LOCAL_RANK=str(rank)),
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in (0, 1)
+        subprocess.Popen(words, env=os.environ | place, stderr=subprocess.PIPE, text=True) for place in ports.places(2)
     )
     try:
         while not all((tmp_path / f"began {rank}").exists() for rank in (0, 1)):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -58,21 +57,11 @@ WAYS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 }
 
 
-def launch(folder: Path, settings: dict[str, Any], ways: dict[str, Any], count: int) -> list[subprocess.Popen[str]]:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    place = dict(WORLD_SIZE=str(count), LOCAL_WORLD_SIZE=str(count), MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+def launch(
+    folder: Path, settings: dict[str, Any], ways: dict[str, Any], places: list[dict[str, str]]
+) -> list[subprocess.Popen[str]]:
     words = [sys.executable, "-c", PROGRAM, str(folder), json.dumps(settings), json.dumps(ways)]
-    return [
-        subprocess.Popen(
-            words,
-            env=os.environ | (place | dict(RANK=str(rank), LOCAL_RANK=str(rank)) if count > 1 else {}),
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(count)
-    ]
+    return [subprocess.Popen(words, env=os.environ | place, stderr=subprocess.PIPE, text=True) for place in places]
 
 
 def gradients(folder: Path, name: str) -> dict[str, Tensor]:
@@ -85,7 +74,7 @@ def far(found: dict[str, Tensor], truth: dict[str, Tensor]) -> float:
     return max(float((found[name] - x).norm() / x.norm().clamp_min(1e-30)) for name, x in truth.items())
 
 
-def test_two_gpus_train_what_one_does(tmp_path: Path, checkpoint: Path, texts: Path) -> None:
+def test_two_gpus_train_what_one_does(tmp_path: Path, checkpoint: Path, texts: Path, ports: Any) -> None:
     """Data parallel and FSDP2 run the same products as one GPU sequence by sequence; cp others, in bfloat16."""
     model, _ = load_model(checkpoint, dtype=torch.float32)
     handle = attach(model, num_heads=4, head_dim=32)
@@ -95,7 +84,7 @@ def test_two_gpus_train_what_one_does(tmp_path: Path, checkpoint: Path, texts: P
         lr=1e-3, indexer_lr=1e-3, clip=0.5, dtype="bfloat16",
     )  # fmt: skip
     alone = {"one by one": ({}, ONE_BY_ONE), "together": ({}, TOGETHER)}
-    started = [*launch(tmp_path, settings, alone, 1), *launch(tmp_path, settings, WAYS, 2)]
+    started = [*launch(tmp_path, settings, alone, [{}]), *launch(tmp_path, settings, WAYS, ports.places(2))]
     try:
         for process in started:
             _, said = process.communicate(timeout=HANG)

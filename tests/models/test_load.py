@@ -272,16 +272,43 @@ def test_shards_are_looked_at_too(checkpoint: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "config",
+    ("package", "config"),
     [
-        dict(quant_method="gptq", bits=4), dict(quant_method="awq", bits=4), dict(quant_method="compressed-tensors"),
-        dict(quant_method="bitsandbytes", load_in_4bit=True), dict(quant_method="gptq"), dict(bits=4),
-        dict(quant_method="torchao", quant_type="int8_weight_only"),
+        ("optimum", dict(quant_method="gptq", bits=4)),
+        ("gptqmodel", dict(quant_method="awq", bits=4)),
+        ("compressed_tensors", dict(quant_method="compressed-tensors")),
+        ("bitsandbytes", dict(quant_method="bitsandbytes", load_in_4bit=True)),
+        ("torchao", dict(quant_method="torchao", quant_type="int8_weight_only")),
+        (None, dict(quant_method="gptq")),
+        (None, dict(bits=4)),
     ],
-)  # fmt: skip
-def test_a_quantisation_without_its_package_is_refused(checkpoint: Path, config: dict[str, object]) -> None:
+)
+def test_a_quantisation_without_its_package_is_refused(
+    checkpoint: Path, package: str | None, config: dict[str, object]
+) -> None:
+    """None: whatever is installed, for the config says too little."""
+    if package is not None and importlib.util.find_spec(package) is not None:
+        pytest.skip(f"{package} is installed here")
     edit_config(checkpoint, quantization_config=config)
     with pytest.raises(ValueError, match="quantised and can't be read here, got quantization_config .*; install"):
+        load_model(checkpoint, dtype=torch.float32)
+
+
+@pytest.mark.parametrize("error", [AssertionError("only one key"), NameError("name 'QuantizeConfig' is not defined")])
+def test_a_package_that_fails_on_a_quantisation_is_named_with_what_it_said(
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    """torchao 0.18 on an older config, optimum 2.3 where gptqmodel is not there."""
+
+    def failing(*args: object, **options: object) -> None:
+        raise error
+
+    edit_config(checkpoint, quantization_config=dict(quant_method="torchao", quant_type="int8_weight_only"))
+    monkeypatch.setattr("transformers.AutoModelForCausalLM.from_pretrained", failing)
+    with pytest.raises(ValueError, match=f"'torchao', .*: {type(error).__name__}: {error}; install what it asks for"):
+        load_model(checkpoint, dtype=torch.float32)
+    edit_config(checkpoint, quantization_config=None)
+    with pytest.raises(type(error)):
         load_model(checkpoint, dtype=torch.float32)
 
 

@@ -60,3 +60,9 @@ def test_a_tokenizer_of_another_model_is_refused(tmp_path: Path, checkpoint: Pat
     data = str(write_rows(tmp_path / "held_out.jsonl"))
     with pytest.raises(ValueError, match=r"ids must be below the model's vocab_size = 50, got 60"):
         held_out_batches(run_of(tmp_path), data, 1)
+
+
+def test_sequences_may_be_too_short_to_train_on_a_part_of_their_queries(tmp_path: Path, checkpoint: Path) -> None:
+    data = str(write_rows(tmp_path / "held_out.jsonl"))
+    (batch,) = held_out_batches(run_of(checkpoint, queries=0.1), data, 1)
+    assert batch["input_ids"].shape == (1, 8)

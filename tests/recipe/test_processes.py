@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import socket
+import struct
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch.distributed import TCPStore
 
 from flash_indexer.parallel.mesh import Parallel
 from flash_indexer.recipe.processes import ParallelSettings, Processes
 from flash_indexer.recipe.run_record import warmup_command
+
+PORT_RANGE = 51  # IP_LOCAL_PORT_RANGE, of Linux 6.3 and later: the ports that a socket is given one of
 
 
 def one_of(parallel: Parallel) -> Processes:
@@ -82,3 +88,34 @@ def test_lost_contact_is_told_in_one_message(tmp_path: Path, reason: str) -> Non
 def test_the_command_of_a_shared_run_trains_as_much_in_one_process() -> None:
     run = dict(batch_size=2, accumulation=1, steps=5, sequences_per_step=8)
     assert warmup_command(run, "out") == ("flash-indexer warmup --out out --batch-size 2 --accumulation 4 --steps 5")
+
+
+def bind(found: socket.socket) -> None:
+    found.bind(("127.0.0.1", 0))
+
+
+def connect(found: socket.socket) -> None:
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        server.listen()
+        found.connect(server.getsockname())
+
+
+@pytest.mark.parametrize("ask", [bind, connect])
+@pytest.mark.parametrize("reuse", [0, 1])
+def test_the_port_of_processes_that_tests_start_is_given_to_nobody_else(
+    ports: Any, reuse: int, ask: Callable[[socket.socket], None]
+) -> None:
+    """Even where there is no other: and yet the store by which they meet listens at it."""
+    port = ports.take()
+    with socket.socket() as other:
+        other.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, reuse)
+        try:
+            other.setsockopt(socket.IPPROTO_IP, PORT_RANGE, struct.pack("I", port << 16 | port))
+        except OSError:
+            pytest.skip("this kernel can't be told which port to give")
+        with pytest.raises(OSError, match="Address already in use|Cannot assign requested address"):
+            ask(other)
+    store = TCPStore("127.0.0.1", port, 1, True, wait_for_workers=False)
+    store.set("name", "value")
+    assert TCPStore("127.0.0.1", port, 1, False).get("name") == b"value"

@@ -129,7 +129,7 @@ def test_model_and_indexers_train_and_are_found_again(tmp_path: Path, run: Run, 
         assert torch.equal(x, parameters(handle)[name]), name
     for key, value in found.state_dict().items():
         assert torch.equal(value, handle.state_dict()[key]), key
-    assert settings["topk"] == 8 and read_any_run(tmp_path / "run")["lr"] == 5e-3
+    assert settings["topk"] == 8 and read_any_run(tmp_path / "run", "evaluate")["lr"] == 5e-3
     assert sparse_command(settings, "x").startswith("flash-indexer sparse --out x --init-from ")
 
 
@@ -358,6 +358,16 @@ def test_a_damaged_checkpoint_is_refused(tmp_path: Path, run: Run) -> None:
         run(out, resume=True)
 
 
+@pytest.mark.parametrize("name", ["flash_indexer.recipe.sparse.pack", "flash_indexer.recipe.sparse.SparseLoop.load"])
+def test_before_the_first_step_nothing_is_there(
+    tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.setattr(name, lambda *args, **options: signal.raise_signal(signal.SIGINT))
+    with pytest.raises(KeyboardInterrupt, match=f"sparse: interrupted before a step was computed: {tmp_path}/cut is"):
+        run(tmp_path / "cut")
+    assert not (tmp_path / "cut").exists()
+
+
 @pytest.mark.parametrize(("name", "step"), [("_clip", 3), ("_save", 6)], ids=["in a step", "in the last save"])
 def test_a_run_that_is_asked_to_end_saves_and_goes_on(
     tmp_path: Path, run: Run, whole: Path, monkeypatch: pytest.MonkeyPatch, name: str, step: int
@@ -515,12 +525,12 @@ def test_the_oracles_keys_are_a_run_of_their_own(tmp_path: Path, run: Run) -> No
         for topk in (8, 32):
             out = tmp_path / f"{keys} {topk}"
             handle = run(out, keys=keys, topk=topk, steps=2)
-            assert handle.keys == keys and read_any_run(out)["keys"] == keys
+            assert handle.keys == keys and read_any_run(out, "evaluate")["keys"] == keys
             losses[keys, topk] = [row["loss"] for row in rows(out)]
             assert all(kl > 0 for row in rows(out) for kl in row["kl"])
             assert all(row["indexer_norm"] > 0 for row in rows(out))
     assert losses["indexer", 8] != losses["oracle", 8]
     assert losses["indexer", 32] == pytest.approx(losses["oracle", 32], rel=1e-6)
-    assert "--keys oracle" in sparse_command(read_any_run(tmp_path / "oracle 8"), "x")
+    assert "--keys oracle" in sparse_command(read_any_run(tmp_path / "oracle 8", "evaluate"), "x")
     with pytest.raises(ValueError, match=r"keys must be one of indexer, oracle, got .*best"):
         run(tmp_path / "best", keys="best")

@@ -137,3 +137,7 @@ def test_what_it_can_not_train_is_refused(checkpoint: Path) -> None:
         SparseTrainer(dense)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="the model must have parameters that require gradients, got none"):
         SparseTrainer(sparse_handle(dense, 4))
+    handle = handle_of(checkpoint)
+    handle.model.config.final_logit_softcapping = 30.0
+    with pytest.raises(ValueError, match=r"SparseTrainer: the model's logits .*, got final_logit_softcapping=30.0"):
+        SparseTrainer(handle)

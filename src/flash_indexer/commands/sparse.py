@@ -80,7 +80,7 @@ def sparse(
 
         names = SparseRunSettings.__dataclass_fields__
         values = {name: value for name, value in context.params.items() if name in names}
-        values |= dict(layers=parse_layers(layers), clip=clip or None, indexer_clip=indexer_clip or None)
+        values |= dict(layers=parse_layers(layers, "sparse"), clip=clip or None, indexer_clip=indexer_clip or None)
         record = read_sparse_record(out, resume)
         if record is not None:
             values = {**record["settings"], **{name: x for name, x in values.items() if was_typed(context, name)}}

@@ -60,7 +60,7 @@ def _documents(run: Mapping[str, Any], batches: Sequence[Mapping[str, Tensor]], 
 
 def _begun_with(run: Mapping[str, Any]) -> IndexerHandle:
     """The model and the indexers that the run began with, on the layers that it made sparse, in its dtype."""
-    _, held = held_indexers(run["init_from"])
+    _, held = held_indexers(run["init_from"], "evaluate: init_from in the run's run.json")
     indexers = "own" if held is None else held.config.indexers
     model, _ = load_model(run["model"], dtype=getattr(torch, run["dtype"]), indexers=indexers)
     if torch.cuda.is_available():

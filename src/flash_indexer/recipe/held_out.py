@@ -32,7 +32,8 @@ def held_out_batches(
         ValueError, FileNotFoundError: as `load_documents`, `load_tokenizer` and `pack` do; of token ids beyond the
             vocabulary of the model's config too.
     """
-    settings = settings_from(dict(run))
+    told = {name: run[name] for name in ("model", "sequence_length", "seed", "column") if name in run}
+    settings = settings_from(told)  # without those of the training, which such sequences may not suit
     tokenizer = load_tokenizer(settings.model)
     if data is None:
         documents = standard_library_documents("heldout")

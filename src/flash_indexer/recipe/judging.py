@@ -36,7 +36,7 @@ LONGER_STEPS, LONGER_TOKENS, LONGER_RATIO = 360, 737_280, 0.055
 
 
 def load_trained(
-    folder: Path, model: str | None, console: Console
+    folder: Path, model: str | None, console: Console, command: str = "evaluate"
 ) -> tuple[IndexerHandle, PreTrainedTokenizerBase, dict[str, Any]]:
     """The handle and tokenizer of a run or a native indexer folder, and the settings it was trained with.
 
@@ -44,11 +44,11 @@ def load_trained(
     A native folder records no sequence length: the settings then hold the default one, and `console` is told.
 
     Args:
-        model: instead of the one that the folder names.
+        model: instead of the one that the folder names. command: what an error of the run's record begins with.
     """
     source = indexer_folder(folder)
     config = read_native(source).config
-    held, run = readable_directory(source) / MODEL_FOLDER, read_any_run(folder)
+    held, run = readable_directory(source) / MODEL_FOLDER, read_any_run(folder, command)
     name = model or (str(held) if held.is_dir() else config.base_name)
     console.print(f"loading {name}", highlight=False, soft_wrap=True, markup=False)
     dtype = getattr(torch, run.get("dtype", config.base_dtype))

@@ -66,12 +66,12 @@ def language_loss(model: PreTrainedModel, hidden: Tensor, targets: Tensor) -> Te
     return total
 
 
-def check_logits(config: Any) -> None:
-    """Raises ValueError for a model whose logits are not those of its output layer."""
+def check_logits(config: Any, caller: str) -> None:
+    """Raises ValueError, naming the caller, for a model whose logits are not those of its output layer."""
     for name in SCALED:
         if (value := getattr(config, name, None)) not in (None, 1, 1.0):
             raise ValueError(
-                f"sparse: the model's logits must be those of its output layer, got {name}={value}; train it with a "
+                f"{caller}: the model's logits must be those of its output layer, got {name}={value}; train it with a "
                 "loop of your own on attach(model, topk=...)"
             )
 

@@ -30,7 +30,7 @@ from flash_indexer.recipe.processes import Processes, saved_state
 from flash_indexer.recipe.progress import StepProgress
 from flash_indexer.recipe.queries import draw_queries
 from flash_indexer.recipe.run_record import CHECKPOINT, METRICS_FILE, WarmupSettings, keep_rows
-from flash_indexer.recipe.stopping import NAMES, Interrupted, StopSignals
+from flash_indexer.recipe.stopping import NAMES, Interrupted, StopSignals, signal_of
 
 ADAM_EPS = 1e-12
 """Well below torch's 1e-8, which is as large as a fresh indexer's gradients where hidden states are small."""
@@ -91,7 +91,7 @@ class TrainingLoop:
         ):
             for step in range(done + 1, self.steps + 1):
                 watch.on = step % 10 == 0 or step in (1, self.steps)
-                kl, uniform, stopping = self._gradients(step, stop)
+                kl, uniform, ended_by = self._gradients(step, stop)
                 if self.settings.clip is not None:
                     torch.nn.utils.clip_grad_norm_(parameters, self.settings.clip)
                 lr = learning_rate(self.settings, step, self.steps)
@@ -108,14 +108,14 @@ class TrainingLoop:
                 if main:
                     if step == done + 1:
                         self.record(done)
-                    self._write(row, optimizer, save=stopping or step % self.settings.save_every == 0)
+                    self._write(row, optimizer, save=ended_by > 0 or step % self.settings.save_every == 0)
                 progress.step(row)
-                if stopping:
+                if ended_by:
                     self.processes.wait()
-                    raise self._interrupted(step, stop)
-            late = torch.tensor([float(bool(stop.number))], device=self.processes.device)
-            if self.processes.sum(late).item() > 0:  # while the last step was saved
-                raise self._interrupted(self.steps, stop)
+                    raise self._interrupted(step, ended_by)
+            late = torch.tensor(stop.told(), device=self.processes.device)
+            if ended_by := signal_of(self.processes.sum(late).tolist()):  # while the last step was saved
+                raise self._interrupted(self.steps, ended_by)
         watch.close()
 
     def _write(self, row: dict[str, Any], optimizer: torch.optim.AdamW, *, save: bool) -> None:
@@ -128,27 +128,26 @@ class TrainingLoop:
                 base_name=self.settings.model, base_fingerprint=self.base_fingerprint,
             )  # fmt: skip
 
-    def _interrupted(self, step: int, stop: StopSignals) -> Interrupted:
+    def _interrupted(self, step: int, number: int) -> Interrupted:
         command = shlex.join(["flash-indexer", "warmup", "--out", str(self.out), "--resume"])
-        number = stop.number or signal.SIGINT
         message = (
             f"warmup: ended by {NAMES[signal.Signals(number)]} after step {step} of {self.steps}, which is saved in "
             f"{self.out / CHECKPOINT}; to go on: {command}"
         )
         return Interrupted(message, number, speaks=self.processes.is_main)
 
-    def _gradients(self, step: int, stop: StopSignals) -> tuple[Tensor, Tensor, bool]:
+    def _gradients(self, step: int, stop: StopSignals) -> tuple[Tensor, Tensor, int]:
         """Forwards (and backwards, inside them) of one optimizer step; gradients and means summed over all ranks.
 
         Returns:
-            mean KL and mean uniform KL per layer, [layers] each; whether any process was asked to end.
+            mean KL and mean uniform KL per layer, [layers] each; the signal that asked any process to end, or 0.
         """
         handle, processes = self.handle, self.processes
         total, layers = self.per_step * self.settings.sequence_length, len(handle.layers)
         handle.token_weight = 1 / (total * self.settings.queries)
         drawn = self._drawn_tokens(step)
-        sums = torch.zeros(2 * layers + 1, device=processes.device)
-        means = sums[:-1].view(2, layers)
+        sums = torch.zeros(2 * layers + len(NAMES), device=processes.device)
+        means = sums[: 2 * layers].view(2, layers)
         for batch, sequences in zip(self._batches(step), self._sequences(step), strict=True):
             own = processes.part(batch)
             handle.queries = self._queries(sequences)
@@ -159,15 +158,15 @@ class TrainingLoop:
                 means[1, column] += share * loss.uniform_kl
         handle.queries = None
         sum_gradients(handle.indexers.parameters(), replicas=processes.parallel.tp, timeout=processes.settings.timeout)
-        sums[-1] = bool(stop.number)
-        *values, stopping = processes.sum(sums).tolist()
-        kl, uniform = torch.tensor(values).view(2, layers)
+        sums[2 * layers :] = torch.tensor(stop.told())
+        values = processes.sum(sums).tolist()
+        kl, uniform = torch.tensor(values[: 2 * layers]).view(2, layers)
         for layer, value in zip(sorted(handle.layers), kl.tolist(), strict=True):
             if not math.isfinite(value):
                 self._stop(f"the loss of layer {layer} is {value}", step)
         if (unusable := unusable_gradient(handle.indexers)) is not None:
             self._stop("the gradient of layer {} reaches {:.3g}".format(*unusable), step)
-        return kl, uniform, stopping > 0
+        return kl, uniform, signal_of(values[2 * layers :])
 
     def _stop(self, fault: str, step: int) -> NoReturn:
         """Before the step. A resumed run keeps its settings, so a smaller lr means another run."""

@@ -111,31 +111,31 @@ class WarmupSettings:
             raise ValueError(f"warmup: warmup_steps must not be negative, got {self.warmup_steps}")
 
 
-def read_run(out: Path) -> dict[str, Any]:
+def read_run(out: Path, command: str = "warmup") -> dict[str, Any]:
     """The settings of the run in `out` with its steps, the sequences of one, what ended it, and warnings; or empty.
 
-    ended_by is "time" where --minutes chose the number of steps, else "steps".
+    ended_by is "time" where --minutes chose the number of steps, else "steps". command: what an error begins with.
     """
-    record = read_record(out, resume=True)
+    record = read_record(out, True, command)
     if record is None:
         return {}
     names = ("steps", "sequences_per_step", "ended_by", "extensions", "warnings")
     return {**record["settings"], **{name: record[name] for name in names if name in record}}
 
 
-def read_record(out: Path, resume: bool) -> dict[str, Any] | None:
+def read_record(out: Path, resume: bool, command: str = "warmup") -> dict[str, Any] | None:
     """The record of the run in `out`, where there is one to resume."""
     file = out / RUN_FILE
     if not file.exists():
         return None
     if not resume:
-        raise ValueError(f"warmup: {out} already holds a run; pass --resume to go on with it, or another --out")
+        raise ValueError(f"{command}: {out} already holds a run; pass --resume to go on with it, or another --out")
     try:
         record: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
         settings_from(record["settings"])
         record["steps"], record["base_fingerprint"], record["data_fingerprint"], record["sequences_per_step"]
     except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"warmup: {file} is not a run's record ({error!r}); choose another --out") from error
+        raise ValueError(f"{command}: {file} is not a run's record ({error!r}); choose another folder") from error
     return record
 
 
@@ -194,7 +194,7 @@ def refuse_other_settings(recorded: Mapping[str, Any], settings: Mapping[str, An
             )
 
 
-def parse_layers(text: str | None) -> tuple[int, ...] | None:
+def parse_layers(text: str | None, command: str) -> tuple[int, ...] | None:
     """ "0,1,5-7" -> (0, 1, 5, 6, 7)."""
     if text is None:
         return None
@@ -207,7 +207,7 @@ def parse_layers(text: str | None) -> tuple[int, ...] | None:
                 raise ValueError
             chosen += span
     except ValueError:
-        raise ValueError(f"warmup: --layers must be like 0,1,5-9, got {text!r}") from None
+        raise ValueError(f"{command}: --layers must be like 0,1,5-9, got {text!r}") from None
     return tuple(chosen)
 
 

@@ -131,23 +131,22 @@ def train_sparsely(
         processes.check_length(settings.sequence_length)
         for note in notes(settings, processes, record is not None or resume):
             say(note)
-        loop = _prepare(settings, out, record, processes, console)
-        alone = settings.indexers_alone
-        before = model_fingerprint(loop.handle.model, without=loop.handle.indexers) if alone else None
-        loop.train(*loop.load())
+        try:
+            loop = _prepare(settings, out, record, processes, console)
+            alone = settings.indexers_alone
+            before = model_fingerprint(loop.handle.model, without=loop.handle.indexers) if alone else None
+            optimizer, done = loop.load()
+        except KeyboardInterrupt as error:
+            raise KeyboardInterrupt(f"sparse: interrupted before a step was computed: {out} is as it was") from error
+        loop.train(optimizer, done)
         _audit(loop.handle, before)
         return loop.handle
 
 
 def notes(settings: SparseRunSettings, processes: Processes, resume: bool) -> list[str]:
-    """What a person should know of options that do nothing, or less than they could, and of what was never tried."""
+    """What a person should know of options that do nothing, or less than they could."""
     said, parallel = [], processes.settings
     trains_all = settings.lora is None and not settings.indexers_alone
-    if processes.count > 1 and processes.device.type == "cuda":
-        said.append(
-            "sparse: training on several processes was compared with one process on CPUs, by gloo, and not yet on "
-            "GPUs; compare the losses of a few steps with those of one GPU"
-        )
     if parallel.fsdp and processes.count == 1:
         said.append(
             "sparse: --fsdp does nothing in one process, which holds the whole model; start several with torchrun"
@@ -178,7 +177,7 @@ def _prepare(
         start, model, tokenizer = load_start(settings, processes.settings, say)
         settings = replace(settings, topk=(topk := keys_of(settings, model, start)))
         layers = _chosen_layers(settings, start)
-        check_logits(model.config.get_text_config())
+        check_logits(model.config.get_text_config(), "sparse")
         rows, longest = embedding_rows(model), longest_context(model.config)
         say("reading the text")
         documents, warnings = training_documents(settings.data, settings.column)

@@ -33,18 +33,18 @@ from flash_indexer.recipe.processes import Processes, saved_state
 from flash_indexer.recipe.progress import StepProgress
 from flash_indexer.recipe.run_record import CHECKPOINT, METRICS_FILE, keep_rows
 from flash_indexer.recipe.sparse_record import SparseRunSettings
-from flash_indexer.recipe.stopping import NAMES, Interrupted, StopSignals
+from flash_indexer.recipe.stopping import NAMES, Interrupted, StopSignals, signal_of
 
 MODEL_EPS = 1e-8
 """Adam's, of the model's parameters; the indexers' is ADAM_EPS, as in the warm-up."""
 
 
 class StepLosses(NamedTuple):
-    """Means of an optimizer step: nats a label token, KL a token of each layer; whether a process is to end."""
+    """Means of an optimizer step: nats a label token, KL a token of each layer; the signal that asks to end, or 0."""
 
     language: float
     kl: list[float]
-    stopping: bool
+    ended_by: int
 
 
 @dataclass
@@ -109,15 +109,15 @@ class SparseLoop:
                     self.record()
                 if main:
                     self._write(row)
-                if losses.stopping or step % self.settings.save_every == 0 or step == steps:
+                if losses.ended_by or step % self.settings.save_every == 0 or step == steps:
                     self._save(optimizer, step)
                 progress.step(row)
-                if losses.stopping:
+                if losses.ended_by:
                     self.processes.wait()
-                    raise self._interrupted(step, stop)
-            late = torch.tensor([float(bool(stop.number))], device=self.processes.device)
-            if self.processes.sum(late).item() > 0:  # while the last step was saved
-                raise self._interrupted(steps, stop)
+                    raise self._interrupted(step, losses.ended_by)
+            late = torch.tensor(stop.told(), device=self.processes.device)
+            if ended_by := signal_of(self.processes.sum(late).tolist()):  # while the last step was saved
+                raise self._interrupted(steps, ended_by)
 
     def _gradients(self, step: int, stop: StopSignals) -> StepLosses:
         """Gradients of an optimizer step: the model's of nats a label token, the indexers' of KL a token."""
@@ -136,13 +136,14 @@ class SparseLoop:
             for layer, value in zip(found, torch.stack([*found.values()]).tolist() if found else [], strict=True):
                 kl[layer] += value * batch["input_ids"].numel() / tokens
         self._sum_gradients()
-        own = torch.tensor([language, *kl.values(), bool(stop.number)], dtype=torch.float64, device=processes.device)
-        language, *kls, stopping = processes.sum(own).tolist()
+        own = torch.tensor([*stop.told(), language, *kl.values()], dtype=torch.float64, device=processes.device)
+        sums = processes.sum(own).tolist()
+        told, (language, *kls) = sums[: len(NAMES)], sums[len(NAMES) :]
         names = ["the model", *(f"the indexer of layer {n}" for n in kl)]
         for name, value in zip(names, [language, *kls], strict=True):
             if not math.isfinite(value):
                 self._stop(f"the loss of {name} is {value}", step)
-        return StepLosses(language, kls, stopping > 0)
+        return StepLosses(language, kls, signal_of(told))
 
     def _sum_gradients(self) -> None:
         """Over all processes. FSDP2 has summed those of the parameters that it shares out."""
@@ -226,9 +227,8 @@ class SparseLoop:
                 writes=main,
             )  # fmt: skip
 
-    def _interrupted(self, step: int, stop: StopSignals) -> Interrupted:
+    def _interrupted(self, step: int, number: int) -> Interrupted:
         command = shlex.join(["flash-indexer", "sparse", "--out", str(self.out), "--resume"])
-        number = stop.number or signal.SIGINT
         message = (
             f"sparse: ended by {NAMES[signal.Signals(number)]} after step {step} of {self.settings.steps}, which "
             f"is saved in {self.out / CHECKPOINT}; to go on: {command}"

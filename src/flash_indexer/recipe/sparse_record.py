@@ -95,13 +95,13 @@ class SparseRunSettings:
             )
 
 
-def read_sparse_record(out: Path, resume: bool) -> dict[str, Any] | None:
+def read_sparse_record(out: Path, resume: bool, command: str = STAGE) -> dict[str, Any] | None:
     """The record of the sparse run in `out`, where there is one to resume."""
     file = out / RUN_FILE
     if not file.exists():
         return None
     if not resume:
-        raise ValueError(f"sparse: {out} already holds a run; pass --resume to go on with it, or another --out")
+        raise ValueError(f"{command}: {out} already holds a run; pass --resume to go on with it, or another --out")
     try:
         record: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
         if record.get("stage") != STAGE:
@@ -109,7 +109,7 @@ def read_sparse_record(out: Path, resume: bool) -> dict[str, Any] | None:
         sparse_settings_from(record["settings"])
         record["base_fingerprint"], record["init_fingerprint"], record["data_fingerprint"]
     except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"sparse: {file} is no sparse run's record ({error}); choose another --out") from error
+        raise ValueError(f"{command}: {file} is no sparse run's record ({error}); choose another folder") from error
     return record
 
 
@@ -122,12 +122,12 @@ def sparse_settings_from(plain: Mapping[str, Any]) -> SparseRunSettings:
     return SparseRunSettings(**values)
 
 
-def read_any_run(out: Path) -> dict[str, Any]:
+def read_any_run(out: Path, command: str) -> dict[str, Any]:
     """`read_run` of a warm-up, or the settings of a sparse run; empty where `out` holds no run."""
     file = out / RUN_FILE
     if not file.exists() or f'"stage": "{STAGE}"' not in file.read_text(encoding="utf-8"):
-        return read_run(out)
-    record = read_sparse_record(out, resume=True)
+        return read_run(out, command)
+    record = read_sparse_record(out, True, command)
     if record is None:
         return {}
     shared = {name: record[name] for name in ("sequences_per_step",) if name in record}

@@ -79,8 +79,11 @@ def load_start(
     return Start(name, fingerprint, held, folder, init), model, tokenizer
 
 
-def held_indexers(init_from: str) -> tuple[Path, NativeCheckpoint | None]:
+def held_indexers(init_from: str, name: str = "sparse: --init-from") -> tuple[Path, NativeCheckpoint | None]:
     """The folder of the indexers that `init_from` names, and they; None where it is a model with some of its own.
+
+    Args:
+        name: who asks, and what `init_from` is called there, for errors.
 
     Raises:
         ValueError, FileNotFoundError: it is neither a run, nor a native indexer folder, nor a Transformers checkpoint.
@@ -93,8 +96,7 @@ def held_indexers(init_from: str) -> tuple[Path, NativeCheckpoint | None]:
         return folder, read_native(folder)
     except (ValueError, FileNotFoundError) as error:
         raise type(error)(
-            f"sparse: --init-from must name a warm-up's run, a native indexer or a model with indexers of its own: "
-            f"{error}"
+            f"{name} must name a warm-up's run, a native indexer or a model with indexers of its own: {error}"
         ) from error
 
 

@@ -61,7 +61,7 @@ class SparseTrainer(Trainer):
         for data in (options.get("train_dataset"), options.get("eval_dataset")):
             if isinstance(data, PackedDataset):
                 check_token_ids(data.largest_token_id, embedding_rows(handle.model))
-        check_logits(handle.model.config.get_text_config())
+        check_logits(handle.model.config.get_text_config(), "SparseTrainer")
         self.handle, self.indexer_lr = handle, indexer_lr
         self._label_count = 1
         super().__init__(model=handle.model, **options)

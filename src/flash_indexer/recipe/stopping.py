@@ -6,6 +6,7 @@ import os
 import signal
 import sys
 import threading
+from collections.abc import Sequence
 from types import FrameType, TracebackType
 from typing import Any
 
@@ -51,6 +52,10 @@ class StopSignals:
             signal.signal(number, before)
         self._before.clear()
 
+    def told(self) -> list[float]:
+        """For each of NAMES 1 if it came to this process, else 0: summed over processes, what `signal_of` reads."""
+        return [float(number == self.number) for number in NAMES]
+
     def _note(self, number: int, frame: FrameType | None) -> None:
         self.number = number
         for handled in self._before:
@@ -60,3 +65,8 @@ class StopSignals:
             text = f"\n{name}: finishing this step, then saving; once more ends at once, without saving\n"
             cursor = SHOW_CURSOR if sys.stderr.isatty() else ""  # which a process that is killed leaves hidden
             os.write(2, (cursor + text).encode())  # past Python's buffers, in the middle of which this may be called
+
+
+def signal_of(sums: Sequence[float]) -> int:
+    """The signal that came to any of the processes whose `told` were summed, SIGTERM if both did; 0: none came."""
+    return max((number for number, count in zip(NAMES, sums, strict=True) if count > 0), default=0)
