@@ -2,7 +2,8 @@
 
     python benchmarks/record_stage.py --out runs/stage --jobs 3
 
-1. text      train, validation and held-out documents (`stage_text.py`)
+1. text      train, validation and held-out documents (`stage_text.py`); the model's weights in a Transformers folder,
+             which the twenty processes load in a second instead of twenty
 2. warm-up   of WARM_UP's indexers, --warm-up-steps of 16 sequences
 3. rates     short runs, dense, of each of RATES, and with the indexers' keys of each of INDEXER_RATES at the second of
              RATES; the lowest perplexity on the validation text wins, and all three runs have the same
@@ -26,6 +27,10 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from queue import SimpleQueue
+
+import torch
+
+from flash_indexer.models.load import load_model
 
 HERE = Path(__file__).parent
 RATES = ("3e-5", "1e-4", "3e-4")
@@ -55,6 +60,7 @@ def main() -> None:
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--until", choices=("warm-up", "rates", "runs", "judgement"), default="judgement")
     stage = Stage(parser.parse_args())
+    stage.prepare()
     for name in ("warm-up", "rates", "runs", "judgement"):
         getattr(stage, name.replace("-", "_"))()
         if name == stage.options.until:
@@ -70,12 +76,23 @@ class Stage:
         self.places: SimpleQueue[int] = SimpleQueue()
         for place in range(options.jobs):
             self.places.put(place % options.gpus)
+        named = Path(options.model)
+        self.model = named if named.is_dir() else self.out / "model"
+
+    def prepare(self) -> None:
+        """The text, and the model in a folder of its own."""
         if not (self.text / "train.jsonl").exists():
             self.together({"text": [sys.executable, str(HERE / "stage_text.py"), "--out", str(self.text)]})
+        if not self.model.exists():
+            model, tokenizer = load_model(self.options.model, dtype=torch.float32)
+            part = self.model.with_suffix(".part")
+            model.save_pretrained(part)
+            tokenizer.save_pretrained(part)
+            part.rename(self.model)
 
     def warm_up(self) -> None:
         words = [
-            "--model", self.options.model, *self.common(), *WARM_UP, "--steps", str(self.options.warm_up_steps),
+            "--model", str(self.model), *self.common(), *WARM_UP, "--steps", str(self.options.warm_up_steps),
             "--evaluate-sequences", "0", "--save-every", str(self.options.warm_up_steps),
         ]  # fmt: skip
         self.together({"warm": command("warmup", self.out / "warm", words)})
