@@ -45,10 +45,11 @@ def main() -> None:
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--text", type=Path, help="folder of train, validation and held_out.jsonl; default: made")
     parser.add_argument("--length", type=int, default=2048, help="tokens of a sequence")
-    parser.add_argument("--warm-up-steps", type=int, default=400)
+    parser.add_argument("--warm-up-steps", type=int, default=700)
     parser.add_argument("--topk", type=int, nargs="+", default=[128, 256], help="rates are chosen at the first")
-    parser.add_argument("--steps", type=int, default=200, help="of each of the runs")
+    parser.add_argument("--steps", type=int, default=60, help="of each of the runs")
     parser.add_argument("--rate-steps", type=int, default=40)
+    parser.add_argument("--rates", type=Path, help="folder of another record, whose rates are taken")
     parser.add_argument(
         "--batch-size", type=int, default=8, help="sequences; the host sets the pace, so many cost little"
     )
@@ -99,6 +100,11 @@ class Stage:
 
     def rates(self) -> None:
         if (self.out / "rates.json").exists():
+            return
+        if (other := self.options.rates) is not None:
+            steps = json.loads((other / "warm" / "run.json").read_text(encoding="utf-8"))["settings"]["steps"]
+            chosen = json.loads((other / "rates.json").read_text(encoding="utf-8")) | dict(warm_up_steps=steps)
+            (self.out / "rates.json").write_text(json.dumps(chosen) + "\n", encoding="utf-8")
             return
         steps, length, topk = self.options.rate_steps, self.options.length, self.options.topk[0]
         first = INDEXER_RATES[0]

@@ -69,9 +69,8 @@ def test_from_text_to_page(
     assert len(call(first, "--until", "rates")) == 9
     shutil.copytree(first / "warm", out / "warm")  # what another machine needs
     shutil.copytree(first / "logs", out / "logs", ignore=shutil.ignore_patterns("*.log"))
-    shutil.copy(first / "rates.json", out)
+    commands = call(out, "--until", "runs", "--rates", str(first))
     shutil.rmtree(first)
-    commands = call(out, "--until", "runs")
     assert len(commands) == 3 and all(" sparse " in line for line in commands)
     assert len(call(out)) == 9 and call(out)[:3] == commands and len(call(out)) == 9
     assert json.loads((out / "rates.json").read_text())["lr"] in ("1e-4", "1e-2")
@@ -84,6 +83,7 @@ def test_from_text_to_page(
     monkeypatch.setattr(sys, "argv", ["stage_page", "--record", str(out), "--out", str(tmp_path / "docs")])
     page.main()
     text = (tmp_path / "docs" / "sparse.md").read_text()
+    assert ", after a warm-up of 3 steps: 1e-" in text
     assert "16 index heads of 128, 3 steps of 16 sequences of 32 tokens" in text
     assert (tmp_path / "docs" / "sparse_k8" / "comparison.md").read_text().startswith("#")
     assert "K=8: the indexer's keys cost" in text and (tmp_path / "docs" / "sparse_costs.png").stat().st_size > 1000
