@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from flash_indexer.kernels.sm_90.sizes import EXP, RELU, SHARED_KEY_SCALES
+from flash_indexer.kernels.sm_90.sizes import EXP, SHARED_KEY_SCALES
 from flash_indexer.ops import launch
 from flash_indexer.ops.kl.arithmetic import FP8
 from flash_indexer.ops.kl.plan import TileChunk
@@ -40,7 +40,7 @@ def kernels(problem: Problem) -> list[launch.Wanted]:
             found.append(wanted(D, False, False))
     if problem.index_dtype is not None:
         rotation = problem.index_dtype == FP8
-        found += [("score_fp8", dict(D=E, mode=RELU)), wanted(E, rotation, True)]
+        found += [("score_narrow_fp8", dict(E=E)), wanted(E, rotation, True)]
         if rotation and any(problem.needs):
             found += [("rotate", dict(E=E, wide=wide)) for wide in (0, 1)]
     return found
@@ -76,7 +76,11 @@ class Fp8Teacher:
         """out[t,s] = sum_h exp(scale * q̂[t,h]·k̂[s,g(h)] - lse[t,h]) in the chunk's tiles."""
         rows = slice(chunk.begin, chunk.end)
         values, scale = self.queries(rows)
-        _score(EXP, values, scale, (self.k, self.k_scale), lse[rows], chunk, out, self.scale, chunk.begin)
+        (count, H, D), (S, G), items = values.shape, self.k.shape[:2], chunk.score.numel() // 4
+        launch.load("score_fp8", D=D, mode=EXP)(
+            values.view(count, -1), self.k.view(S, -1), lse[rows].reshape(-1), scale, self.k_scale, out, chunk.score,
+            H, H // G, self.scale, chunk.begin, items, min(items, launch.processors(out.device)), padded_keys(S),
+        )  # fmt: skip
 
     def lse(self, key_start: Tensor, key_end: Tensor) -> Tensor:
         """lse[t,h] = log sum over visible s of exp(scale * q̂[t,h]·k̂[s,g(h)]): float32 [T, H].
@@ -113,31 +117,14 @@ class Fp8Index:
 
     def scores(self, chunk: TileChunk, out: Tensor) -> None:
         """out[t,s] = sum_j w[t,j] * ReLU(index_q̂[t,j]·index_k̂[s]) in the chunk's tiles."""
-        _score(RELU, self.q.values, self.q.scale, self.k[:2], self.scaled_weights, chunk, out, 1.0, 0)
+        q, k, items = self.q.values, self.k.values, chunk.narrow.numel() // 4
+        launch.load("score_narrow_fp8", E=q.shape[2])(
+            q.view(q.shape[0], -1), k[:, 0], self.scaled_weights, self.k.scale, out, chunk.narrow,
+            q.shape[1], 0, items, min(items, launch.processors(out.device)),
+        )  # fmt: skip
 
 
 def _copy(rows: Rows) -> Tensor:
     if rows.copy is None:
         raise ValueError("Fp8Index: rows must have their copy in bfloat16")
     return rows.copy
-
-
-def _score(
-    mode: int,
-    q: Tensor,
-    q_scale: Tensor,
-    k: tuple[Tensor, Tensor],
-    low: Tensor,
-    chunk: TileChunk,
-    out: Tensor,
-    scale: float,
-    first_row: int,
-) -> None:
-    """low: [rows, H], what is subtracted (lse) or multiplied with (the index weights); its row 0 is first_row."""
-    (rows, H, D), (keys, k_scale) = q.shape, k
-    S, G = keys.shape[:2]
-    count = chunk.score.numel() // 4
-    launch.load("score_fp8", D=D, mode=mode)(
-        q.view(rows, -1), keys.view(S, -1), low.reshape(-1), q_scale, k_scale, out, chunk.score,
-        H, H // G, scale, first_row, count, min(count, launch.processors(q.device)), padded_keys(S),
-    )  # fmt: skip
