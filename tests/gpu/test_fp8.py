@@ -14,7 +14,7 @@ from fp8_problems import truth, worst_eager
 from flash_indexer import indexer_kl, quantize
 from flash_indexer.kernels.sm_90.sizes import HEAD_WIDTHS, INDEX_WIDTHS
 from flash_indexer.ops.quantization import dequantize, rotate
-from flash_indexer.ops.quantization_gpu import quantize_keys, quantize_rows, rotate_rows
+from flash_indexer.ops.quantization_gpu import quantize_index, quantize_keys, quantize_rows, rotate_rows
 from flash_indexer.testing import KERNEL_CLASSES, KernelClass, Result, assert_close
 
 pytestmark = pytest.mark.gpu
@@ -52,12 +52,17 @@ def test_rows_have_the_bits_that_torch_gives_them(width):
 
 @pytest.mark.parametrize("rotation", [False, True])
 @pytest.mark.parametrize("width", INDEX_WIDTHS)
-def test_rotated_rows_have_the_bits_that_torch_gives_them(width, rotation):
-    x = rows(517, 5, width, seed=1)
-    expected, got = quantize(x.cpu(), rotation=rotation), quantize_rows(x, rotation=rotation, copy=True)
-    same_numbers(got.values.float().cpu(), expected.values.float())
-    same_numbers(got.quantized.scale.cpu(), expected.scale)
-    same_numbers(got.copy.float().cpu(), dequantize(expected, torch.float32))
+@pytest.mark.parametrize("keys", [1003, 256])
+def test_an_indexers_rows_have_the_bits_that_torch_gives_them(keys, width, rotation):
+    index_q, index_k, weights = rows(517, 5, width, seed=1), rows(keys, width, seed=2), torch.randn(517, 5).cuda()
+    q, k = (quantize(x.cpu(), rotation=rotation) for x in (index_q, index_k))
+    got = quantize_index(index_q, index_k, weights, rotation)
+    for values, rounded, expected in ((got.q, got.rounded_q, q), (got.k, got.rounded_k, k)):
+        same_numbers(values.float().cpu(), expected.values.float())
+        same_numbers(rounded.float().cpu(), dequantize(expected, torch.float32))
+    same_numbers(got.scaled_weights.cpu(), (weights.cpu() * q.scale).view(-1))
+    same_numbers(got.k_scale[:keys].cpu(), k.scale)
+    assert got.k_scale.shape == (-(-keys // 128) * 128,) and (got.k_scale[keys:] == 0).all()
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])

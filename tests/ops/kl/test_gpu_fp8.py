@@ -17,8 +17,8 @@ from flash_indexer import causal_intervals, quantize
 from flash_indexer.kernels.sm_90.sizes import ROTATED_QUERIES, SHARED_KEY_SCALES
 from flash_indexer.ops import Problem, launch
 from flash_indexer.ops.kl import gpu_body, gpu_stages
-from flash_indexer.ops.kl.gpu_fp8 import Fp8Teacher
-from flash_indexer.ops.kl.plan import GradientItems, TileChunk
+from flash_indexer.ops.kl.gpu_fp8 import Fp8Index, Fp8Teacher
+from flash_indexer.ops.kl.plan import GradientItems, PlanSizes, TileChunk, make_plan
 from flash_indexer.ops.quantization import Quantized, dequantize
 
 T, S, H, G, SCALE = 200, 200, 4, 2, 0.1
@@ -28,7 +28,7 @@ def no_gradients() -> GradientItems:
     raise AssertionError("no gradients are asked for here")
 
 
-def play_quantize(x, values, scale, out, rows, heads, stride, blocks) -> None:
+def play_quantize(x, values, scale, rows, heads, stride, blocks) -> None:
     rounded = quantize(x)
     values.copy_(rounded.values)
     r = torch.arange(rows)
@@ -80,6 +80,31 @@ def play_score(D: int) -> Callable[..., None]:
     return score
 
 
+def play_quantize_index(rotation: int) -> Callable[..., None]:
+    def quantize_index(q, q_values, q_rounded, weights, scaled, k, k_values, k_rounded, k_scale, blocks) -> None:
+        for x, values, rounded in ((q, q_values, q_rounded), (k, k_values, k_rounded)):
+            values.copy_((row := quantize(x, rotation=bool(rotation))).values)
+            rounded.copy_(dequantize(row, torch.float32))
+            if x is q:
+                scaled.copy_(weights * row.scale)
+            else:
+                k_scale.zero_()[: len(x)] = row.scale
+        per_block = 256 // (q.shape[1] // 8)
+        assert blocks == -(-len(q) // per_block) + k_scale.numel() // per_block and k_scale.numel() % 128 == 0
+
+    return quantize_index
+
+
+def play_score_narrow(q, k, weights, k_scale, out, items, H, first_row, count, ctas) -> None:
+    assert ctas == min(count, 4) and items.numel() == 4 * count
+    x = torch.einsum("thd,sd->ths", q.view(q.shape[0], H, -1).float(), k.float()).relu()
+    scores = (x * weights.view(-1, H)[..., None]).sum(1) * k_scale[: k.shape[0]]
+    for token, key, first, tiles in items.view(-1, 4).tolist():
+        for n in range(tiles):
+            block = scores[token - first_row :][:64, key + 128 * n : key + 128 * n + 128]
+            out[(first + n) * 128 + token % 128 :][: block.shape[0], : block.shape[1]] = block
+
+
 def play_lse(q, k, q_scale, k_scale, key_start, key_end, lse, H, HG, scale, grid, keys) -> None:
     assert (k_scale >= 0).all(), "this kernel knows no minus sign"
     s = torch.arange(k.shape[0])
@@ -97,7 +122,12 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
         counts[name] += 1
         if name == "score_fp8":
             return play_score(static["D"])
-        return {"quantize": play_quantize, "quantize_keys": play_quantize_keys, "lse_fp8": play_lse}[name]
+        if name == "quantize_index":
+            return play_quantize_index(static["rotation"])
+        return {
+            "quantize": play_quantize, "quantize_keys": play_quantize_keys, "lse_fp8": play_lse,
+            "score_narrow_fp8": play_score_narrow,
+        }[name]  # fmt: skip
 
     monkeypatch.setattr(launch, "load", load)
     monkeypatch.setattr(launch, "processors", lambda device: 4)
@@ -146,6 +176,26 @@ def test_the_teacher(D: int, handed_over: bool, spread: float, launches: Counter
     shares = D in SHARED_KEY_SCALES
     quantised = {} if handed_over else {"quantize": 1 + (not shares)}  # queries once, for the logsumexp and the scores
     assert launches == {"lse_fp8": 1, "score_fp8": 2} | quantised | ({"quantize_keys": 1} if shares else {})
+
+
+@pytest.mark.parametrize("rotation", [False, True])
+@pytest.mark.parametrize(("E", "I"), [(128, 4), (64, 5), (32, 3)])
+def test_the_indexer(E: int, I: int, rotation: bool, launches: Counter[str]) -> None:
+    torch.manual_seed(0)
+    leaves = torch.randn(T, I, E).bfloat16(), torch.randn(S, E).bfloat16(), torch.randn(T, I)
+    index = Fp8Index(leaves, "fp8" if rotation else "fp8_unrotated")
+    q, k = (dequantize(quantize(x, rotation=rotation), torch.float32) for x in leaves[:2])
+    assert torch.equal(index.leaves[0].float(), q) and torch.equal(index.leaves[1].float(), k)
+    assert index.leaves[2] is leaves[2]
+    expected = torch.einsum("ti,tis->ts", leaves[2], torch.einsum("tie,se->tis", q, k).relu())
+    work = make_plan(*causal_intervals(torch.tensor([0, T])), PlanSizes(S, E, 8, False, 2**29, 4), torch.device("cpu"))
+    (chunk,) = work.chunks
+    out = torch.full((chunk.tiles * 128, 128), torch.nan)
+    index.scores(chunk, out)
+    for token, key, tile, _ in chunk.score.view(-1, 4).tolist():
+        block = expected[token : token + 128, key : key + 128]
+        torch.testing.assert_close(out[tile * 128 :][: block.shape[0], : block.shape[1]], block, rtol=1e-4, atol=1e-4)
+    assert launches == {"quantize_index": 1, "score_narrow_fp8": 1}
 
 
 @pytest.mark.parametrize(("E", "heads"), [(128, 64), (128, 33), (128, 32), (64, 64), (32, 3)])

@@ -262,14 +262,11 @@ def _build(D, mode, stages, fp8):
     def body(bx, operands, KS, tensors, sizes):
         Q, K = operands
         ITEMS = tensors[2]
-        H, HG, scale, qbase, nitems, grid = sizes
+        H, HG, _, qbase, nitems, grid = sizes
         T.import_source(SOURCE)
         Qs = T.alloc_shared((QST, 64, D), dtype)
         Ks = T.alloc_shared((KST, 128, D), dtype)
-        if FP8:
-            Ss = T.alloc_shared((KST * 128,), "float32")
-        else:
-            Ss = None
+        Ss = T.alloc_shared((KST * 128,), "float32") if FP8 else None
         T.annotate_layout({x: make_swizzled_layout(x) for x in (Qs, Ks)})
         fullq = T.alloc_barrier([1] * QST)
         emptyq = T.alloc_barrier([4 * WARPGROUPS] * QST)

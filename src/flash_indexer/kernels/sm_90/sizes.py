@@ -225,13 +225,11 @@ BUILDERS = {
     "select": Kernel("select", "build", ({},), streamed=False),
     "sparse_rows": Kernel("sparse_rows", "build", ({},), streamed=False),
     "rows": Kernel("rows", "build", ({"logits": 0}, {"logits": 1}), streamed=False),
-    "quantize": Kernel(
+    "quantize": Kernel("quantize", "build", tuple({"D": D} for D in HEAD_WIDTHS), streamed=False),
+    "quantize_index": Kernel(
         "quantize",
-        "build",
-        (
-            *({"D": D, "rotation": 0, "copy": 0} for D in HEAD_WIDTHS),
-            *({"D": E, "rotation": rotation, "copy": 1} for E in INDEX_WIDTHS for rotation in (0, 1)),
-        ),
+        "build_index",
+        tuple({"E": E, "rotation": rotation} for E in INDEX_WIDTHS for rotation in (0, 1)),
         streamed=False,
     ),
     "quantize_keys": Kernel(

@@ -16,12 +16,13 @@ from flash_indexer.ops.kl.arithmetic import FP8
 from flash_indexer.ops.kl.plan import TileChunk
 from flash_indexer.ops.problem import Problem
 from flash_indexer.ops.quantization_gpu import (
-    Rows,
     padded_keys,
+    quantize_index,
     quantize_keys,
     quantize_rows,
     scales_by_head,
     wanted,
+    wanted_index,
     wanted_keys,
 )
 
@@ -37,10 +38,10 @@ def kernels(problem: Problem) -> list[launch.Wanted]:
         if problem.lse is None:
             found.append(("lse_fp8", dict(D=D)))
         if problem.q_scale is None:
-            found.append(wanted(D, False, False))
+            found.append(wanted(D))
     if problem.index_dtype is not None:
         rotation = problem.index_dtype == FP8
-        found += [("score_narrow_fp8", dict(E=E)), wanted(E, rotation, True)]
+        found += [("score_narrow_fp8", dict(E=E)), wanted_index(E, rotation)]
         if rotation and any(problem.needs):
             found += [("rotate", dict(E=E, wide=wide)) for wide in (0, 1)]
     return found
@@ -61,15 +62,14 @@ class Fp8Teacher:
         if k.shape[2] in SHARED_KEY_SCALES:
             self.k, self.k_scale = quantize_keys(k, problem.k_scale)
         elif problem.k_scale is None:
-            self.k, self.k_scale, _ = quantize_rows(k, by_head=True)
+            self.k, self.k_scale = quantize_rows(k, by_head=True)
         else:
             self.k, self.k_scale = k, scales_by_head(problem.k_scale)
 
     def queries(self, rows: slice) -> tuple[Tensor, Tensor]:
         """Their values and flat scales."""
         if self.q_scale is None:
-            values, scale, _ = quantize_rows(self.q[rows])
-            return values, scale
+            return quantize_rows(self.q[rows])
         return self.q[rows], self.q_scale[rows].reshape(-1)
 
     def scores(self, lse: Tensor, chunk: TileChunk, out: Tensor) -> None:
@@ -104,27 +104,13 @@ class Fp8Index:
     """index_q and index_k in e4m3: `scores`, and `leaves`, the same in bfloat16 with the weights, for the gradients."""
 
     def __init__(self, leaves: tuple[Tensor, Tensor, Tensor], index_dtype: str | None) -> None:
-        index_q, index_k, self.weights = leaves
-        self.rotation = index_dtype == FP8
-        self.q = quantize_rows(index_q, rotation=self.rotation, copy=True)
-        self.k = quantize_rows(index_k[:, None], rotation=self.rotation, copy=True, by_head=True)
-        self.scaled_weights = self.weights.view(-1) * self.q.scale
-
-    @property
-    def leaves(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Rounded index_q, index_k, and the weights."""
-        return _copy(self.q), _copy(self.k)[:, 0], self.weights
+        self.rows = quantize_index(*leaves, rotation=index_dtype == FP8)
+        self.leaves = self.rows.rounded_q, self.rows.rounded_k, leaves[2]
 
     def scores(self, chunk: TileChunk, out: Tensor) -> None:
         """out[t,s] = sum_j w[t,j] * ReLU(index_q̂[t,j]·index_k̂[s]) in the chunk's tiles."""
-        q, k, items = self.q.values, self.k.values, chunk.narrow.numel() // 4
-        launch.load("score_narrow_fp8", E=q.shape[2])(
-            q.view(q.shape[0], -1), k[:, 0], self.scaled_weights, self.k.scale, out, chunk.narrow,
-            q.shape[1], 0, items, min(items, launch.processors(out.device)),
+        (T, I, E), items = self.rows.q.shape, chunk.narrow.numel() // 4
+        launch.load("score_narrow_fp8", E=E)(
+            self.rows.q.view(T, -1), self.rows.k, self.rows.scaled_weights, self.rows.k_scale, out, chunk.narrow,
+            I, 0, items, min(items, launch.processors(out.device)),
         )  # fmt: skip
-
-
-def _copy(rows: Rows) -> Tensor:
-    if rows.copy is None:
-        raise ValueError("Fp8Index: rows must have their copy in bfloat16")
-    return rows.copy
