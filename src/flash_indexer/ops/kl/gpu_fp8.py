@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from flash_indexer.kernels.sm_90.sizes import EXP, SHARED_KEY_SCALES
+from flash_indexer.kernels.sm_90.sizes import SHARED_KEY_SCALES
 from flash_indexer.ops import launch
 from flash_indexer.ops.kl.arithmetic import FP8
 from flash_indexer.ops.kl.plan import TileChunk
@@ -32,7 +32,7 @@ def kernels(problem: Problem) -> list[launch.Wanted]:
     D, E = problem.q.shape[2], problem.index_q.shape[2]
     found: list[launch.Wanted] = []
     if has_fp8_teacher(problem):
-        found.append(("score_fp8", dict(D=D, mode=EXP)))
+        found.append(("score_fp8", dict(D=D)))
         if D in SHARED_KEY_SCALES:
             found.append(wanted_keys(D, problem.k_scale is not None))
         if problem.lse is None:
@@ -77,7 +77,7 @@ class Fp8Teacher:
         rows = slice(chunk.begin, chunk.end)
         values, scale = self.queries(rows)
         (count, H, D), (S, G), items = values.shape, self.k.shape[:2], chunk.score.numel() // 4
-        launch.load("score_fp8", D=D, mode=EXP)(
+        launch.load("score_fp8", D=D)(
             values.view(count, -1), self.k.view(S, -1), lse[rows].reshape(-1), scale, self.k_scale, out, chunk.score,
             H, H // G, self.scale, chunk.begin, items, min(items, launch.processors(out.device)), padded_keys(S),
         )  # fmt: skip
