@@ -11,8 +11,12 @@ import pytest
 import torch
 from fp8_problems import truth, worst_eager
 
-from flash_indexer import indexer_kl, quantize
+from flash_indexer import causal_intervals, indexer_kl, quantize
 from flash_indexer.kernels.sm_90.sizes import HEAD_WIDTHS, INDEX_WIDTHS
+from flash_indexer.ops import launch
+from flash_indexer.ops.kl import gpu_body
+from flash_indexer.ops.kl.gpu_fp8 import Fp8Index
+from flash_indexer.ops.kl.plan import PlanSizes, plan
 from flash_indexer.ops.quantization import dequantize, rotate
 from flash_indexer.ops.quantization_gpu import quantize_index, quantize_keys, quantize_rows, rotate_rows
 from flash_indexer.testing import KERNEL_CLASSES, KernelClass, Result, assert_close
@@ -130,6 +134,35 @@ def test_keys_of_any_size_beside_each_other(problem):
     k = x.k.clone()
     k[::97] *= 2.0**-12
     judge("sizes of keys", replace(x, k=k), ("fp8", "fp8"), with_lse=False)
+
+
+@pytest.mark.parametrize("lengths", [(3000,), (900, 129, 1, 640), (385,)], ids=str)
+@pytest.mark.parametrize(("E", "heads"), [(128, 64), (128, 5), (64, 33), (64, 8), (32, 16), (32, 1)])
+def test_index_scores_of_small_integers_are_exact(E, heads, lengths):
+    """Every tile, of other numbers each time: a stage that is read too early or too late shows."""
+    T, generator = sum(lengths), torch.Generator("cuda").manual_seed(E + heads)
+    start, end = causal_intervals(torch.tensor([0, *lengths]).cumsum(0).cuda())
+    work = plan(
+        start, end, PlanSizes(T, E, gpu_body.padded_heads(heads), False, 2**25, launch.processors(start.device))
+    )
+    assert len(work.chunks) > 1 or T < 3000
+
+    def integers(largest, *shape):
+        return torch.randint(-largest, largest + 1, shape, device="cuda", generator=generator)
+
+    for _ in range(20):
+        index_q, index_k, weights = integers(4, T, heads, E), integers(4, T, E), integers(8, T, heads)
+        index = Fp8Index((index_q.bfloat16(), index_k.bfloat16(), weights.float()), "fp8_unrotated")
+        expected = torch.zeros(-(-T // 128) * 128, -(-T // 128) * 128, device="cuda")
+        for head in range(heads):
+            products = index_q[:, head].float() @ index_k.float().T
+            expected[:T, :T] += weights[:, head, None] * products.relu()
+        expected = expected.unflatten(0, (-1, 128)).unflatten(2, (-1, 128)).transpose(1, 2)
+        for chunk in work.chunks:
+            out = torch.full((chunk.tiles, 128, 128), torch.nan, device="cuda")
+            index.scores(chunk, out.view(-1, 128))
+            token, key, tile, _ = chunk.score.view(-1, 4).long().T
+            assert torch.equal(out[tile], expected[token // 128, key // 128])
 
 
 def call(x, *, weight, d_loss, **options):
