@@ -12,8 +12,7 @@ struct Tile {
   static constexpr int SIZE = ROWS * W * 2 >> 4;
   static constexpr int HALF = 64 * ROW >> 4;  // 64 rows on
   static __device__ __forceinline__ uint64_t descriptor(int low) {
-    constexpr unsigned high = ROW == 128 ? 0x40000040u : ROW == 64 ? 0x80000020u : 0xc0000010u;  // swizzle; 8 rows on
-    return (uint64_t)high << 32 | (unsigned)low;
+    return (uint64_t)(ROW == 128 ? 0x40000040u : 0x80000020u) << 32 | (unsigned)low;  // swizzle; 8 rows on
   }
   static __device__ constexpr int along_row(int k) { return (k / (ROW / 32) * (ROWS * ROW) + k % (ROW / 32) * 32) >> 4; }
   static __device__ constexpr int along_column(int k) { return k * 16 * ROW >> 4; }
@@ -45,7 +44,7 @@ static __device__ __forceinline__ void wg_product_held(float* d, const unsigned*
   warpgroup_commit_batch();
   warpgroup_fence_operand(d, N / 2);
 }
-// d = A B^T, or added to it, of e4m3 tiles of W columns, 128 at most, which lie as bfloat16 tiles of half as many do.
+// d = A B^T, or added to it, of e4m3 tiles [128, W], which lie as bfloat16 tiles of half as many columns do; W is 64 or 128.
 // The caller fences d, and begins and commits the group
 template <int W>
 static __device__ __forceinline__ void wg_e4m3_products(float* d, int a, int b, bool add) {

@@ -1,5 +1,11 @@
 #pragma once
 #include "score.cuh"
+// rows of 32 bytes, of 32 columns in e4m3: one step of a product
+template <int ROWS>
+struct Tile<16, ROWS> {
+  static __device__ __forceinline__ uint64_t descriptor(int low) { return (uint64_t)0xc0000010u << 32 | (unsigned)low; }
+  static __device__ constexpr int along_row(int k) { return 0; }
+};
 // s = Q K^T of a head: addresses as in Tile
 template <int D>
 static __device__ __forceinline__ void nr_product(float* s, int q, int k) {
