@@ -157,8 +157,9 @@ def problem(D: int, handed_over: bool, spread: float) -> tuple[Problem, Tensor, 
 def test_the_teacher(D: int, handed_over: bool, spread: float, launches: Counter[str]) -> None:
     given, q, k = problem(D, handed_over, spread)
     teacher = Fp8Teacher(given)
-    assert (teacher.k_scale < 0).any() == (D in SHARED_KEY_SCALES and spread > 0.1)
     lse = teacher.lse(given.key_start, given.key_end)
+    assert teacher.traffic(slice(0, T)) == 0, "it is quantised"
+    assert (teacher.quantised(slice(0, T)).k_scale < 0).any() == (D in SHARED_KEY_SCALES and spread > 0.1)
     x = torch.einsum("thd,shd->ths", q, k.repeat_interleave(H // G, 1)) * SCALE
     seen = torch.arange(S) < given.key_end[:, None]
     torch.testing.assert_close(lse, x.masked_fill(~seen[:, None], -torch.inf).logsumexp(-1), rtol=1e-3, atol=1e-3)
@@ -166,7 +167,7 @@ def test_the_teacher(D: int, handed_over: bool, spread: float, launches: Counter
         items = partial(torch.tensor([[*tile, 0] for tile in tiles], dtype=torch.int32).view, -1)
         chunk = TileChunk(begin, min(begin + 128, T), len(tiles), S, items, items, no_gradients)
         out = torch.full((len(tiles) * 128, 128), torch.nan)
-        teacher.scores(lse, chunk, out)
+        teacher.scores(teacher.quantised(slice(chunk.begin, chunk.end)), lse, chunk, out)
         expected = (x - lse[..., None]).exp().sum(1)
         for token, key, tile in tiles:
             block = expected[token : token + 128, key : key + 128]
@@ -198,6 +199,64 @@ def test_the_indexer(E: int, I: int, rotation: bool, launches: Counter[str]) -> 
     assert launches == {"quantize_index": 1, "score_narrow_fp8": 1}
 
 
+def index_of(I: int, E: int) -> Fp8Index:
+    index = object.__new__(Fp8Index)
+    index.rows = SimpleNamespace(q=torch.empty(1, I, E))
+    return index
+
+
+def test_index_scores_leave_multiprocessors_to_much_traffic() -> None:
+    """DeepSeek-V3.2 expanded, 8,192 tokens: 1.2 GB; and more of them to more."""
+    shares = [index_of(64, 128).share(2080, traffic, 132) for traffic in (0, 10**6, 6 * 10**8, 12 * 10**8, 18 * 10**8)]
+    assert shares[:2] == [132, 132]
+    assert 66 <= shares[4] <= shares[3] <= shares[2] < 132
+    assert index_of(8, 64).share(2080, 20 * 10**6, 132) == 132, "SmolLM2: nothing to gain"
+
+
+@pytest.mark.parametrize("share", [3, 4])
+def test_a_chunk_is_scored_once(share: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before the teacher is quantised on another stream, or after its scores."""
+    monkeypatch.setattr(torch.cuda, "device", lambda _: nullcontext())
+    monkeypatch.setattr(
+        torch.cuda, "current_stream", lambda: SimpleNamespace(wait_stream=lambda _: done.append("join"))
+    )
+    monkeypatch.setattr(launch, "side_stream", lambda _: side)
+    monkeypatch.setattr(launch, "processors", lambda _: 4)
+    monkeypatch.setattr(gpu_body, "kl_rows", lambda *_: done.append("rows"))
+    done: list[str] = []
+    side: Any = SimpleNamespace(wait_stream=lambda _: done.append("fork"))
+    none = torch.zeros(0)
+    chunk = SimpleNamespace(begin=0, end=128, tiles=1, keys=128)
+    stages = object.__new__(gpu_stages.GpuStages)
+    stages.plan = SimpleNamespace(shards=[SimpleNamespace(own=chunk, teacher=chunk)], own=None)
+    stages.q = stages.lse = none
+    stages.leaves, stages.rotated = (none,) * 3, True
+    stages.wait_for_keys, stages.scored, stages.logits, stages.needs, stages.row_inputs = (
+        None,
+        -1,
+        False,
+        (False,) * 3,
+        None,
+    )
+    stages.scores, stages.index_scores, stages.di = (
+        [torch.zeros(128, 128)],
+        torch.zeros(128, 128),
+        torch.zeros(128, 128),
+    )
+    stages.sums = SimpleNamespace(kl=none, entropy=none)
+    stages.fp8_teacher = SimpleNamespace(
+        traffic=lambda rows: 7, scores=lambda *_: done.append("teacher"),
+        quantised=lambda rows, stream=None: done.append("quantise" if stream is None else "quantise beside"),
+    )  # fmt: skip
+    stages.fp8_index = SimpleNamespace(
+        share=lambda tiles, traffic, processors: share if (tiles, traffic, processors) == (1, 7, 4) else 0,
+        scores=lambda chunk, out, processors=4: done.append(f"scores by {processors}"), leaves=(none,) * 3,
+    )  # fmt: skip
+    stages.index(0, stages.teacher(0))
+    beside = ["fork", "scores by 3", "quantise beside", "join", "teacher", "rows"]
+    assert done == (beside if share == 3 else ["quantise", "teacher", "scores by 4", "rows"])
+
+
 @pytest.mark.parametrize(("E", "heads"), [(128, 64), (128, 33), (128, 32), (64, 64), (32, 3)])
 def test_d_index_q_is_rotated_once(E: int, heads: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """By the kernel that makes it, where that one can, or after it."""
@@ -217,6 +276,7 @@ def test_d_index_q_is_rotated_once(E: int, heads: int, monkeypatch: pytest.Monke
     stages.index_scores = stages.di = stages.q = none
     stages.fp8_index = SimpleNamespace(leaves=(none,) * 3, scores=lambda *_: None)
     stages.leaves, stages.row_inputs, stages.logits, stages.needs, stages.rotated = None, None, False, (True,) * 3, True
+    stages.scored = -1
     stages.sums = SimpleNamespace(kl=none, entropy=none, d_index_q=d_index_q, d_index_k=None)
     stages.out = gpu_body.IndexGradients(d_index_q, None, none, by_kernel)
     stages.index(0, none)

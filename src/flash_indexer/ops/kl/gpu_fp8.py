@@ -7,6 +7,8 @@ same kernels as ever.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -25,6 +27,11 @@ from flash_indexer.ops.quantization_gpu import (
     wanted_index,
     wanted_keys,
 )
+from flash_indexer.ops.worklists import TILE
+
+# of an H100: index scores of one multiprocessor, operations a second; bytes a second that pass where one multiprocessor
+# quantises, and where all do; seconds that a second stream costs
+SCORES, TRAFFIC, MEMORY, TURNING = 8e12, 5.5e10, 2.8e12, 2e-5
 
 
 def kernels(problem: Problem) -> list[launch.Wanted]:
@@ -52,33 +59,52 @@ def has_fp8_teacher(problem: Problem) -> bool:
     return problem.teacher_dtype == FP8 and problem.target == "mean"
 
 
+class TeacherRows(NamedTuple):
+    """A chunk's queries in e4m3, [rows, H, D], all keys, [S, G, D], and their scales, flat; the keys' by head."""
+
+    q: Tensor
+    q_scale: Tensor
+    k: Tensor
+    k_scale: Tensor
+
+
 class Fp8Teacher:
     """q and k in e4m3: `scores` and `lse`."""
 
     def __init__(self, problem: Problem) -> None:
         self.scale = problem.softmax_scale
         self.q, self.q_scale = launch.aligned(problem.q), problem.q_scale
-        k = launch.aligned(problem.k)
-        if k.shape[2] in SHARED_KEY_SCALES:
-            self.k, self.k_scale = quantize_keys(k, problem.k_scale)
-        elif problem.k_scale is None:
-            self.k, self.k_scale = quantize_rows(k, by_head=True)
-        else:
-            self.k, self.k_scale = k, scales_by_head(problem.k_scale)
+        self.given_keys = launch.aligned(problem.k), problem.k_scale
+        self.keys: tuple[Tensor, Tensor] | None = None
 
-    def queries(self, rows: slice) -> tuple[Tensor, Tensor]:
-        """Their values and flat scales."""
+    def traffic(self, rows: slice) -> int:
+        """Bytes that `quantised` reads and writes for these rows, where it quantises any."""
+        k, k_scale = self.given_keys
+        read = (0 if self.q_scale is not None else (rows.stop - rows.start) * self.q[0].nbytes) + (
+            0 if self.keys is not None or k_scale is not None else k.nbytes
+        )
+        return read + read // 2
+
+    def quantised(self, rows: slice, stream: torch.cuda.Stream | None = None) -> TeacherRows:
+        """The rows in e4m3; the keys the first time. stream: where kernels are launched, None for the current one."""
+        if self.keys is None:
+            k, k_scale = self.given_keys
+            if k.shape[2] in SHARED_KEY_SCALES:
+                self.keys = quantize_keys(k, k_scale, stream)
+            elif k_scale is None:
+                self.keys = quantize_rows(k, by_head=True, stream=stream)
+            else:
+                self.keys = k, scales_by_head(k_scale)
         if self.q_scale is None:
-            return quantize_rows(self.q[rows])
-        return self.q[rows], self.q_scale[rows].reshape(-1)
+            return TeacherRows(*quantize_rows(self.q[rows], stream=stream), *self.keys)
+        return TeacherRows(self.q[rows], self.q_scale[rows].reshape(-1), *self.keys)
 
-    def scores(self, lse: Tensor, chunk: TileChunk, out: Tensor) -> None:
-        """out[t,s] = sum_h exp(scale * q̂[t,h]·k̂[s,g(h)] - lse[t,h]) in the chunk's tiles."""
-        rows = slice(chunk.begin, chunk.end)
-        values, scale = self.queries(rows)
-        (count, H, D), (S, G), items = values.shape, self.k.shape[:2], chunk.score.numel() // 4
+    def scores(self, rows: TeacherRows, lse: Tensor, chunk: TileChunk, out: Tensor) -> None:
+        """out[t,s] = sum_h exp(scale * q̂[t,h]·k̂[s,g(h)] - lse[t,h]) in the chunk's tiles; rows: the chunk's."""
+        (count, H, D), (S, G), items = rows.q.shape, rows.k.shape[:2], chunk.score.numel() // 4
+        low = lse[chunk.begin : chunk.end].reshape(-1)
         launch.load("score_fp8", D=D)(
-            values.view(count, -1), self.k.view(S, -1), lse[rows].reshape(-1), scale, self.k_scale, out, chunk.score,
+            rows.q.view(count, -1), rows.k.view(S, -1), low, rows.q_scale, rows.k_scale, out, chunk.score,
             H, H // G, self.scale, chunk.begin, items, min(items, launch.processors(out.device)), padded_keys(S),
         )  # fmt: skip
 
@@ -89,12 +115,12 @@ class Fp8Teacher:
         """
         T, H, D = self.q.shape
         lse = torch.empty(T, H, device=self.q.device)
-        values, scale = self.queries(slice(0, T))
-        self.q, self.q_scale = values, scale.view(T, H)
-        S, G = self.k.shape[:2]
+        rows = self.quantised(slice(0, T))
+        self.q, self.q_scale = rows.q, rows.q_scale.view(T, H)
+        S, G = rows.k.shape[:2]
         grid = min(padded_keys(T) // 128 * H, launch.processors(self.q.device))
         launch.load("lse_fp8", D=D)(
-            values.view(T, -1), self.k.view(S, -1), scale, self.k_scale.abs(), key_start, key_end, lse.view(-1),
+            rows.q.view(T, -1), rows.k.view(S, -1), rows.q_scale, rows.k_scale.abs(), key_start, key_end, lse.view(-1),
             H, H // G, self.scale, grid, padded_keys(S),
         )  # fmt: skip
         return lse
@@ -107,10 +133,27 @@ class Fp8Index:
         self.rows = quantize_index(*leaves, rotation=index_dtype == FP8)
         self.leaves = self.rows.rounded_q, self.rows.rounded_k, leaves[2]
 
-    def scores(self, chunk: TileChunk, out: Tensor) -> None:
-        """out[t,s] = sum_j w[t,j] * ReLU(index_q̂[t,j]·index_k̂[s]) in the chunk's tiles."""
+    def scores(self, chunk: TileChunk, out: Tensor, processors: int | None = None) -> None:
+        """out[t,s] = sum_j w[t,j] * ReLU(index_q̂[t,j]·index_k̂[s]) in the chunk's tiles; processors: all or fewer."""
         (T, I, E), items = self.rows.q.shape, chunk.narrow.numel() // 4
+        processors = processors or launch.processors(out.device)
         launch.load("score_narrow_fp8", E=E)(
             self.rows.q.view(T, -1), self.rows.k, self.rows.scaled_weights, self.rows.k_scale, out, chunk.narrow,
-            I, 0, items, min(items, launch.processors(out.device)),
+            I, 0, items, min(items, processors),
         )  # fmt: skip
+
+    def share(self, tiles: int, traffic: int, processors: int) -> int:
+        """Multiprocessors on which to form the scores of so many tiles while the others quantise so many bytes.
+
+        Quantising waits for memory, and a third of the multiprocessors ask it for most of what it gives; scores take
+        longer by what they lack. All multiprocessors where one after the other is as fast: for little traffic.
+        """
+        flops = 2 * tiles * TILE**2 * self.rows.q.shape[1:].numel()
+
+        def both(n: int) -> float:
+            scores, free = flops / (n * SCORES), processors - n
+            left = max(traffic - scores * min(free * TRAFFIC, MEMORY), 0)
+            return scores + left / MEMORY
+
+        best = min(range(processors // 2, processors + 1), key=both)
+        return best if both(best) + TURNING < both(processors) else processors
