@@ -235,6 +235,26 @@ def test_the_workspace_and_the_run_change_no_bits_of_rows(workspace, problem):
         assert torch.equal(getattr(whole, field), getattr(small, field)), field
 
 
+@pytest.mark.parametrize("filled", [False, True])
+@pytest.mark.parametrize("workspace", [2**29, 2**21])
+def test_index_scores_beside_the_quantising_have_the_same_bits(workspace, filled, problem, monkeypatch):
+    """Also where torch fills new memory, which it does on the stream that the memory is taken on."""
+    x = problem("beside", KernelClass(192, 128, 64), "causal", H=6, G=3)
+    options = dict(
+        weight=None, d_loss=1.0, lse=x.lse, index_dtype="fp8", teacher_dtype="fp8", workspace_bytes=workspace
+    )
+    monkeypatch.setattr(Fp8Index, "share", lambda self, tiles, traffic, processors: processors)
+    expected = call(x, **options)
+    torch.use_deterministic_algorithms(filled, warn_only=True)
+    try:
+        for share in (1, 40, 131) * 5:
+            monkeypatch.setattr(Fp8Index, "share", lambda *_, share=share: share)
+            for field, a, b in zip(Result._fields, call(x, **options), expected, strict=True):
+                assert torch.equal(a, b), field
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
 @pytest.mark.parametrize("target", ["per_head", "sum_logits"])
 def test_other_targets_multiply_the_rounded_tensors(target, problem):
     heads = dict(H=4, G=2, I=4) if target == "per_head" else dict(H=6, G=2, I=5)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 from typing import Any
 
@@ -37,16 +36,12 @@ def processors(device: torch.device) -> int:
 
 @cache
 def side_stream(device: torch.device) -> torch.cuda.Stream:
-    """A stream for kernels that leave most of the GPU's arithmetic idle, beside others of the current stream.
+    """A stream for kernels beside those of the current stream.
 
-    Whoever launches on it has it wait for the current stream before, and the current stream for it after.
+    Whoever launches on it has it wait for the current stream before, also before memory is taken on it, and the current
+    stream for it after.
     """
     return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-
-
-def on(stream: torch.cuda.Stream | None) -> AbstractContextManager[None]:
-    """Launches go to this stream; memory is taken from the current one's all the same where it is taken before."""
-    return nullcontext() if stream is None else torch.cuda.stream(stream)
 
 
 def aligned(x: Tensor) -> Tensor:

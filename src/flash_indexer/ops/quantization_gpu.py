@@ -50,25 +50,22 @@ def wanted_index(width: int, rotation: bool) -> launch.Wanted:
     return "quantize_index", dict(E=width, rotation=int(rotation))
 
 
-def quantize_rows(x: Tensor, *, by_head: bool = False, stream: torch.cuda.Stream | None = None) -> Rows:
+def quantize_rows(x: Tensor, *, by_head: bool = False) -> Rows:
     """Rows of x in e4m3.
 
     Args:
-        x: bfloat16 [T, H, D], contiguous, aligned. by_head: scales [H, keys], those past the last key 0. stream: where
-            the kernel is launched, None for the current one.
+        x: bfloat16 [T, H, D], contiguous, aligned. by_head: scales [H, keys], those past the last key 0.
     """
     width, heads = x.shape[-1], x.shape[1] if by_head else 1
     rows = x.numel() // width
     values = torch.empty(x.shape, dtype=E4M3, device=x.device)
     stride = padded_keys(x.shape[0]) if by_head else 0
-    scale = torch.empty(heads * stride if by_head else rows, device=x.device)
+    make = torch.zeros if stride > x.shape[0] else torch.empty
+    scale = make(heads * stride if by_head else rows, device=x.device)
     if rows:
         name, static = wanted(width)
         tables = (x.view(-1, width), values.view(-1, width), scale)
-        with launch.on(stream):
-            if stride > x.shape[0]:
-                scale.zero_()
-            launch.load(name, **static)(*tables, rows, heads, stride, blocks(rows, width))
+        launch.load(name, **static)(*tables, rows, heads, stride, blocks(rows, width))
     return Rows(values, scale)
 
 
@@ -107,14 +104,14 @@ def wanted_keys(width: int, narrow: bool) -> launch.Wanted:
     return "quantize_keys", dict(D=width, narrow=int(narrow))
 
 
-def quantize_keys(k: Tensor, scale: Tensor | None, stream: torch.cuda.Stream | None = None) -> tuple[Tensor, Tensor]:
+def quantize_keys(k: Tensor, scale: Tensor | None) -> tuple[Tensor, Tensor]:
     """A teacher's keys in e4m3, and their scales by head, flat: [G, keys], keys a multiple of 128.
 
     128 keys of a head share a scale where theirs are near enough, and then all have it with a minus sign: the kernel
     says when, and what that costs.
 
     Args:
-        k: [S, G, D], contiguous, aligned; bfloat16 without a scale, e4m3 with one, float32 [S, G]. stream: as above.
+        k: [S, G, D], contiguous, aligned; bfloat16 without a scale, e4m3 with one, float32 [S, G].
     """
     S, G, D = k.shape
     stride = padded_keys(S)
@@ -123,10 +120,7 @@ def quantize_keys(k: Tensor, scale: Tensor | None, stream: torch.cuda.Stream | N
     if k.numel():
         name, static = wanted_keys(D, scale is not None)
         own = scales if scale is None else scale.reshape(-1)
-        with launch.on(stream):
-            launch.load(name, **static)(
-                k.view(-1, D), own, values.view(-1, D), scales, S, G, stride, stride // TILE * G
-            )  # fmt: skip
+        launch.load(name, **static)(k.view(-1, D), own, values.view(-1, D), scales, S, G, stride, stride // TILE * G)
     return values, scales
 
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from types import SimpleNamespace
 from typing import Any
@@ -216,45 +216,42 @@ def test_index_scores_leave_multiprocessors_to_much_traffic() -> None:
 @pytest.mark.parametrize("share", [3, 4])
 def test_a_chunk_is_scored_once(share: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Before the teacher is quantised on another stream, or after its scores."""
+    done: list[str] = []
+
+    @contextmanager
+    def beside(stream: object) -> Iterator[None]:
+        assert stream is side
+        done.append("beside")
+        yield
+        done.append("here")
+
+    side: Any = SimpleNamespace(wait_stream=lambda _: done.append("fork"))
+    here = SimpleNamespace(wait_stream=lambda stream: done.append("join"))
     monkeypatch.setattr(torch.cuda, "device", lambda _: nullcontext())
-    monkeypatch.setattr(
-        torch.cuda, "current_stream", lambda: SimpleNamespace(wait_stream=lambda _: done.append("join"))
-    )
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: here)
+    monkeypatch.setattr(torch.cuda, "stream", beside)
     monkeypatch.setattr(launch, "side_stream", lambda _: side)
     monkeypatch.setattr(launch, "processors", lambda _: 4)
     monkeypatch.setattr(gpu_body, "kl_rows", lambda *_: done.append("rows"))
-    done: list[str] = []
-    side: Any = SimpleNamespace(wait_stream=lambda _: done.append("fork"))
-    none = torch.zeros(0)
+    none, tile = torch.zeros(0), torch.zeros(128, 128)
     chunk = SimpleNamespace(begin=0, end=128, tiles=1, keys=128)
     stages = object.__new__(gpu_stages.GpuStages)
     stages.plan = SimpleNamespace(shards=[SimpleNamespace(own=chunk, teacher=chunk)], own=None)
-    stages.q = stages.lse = none
-    stages.leaves, stages.rotated = (none,) * 3, True
-    stages.wait_for_keys, stages.scored, stages.logits, stages.needs, stages.row_inputs = (
-        None,
-        -1,
-        False,
-        (False,) * 3,
-        None,
-    )
-    stages.scores, stages.index_scores, stages.di = (
-        [torch.zeros(128, 128)],
-        torch.zeros(128, 128),
-        torch.zeros(128, 128),
-    )
+    stages.q, stages.lse, stages.leaves, stages.wait_for_keys, stages.row_inputs = none, none, (none,) * 3, None, None
+    stages.scored, stages.logits, stages.needs, stages.rotated = -1, False, (False,) * 3, True
+    stages.scores, stages.index_scores, stages.di = [tile], tile.clone(), tile.clone()
     stages.sums = SimpleNamespace(kl=none, entropy=none)
     stages.fp8_teacher = SimpleNamespace(
-        traffic=lambda rows: 7, scores=lambda *_: done.append("teacher"),
-        quantised=lambda rows, stream=None: done.append("quantise" if stream is None else "quantise beside"),
-    )  # fmt: skip
+        traffic=lambda rows: 7, scores=lambda *_: done.append("teacher"), quantised=lambda rows: done.append("quantise")
+    )
     stages.fp8_index = SimpleNamespace(
         share=lambda tiles, traffic, processors: share if (tiles, traffic, processors) == (1, 7, 4) else 0,
-        scores=lambda chunk, out, processors=4: done.append(f"scores by {processors}"), leaves=(none,) * 3,
-    )  # fmt: skip
+        scores=lambda chunk, out, processors=4: done.append(f"scores by {processors}"),
+        leaves=(none,) * 3,
+    )
     stages.index(0, stages.teacher(0))
-    beside = ["fork", "scores by 3", "quantise beside", "join", "teacher", "rows"]
-    assert done == (beside if share == 3 else ["quantise", "teacher", "scores by 4", "rows"])
+    forked = ["fork", "scores by 3", "beside", "quantise", "here", "join", "teacher", "rows"]
+    assert done == (forked if share == 3 else ["quantise", "teacher", "scores by 4", "rows"])
 
 
 @pytest.mark.parametrize(("E", "heads"), [(128, 64), (128, 33), (128, 32), (64, 64), (32, 3)])

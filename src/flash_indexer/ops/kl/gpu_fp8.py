@@ -85,18 +85,18 @@ class Fp8Teacher:
         )
         return read + read // 2
 
-    def quantised(self, rows: slice, stream: torch.cuda.Stream | None = None) -> TeacherRows:
-        """The rows in e4m3; the keys the first time. stream: where kernels are launched, None for the current one."""
+    def quantised(self, rows: slice) -> TeacherRows:
+        """The rows in e4m3; the keys only the first time."""
         if self.keys is None:
             k, k_scale = self.given_keys
             if k.shape[2] in SHARED_KEY_SCALES:
-                self.keys = quantize_keys(k, k_scale, stream)
+                self.keys = quantize_keys(k, k_scale)
             elif k_scale is None:
-                self.keys = quantize_rows(k, by_head=True, stream=stream)
+                self.keys = quantize_rows(k, by_head=True)
             else:
                 self.keys = k, scales_by_head(k_scale)
         if self.q_scale is None:
-            return TeacherRows(*quantize_rows(self.q[rows], stream=stream), *self.keys)
+            return TeacherRows(*quantize_rows(self.q[rows]), *self.keys)
         return TeacherRows(self.q[rows], self.q_scale[rows].reshape(-1), *self.keys)
 
     def scores(self, rows: TeacherRows, lse: Tensor, chunk: TileChunk, out: Tensor) -> None:

@@ -105,7 +105,8 @@ class GpuStages:
         here, side = torch.cuda.current_stream(), launch.side_stream(self.q.device)
         side.wait_stream(here)
         self.fp8_index.scores(own, self.index_scores[: own.tiles * TILE], share)  # first, so that it finds room
-        quantised = teacher.quantised(rows, side)
+        with torch.cuda.stream(side):
+            quantised = teacher.quantised(rows)
         here.wait_stream(side)
         self.scored = n
         return quantised
