@@ -64,7 +64,7 @@ def test_an_indexers_rows_have_the_bits_that_torch_gives_them(keys, width, rotat
     for values, rounded, expected in ((got.q, got.rounded_q, q), (got.k, got.rounded_k, k)):
         same_numbers(values.float().cpu(), expected.values.float())
         same_numbers(rounded.float().cpu(), dequantize(expected, torch.float32))
-    same_numbers(got.scaled_weights.cpu(), (weights.cpu() * q.scale).view(-1))
+    same_numbers(got.half_weights.cpu(), (weights.cpu() * q.scale / 2).view(-1))
     same_numbers(got.k_scale[:keys].cpu(), k.scale)
     assert got.k_scale.shape == (-(-keys // 128) * 128,) and (got.k_scale[keys:] == 0).all()
 
@@ -243,7 +243,7 @@ def test_index_scores_beside_the_quantising_have_the_same_bits(workspace, filled
     options = dict(
         weight=None, d_loss=1.0, lse=x.lse, index_dtype="fp8", teacher_dtype="fp8", workspace_bytes=workspace
     )
-    monkeypatch.setattr(Fp8Index, "share", lambda self, tiles, traffic, processors: processors)
+    monkeypatch.setattr(Fp8Index, "share", lambda self, chunk, traffic, processors: processors)
     expected = call(x, **options)
     torch.use_deterministic_algorithms(filled, warn_only=True)
     try:

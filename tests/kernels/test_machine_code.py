@@ -60,8 +60,8 @@ def products(name: str, static: dict[str, int]) -> int:
         return 4 * static["D"] // 16
     if name == "score_narrow":
         return static["D"] // 16
-    if name == "score_narrow_fp8":  # of 32 columns
-        return static["E"] // 32
+    if name == "score_narrow_fp8":  # of 32 columns, for two heads
+        return 2 * static["E"] // 32
     if name == "lse":
         return 3 * static["D"] // 16
     if name in ("score_fp8", "lse_fp8"):  # of 32 columns

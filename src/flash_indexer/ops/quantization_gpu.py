@@ -28,14 +28,14 @@ class Rows(NamedTuple):
 class IndexRows(NamedTuple):
     """An indexer's rows in e4m3, index_q [T, I, E], index_k [S, E], and rounded to these in bfloat16.
 
-    scaled_weights: the weights times the scales of index_q, flat [T·I]. k_scale: flat, S in whole tiles of 128, 0 past
-    the last key.
+    half_weights: half of the weights times the scales of index_q, flat [T·I], for scores take the double of a ReLU.
+    k_scale: flat, S in whole tiles of 128, 0 past the last key.
     """
 
     q: Tensor
     k: Tensor
     k_scale: Tensor
-    scaled_weights: Tensor
+    half_weights: Tensor
     rounded_q: Tensor
     rounded_k: Tensor
 
@@ -85,7 +85,7 @@ def quantize_index(index_q: Tensor, index_k: Tensor, weights: Tensor, rotation: 
     if rows and keys:
         name, static = wanted_index(E, rotation)
         launch.load(name, **static)(
-            index_q.view(-1, E), q.view(-1, E), out.rounded_q.view(-1, E), weights.view(-1), out.scaled_weights,
+            index_q.view(-1, E), q.view(-1, E), out.rounded_q.view(-1, E), weights.view(-1), out.half_weights,
             index_k, k, out.rounded_k, out.k_scale, blocks(rows, E) + blocks(padded_keys(keys), E),
         )  # fmt: skip
     return out

@@ -107,8 +107,8 @@ static __device__ __forceinline__ void quantize(const void* X, void* V, float* S
   const float scale = quantize_row<D, 0, 0>(X, V, nullptr, row, rows);
   if (RowLanes<D>::lane() == 0 && row < rows) SC[(long long)(row % heads) * stride + row / heads] = scale;
 }
-// The indexer's rows, with their copies: blocks of queries, WS = their weights times their scales; then blocks of keys, with
-// their scales, 0 past the last key of a tile
+// The indexer's rows, with their copies: blocks of queries, WS = half of their weights times their scales; then blocks of
+// keys, with their scales, 0 past the last key of a tile
 template <int D, int ROTATION>
 static __device__ __forceinline__ void quantize_index(
     const void* Q, void* QV, void* QC, const float* W, float* WS, const void* K, void* KV, void* KC, float* KS, int rows,
@@ -118,7 +118,7 @@ static __device__ __forceinline__ void quantize_index(
   if ((int)blockIdx.x < blocks) {
     const int row = Lanes::row();
     const float scale = quantize_row<D, ROTATION, 1>(Q, QV, QC, row, rows);
-    if (Lanes::lane() == 0 && row < rows) WS[row] = W[row] * scale;
+    if (Lanes::lane() == 0 && row < rows) WS[row] = W[row] * scale * 0.5f;
   } else {
     const int key = Lanes::row() - blocks * Lanes::ROWS;
     const float scale = quantize_row<D, ROTATION, 1>(K, KV, KC, key, keys);

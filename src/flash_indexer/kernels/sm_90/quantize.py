@@ -51,8 +51,8 @@ def build_index(E, rotation):
     """The kernel for an indexer's queries and keys in one launch; rotation: 0 or 1.
 
     Run-time arguments: Q [rows, E], K [keys, E] bfloat16; QV, KV the same in float8_e4m3fn, QC, KC in bfloat16 again; W
-    [rows] float32, the weights, and WS, these times the scales of Q's rows; KS float32, the scales of K's, whole tiles
-    of 128; blocks as above: those of Q, then of KS.
+    [rows] float32, the weights, and WS, half of these times the scales of Q's rows, as `score_narrow.build_fp8` takes
+    them; KS float32, the scales of K's, whole tiles of 128; blocks as above: those of Q, then of KS.
     """
     nq, nk, ns = T.dynamic("nq"), T.dynamic("nk"), T.dynamic("ns")
 
@@ -65,7 +65,7 @@ def build_index(E, rotation):
     ):  # fmt: skip
         with T.Kernel(blocks, threads=THREADS):
             T.import_source(SOURCE)
-            # QV, scale = quantize(Q); QC = QV * scale; WS = W * scale; KV, KS = quantize(K); KC = KV * KS
+            # QV, scale = quantize(Q); QC = QV * scale; WS = W * scale / 2; KV, KS = quantize(K); KC = KV * KS
             T.call_extern(
                 "handle", f"quantize_index<{E}, {rotation}>", T.address_of(Q[0, 0]), T.address_of(QV[0, 0]),
                 T.address_of(QC[0, 0]), T.address_of(W[0]), T.address_of(WS[0]), T.address_of(K[0, 0]),

@@ -19,7 +19,9 @@ of Q back, those without a tile too; and that its keys are there a warpgroup lea
 K has stages, for it may be without a tile while the others go through the ring.
 
 Of e4m3 rows (`build_fp8`, the indexer's) each row of Q and K has a scale. The query's is in L; those of 128 keys lie in
-an array beside their stage of K, come and go with it, and multiply the sum over heads.
+an array beside their stage of K, come and go with it, and multiply the sum over heads. Products are half as long, and
+what lies between them counts: a stage holds two heads, the next one is waited for before the last sum of this one, and
+max(x, 0) is half of x + |x|, an instruction at twice the rate of a maximum.
 """
 
 import tilelang.language as T
@@ -66,10 +68,10 @@ def build(D, mode):
 
 
 def build_fp8(E):
-    """The kernel for mode RELU and one key head, rows of E (32, 64, 128) in e4m3: f = KS[s]·L[t,h]·max(x, 0).
+    """The kernel for one key head and rows of E (32, 64, 128) in e4m3: f = KS[s]·L[t,h]·(x + |x|).
 
-    Run-time arguments: as above, with Q and K float8_e4m3fn, L the weights times the scales of Q's rows, and before
-    OUT: KS float32, the scales of K's, whole tiles of 128; without HG and scale.
+    Run-time arguments: as above, with Q and K float8_e4m3fn, L half of the weights times the scales of Q's rows, and
+    before OUT: KS float32, the scales of K's, whole tiles of 128; without HG and scale.
     """
     return _build(E, RELU, NARROW_FP8[E], fp8=True)
 
@@ -78,12 +80,16 @@ def _build(D, mode, stages, fp8):
     """stages: of the Q and K rings."""
     QST, KST = stages
     FP8, dtype, PANEL, BYTES = fp8, *(("float8_e4m3fn", D, 1) if fp8 else ("bfloat16", min(D, 64), 2))
-    Q_SIZE, K_SIZE = 64 * D * BYTES // 16, 128 * D * BYTES // 16  # of a stage, in units of 16 bytes
+    HEADS = 2 if fp8 else 1  # of a stage of Q; zeros where there is none left
+    Q_SIZE, K_SIZE = 64 * D * BYTES // 16, 128 * D * BYTES // 16  # of a head, in units of 16 bytes
     tq, hd, tk, gd = T.dynamic("tq"), T.dynamic("hd"), T.dynamic("tk"), T.dynamic("gd")
     nl, nr, ni, nk = T.dynamic("nl"), T.dynamic("nr"), T.dynamic("ni"), T.dynamic("nk")
 
+    def stages_of(heads):
+        return (heads + 1) // 2 if HEADS == 2 else heads
+
     @T.macro
-    def next_head(q, v, tx):
+    def next_stage(q, v, tx):
         arrive(q.empty, v[Q_STAGE], tx)
         advance(v[Q_STAGE], v[Q_PARITY], QST)
 
@@ -101,20 +107,30 @@ def _build(D, mode, stages, fp8):
         else:
             T.call_extern("handle", f"nr_product<{D}>", S.access_ptr("rw"), queries, keys)
 
-    # S = Q[t, h] @ K[s, h // HG].T; A += f(S). L of the next head is asked for meanwhile
+    # S = Q[t, h] @ K[s, h // HG].T; A += f(S), of a head of the stage. L of the next head is asked for meanwhile
     @T.macro
-    def step(q, v, registers, at, rows, head, H, scale, tx):
+    def step(q, v, registers, at, rows, head, H, scale, tx, place):
         S, A, low = registers
         L, first, second = rows
-        T.barrier_wait(q.full[v[Q_STAGE]], v[Q_PARITY])
-        multiply(S, at[Q_ROWS] + v[Q_STAGE] * Q_SIZE, at[K_ROWS] + v[K_STAGE] * K_SIZE)
+        if not FP8:
+            T.barrier_wait(q.full[v[Q_STAGE]], v[Q_PARITY])
+        multiply(
+            S, at[Q_ROWS] + v[Q_STAGE] * (HEADS * Q_SIZE) + place * Q_SIZE, at[K_ROWS] + v[K_STAGE] * K_SIZE
+        )  # fmt: skip
         load_low(L, low, NEXT, first, second, T.min(head + 1, H - 1))
         T.wait_wgmma(0)
         T.warpgroup_fence_operand(S, num_regs=64)
-        next_head(q, v, tx)
-        T.call_extern(
-            "handle", f"sc_add<{mode}, 0, 16>", S.access_ptr("r"), A.access_ptr("rw"), low.access_ptr("r"), scale
-        )
+        if place == HEADS - 1:
+            next_stage(q, v, tx)
+            if FP8:
+                if head + 1 < H:
+                    T.barrier_wait(q.full[v[Q_STAGE]], v[Q_PARITY])
+        if FP8:
+            T.call_extern("handle", "nr_add_twice", S.access_ptr("r"), A.access_ptr("rw"), low.access_ptr("r"))
+        else:
+            T.call_extern(
+                "handle", f"sc_add<{mode}, 0, 16>", S.access_ptr("r"), A.access_ptr("rw"), low.access_ptr("r"), scale
+            )
         low[0] = low[NEXT]
         low[1] = low[NEXT + 1]
 
@@ -174,13 +190,16 @@ def _build(D, mode, stages, fp8):
                 first = T.call_extern("int32", "nr_row", token - qbase, tq - 1) * H
                 second = T.call_extern("int32", "nr_row", token - qbase + 8, tq - 1) * H
                 head = 0
+                if FP8:
+                    T.barrier_wait(q.full[v[Q_STAGE]], v[Q_PARITY])
                 load_low(L, low, 0, first, second, 0)
                 for _ in T.serial(H // HG):
                     T.barrier_wait(k.full[tx // 128 * KST + v[K_FULL]], v[K_PARITY])
                     advance(v[K_FULL], v[K_PARITY], KST)
-                    for _ in T.serial(HG):
-                        step(q, v, (S, A, low), at, (L, first, second), head, H, factor, tx)
-                        head = head + 1
+                    for _ in T.serial(stages_of(HG)):
+                        for n in list(range(HEADS)):
+                            step(q, v, (S, A, low), at, (L, first, second), head, H, factor, tx, n)
+                            head = head + 1
                     end_group(k, v, A, at, tx)
                     next_group(v, tiles)
                 tile = number(ITEMS, place + NarrowItem.TILE) + tx // 128
@@ -189,9 +208,9 @@ def _build(D, mode, stages, fp8):
                     T.call_extern("int32", "nr_out", tile, token),
                 )  # fmt: skip
             else:
-                for _ in T.serial(H):
+                for _ in T.serial(stages_of(H)):
                     T.barrier_wait(q.full[v[Q_STAGE]], v[Q_PARITY])
-                    next_head(q, v, tx)
+                    next_stage(q, v, tx)
                 for _ in T.serial(H // HG):
                     next_group(v, tiles)
 
@@ -206,15 +225,16 @@ def _build(D, mode, stages, fp8):
         for it in T.serial(items):
             row = number(ITEMS, (bx + it * grid) * SHORT_ITEM + NarrowItem.TOKEN) - qbase
             column = 0
-            for _ in T.serial(H):
+            for _ in T.serial(stages_of(H)):
                 T.barrier_wait(q.empty[stage], parity)
-                for c in list(range(D // PANEL)):
-                    T.tma_copy(
-                        Q[row : row + 64, column + c * PANEL : column + (c + 1) * PANEL],
-                        q.stages[stage, :, c * PANEL : (c + 1) * PANEL], barrier=q.full[stage],
-                    )  # fmt: skip
+                for n in list(range(HEADS)):
+                    for c in list(range(D // PANEL)):
+                        T.tma_copy(
+                            Q[row : row + 64, column + n * D + c * PANEL : column + n * D + (c + 1) * PANEL],
+                            q.stages[stage * HEADS + n, :, c * PANEL : (c + 1) * PANEL], barrier=q.full[stage],
+                        )  # fmt: skip
                 commit((q.full, stage))
-                column = column + D
+                column = column + HEADS * D
                 advance(stage, parity, QST)
 
     @T.macro
@@ -264,7 +284,7 @@ def _build(D, mode, stages, fp8):
         ITEMS = tensors[2]
         H, HG, _, qbase, nitems, grid = sizes
         T.import_source(SOURCE)
-        Qs = T.alloc_shared((QST, 64, D), dtype)
+        Qs = T.alloc_shared((QST * HEADS, 64, D), dtype)
         Ks = T.alloc_shared((KST, 128, D), dtype)
         Ss = T.alloc_shared((KST * 128,), "float32") if FP8 else None
         T.annotate_layout({x: make_swizzled_layout(x) for x in (Qs, Ks)})

@@ -25,7 +25,7 @@ PADDED_HEADS = (8, 16, 32, 64)
 EXP, RELU, SUM = 0, 1, 2  # modes of `score`
 SCORE_STAGES = {32: (8, 4), 64: (8, 4), 96: (7, 6), 128: (8, 4), 192: (7, 6), 256: (8, 5), 576: (5, 9)}  # Q, K rings
 NARROW_STAGES = {32: (16, 8), 64: (12, 8), 128: (4, 5)}  # of `score_narrow`: Q, K rings
-NARROW_FP8 = {32: (16, 8), 64: (16, 8), 128: (12, 7)}  # of its e4m3 rows
+NARROW_FP8 = {32: (8, 8), 64: (8, 8), 128: (6, 7)}  # of its e4m3 rows; two heads a stage of Q
 ROWS_CTAS, ROWS_STAGES, ROWS_KEYS = 3, 2, 4096  # of `rows`: CTAs of a multiprocessor, stages of each, keys of a stage
 # of e4m3 rows, twice as many columns a stage, and up to two more arrays for what is left of a row (`macros.Chunks`)
 SCORE_FP8 = {64: (8, 4), 96: (8, 6), 128: (8, 4), 192: (5, 4), 256: (8, 5), 576: (6, 5)}

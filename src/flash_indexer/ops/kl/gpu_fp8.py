@@ -29,9 +29,9 @@ from flash_indexer.ops.quantization_gpu import (
 )
 from flash_indexer.ops.worklists import TILE
 
-# of an H100: index scores of one multiprocessor, operations a second; bytes a second that pass where one multiprocessor
-# quantises, and where all do; seconds that a second stream costs
-SCORES, TRAFFIC, MEMORY, TURNING = 8e12, 5.5e10, 2.8e12, 2e-5
+# operations of index scores that a multiprocessor does in a second; bytes that pass in a second where one quantises,
+# and where all of an H100 do; seconds that a second stream costs
+SCORES, TRAFFIC, MEMORY, TURNING = 8.5e12, 4.6e10, 2.8e12, 2e-5
 
 
 def kernels(problem: Problem) -> list[launch.Wanted]:
@@ -138,22 +138,22 @@ class Fp8Index:
         (T, I, E), items = self.rows.q.shape, chunk.narrow.numel() // 4
         processors = processors or launch.processors(out.device)
         launch.load("score_narrow_fp8", E=E)(
-            self.rows.q.view(T, -1), self.rows.k, self.rows.scaled_weights, self.rows.k_scale, out, chunk.narrow,
+            self.rows.q.view(T, -1), self.rows.k, self.rows.half_weights, self.rows.k_scale, out, chunk.narrow,
             I, 0, items, min(items, processors),
         )  # fmt: skip
 
-    def share(self, tiles: int, traffic: int, processors: int) -> int:
-        """Multiprocessors on which to form the scores of so many tiles while the others quantise so many bytes.
+    def share(self, chunk: TileChunk, traffic: int, processors: int) -> int:
+        """Multiprocessors on which to form the chunk's scores while the others quantise, which passes so many bytes.
 
         Quantising waits for memory, and a third of the multiprocessors ask it for most of what it gives; scores take
         longer by what they lack. All multiprocessors where one after the other is as fast: for little traffic.
         """
-        flops = 2 * tiles * TILE**2 * self.rows.q.shape[1:].numel()
+        items = chunk.narrow.numel() // 4
+        operations = 2 * chunk.tiles * TILE**2 * self.rows.q[0].numel() / items  # of an item
 
         def both(n: int) -> float:
-            scores, free = flops / (n * SCORES), processors - n
-            left = max(traffic - scores * min(free * TRAFFIC, MEMORY), 0)
-            return scores + left / MEMORY
+            scores = -(-items // n) * operations / SCORES
+            return scores + max(traffic - scores * min((processors - n) * TRAFFIC, MEMORY), 0) / MEMORY
 
         best = min(range(processors // 2, processors + 1), key=both)
         return best if both(best) + TURNING < both(processors) else processors

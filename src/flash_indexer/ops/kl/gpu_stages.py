@@ -99,7 +99,7 @@ class GpuStages:
         rows, processors = slice(chunk.begin, chunk.end), launch.processors(self.q.device)
         if self.fp8_index is None or own is None or len(self.scores) > 1:
             return teacher.quantised(rows)
-        share = self.fp8_index.share(own.tiles, teacher.traffic(rows), processors)
+        share = self.fp8_index.share(own, teacher.traffic(rows), processors)
         if share == processors:
             return teacher.quantised(rows)
         here, side = torch.cuda.current_stream(), launch.side_stream(self.q.device)
