@@ -24,6 +24,18 @@ def test_the_floor_counts_pairs_and_flops() -> None:
     assert bench.SIZES["v32_absorbed"].flops == pytest.approx(7.147e12, rel=1e-3)
 
 
+@pytest.mark.parametrize(
+    ("teacher", "index", "index_first"),
+    [("score", "score_narrow", False), ("score_fp8", "score_narrow_fp8", True), ("score", "score_narrow_fp8", False),
+     ("score_fp8", "score_narrow", False)],
+)  # fmt: skip
+def test_passes_are_told_apart(teacher: str, index: str, index_first: bool) -> None:
+    """Of two chunks; in e4m3 the index scores may come first."""
+    scores = [(f"flash_indexer_{teacher}_kernel", 6.0), (f"flash_indexer_{index}_kernel", 1.0)]
+    chunk = [("void fill", 0.25), *(scores[::-1] if index_first else scores), ("flash_indexer_quantize_index", 0.5)]
+    assert bench.slices(chunk * 2) == {"teacher": 12.0, "index": 2.0, "torch": 0.5, "quantize": 1.0}
+
+
 def problem(size: Size) -> tuple[list[torch.Tensor], dict[str, object]]:
     documents = tuple((n, n) for n in size.documents)
     x = make_inputs(Shape(documents, size.H, size.G, size.D, size.I, size.E), seed=0, dtype=torch.float64)

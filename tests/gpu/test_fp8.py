@@ -11,10 +11,14 @@ import pytest
 import torch
 from fp8_problems import truth, worst_eager
 
-from flash_indexer import indexer_kl, quantize
+from flash_indexer import causal_intervals, indexer_kl, quantize
 from flash_indexer.kernels.sm_90.sizes import HEAD_WIDTHS, INDEX_WIDTHS
+from flash_indexer.ops import launch
+from flash_indexer.ops.kl import gpu_body
+from flash_indexer.ops.kl.gpu_fp8 import Fp8Index
+from flash_indexer.ops.kl.plan import PlanSizes, plan
 from flash_indexer.ops.quantization import dequantize, rotate
-from flash_indexer.ops.quantization_gpu import quantize_keys, quantize_rows, rotate_rows
+from flash_indexer.ops.quantization_gpu import quantize_index, quantize_keys, quantize_rows, rotate_rows
 from flash_indexer.testing import KERNEL_CLASSES, KernelClass, Result, assert_close
 
 pytestmark = pytest.mark.gpu
@@ -52,12 +56,17 @@ def test_rows_have_the_bits_that_torch_gives_them(width):
 
 @pytest.mark.parametrize("rotation", [False, True])
 @pytest.mark.parametrize("width", INDEX_WIDTHS)
-def test_rotated_rows_have_the_bits_that_torch_gives_them(width, rotation):
-    x = rows(517, 5, width, seed=1)
-    expected, got = quantize(x.cpu(), rotation=rotation), quantize_rows(x, rotation=rotation, copy=True)
-    same_numbers(got.values.float().cpu(), expected.values.float())
-    same_numbers(got.quantized.scale.cpu(), expected.scale)
-    same_numbers(got.copy.float().cpu(), dequantize(expected, torch.float32))
+@pytest.mark.parametrize("keys", [1003, 256])
+def test_an_indexers_rows_have_the_bits_that_torch_gives_them(keys, width, rotation):
+    index_q, index_k, weights = rows(517, 5, width, seed=1), rows(keys, width, seed=2), torch.randn(517, 5).cuda()
+    q, k = (quantize(x.cpu(), rotation=rotation) for x in (index_q, index_k))
+    got = quantize_index(index_q, index_k, weights, rotation)
+    for values, rounded, expected in ((got.q, got.rounded_q, q), (got.k, got.rounded_k, k)):
+        same_numbers(values.float().cpu(), expected.values.float())
+        same_numbers(rounded.float().cpu(), dequantize(expected, torch.float32))
+    same_numbers(got.half_weights.cpu(), (weights.cpu() * q.scale / 2).view(-1))
+    same_numbers(got.k_scale[:keys].cpu(), k.scale)
+    assert got.k_scale.shape == (-(-keys // 128) * 128,) and (got.k_scale[keys:] == 0).all()
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
@@ -125,6 +134,35 @@ def test_keys_of_any_size_beside_each_other(problem):
     k = x.k.clone()
     k[::97] *= 2.0**-12
     judge("sizes of keys", replace(x, k=k), ("fp8", "fp8"), with_lse=False)
+
+
+@pytest.mark.parametrize("lengths", [(3000,), (900, 129, 1, 640), (385,)], ids=str)
+@pytest.mark.parametrize(("E", "heads"), [(128, 64), (128, 5), (64, 33), (64, 8), (32, 16), (32, 1)])
+def test_index_scores_of_small_integers_are_exact(E, heads, lengths):
+    """Every tile, of other numbers each time: a stage that is read too early or too late shows."""
+    T, generator = sum(lengths), torch.Generator("cuda").manual_seed(E + heads)
+    start, end = causal_intervals(torch.tensor([0, *lengths]).cumsum(0).cuda())
+    work = plan(
+        start, end, PlanSizes(T, E, gpu_body.padded_heads(heads), False, 2**25, launch.processors(start.device))
+    )
+    assert len(work.chunks) > 1 or T < 3000
+
+    def integers(largest, *shape):
+        return torch.randint(-largest, largest + 1, shape, device="cuda", generator=generator)
+
+    for _ in range(20):
+        index_q, index_k, weights = integers(4, T, heads, E), integers(4, T, E), integers(8, T, heads)
+        index = Fp8Index((index_q.bfloat16(), index_k.bfloat16(), weights.float()), "fp8_unrotated")
+        expected = torch.zeros(-(-T // 128) * 128, -(-T // 128) * 128, device="cuda")
+        for head in range(heads):
+            products = index_q[:, head].float() @ index_k.float().T
+            expected[:T, :T] += weights[:, head, None] * products.relu()
+        expected = expected.unflatten(0, (-1, 128)).unflatten(2, (-1, 128)).transpose(1, 2)
+        for chunk in work.chunks:
+            out = torch.full((chunk.tiles, 128, 128), torch.nan, device="cuda")
+            index.scores(chunk, out.view(-1, 128))
+            token, key, tile, _ = chunk.score.view(-1, 4).long().T
+            assert torch.equal(out[tile], expected[token // 128, key // 128])
 
 
 def call(x, *, weight, d_loss, **options):
@@ -195,6 +233,26 @@ def test_the_workspace_and_the_run_change_no_bits_of_rows(workspace, problem):
         assert torch.equal(getattr(whole, field), getattr(again, field)), field
     for field in ("kl", "entropy", "d_index_q", "d_index_weights"):
         assert torch.equal(getattr(whole, field), getattr(small, field)), field
+
+
+@pytest.mark.parametrize("filled", [False, True])
+@pytest.mark.parametrize("workspace", [2**29, 2**21])
+def test_index_scores_beside_the_quantising_have_the_same_bits(workspace, filled, problem, monkeypatch):
+    """Also where torch fills new memory, which it does on the stream that the memory is taken on."""
+    x = problem("beside", KernelClass(192, 128, 64), "causal", H=6, G=3)
+    options = dict(
+        weight=None, d_loss=1.0, lse=x.lse, index_dtype="fp8", teacher_dtype="fp8", workspace_bytes=workspace
+    )
+    monkeypatch.setattr(Fp8Index, "share", lambda self, chunk, traffic, processors: processors)
+    expected = call(x, **options)
+    torch.use_deterministic_algorithms(filled, warn_only=True)
+    try:
+        for share in (1, 40, 131) * 5:
+            monkeypatch.setattr(Fp8Index, "share", lambda *_, share=share: share)
+            for field, a, b in zip(Result._fields, call(x, **options), expected, strict=True):
+                assert torch.equal(a, b), field
+    finally:
+        torch.use_deterministic_algorithms(False)
 
 
 @pytest.mark.parametrize("target", ["per_head", "sum_logits"])

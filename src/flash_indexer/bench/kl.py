@@ -32,6 +32,7 @@ SAMPLED_ROWS = 6
 ROUNDS, ROUNDS_LONG, LONG = 20, 3, 10**9
 TOO_LONG = 10**5  # tokens of a document from which no attention is measured beside
 SLICES = {
+    "flash_indexer_score_narrow_fp8": "index", "flash_indexer_score_fp8": "teacher",
     "flash_indexer_score": "score", "flash_indexer_rows": "rows", "flash_indexer_gradient_query": "gradient_query",
     "flash_indexer_gradient_key": "gradient_key", "flash_indexer_gradient_reduce": "gradient_reduce",
     "flash_indexer_finish": "finish", "flash_indexer_scale": "scale", "flash_indexer_lse": "lse",
@@ -190,14 +191,30 @@ def passes(step: Callable[[], Any], size: Size) -> dict[str, dict[str, float]]:
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
         step()
         torch.cuda.synchronize()
-    found: dict[str, list[float]] = {}
     events = (event for event in profiler.events() or () if event.device_type.name == "CUDA")
-    for event in sorted(events, key=lambda event: event.time_range.start):
-        name = next((short for long, short in SLICES.items() if event.name.startswith(long)), "torch")
-        found.setdefault(name, []).append(event.device_time / 1e3)
-    scores = found.pop("score", [])
-    totals = {"teacher": sum(scores[::2]), "index": sum(scores[1::2])} | {n: sum(t) for n, t in found.items()}
+    ordered = sorted(events, key=lambda event: event.time_range.start)
+    totals = slices([(event.name, event.device_time / 1e3) for event in ordered])
     per_pair = {"teacher": 2 * size.H * size.D, "index": 2 * size.I * size.E}
     per_pair |= dict.fromkeys(("gradient_query", "gradient_key"), 4 * size.I * size.E)
     rate = {name: flops * size.pairs / totals[name] / 1e9 for name, flops in per_pair.items() if totals.get(name)}
     return {name: {"ms": ms} | ({"tflops": rate[name]} if name in rate else {}) for name, ms in totals.items()}
+
+
+def slices(kernels: list[tuple[str, float]]) -> dict[str, float]:
+    """Sums of (name, time) by SLICES, in the order of their beginning; the rest is torch's.
+
+    Scores in bfloat16 have kernels that teacher and indexer share: each other one is the indexer's, where none of the
+    two has scores in e4m3.
+    """
+    found: dict[str, list[float]] = {"teacher": [], "index": []}
+    for name, time in kernels:
+        short = next((short for long, short in SLICES.items() if name.startswith(long)), "torch")
+        found.setdefault(short, []).append(time)
+    scores = found.pop("score", [])
+    if found["index"]:
+        found["teacher"] += scores
+    elif found["teacher"]:
+        found["index"] += scores
+    else:
+        found |= {"teacher": scores[::2], "index": scores[1::2]}
+    return {name: sum(times) for name, times in found.items()}

@@ -34,6 +34,16 @@ def processors(device: torch.device) -> int:
     return int(torch.cuda.get_device_properties(device).multi_processor_count)
 
 
+@cache
+def side_stream(device: torch.device) -> torch.cuda.Stream:
+    """A stream for kernels beside those of the current stream.
+
+    Whoever launches on it has it wait for the current stream before, also before memory is taken on it, and the current
+    stream for it after.
+    """
+    return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+
+
 def aligned(x: Tensor) -> Tensor:
     """Contiguous, and beginning at a multiple of 16 bytes, as the copy engine wants it."""
     x = x.contiguous()

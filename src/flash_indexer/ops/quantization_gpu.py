@@ -7,18 +7,17 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from flash_indexer.kernels.sm_90.sizes import HEAD_WIDTHS, INDEX_WIDTHS, quantized_rows
+from flash_indexer.kernels.sm_90.sizes import quantized_rows
 from flash_indexer.ops import launch
 from flash_indexer.ops.quantization import E4M3, Quantized
 from flash_indexer.ops.worklists import TILE
 
 
 class Rows(NamedTuple):
-    """e4m3 values [T, H, D] ([S, E]); their scales, flat: of row r, or by head, [H, keys], keys a multiple of 128."""
+    """e4m3 values [T, H, D]; their scales, flat: of row r, or by head, [H, keys], keys a multiple of 128."""
 
     values: Tensor
     scale: Tensor
-    copy: Tensor | None
 
     @property
     def quantized(self) -> Quantized:
@@ -26,37 +25,70 @@ class Rows(NamedTuple):
         return Quantized(self.values, self.scale.view(self.values.shape[:-1]))
 
 
-def wanted(width: int, rotation: bool, copy: bool) -> launch.Wanted:
+class IndexRows(NamedTuple):
+    """An indexer's rows in e4m3, index_q [T, I, E], index_k [S, E], and rounded to these in bfloat16.
+
+    half_weights: half of the weights times the scales of index_q, flat [T·I], for scores take the double of a ReLU.
+    k_scale: flat, S in whole tiles of 128, 0 past the last key.
+    """
+
+    q: Tensor
+    k: Tensor
+    k_scale: Tensor
+    half_weights: Tensor
+    rounded_q: Tensor
+    rounded_k: Tensor
+
+
+def wanted(width: int) -> launch.Wanted:
     """The kernel that `quantize_rows` launches."""
-    return "quantize", dict(D=width, rotation=int(rotation), copy=int(copy))
+    return "quantize", dict(D=width)
 
 
-def takes(x: Tensor, rotation: bool) -> bool:
-    """Whether a kernel of the package is built for these rows."""
-    width = x.shape[-1]
-    return x.dtype == torch.bfloat16 and width in (INDEX_WIDTHS if rotation else HEAD_WIDTHS)
+def wanted_index(width: int, rotation: bool) -> launch.Wanted:
+    """The kernel that `quantize_index` launches."""
+    return "quantize_index", dict(E=width, rotation=int(rotation))
 
 
-def quantize_rows(x: Tensor, *, rotation: bool = False, copy: bool = False, by_head: bool = False) -> Rows:
-    """Rows of x in e4m3, and with `copy` also rounded to them in bfloat16.
+def quantize_rows(x: Tensor, *, by_head: bool = False) -> Rows:
+    """Rows of x in e4m3.
 
     Args:
-        x: bfloat16 [T, H, D] or [S, E], contiguous, aligned. by_head: scales [H, keys], those past the last key 0.
+        x: bfloat16 [T, H, D], contiguous, aligned. by_head: scales [H, keys], those past the last key 0.
     """
     width, heads = x.shape[-1], x.shape[1] if by_head else 1
     rows = x.numel() // width
     values = torch.empty(x.shape, dtype=E4M3, device=x.device)
-    if by_head:
-        stride = padded_keys(x.shape[0])
-        scale = torch.zeros(heads * stride, device=x.device)
-    else:
-        stride, scale = 0, torch.empty(rows, device=x.device)
-    out = torch.empty_like(x) if copy else x
+    stride = padded_keys(x.shape[0]) if by_head else 0
+    make = torch.zeros if stride > x.shape[0] else torch.empty
+    scale = make(heads * stride if by_head else rows, device=x.device)
     if rows:
-        name, static = wanted(width, rotation, copy)
-        tables = (x.view(-1, width), values.view(-1, width), scale, out.view(-1, width))
+        name, static = wanted(width)
+        tables = (x.view(-1, width), values.view(-1, width), scale)
         launch.load(name, **static)(*tables, rows, heads, stride, blocks(rows, width))
-    return Rows(values, scale, out if copy else None)
+    return Rows(values, scale)
+
+
+def quantize_index(index_q: Tensor, index_k: Tensor, weights: Tensor, rotation: bool) -> IndexRows:
+    """The indexer's rows in e4m3, in one launch; nothing is written where there are no queries or no keys.
+
+    Args:
+        index_q: [T, I, E], index_k: [S, E] bfloat16, weights: [T, I] float32; contiguous, aligned. rotation: whether
+            rows are rotated before.
+    """
+    E, (rows, keys) = index_k.shape[1], (weights.numel(), index_k.shape[0])
+    q, k = (torch.empty(x.shape, dtype=E4M3, device=x.device) for x in (index_q, index_k))
+    out = IndexRows(
+        q, k, weights.new_empty(padded_keys(keys)), weights.new_empty(rows),
+        torch.empty_like(index_q), torch.empty_like(index_k),
+    )  # fmt: skip
+    if rows and keys:
+        name, static = wanted_index(E, rotation)
+        launch.load(name, **static)(
+            index_q.view(-1, E), q.view(-1, E), out.rounded_q.view(-1, E), weights.view(-1), out.half_weights,
+            index_k, k, out.rounded_k, out.k_scale, blocks(rows, E) + blocks(padded_keys(keys), E),
+        )  # fmt: skip
+    return out
 
 
 def scales_by_head(scale: Tensor) -> Tensor:

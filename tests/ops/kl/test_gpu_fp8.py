@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from types import SimpleNamespace
 from typing import Any
@@ -17,8 +17,8 @@ from flash_indexer import causal_intervals, quantize
 from flash_indexer.kernels.sm_90.sizes import ROTATED_QUERIES, SHARED_KEY_SCALES
 from flash_indexer.ops import Problem, launch
 from flash_indexer.ops.kl import gpu_body, gpu_stages
-from flash_indexer.ops.kl.gpu_fp8 import Fp8Teacher
-from flash_indexer.ops.kl.plan import GradientItems, TileChunk
+from flash_indexer.ops.kl.gpu_fp8 import Fp8Index, Fp8Teacher
+from flash_indexer.ops.kl.plan import GradientItems, PlanSizes, TileChunk, make_plan
 from flash_indexer.ops.quantization import Quantized, dequantize
 
 T, S, H, G, SCALE = 200, 200, 4, 2, 0.1
@@ -28,7 +28,7 @@ def no_gradients() -> GradientItems:
     raise AssertionError("no gradients are asked for here")
 
 
-def play_quantize(x, values, scale, out, rows, heads, stride, blocks) -> None:
+def play_quantize(x, values, scale, rows, heads, stride, blocks) -> None:
     rounded = quantize(x)
     values.copy_(rounded.values)
     r = torch.arange(rows)
@@ -80,6 +80,31 @@ def play_score(D: int) -> Callable[..., None]:
     return score
 
 
+def play_quantize_index(rotation: int) -> Callable[..., None]:
+    def quantize_index(q, q_values, q_rounded, weights, scaled, k, k_values, k_rounded, k_scale, blocks) -> None:
+        for x, values, rounded in ((q, q_values, q_rounded), (k, k_values, k_rounded)):
+            values.copy_((row := quantize(x, rotation=bool(rotation))).values)
+            rounded.copy_(dequantize(row, torch.float32))
+            if x is q:
+                scaled.copy_(weights * row.scale / 2)
+            else:
+                k_scale.zero_()[: len(x)] = row.scale
+        per_block = 256 // (q.shape[1] // 8)
+        assert blocks == -(-len(q) // per_block) + k_scale.numel() // per_block and k_scale.numel() % 128 == 0
+
+    return quantize_index
+
+
+def play_score_narrow(q, k, weights, k_scale, out, items, H, first_row, count, ctas) -> None:
+    assert ctas == min(count, 4) and items.numel() == 4 * count
+    x = torch.einsum("thd,sd->ths", q.view(q.shape[0], H, -1).float(), k.float()).relu()
+    scores = (2 * x * weights.view(-1, H)[..., None]).sum(1) * k_scale[: k.shape[0]]
+    for token, key, first, tiles in items.view(-1, 4).tolist():
+        for n in range(tiles):
+            block = scores[token - first_row :][:64, key + 128 * n : key + 128 * n + 128]
+            out[(first + n) * 128 + token % 128 :][: block.shape[0], : block.shape[1]] = block
+
+
 def play_lse(q, k, q_scale, k_scale, key_start, key_end, lse, H, HG, scale, grid, keys) -> None:
     assert (k_scale >= 0).all(), "this kernel knows no minus sign"
     s = torch.arange(k.shape[0])
@@ -97,7 +122,12 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
         counts[name] += 1
         if name == "score_fp8":
             return play_score(static["D"])
-        return {"quantize": play_quantize, "quantize_keys": play_quantize_keys, "lse_fp8": play_lse}[name]
+        if name == "quantize_index":
+            return play_quantize_index(static["rotation"])
+        return {
+            "quantize": play_quantize, "quantize_keys": play_quantize_keys, "lse_fp8": play_lse,
+            "score_narrow_fp8": play_score_narrow,
+        }[name]  # fmt: skip
 
     monkeypatch.setattr(launch, "load", load)
     monkeypatch.setattr(launch, "processors", lambda device: 4)
@@ -127,8 +157,9 @@ def problem(D: int, handed_over: bool, spread: float) -> tuple[Problem, Tensor, 
 def test_the_teacher(D: int, handed_over: bool, spread: float, launches: Counter[str]) -> None:
     given, q, k = problem(D, handed_over, spread)
     teacher = Fp8Teacher(given)
-    assert (teacher.k_scale < 0).any() == (D in SHARED_KEY_SCALES and spread > 0.1)
     lse = teacher.lse(given.key_start, given.key_end)
+    assert teacher.traffic(slice(0, T)) == 0, "it is quantised"
+    assert (teacher.quantised(slice(0, T)).k_scale < 0).any() == (D in SHARED_KEY_SCALES and spread > 0.1)
     x = torch.einsum("thd,shd->ths", q, k.repeat_interleave(H // G, 1)) * SCALE
     seen = torch.arange(S) < given.key_end[:, None]
     torch.testing.assert_close(lse, x.masked_fill(~seen[:, None], -torch.inf).logsumexp(-1), rtol=1e-3, atol=1e-3)
@@ -136,7 +167,7 @@ def test_the_teacher(D: int, handed_over: bool, spread: float, launches: Counter
         items = partial(torch.tensor([[*tile, 0] for tile in tiles], dtype=torch.int32).view, -1)
         chunk = TileChunk(begin, min(begin + 128, T), len(tiles), S, items, items, no_gradients)
         out = torch.full((len(tiles) * 128, 128), torch.nan)
-        teacher.scores(lse, chunk, out)
+        teacher.scores(teacher.quantised(slice(chunk.begin, chunk.end)), lse, chunk, out)
         expected = (x - lse[..., None]).exp().sum(1)
         for token, key, tile in tiles:
             block = expected[token : token + 128, key : key + 128]
@@ -146,6 +177,83 @@ def test_the_teacher(D: int, handed_over: bool, spread: float, launches: Counter
     shares = D in SHARED_KEY_SCALES
     quantised = {} if handed_over else {"quantize": 1 + (not shares)}  # queries once, for the logsumexp and the scores
     assert launches == {"lse_fp8": 1, "score_fp8": 2} | quantised | ({"quantize_keys": 1} if shares else {})
+
+
+@pytest.mark.parametrize("rotation", [False, True])
+@pytest.mark.parametrize(("E", "I"), [(128, 4), (64, 5), (32, 3)])
+def test_the_indexer(E: int, I: int, rotation: bool, launches: Counter[str]) -> None:
+    torch.manual_seed(0)
+    leaves = torch.randn(T, I, E).bfloat16(), torch.randn(S, E).bfloat16(), torch.randn(T, I)
+    index = Fp8Index(leaves, "fp8" if rotation else "fp8_unrotated")
+    q, k = (dequantize(quantize(x, rotation=rotation), torch.float32) for x in leaves[:2])
+    assert torch.equal(index.leaves[0].float(), q) and torch.equal(index.leaves[1].float(), k)
+    assert index.leaves[2] is leaves[2]
+    expected = torch.einsum("ti,tis->ts", leaves[2], torch.einsum("tie,se->tis", q, k).relu())
+    work = make_plan(*causal_intervals(torch.tensor([0, T])), PlanSizes(S, E, 8, False, 2**29, 4), torch.device("cpu"))
+    (chunk,) = work.chunks
+    out = torch.full((chunk.tiles * 128, 128), torch.nan)
+    index.scores(chunk, out)
+    for token, key, tile, _ in chunk.score.view(-1, 4).tolist():
+        block = expected[token : token + 128, key : key + 128]
+        torch.testing.assert_close(out[tile * 128 :][: block.shape[0], : block.shape[1]], block, rtol=1e-4, atol=1e-4)
+    assert launches == {"quantize_index": 1, "score_narrow_fp8": 1}
+
+
+def index_of(I: int, E: int) -> Fp8Index:
+    index = object.__new__(Fp8Index)
+    index.rows = SimpleNamespace(q=torch.empty(1, I, E))
+    return index
+
+
+def test_index_scores_leave_multiprocessors_to_much_traffic() -> None:
+    """DeepSeek-V3.2 expanded, 8,192 tokens: 1.2 GB; and more of them to more."""
+    chunk: Any = SimpleNamespace(tiles=2080, narrow=torch.empty(4 * 1430))
+    shares = [index_of(64, 128).share(chunk, traffic, 132) for traffic in (0, 10**6, 6 * 10**8, 12 * 10**8, 18 * 10**8)]
+    assert shares[:2] == [132, 132]
+    assert 66 <= shares[4] < shares[3] < shares[2] < 132
+    assert shares[3] == 96, "15 rounds of items for each, and few are idle in the last"
+    assert index_of(8, 64).share(chunk, 20 * 10**6, 132) == 132, "SmolLM2: nothing to gain"
+
+
+@pytest.mark.parametrize("share", [3, 4])
+def test_a_chunk_is_scored_once(share: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before the teacher is quantised on another stream, or after its scores."""
+    done: list[str] = []
+
+    @contextmanager
+    def beside(stream: object) -> Iterator[None]:
+        assert stream is side
+        done.append("beside")
+        yield
+        done.append("here")
+
+    side: Any = SimpleNamespace(wait_stream=lambda _: done.append("fork"))
+    here = SimpleNamespace(wait_stream=lambda stream: done.append("join"))
+    monkeypatch.setattr(torch.cuda, "device", lambda _: nullcontext())
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: here)
+    monkeypatch.setattr(torch.cuda, "stream", beside)
+    monkeypatch.setattr(launch, "side_stream", lambda _: side)
+    monkeypatch.setattr(launch, "processors", lambda _: 4)
+    monkeypatch.setattr(gpu_body, "kl_rows", lambda *_: done.append("rows"))
+    none, tile = torch.zeros(0), torch.zeros(128, 128)
+    chunk = SimpleNamespace(begin=0, end=128, tiles=1, keys=128)
+    stages = object.__new__(gpu_stages.GpuStages)
+    stages.plan = SimpleNamespace(shards=[SimpleNamespace(own=chunk, teacher=chunk)], own=None)
+    stages.q, stages.lse, stages.leaves, stages.wait_for_keys, stages.row_inputs = none, none, (none,) * 3, None, None
+    stages.scored, stages.logits, stages.needs, stages.rotated = -1, False, (False,) * 3, True
+    stages.scores, stages.index_scores, stages.di = [tile], tile.clone(), tile.clone()
+    stages.sums = SimpleNamespace(kl=none, entropy=none)
+    stages.fp8_teacher = SimpleNamespace(
+        traffic=lambda rows: 7, scores=lambda *_: done.append("teacher"), quantised=lambda rows: done.append("quantise")
+    )
+    stages.fp8_index = SimpleNamespace(
+        share=lambda own, traffic, processors: share if (own, traffic, processors) == (chunk, 7, 4) else 0,
+        scores=lambda chunk, out, processors=4: done.append(f"scores by {processors}"),
+        leaves=(none,) * 3,
+    )
+    stages.index(0, stages.teacher(0))
+    forked = ["fork", "scores by 3", "beside", "quantise", "here", "join", "teacher", "rows"]
+    assert done == (forked if share == 3 else ["quantise", "teacher", "scores by 4", "rows"])
 
 
 @pytest.mark.parametrize(("E", "heads"), [(128, 64), (128, 33), (128, 32), (64, 64), (32, 3)])
@@ -167,6 +275,7 @@ def test_d_index_q_is_rotated_once(E: int, heads: int, monkeypatch: pytest.Monke
     stages.index_scores = stages.di = stages.q = none
     stages.fp8_index = SimpleNamespace(leaves=(none,) * 3, scores=lambda *_: None)
     stages.leaves, stages.row_inputs, stages.logits, stages.needs, stages.rotated = None, None, False, (True,) * 3, True
+    stages.scored = -1
     stages.sums = SimpleNamespace(kl=none, entropy=none, d_index_q=d_index_q, d_index_k=None)
     stages.out = gpu_body.IndexGradients(d_index_q, None, none, by_kernel)
     stages.index(0, none)

@@ -67,13 +67,10 @@ static __device__ __forceinline__ unsigned from_e4m3(unsigned short v, float sca
   asm("{ .reg .f16 a, b; mov.b32 {a, b}, %2; cvt.f32.f16 %0, a; cvt.f32.f16 %1, b; }" : "=f"(low), "=f"(high) : "r"(halves));
   return pack(low * scale, high * scale);
 }
-// V, SC = rows of X in e4m3 and their scales; with COPY, OUT = V * SC. Row r is token r / heads of head r % heads, and
-// its scale goes to SC[head * stride + token]; heads = 1 keeps the rows' order
+// V = row of X in e4m3, with COPY also OUT = V times the scale, which is returned; rows from `rows` on are not written
 template <int D, int ROTATION, int COPY>
-static __device__ __forceinline__ void quantize(
-    const void* X, void* V, float* SC, void* OUT, int rows, int heads, int stride) {
+static __device__ __forceinline__ float quantize_row(const void* X, void* V, void* OUT, int row, int rows) {
   using Lanes = RowLanes<D>;
-  const int row = Lanes::row();
   const bool inside = row < rows;
   float x[Lanes::VECTORS][8], largest = 0.0f;
 #pragma unroll
@@ -86,20 +83,46 @@ static __device__ __forceinline__ void quantize(
 #pragma unroll
   for (int step = 1; step < Lanes::LANES; step *= 2)
     largest = max_or_nan(largest, __shfl_xor_sync(0xffffffffu, largest, step));
-  if (!inside) return;
   const float scale = power_of_two(largest);
   const float inverse = isnan(scale) ? scale : __int_as_float((254 << 23) - __float_as_int(scale));
-  if (Lanes::lane() == 0) SC[(long long)(row % heads) * stride + row / heads] = scale;
 #pragma unroll
   for (int v = 0; v < Lanes::VECTORS; ++v) {
     unsigned short e[4];
 #pragma unroll
     for (int j = 0; j < 4; ++j) e[j] = to_e4m3(x[v][2 * j] * inverse, x[v][2 * j + 1] * inverse);
     const long long at = Lanes::at(row, v);
-    *(uint2*)((unsigned char*)V + at) = make_uint2(e[0] | e[1] << 16, e[2] | e[3] << 16);
+    if (inside) *(uint2*)((unsigned char*)V + at) = make_uint2(e[0] | e[1] << 16, e[2] | e[3] << 16);
     if constexpr (COPY)
-      *(uint4*)((unsigned short*)OUT + at) =
-          make_uint4(from_e4m3(e[0], scale), from_e4m3(e[1], scale), from_e4m3(e[2], scale), from_e4m3(e[3], scale));
+      if (inside)
+        *(uint4*)((unsigned short*)OUT + at) =
+            make_uint4(from_e4m3(e[0], scale), from_e4m3(e[1], scale), from_e4m3(e[2], scale), from_e4m3(e[3], scale));
+  }
+  return scale;
+}
+// V, SC = rows of X in e4m3 and their scales. Row r is token r / heads of head r % heads, and its scale goes to
+// SC[head * stride + token]; heads = 1 keeps the rows' order
+template <int D>
+static __device__ __forceinline__ void quantize(const void* X, void* V, float* SC, int rows, int heads, int stride) {
+  const int row = RowLanes<D>::row();
+  const float scale = quantize_row<D, 0, 0>(X, V, nullptr, row, rows);
+  if (RowLanes<D>::lane() == 0 && row < rows) SC[(long long)(row % heads) * stride + row / heads] = scale;
+}
+// The indexer's rows, with their copies: blocks of queries, WS = half of their weights times their scales; then blocks of
+// keys, with their scales, 0 past the last key of a tile
+template <int D, int ROTATION>
+static __device__ __forceinline__ void quantize_index(
+    const void* Q, void* QV, void* QC, const float* W, float* WS, const void* K, void* KV, void* KC, float* KS, int rows,
+    int keys) {
+  using Lanes = RowLanes<D>;
+  const int blocks = (rows + Lanes::ROWS - 1) / Lanes::ROWS;
+  if ((int)blockIdx.x < blocks) {
+    const int row = Lanes::row();
+    const float scale = quantize_row<D, ROTATION, 1>(Q, QV, QC, row, rows);
+    if (Lanes::lane() == 0 && row < rows) WS[row] = W[row] * scale * 0.5f;
+  } else {
+    const int key = Lanes::row() - blocks * Lanes::ROWS;
+    const float scale = quantize_row<D, ROTATION, 1>(K, KV, KC, key, keys);
+    if (Lanes::lane() == 0 && key < (keys + 127) / 128 * 128) KS[key] = key < keys ? scale : 0.0f;
   }
 }
 static constexpr int SMALLEST_SCALE = 27 << 23;  // 2^-100, by its bits

@@ -1,10 +1,10 @@
-"""Rows of bfloat16 to e4m3 with one power-of-two scale each, rotated before if wanted; and the rotation alone.
+"""Rows of bfloat16 to e4m3, one power-of-two scale each; the indexer's rotated before if wanted; the rotation alone.
 
     SC[r] = 2^ceil(log2(max_d |x[r,d]| / 448)),   V[r] = e4m3(x[r] / SC[r]),   x = X or its Hadamard rotation
 
 4 to 32 lanes hold a row, 8 numbers a vector; the largest is found, and a row rotated, by exchange between lanes, with
 sums of pairs at distance 1, 2, 4, ... as everywhere in this package (`ops.quantization`). Bound by memory: 2 bytes read
-and 1 written a number, 3 where the rounded rows are wanted in bfloat16 too.
+and 1 written a number, 3 of the indexer's, whose rounded rows are wanted in bfloat16 too.
 """
 
 import tilelang
@@ -12,7 +12,7 @@ import tilelang.language as T
 
 from flash_indexer.kernels.device.sources import source
 
-__all__ = ["PASS_CONFIGS", "build", "build_keys", "build_rotate"]
+__all__ = ["PASS_CONFIGS", "build", "build_index", "build_keys", "build_rotate"]
 PASS_CONFIGS = {
     tilelang.PassConfigKey.TL_ENABLE_FAST_MATH: True,
     tilelang.PassConfigKey.TL_DISABLE_SAFE_MEMORY_ACCESS: True,
@@ -22,33 +22,61 @@ THREADS = 256
 SOURCE = source(__file__)
 
 
-def build(D, rotation, copy):
-    """The kernel for rows of D numbers; rotation, copy: 0 or 1.
+def build(D):
+    """The kernel for rows of D numbers.
 
-    Run-time arguments: X [rows, D] bfloat16, V [rows, D] float8_e4m3fn, SC [...] float32, OUT [rows, D] bfloat16 (not
-    touched without copy); rows, heads, stride: the scale of row r goes to SC[(r % heads)·stride + r // heads]; blocks
-    of 256 threads, `sizes.quantized_rows(D)` rows each.
+    Run-time arguments: X [rows, D] bfloat16, V [rows, D] float8_e4m3fn, SC [...] float32; rows, heads, stride: the
+    scale of row r goes to SC[(r % heads)·stride + r // heads]; blocks of 256 threads, `sizes.quantized_rows(D)` rows
+    each.
     """
-    nx, nv, ns, no = T.dynamic("nx"), T.dynamic("nv"), T.dynamic("ns"), T.dynamic("no")
+    nx, nv, ns = T.dynamic("nx"), T.dynamic("nv"), T.dynamic("ns")
 
     @T.prim_func
     def flash_indexer_quantize(
         X: T.Tensor((nx, D), "bfloat16"), V: T.Tensor((nv, D), "float8_e4m3fn"), SC: T.Tensor((ns,), "float32"),
-        OUT: T.Tensor((no, D), "bfloat16"), rows: T.int32, heads: T.int32, stride: T.int32, blocks: T.int32,
+        rows: T.int32, heads: T.int32, stride: T.int32, blocks: T.int32,
     ):  # fmt: skip
         with T.Kernel(blocks, threads=THREADS):
             T.import_source(SOURCE)
-            # V, SC = quantize(X); OUT = V * SC
+            # V, SC = quantize(X)
             T.call_extern(
-                "handle", f"quantize<{D}, {rotation}, {copy}>", T.address_of(X[0, 0]), T.address_of(V[0, 0]),
-                T.address_of(SC[0]), T.address_of(OUT[0, 0]), rows, heads, stride,
+                "handle", f"quantize<{D}>", T.address_of(X[0, 0]), T.address_of(V[0, 0]), T.address_of(SC[0]),
+                rows, heads, stride,
             )  # fmt: skip
 
     return flash_indexer_quantize
 
 
+def build_index(E, rotation):
+    """The kernel for an indexer's queries and keys in one launch; rotation: 0 or 1.
+
+    Run-time arguments: Q [rows, E], K [keys, E] bfloat16; QV, KV the same in float8_e4m3fn, QC, KC in bfloat16 again; W
+    [rows] float32, the weights, and WS, half of these times the scales of Q's rows, as `score_narrow.build_fp8` takes
+    them; KS float32, the scales of K's, whole tiles of 128; blocks as above: those of Q, then of KS.
+    """
+    nq, nk, ns = T.dynamic("nq"), T.dynamic("nk"), T.dynamic("ns")
+
+    @T.prim_func
+    def flash_indexer_quantize_index(
+        Q: T.Tensor((nq, E), "bfloat16"), QV: T.Tensor((nq, E), "float8_e4m3fn"), QC: T.Tensor((nq, E), "bfloat16"),
+        W: T.Tensor((nq,), "float32"), WS: T.Tensor((nq,), "float32"),
+        K: T.Tensor((nk, E), "bfloat16"), KV: T.Tensor((nk, E), "float8_e4m3fn"), KC: T.Tensor((nk, E), "bfloat16"),
+        KS: T.Tensor((ns,), "float32"), blocks: T.int32,
+    ):  # fmt: skip
+        with T.Kernel(blocks, threads=THREADS):
+            T.import_source(SOURCE)
+            # QV, scale = quantize(Q); QC = QV * scale; WS = W * scale / 2; KV, KS = quantize(K); KC = KV * KS
+            T.call_extern(
+                "handle", f"quantize_index<{E}, {rotation}>", T.address_of(Q[0, 0]), T.address_of(QV[0, 0]),
+                T.address_of(QC[0, 0]), T.address_of(W[0]), T.address_of(WS[0]), T.address_of(K[0, 0]),
+                T.address_of(KV[0, 0]), T.address_of(KC[0, 0]), T.address_of(KS[0]), nq, nk,
+            )  # fmt: skip
+
+    return flash_indexer_quantize_index
+
+
 def build_keys(D, narrow):
-    """The kernel for a teacher's keys, rows of D numbers: as above, and then 128 keys of a head share a scale.
+    """The kernel for a teacher's keys, rows of D numbers: as `build`, and then 128 keys of a head share a scale.
 
         c = max over the 128 keys of SC,   V[r] = e4m3(V[r] * SC[r] / c),   SC[r] = -c
 

@@ -15,10 +15,10 @@ any number of heads, and of heads a key head, runs the same code, and a score le
 The steps run on across tiles: a tile is stored while the next one's first product is under way. At D = 576 a chunk's
 stage is handed back as soon as its product is done, and a slice of f runs under each chunk.
 
-Of e4m3 rows (`build_fp8`) the chunks hold twice as many columns, and each row of Q and K has a scale. The query's is
-read beside L, the keys' come with the first chunk of their tile, into one of SLOTS arrays: two more than the ring
-holds, for a sum lags its product. Where 128 keys may share a scale, it has a minus sign (`quantize.build_keys`); if
-they don't, logits are multiplied by their keys' scales before f.
+Of e4m3 rows (`build_fp8`, the teacher's) the chunks hold twice as many columns, and each row of Q and K has a scale.
+The query's is read beside L, the keys' come with the first chunk of their tile, into one of SLOTS arrays: two more than
+the ring holds, for a sum lags its product. Where 128 keys may share a scale, it has a minus sign
+(`quantize.build_keys`); if they don't, logits are multiplied by their keys' scales before f.
 """
 
 import tilelang.language as T
@@ -43,7 +43,7 @@ from flash_indexer.kernels.sm_90.macros import (
     turn,
     wait_for_turn,
 )
-from flash_indexer.kernels.sm_90.sizes import EXP, RELU, SCORE_FP8, SCORE_STAGES, SHARED_KEY_SCALES, SUM, UNIFORM_FP8
+from flash_indexer.kernels.sm_90.sizes import EXP, SCORE_FP8, SCORE_STAGES, SHARED_KEY_SCALES, SUM, UNIFORM_FP8
 
 __all__ = ["PASS_CONFIGS", "build", "build_fp8"]
 SOURCE = source(__file__)
@@ -77,13 +77,13 @@ def build(D, mode):
     return _build(Chunks(D, fp8=False), D, mode, SCORE_STAGES[D])
 
 
-def build_fp8(D, mode):
-    """The kernel for rows of e4m3 with a scale each: x = QS[t,h]·KS[g,s]·(Q[t,h] · K[s,g]). mode: EXP or RELU.
+def build_fp8(D):
+    """The kernel of mode EXP for rows of e4m3 with a scale each: x = QS[t,h]·KS[g,s]·(Q[t,h] · K[s,g]).
 
     Run-time arguments: as above, with Q and K float8_e4m3fn, and before OUT: QS [T·H] float32 and KS [G·keys] float32,
-    keys a multiple of 128, at least S. RELU doesn't read QS: L is the weights times these scales.
+    keys a multiple of 128, at least S.
     """
-    return _build(Chunks(D, fp8=True), D, mode, SCORE_FP8[D])
+    return _build(Chunks(D, fp8=True), D, EXP, SCORE_FP8[D])
 
 
 def _build(row, D, mode, stages):
@@ -91,8 +91,8 @@ def _build(row, D, mode, stages):
     QST, KST = stages
     BK, NK, TAIL, FP8, dtype, EARLY = row.width, row.count, row.tail, row.fp8, row.dtype, row.early
     TURNS = FP8 and EARLY  # the two warpgroups issue products one after the other: faster here, slower where D is small
-    SHARED = FP8 and mode == EXP and D in SHARED_KEY_SCALES
-    UNIFORM = FP8 and (D, mode) in UNIFORM_FP8
+    SHARED = FP8 and D in SHARED_KEY_SCALES
+    UNIFORM = FP8 and D in UNIFORM_FP8
     QTAILS, KTAILS, SLOTS = row.tails(QST), row.tails(KST), row.slots(KST)
     chunks = list(range(NK))
     slices = [(c * 16 // NK, (c + 1) * 16 // NK) for c in chunks]
@@ -105,7 +105,7 @@ def _build(row, D, mode, stages):
     @T.macro
     def add(S, sums, first, last, slot):
         A, low, scale, columns = sums[:4]
-        if FP8 and mode == EXP and not SHARED:
+        if FP8 and not SHARED:
             T.call_extern(
                 "handle", f"sc_add_scaled<{first}, {last}>",
                 S.access_ptr("r"), A.access_ptr("rw"), low.access_ptr("r"), scale, columns + slot * 512,
@@ -210,15 +210,12 @@ def _build(row, D, mode, stages):
             w[ROW_1] = T.min(w[TOKEN] + (tx // 32) * 16 + (tx % 32) // 4 + 8, last) * H + w[HEAD]
             low[0] = T.call_extern("float32", "load_float", T.address_of(L[0]), w[ROW_0])
             low[1] = T.call_extern("float32", "load_float", T.address_of(L[0]), w[ROW_1])
-        if FP8 and mode == EXP:
+        if FP8:
             low[2] = T.call_extern("float32", "load_float", T.address_of(QS[0]), w[ROW_0])
             low[3] = T.call_extern("float32", "load_float", T.address_of(QS[0]), w[ROW_1])
 
     @T.macro
-    def store(sums, OUT, ITEMS, w, slot):
-        A, columns = sums[0], sums[3]
-        if FP8 and mode == RELU:
-            T.call_extern("handle", "sc_scale", A.access_ptr("rw"), columns + slot * 512)
+    def store(A, OUT, ITEMS, w):
         T.call_extern(
             "handle", "sc_store", A.access_ptr("rw"), T.address_of(OUT[0, 0]),
             number(ITEMS, w[ITEM] * SHORT_ITEM + ScoreItem.TILE) * 128,
@@ -230,7 +227,7 @@ def _build(row, D, mode, stages):
         H, qbase, nitems, grid = sizes
         w[HEAD] = w[HEAD] + 1
         if w[HEAD] == H:
-            store(sums, OUT, ITEMS, w, before(v))
+            store(sums[0], OUT, ITEMS, w)
             w[HEAD] = 0
             w[ITEM] = T.min(w[ITEM] + grid, nitems - 1)
             w[TOKEN] = number(ITEMS, w[ITEM] * SHORT_ITEM + ScoreItem.TOKEN) - qbase
@@ -315,7 +312,7 @@ def _build(row, D, mode, stages):
                 add(S1, sums, 0, 16, v[SLOT] if FP8 else 0)
             else:
                 add(S0, sums, 0, 16, v[SLOT] if FP8 else 0)
-            store(sums, OUT, ITEMS, w, v[SLOT] if FP8 else 0)
+            store(A, OUT, ITEMS, w)
         else:
             T.set_max_nreg(REGISTERS[1], 0)
             if tx < 288:

@@ -17,6 +17,11 @@ While one warpgroup multiplies, two are at their sums: nothing within a warpgrou
 A barrier shows the parity of its phase alone: a warp may neither lag nor lead by two phases. So all warps hand stages
 of Q back, those without a tile too; and that its keys are there a warpgroup learns from barriers of its own, as many as
 K has stages, for it may be without a tile while the others go through the ring.
+
+Of e4m3 rows (`build_fp8`, the indexer's) each row of Q and K has a scale. The query's is in L; those of 128 keys lie in
+an array beside their stage of K, come and go with it, and multiply the sum over heads. Products are half as long, and
+what lies between them counts: a stage holds two heads, the next one is waited for before the last sum of this one, and
+max(x, 0) is half of x + |x|, an instruction at twice the rate of a maximum.
 """
 
 import tilelang.language as T
@@ -33,12 +38,13 @@ from flash_indexer.kernels.sm_90.macros import (
     commit,
     count_items,
     number,
+    release,
     shared_address,
     turn,
 )
-from flash_indexer.kernels.sm_90.sizes import EXP, NARROW_STAGES, SUM
+from flash_indexer.kernels.sm_90.sizes import EXP, NARROW_FP8, NARROW_STAGES, RELU, SUM
 
-__all__ = ["PASS_CONFIGS", "build"]
+__all__ = ["PASS_CONFIGS", "build", "build_fp8"]
 SOURCE = source(__file__)
 WARPGROUPS = 3
 REGISTERS = (160, 32)  # of a thread of the warps that compute, of the others
@@ -47,7 +53,8 @@ REGISTERS = (160, 32)  # of a thread of the warps that compute, of the others
 Q_STAGE, Q_PARITY, K_STAGE, K_FULL, K_PARITY = range(5)
 STATE = 5
 NEXT = 2  # of L's registers, the next head's
-Q_ROWS, K_ROWS = range(2)  # where in shared memory Q and K begin, in units of 16 bytes
+# where in shared memory Q and K begin, in units of 16 bytes, and the scale of the thread's first key, in bytes
+Q_ROWS, K_ROWS, SCALES = range(3)
 
 
 def build(D, mode):
@@ -57,14 +64,32 @@ def build(D, mode):
     (`items.NarrowItem`): CTA c of `grid` takes items c, c + grid, ...; whole tiles are written, unmasked.
     Row 0 of Q and L is token qbase.
     """
-    QST, KST = NARROW_STAGES[D]
-    PANEL = min(D, 64)
-    Q_SIZE, K_SIZE = 64 * D // 8, 128 * D // 8  # of a stage, in units of 16 bytes
+    return _build(D, mode, NARROW_STAGES[D], fp8=False)
+
+
+def build_fp8(E):
+    """The kernel for one key head and rows of E (32, 64, 128) in e4m3: f = KS[s]·L[t,h]·(x + |x|).
+
+    Run-time arguments: as above, with Q and K float8_e4m3fn, L half of the weights times the scales of Q's rows, and
+    before OUT: KS float32, the scales of K's, whole tiles of 128; without HG and scale.
+    """
+    return _build(E, RELU, NARROW_FP8[E], fp8=True)
+
+
+def _build(D, mode, stages, fp8):
+    """stages: of the Q and K rings."""
+    QST, KST = stages
+    FP8, dtype, PANEL, BYTES = fp8, *(("float8_e4m3fn", D, 1) if fp8 else ("bfloat16", min(D, 64), 2))
+    HEADS = 2 if fp8 else 1  # of a stage of Q; zeros where there is none left
+    Q_SIZE, K_SIZE = 64 * D * BYTES // 16, 128 * D * BYTES // 16  # of a head, in units of 16 bytes
     tq, hd, tk, gd = T.dynamic("tq"), T.dynamic("hd"), T.dynamic("tk"), T.dynamic("gd")
-    nl, nr, ni = T.dynamic("nl"), T.dynamic("nr"), T.dynamic("ni")
+    nl, nr, ni, nk = T.dynamic("nl"), T.dynamic("nr"), T.dynamic("ni"), T.dynamic("nk")
+
+    def stages_of(heads):
+        return (heads + 1) // 2 if HEADS == 2 else heads
 
     @T.macro
-    def next_head(q, v, tx):
+    def next_stage(q, v, tx):
         arrive(q.empty, v[Q_STAGE], tx)
         advance(v[Q_STAGE], v[Q_PARITY], QST)
 
@@ -75,25 +100,48 @@ def build(D, mode):
             low[at] = T.call_extern("float32", "load_float", T.address_of(L[0]), first + head)
             low[at + 1] = T.call_extern("float32", "load_float", T.address_of(L[0]), second + head)
 
-    # S = Q[t, h] @ K[s, h // HG].T; A += f(S). L of the next head is asked for meanwhile
     @T.macro
-    def step(q, v, registers, at, rows, head, H, scale, tx):
+    def multiply(S, queries, keys):
+        if FP8:
+            T.call_extern("handle", f"sc_product<{D}, 0, 0>", S.access_ptr("rw"), queries, keys, 0, 0)
+        else:
+            T.call_extern("handle", f"nr_product<{D}>", S.access_ptr("rw"), queries, keys)
+
+    # S = Q[t, h] @ K[s, h // HG].T; A += f(S), of a head of the stage. L of the next head is asked for meanwhile
+    @T.macro
+    def step(q, v, registers, at, rows, head, H, scale, tx, place):
         S, A, low = registers
         L, first, second = rows
-        T.barrier_wait(q.full[v[Q_STAGE]], v[Q_PARITY])
-        T.call_extern(
-            "handle", f"nr_product<{D}>", S.access_ptr("rw"), at[Q_ROWS] + v[Q_STAGE] * Q_SIZE,
-            at[K_ROWS] + v[K_STAGE] * K_SIZE,
+        if not FP8:
+            T.barrier_wait(q.full[v[Q_STAGE]], v[Q_PARITY])
+        multiply(
+            S, at[Q_ROWS] + v[Q_STAGE] * (HEADS * Q_SIZE) + place * Q_SIZE, at[K_ROWS] + v[K_STAGE] * K_SIZE
         )  # fmt: skip
         load_low(L, low, NEXT, first, second, T.min(head + 1, H - 1))
         T.wait_wgmma(0)
         T.warpgroup_fence_operand(S, num_regs=64)
-        next_head(q, v, tx)
-        T.call_extern(
-            "handle", f"sc_add<{mode}, 0, 16>", S.access_ptr("r"), A.access_ptr("rw"), low.access_ptr("r"), scale
-        )
+        if place == HEADS - 1:
+            next_stage(q, v, tx)
+            if FP8:
+                if head + 1 < H:
+                    T.barrier_wait(q.full[v[Q_STAGE]], v[Q_PARITY])
+        if FP8:
+            T.call_extern("handle", "nr_add_twice", S.access_ptr("r"), A.access_ptr("rw"), low.access_ptr("r"))
+        else:
+            T.call_extern(
+                "handle", f"sc_add<{mode}, 0, 16>", S.access_ptr("r"), A.access_ptr("rw"), low.access_ptr("r"), scale
+            )
         low[0] = low[NEXT]
         low[1] = low[NEXT + 1]
+
+    # the stage of K goes back, when its scales have been read
+    @T.macro
+    def end_group(k, v, A, at, tx):
+        if FP8:
+            T.call_extern("handle", "sc_scale", A.access_ptr("rw"), at[SCALES] + v[K_STAGE] * 512)
+            release(k.empty, v[K_STAGE], tx)
+        else:
+            arrive(k.empty, v[K_STAGE], tx)
 
     @T.macro
     def next_group(v, tiles):
@@ -102,14 +150,15 @@ def build(D, mode):
             v[K_STAGE] = v[K_STAGE] - KST
 
     @T.macro
-    def compute(bx, q, k, Qs, Ks, tensors, sizes, tx):
+    def compute(bx, q, k, arrays, tensors, sizes, tx):
+        Qs, Ks, Ss = arrays
         L, OUT, ITEMS = tensors
         H, HG, scale, qbase, nitems, grid = sizes
         S = T.alloc_local((64,), "float32")
         A = T.alloc_local((64,), "float32")
         low = T.alloc_local((4,), "float32")
         v = T.alloc_local((STATE,), "int32")
-        at = T.alloc_local((2,), "int32")
+        at = T.alloc_local((3,), "int32")
         factor = T.alloc_var("float32")
         count = T.alloc_var("int32")
         place = T.alloc_var("int32")
@@ -126,6 +175,8 @@ def build(D, mode):
         v[K_PARITY] = 0
         at[Q_ROWS] = shared_address(Qs) // 16
         at[K_ROWS] = shared_address(Ks) // 16
+        if FP8:
+            at[SCALES] = shared_address(Ss) + (tx % 4) * 8
         factor = scale * (LOG2E if mode == EXP else 1.0)
         for i in T.unroll(64):
             A[i] = 0.0
@@ -139,14 +190,17 @@ def build(D, mode):
                 first = T.call_extern("int32", "nr_row", token - qbase, tq - 1) * H
                 second = T.call_extern("int32", "nr_row", token - qbase + 8, tq - 1) * H
                 head = 0
+                if FP8:
+                    T.barrier_wait(q.full[v[Q_STAGE]], v[Q_PARITY])
                 load_low(L, low, 0, first, second, 0)
                 for _ in T.serial(H // HG):
                     T.barrier_wait(k.full[tx // 128 * KST + v[K_FULL]], v[K_PARITY])
                     advance(v[K_FULL], v[K_PARITY], KST)
-                    for _ in T.serial(HG):
-                        step(q, v, (S, A, low), at, (L, first, second), head, H, factor, tx)
-                        head = head + 1
-                    arrive(k.empty, v[K_STAGE], tx)
+                    for _ in T.serial(stages_of(HG)):
+                        for n in list(range(HEADS)):
+                            step(q, v, (S, A, low), at, (L, first, second), head, H, factor, tx, n)
+                            head = head + 1
+                    end_group(k, v, A, at, tx)
                     next_group(v, tiles)
                 tile = number(ITEMS, place + NarrowItem.TILE) + tx // 128
                 T.call_extern(
@@ -154,9 +208,9 @@ def build(D, mode):
                     T.call_extern("int32", "nr_out", tile, token),
                 )  # fmt: skip
             else:
-                for _ in T.serial(H):
+                for _ in T.serial(stages_of(H)):
                     T.barrier_wait(q.full[v[Q_STAGE]], v[Q_PARITY])
-                    next_head(q, v, tx)
+                    next_stage(q, v, tx)
                 for _ in T.serial(H // HG):
                     next_group(v, tiles)
 
@@ -171,19 +225,21 @@ def build(D, mode):
         for it in T.serial(items):
             row = number(ITEMS, (bx + it * grid) * SHORT_ITEM + NarrowItem.TOKEN) - qbase
             column = 0
-            for _ in T.serial(H):
+            for _ in T.serial(stages_of(H)):
                 T.barrier_wait(q.empty[stage], parity)
-                for c in list(range(D // PANEL)):
-                    T.tma_copy(
-                        Q[row : row + 64, column + c * PANEL : column + (c + 1) * PANEL],
-                        q.stages[stage, :, c * PANEL : (c + 1) * PANEL], barrier=q.full[stage],
-                    )  # fmt: skip
+                for n in list(range(HEADS)):
+                    for c in list(range(D // PANEL)):
+                        T.tma_copy(
+                            Q[row : row + 64, column + n * D + c * PANEL : column + n * D + (c + 1) * PANEL],
+                            q.stages[stage * HEADS + n, :, c * PANEL : (c + 1) * PANEL], barrier=q.full[stage],
+                        )  # fmt: skip
                 commit((q.full, stage))
-                column = column + D
+                column = column + HEADS * D
                 advance(stage, parity, QST)
 
     @T.macro
-    def feed_keys(bx, K, k, ITEMS, groups, nitems, grid):
+    def feed_keys(bx, tensors, k, Ss, ITEMS, groups, nitems, grid):
+        K, KS = tensors
         stage = T.alloc_var("int32", 0)
         parity = T.alloc_var("int32", 1)
         place = T.alloc_local((WARPGROUPS,), "int32")
@@ -212,37 +268,63 @@ def build(D, mode):
                                 ],
                                 k.stages[stage, :, c * PANEL : (c + 1) * PANEL], barrier=k.full[full],
                             )  # fmt: skip
+                        if FP8:
+                            T.tma_copy(
+                                KS[key + w * 128 : key + w * 128 + 128], Ss[stage * 128 : stage * 128 + 128],
+                                barrier=k.full[full],
+                            )  # fmt: skip
                         commit((k.full, full))
                         advance(stage, parity, KST)
                         turn(place[w], KST)
                 column = column + D
 
+    @T.macro
+    def body(bx, operands, KS, tensors, sizes):
+        Q, K = operands
+        ITEMS = tensors[2]
+        H, HG, _, qbase, nitems, grid = sizes
+        T.import_source(SOURCE)
+        Qs = T.alloc_shared((QST * HEADS, 64, D), dtype)
+        Ks = T.alloc_shared((KST, 128, D), dtype)
+        Ss = T.alloc_shared((KST * 128,), "float32") if FP8 else None
+        T.annotate_layout({x: make_swizzled_layout(x) for x in (Qs, Ks)})
+        fullq = T.alloc_barrier([1] * QST)
+        emptyq = T.alloc_barrier([4 * WARPGROUPS] * QST)
+        fullk = T.alloc_barrier([1] * (WARPGROUPS * KST))
+        emptyk = T.alloc_barrier([4] * KST)
+        q, k = Ring(Qs, fullq, emptyq), Ring(Ks, fullk, emptyk)
+        tx = T.get_thread_binding()
+        if tx < 384:
+            T.set_max_nreg(REGISTERS[0], 1)
+            compute(bx, q, k, (Qs, Ks, Ss), tensors, sizes, tx)
+        else:
+            T.set_max_nreg(REGISTERS[1], 0)
+            if tx < 416:
+                feed_queries(bx, Q, q, ITEMS, H, qbase, nitems, grid)
+            else:
+                if tx < 448:
+                    feed_keys(bx, (K, KS), k, Ss, ITEMS, H // HG, nitems, grid)
+
+    if FP8:
+
+        @T.prim_func
+        def flash_indexer_score_narrow_fp8(
+            Q: T.Tensor((tq, hd), dtype), K: T.Tensor((tk, gd), dtype), L: T.Tensor((nl,), "float32"),
+            KS: T.Tensor((nk,), "float32"), OUT: T.Tensor((nr, 128), "float32"), ITEMS: T.Tensor((ni,), "int32"),
+            H: T.int32, qbase: T.int32, nitems: T.int32, grid: T.int32,
+        ):  # fmt: skip
+            with T.Kernel(grid, threads=512) as bx:
+                body(bx, (Q, K), KS, (L, OUT, ITEMS), (H, H, 1.0, qbase, nitems, grid))
+
+        return flash_indexer_score_narrow_fp8
+
     @T.prim_func
     def flash_indexer_score_narrow(
-        Q: T.Tensor((tq, hd), "bfloat16"), K: T.Tensor((tk, gd), "bfloat16"), L: T.Tensor((nl,), "float32"),
+        Q: T.Tensor((tq, hd), dtype), K: T.Tensor((tk, gd), dtype), L: T.Tensor((nl,), "float32"),
         OUT: T.Tensor((nr, 128), "float32"), ITEMS: T.Tensor((ni,), "int32"),
         H: T.int32, HG: T.int32, scale: T.float32, qbase: T.int32, nitems: T.int32, grid: T.int32,
     ):  # fmt: skip
         with T.Kernel(grid, threads=512) as bx:
-            T.import_source(SOURCE)
-            Qs = T.alloc_shared((QST, 64, D), "bfloat16")
-            Ks = T.alloc_shared((KST, 128, D), "bfloat16")
-            T.annotate_layout({x: make_swizzled_layout(x) for x in (Qs, Ks)})
-            fullq = T.alloc_barrier([1] * QST)
-            emptyq = T.alloc_barrier([4 * WARPGROUPS] * QST)
-            fullk = T.alloc_barrier([1] * (WARPGROUPS * KST))
-            emptyk = T.alloc_barrier([4] * KST)
-            q, k = Ring(Qs, fullq, emptyq), Ring(Ks, fullk, emptyk)
-            tx = T.get_thread_binding()
-            if tx < 384:
-                T.set_max_nreg(REGISTERS[0], 1)
-                compute(bx, q, k, Qs, Ks, (L, OUT, ITEMS), (H, HG, scale, qbase, nitems, grid), tx)
-            else:
-                T.set_max_nreg(REGISTERS[1], 0)
-                if tx < 416:
-                    feed_queries(bx, Q, q, ITEMS, H, qbase, nitems, grid)
-                else:
-                    if tx < 448:
-                        feed_keys(bx, K, k, ITEMS, H // HG, nitems, grid)
+            body(bx, (Q, K), None, (L, OUT, ITEMS), (H, HG, scale, qbase, nitems, grid))
 
     return flash_indexer_score_narrow

@@ -25,10 +25,11 @@ PADDED_HEADS = (8, 16, 32, 64)
 EXP, RELU, SUM = 0, 1, 2  # modes of `score`
 SCORE_STAGES = {32: (8, 4), 64: (8, 4), 96: (7, 6), 128: (8, 4), 192: (7, 6), 256: (8, 5), 576: (5, 9)}  # Q, K rings
 NARROW_STAGES = {32: (16, 8), 64: (12, 8), 128: (4, 5)}  # of `score_narrow`: Q, K rings
+NARROW_FP8 = {32: (8, 8), 64: (8, 8), 128: (6, 7)}  # of its e4m3 rows; two heads a stage of Q
 ROWS_CTAS, ROWS_STAGES, ROWS_KEYS = 3, 2, 4096  # of `rows`: CTAs of a multiprocessor, stages of each, keys of a stage
 # of e4m3 rows, twice as many columns a stage, and up to two more arrays for what is left of a row (`macros.Chunks`)
-SCORE_FP8 = {32: (8, 4), 64: (8, 4), 96: (8, 6), 128: (8, 4), 192: (5, 4), 256: (8, 5), 576: (6, 5)}
-UNIFORM_FP8 = ((128, RELU), (192, EXP))  # of e4m3: width and mode whose descriptors lie in uniform registers: faster
+SCORE_FP8 = {64: (8, 4), 96: (8, 6), 128: (8, 4), 192: (5, 4), 256: (8, 5), 576: (6, 5)}
+UNIFORM_FP8 = (192,)  # of e4m3: widths whose descriptors lie in uniform registers: faster
 ROTATED_QUERIES = ((128, 64),)  # E and padded heads whose d_index_q is rotated where it is made
 SHARED_KEY_SCALES = (192,)  # of e4m3: widths of heads where 128 keys share a scale
 LSE_STAGES = {64: (2, 6), 96: (6, 9), 128: (4, 8), 192: (6, 7), 256: (4, 8), 576: (9, 4)}  # of the Q and K rings
@@ -210,26 +211,18 @@ BUILDERS = {
             *({"D": E, "mode": RELU} for E in INDEX_WIDTHS),
         ),
     ),
-    "score_fp8": Kernel(
-        "score",
-        "build_fp8",
-        (
-            *({"D": D, "mode": EXP} for D in HEAD_WIDTHS),
-            *({"D": E, "mode": RELU} for E in INDEX_WIDTHS),
-        ),
-    ),
+    "score_narrow_fp8": Kernel("score_narrow", "build_fp8", INDEX),
+    "score_fp8": Kernel("score", "build_fp8", tuple({"D": D} for D in HEAD_WIDTHS)),
     "lse": Kernel("lse", "build", tuple({"D": D} for D in HEAD_WIDTHS)),
     "lse_fp8": Kernel("lse", "build_fp8", tuple({"D": D} for D in HEAD_WIDTHS)),
     "select": Kernel("select", "build", ({},), streamed=False),
     "sparse_rows": Kernel("sparse_rows", "build", ({},), streamed=False),
     "rows": Kernel("rows", "build", ({"logits": 0}, {"logits": 1}), streamed=False),
-    "quantize": Kernel(
+    "quantize": Kernel("quantize", "build", tuple({"D": D} for D in HEAD_WIDTHS), streamed=False),
+    "quantize_index": Kernel(
         "quantize",
-        "build",
-        (
-            *({"D": D, "rotation": 0, "copy": 0} for D in HEAD_WIDTHS),
-            *({"D": E, "rotation": rotation, "copy": 1} for E in INDEX_WIDTHS for rotation in (0, 1)),
-        ),
+        "build_index",
+        tuple({"E": E, "rotation": rotation} for E in INDEX_WIDTHS for rotation in (0, 1)),
         streamed=False,
     ),
     "quantize_keys": Kernel(

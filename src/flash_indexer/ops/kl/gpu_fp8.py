@@ -7,23 +7,31 @@ same kernels as ever.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
-from flash_indexer.kernels.sm_90.sizes import EXP, RELU, SHARED_KEY_SCALES
+from flash_indexer.kernels.sm_90.sizes import SHARED_KEY_SCALES
 from flash_indexer.ops import launch
 from flash_indexer.ops.kl.arithmetic import FP8
 from flash_indexer.ops.kl.plan import TileChunk
 from flash_indexer.ops.problem import Problem
 from flash_indexer.ops.quantization_gpu import (
-    Rows,
     padded_keys,
+    quantize_index,
     quantize_keys,
     quantize_rows,
     scales_by_head,
     wanted,
+    wanted_index,
     wanted_keys,
 )
+from flash_indexer.ops.worklists import TILE
+
+# operations of index scores that a multiprocessor does in a second; bytes that pass in a second where one quantises,
+# and where all of an H100 do; seconds that a second stream costs
+SCORES, TRAFFIC, MEMORY, TURNING = 8.5e12, 4.6e10, 2.8e12, 2e-5
 
 
 def kernels(problem: Problem) -> list[launch.Wanted]:
@@ -31,16 +39,16 @@ def kernels(problem: Problem) -> list[launch.Wanted]:
     D, E = problem.q.shape[2], problem.index_q.shape[2]
     found: list[launch.Wanted] = []
     if has_fp8_teacher(problem):
-        found.append(("score_fp8", dict(D=D, mode=EXP)))
+        found.append(("score_fp8", dict(D=D)))
         if D in SHARED_KEY_SCALES:
             found.append(wanted_keys(D, problem.k_scale is not None))
         if problem.lse is None:
             found.append(("lse_fp8", dict(D=D)))
         if problem.q_scale is None:
-            found.append(wanted(D, False, False))
+            found.append(wanted(D))
     if problem.index_dtype is not None:
         rotation = problem.index_dtype == FP8
-        found += [("score_fp8", dict(D=E, mode=RELU)), wanted(E, rotation, True)]
+        found += [("score_narrow_fp8", dict(E=E)), wanted_index(E, rotation)]
         if rotation and any(problem.needs):
             found += [("rotate", dict(E=E, wide=wide)) for wide in (0, 1)]
     return found
@@ -51,32 +59,54 @@ def has_fp8_teacher(problem: Problem) -> bool:
     return problem.teacher_dtype == FP8 and problem.target == "mean"
 
 
+class TeacherRows(NamedTuple):
+    """A chunk's queries in e4m3, [rows, H, D], all keys, [S, G, D], and their scales, flat; the keys' by head."""
+
+    q: Tensor
+    q_scale: Tensor
+    k: Tensor
+    k_scale: Tensor
+
+
 class Fp8Teacher:
     """q and k in e4m3: `scores` and `lse`."""
 
     def __init__(self, problem: Problem) -> None:
         self.scale = problem.softmax_scale
         self.q, self.q_scale = launch.aligned(problem.q), problem.q_scale
-        k = launch.aligned(problem.k)
-        if k.shape[2] in SHARED_KEY_SCALES:
-            self.k, self.k_scale = quantize_keys(k, problem.k_scale)
-        elif problem.k_scale is None:
-            self.k, self.k_scale, _ = quantize_rows(k, by_head=True)
-        else:
-            self.k, self.k_scale = k, scales_by_head(problem.k_scale)
+        self.given_keys = launch.aligned(problem.k), problem.k_scale
+        self.keys: tuple[Tensor, Tensor] | None = None
 
-    def queries(self, rows: slice) -> tuple[Tensor, Tensor]:
-        """Their values and flat scales."""
+    def traffic(self, rows: slice) -> int:
+        """Bytes that `quantised` reads and writes for these rows, where it quantises any."""
+        k, k_scale = self.given_keys
+        read = (0 if self.q_scale is not None else (rows.stop - rows.start) * self.q[0].nbytes) + (
+            0 if self.keys is not None or k_scale is not None else k.nbytes
+        )
+        return read + read // 2
+
+    def quantised(self, rows: slice) -> TeacherRows:
+        """The rows in e4m3; the keys only the first time."""
+        if self.keys is None:
+            k, k_scale = self.given_keys
+            if k.shape[2] in SHARED_KEY_SCALES:
+                self.keys = quantize_keys(k, k_scale)
+            elif k_scale is None:
+                self.keys = quantize_rows(k, by_head=True)
+            else:
+                self.keys = k, scales_by_head(k_scale)
         if self.q_scale is None:
-            values, scale, _ = quantize_rows(self.q[rows])
-            return values, scale
-        return self.q[rows], self.q_scale[rows].reshape(-1)
+            return TeacherRows(*quantize_rows(self.q[rows]), *self.keys)
+        return TeacherRows(self.q[rows], self.q_scale[rows].reshape(-1), *self.keys)
 
-    def scores(self, lse: Tensor, chunk: TileChunk, out: Tensor) -> None:
-        """out[t,s] = sum_h exp(scale * q̂[t,h]·k̂[s,g(h)] - lse[t,h]) in the chunk's tiles."""
-        rows = slice(chunk.begin, chunk.end)
-        values, scale = self.queries(rows)
-        _score(EXP, values, scale, (self.k, self.k_scale), lse[rows], chunk, out, self.scale, chunk.begin)
+    def scores(self, rows: TeacherRows, lse: Tensor, chunk: TileChunk, out: Tensor) -> None:
+        """out[t,s] = sum_h exp(scale * q̂[t,h]·k̂[s,g(h)] - lse[t,h]) in the chunk's tiles; rows: the chunk's."""
+        (count, H, D), (S, G), items = rows.q.shape, rows.k.shape[:2], chunk.score.numel() // 4
+        low = lse[chunk.begin : chunk.end].reshape(-1)
+        launch.load("score_fp8", D=D)(
+            rows.q.view(count, -1), rows.k.view(S, -1), low, rows.q_scale, rows.k_scale, out, chunk.score,
+            H, H // G, self.scale, chunk.begin, items, min(items, launch.processors(out.device)), padded_keys(S),
+        )  # fmt: skip
 
     def lse(self, key_start: Tensor, key_end: Tensor) -> Tensor:
         """lse[t,h] = log sum over visible s of exp(scale * q̂[t,h]·k̂[s,g(h)]): float32 [T, H].
@@ -85,12 +115,12 @@ class Fp8Teacher:
         """
         T, H, D = self.q.shape
         lse = torch.empty(T, H, device=self.q.device)
-        values, scale = self.queries(slice(0, T))
-        self.q, self.q_scale = values, scale.view(T, H)
-        S, G = self.k.shape[:2]
+        rows = self.quantised(slice(0, T))
+        self.q, self.q_scale = rows.q, rows.q_scale.view(T, H)
+        S, G = rows.k.shape[:2]
         grid = min(padded_keys(T) // 128 * H, launch.processors(self.q.device))
         launch.load("lse_fp8", D=D)(
-            values.view(T, -1), self.k.view(S, -1), scale, self.k_scale.abs(), key_start, key_end, lse.view(-1),
+            rows.q.view(T, -1), rows.k.view(S, -1), rows.q_scale, rows.k_scale.abs(), key_start, key_end, lse.view(-1),
             H, H // G, self.scale, grid, padded_keys(S),
         )  # fmt: skip
         return lse
@@ -100,44 +130,30 @@ class Fp8Index:
     """index_q and index_k in e4m3: `scores`, and `leaves`, the same in bfloat16 with the weights, for the gradients."""
 
     def __init__(self, leaves: tuple[Tensor, Tensor, Tensor], index_dtype: str | None) -> None:
-        index_q, index_k, self.weights = leaves
-        self.rotation = index_dtype == FP8
-        self.q = quantize_rows(index_q, rotation=self.rotation, copy=True)
-        self.k = quantize_rows(index_k[:, None], rotation=self.rotation, copy=True, by_head=True)
-        self.scaled_weights = self.weights.view(-1) * self.q.scale
+        self.rows = quantize_index(*leaves, rotation=index_dtype == FP8)
+        self.leaves = self.rows.rounded_q, self.rows.rounded_k, leaves[2]
 
-    @property
-    def leaves(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Rounded index_q, index_k, and the weights."""
-        return _copy(self.q), _copy(self.k)[:, 0], self.weights
+    def scores(self, chunk: TileChunk, out: Tensor, processors: int | None = None) -> None:
+        """out[t,s] = sum_j w[t,j] * ReLU(index_q̂[t,j]·index_k̂[s]) in the chunk's tiles; processors: all or fewer."""
+        (T, I, E), items = self.rows.q.shape, chunk.narrow.numel() // 4
+        processors = processors or launch.processors(out.device)
+        launch.load("score_narrow_fp8", E=E)(
+            self.rows.q.view(T, -1), self.rows.k, self.rows.half_weights, self.rows.k_scale, out, chunk.narrow,
+            I, 0, items, min(items, processors),
+        )  # fmt: skip
 
-    def scores(self, chunk: TileChunk, out: Tensor) -> None:
-        """out[t,s] = sum_j w[t,j] * ReLU(index_q̂[t,j]·index_k̂[s]) in the chunk's tiles."""
-        _score(RELU, self.q.values, self.q.scale, self.k[:2], self.scaled_weights, chunk, out, 1.0, 0)
+    def share(self, chunk: TileChunk, traffic: int, processors: int) -> int:
+        """Multiprocessors on which to form the chunk's scores while the others quantise, which passes so many bytes.
 
+        Quantising waits for memory, and a third of the multiprocessors ask it for most of what it gives; scores take
+        longer by what they lack. All multiprocessors where one after the other is as fast: for little traffic.
+        """
+        items = chunk.narrow.numel() // 4
+        operations = 2 * chunk.tiles * TILE**2 * self.rows.q[0].numel() / items  # of an item
 
-def _copy(rows: Rows) -> Tensor:
-    if rows.copy is None:
-        raise ValueError("Fp8Index: rows must have their copy in bfloat16")
-    return rows.copy
+        def both(n: int) -> float:
+            scores = -(-items // n) * operations / SCORES
+            return scores + max(traffic - scores * min((processors - n) * TRAFFIC, MEMORY), 0) / MEMORY
 
-
-def _score(
-    mode: int,
-    q: Tensor,
-    q_scale: Tensor,
-    k: tuple[Tensor, Tensor],
-    low: Tensor,
-    chunk: TileChunk,
-    out: Tensor,
-    scale: float,
-    first_row: int,
-) -> None:
-    """low: [rows, H], what is subtracted (lse) or multiplied with (the index weights); its row 0 is first_row."""
-    (rows, H, D), (keys, k_scale) = q.shape, k
-    S, G = keys.shape[:2]
-    count = chunk.score.numel() // 4
-    launch.load("score_fp8", D=D, mode=mode)(
-        q.view(rows, -1), keys.view(S, -1), low.reshape(-1), q_scale, k_scale, out, chunk.score,
-        H, H // G, scale, first_row, count, min(count, launch.processors(q.device)), padded_keys(S),
-    )  # fmt: skip
+        best = min(range(processors // 2, processors + 1), key=both)
+        return best if both(best) + TURNING < both(processors) else processors

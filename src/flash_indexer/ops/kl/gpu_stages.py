@@ -9,7 +9,7 @@ from flash_indexer.ops import launch
 from flash_indexer.ops.blockwise import compute_dtype
 from flash_indexer.ops.kl import gpu_body
 from flash_indexer.ops.kl.arithmetic import FP8, with_wide_teacher
-from flash_indexer.ops.kl.gpu_fp8 import Fp8Index, Fp8Teacher, has_fp8_teacher
+from flash_indexer.ops.kl.gpu_fp8 import Fp8Index, Fp8Teacher, TeacherRows, has_fp8_teacher
 from flash_indexer.ops.kl.plan_shards import ShardPlan, shard_plan
 from flash_indexer.ops.kl.stages import new_sums
 from flash_indexer.ops.problem import Problem, Sums, WaitForKeys
@@ -30,7 +30,7 @@ class GpuStages:
             self._take_teacher(problem)
             index_q, index_k, weights = map(launch.aligned, problem.leaves)
             self.leaves = (index_q, index_k, weights)
-            self.rotated = problem.index_dtype == FP8
+            self.rotated, self.scored = problem.index_dtype == FP8, -1  # the chunk whose index scores are there
             self.fp8_index = None if problem.index_dtype is None else Fp8Index(self.leaves, problem.index_dtype)
             self.row_inputs = gpu_body.Rows(
                 problem.key_start.contiguous(), problem.key_end.contiguous(), problem.weight.contiguous()
@@ -86,12 +86,30 @@ class GpuStages:
         out = self.scores[n % len(self.scores)][: chunk.tiles * TILE]
         with torch.cuda.device(self.q.device):
             if self.fp8_teacher is not None and self.lse is not None:
-                self.fp8_teacher.scores(self.lse, chunk, out)
+                self.fp8_teacher.scores(self._quantised(self.fp8_teacher, n), self.lse, chunk, out)
             elif self.logits:
                 gpu_body.summed_logits(self.q, self.k, chunk, out, self.scale)
             else:
                 gpu_body.teacher_scores(self.q, self.k, self.lse, chunk, out, self.scale)
         return out
+
+    def _quantised(self, teacher: Fp8Teacher, n: int) -> TeacherRows:
+        """The teacher's rows of chunk n; on one process beside the chunk's index scores, where that is faster."""
+        chunk, own = self.plan.shards[n].teacher, self.plan.shards[n].own
+        rows, processors = slice(chunk.begin, chunk.end), launch.processors(self.q.device)
+        if self.fp8_index is None or own is None or len(self.scores) > 1:
+            return teacher.quantised(rows)
+        share = self.fp8_index.share(own, teacher.traffic(rows), processors)
+        if share == processors:
+            return teacher.quantised(rows)
+        here, side = torch.cuda.current_stream(), launch.side_stream(self.q.device)
+        side.wait_stream(here)
+        self.fp8_index.scores(own, self.index_scores[: own.tiles * TILE], share)  # first, so that it finds room
+        with torch.cuda.stream(side):
+            quantised = teacher.quantised(rows)
+        here.wait_stream(side)
+        self.scored = n
+        return quantised
 
     def index(self, n: int, p: Tensor) -> None:
         """KL and gradients of this rank's rows of chunk n, from its piece summed over ranks; p is overwritten."""
@@ -105,7 +123,8 @@ class GpuStages:
                 gpu_body.index_scores(*leaves, own, scores)
             else:
                 leaves = self.fp8_index.leaves
-                self.fp8_index.scores(own, scores)
+                if self.scored != n:
+                    self.fp8_index.scores(own, scores)
             out = di, self.sums.kl, self.sums.entropy
             gpu_body.kl_rows(p, scores, self.plan.own, own, self.row_inputs, out, self.logits)
             if any(self.needs):
