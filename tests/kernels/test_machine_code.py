@@ -18,7 +18,7 @@ KERNELS = list(catalog.every_kernel())
 LAUNCH_REGISTERS = 168  # 65,536 / 384 threads: what setmaxnreg starts from
 EXPONENTIALS = 64  # of one thread for a 128 x 128 tile
 MOST_REGISTERS = {
-    "rows": 72, "sparse_rows": 64, "select": 40, "sparse_index_largest": 64, "sparse_index_table": 64,
+    "rows": 72, "rows_warp": 96, "sparse_rows": 64, "select": 40, "sparse_index_largest": 64, "sparse_index_table": 64,
     "sparse_index_finish": 64, "sparse_scatter": 64, "gradients_reduce": 128, "finish": 64, "scale": 64,
     "sparse_delta": 64, "sparse_exact_table": 64, "sparse_exact_grid": 64, "sparse_exact_finish": 64,
     "quantize": 96, "quantize_keys": 128, "rotate": 64, "bits": 64, "bits_keys": 64,

@@ -25,7 +25,8 @@ PADDED_HEADS = (8, 16, 32, 64)
 EXP, RELU, SUM = 0, 1, 2  # modes of `score`
 SCORE_STAGES = {32: (8, 4), 64: (8, 4), 96: (7, 6), 128: (8, 4), 192: (7, 6), 256: (8, 5), 576: (5, 9)}  # Q, K rings
 NARROW_STAGES = {32: (16, 8), 64: (12, 8), 128: (4, 5)}  # of `score_narrow`: Q, K rings
-ROWS_CTAS, ROWS_STAGES, ROWS_KEYS = 3, 2, 4096  # of `rows`: CTAs of a multiprocessor, stages of each, keys of a stage
+ROWS_CTAS = {"rows": 3, "rows_warp": 5}  # CTAs of a multiprocessor
+ROWS_STAGES, ROWS_KEYS = 2, 4096  # of `rows`: stages of a CTA, keys of each
 # of e4m3 rows, twice as many columns a stage, and up to two more arrays for what is left of a row (`macros.Chunks`)
 SCORE_FP8 = {32: (8, 4), 64: (8, 4), 96: (8, 6), 128: (8, 4), 192: (5, 4), 256: (8, 5), 576: (6, 5)}
 UNIFORM_FP8 = ((128, RELU), (192, EXP))  # of e4m3: width and mode whose descriptors lie in uniform registers: faster
@@ -223,6 +224,7 @@ BUILDERS = {
     "select": Kernel("select", "build", ({},), streamed=False),
     "sparse_rows": Kernel("sparse_rows", "build", ({},), streamed=False),
     "rows": Kernel("rows", "build", ({"logits": 0}, {"logits": 1}), streamed=False),
+    "rows_warp": Kernel("rows_warp", "build", ({"logits": 0}, {"logits": 1}), streamed=False),
     "quantize": Kernel(
         "quantize",
         "build",

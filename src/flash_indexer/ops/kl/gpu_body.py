@@ -85,7 +85,8 @@ def prepare(problem: Problem) -> None:
     """Has every kernel of the call and of its backward compiled, those that are missing side by side."""
     D, (I, E), needs = problem.q.shape[2], problem.index_q.shape[1:], problem.needs
     mean, index = problem.target == "mean", dict(E=E, IP=padded_heads(I))
-    wanted: list[launch.Wanted] = [("rows", dict(logits=int(not mean))), *gpu_fp8.kernels(problem)]
+    wanted: list[launch.Wanted] = [(name, dict(logits=int(not mean))) for name in ROWS_CTAS]
+    wanted += gpu_fp8.kernels(problem)
     if not gpu_fp8.has_fp8_teacher(problem):
         wanted.append((score_kernel(D), dict(D=D, mode=EXP if mean else SUM)))
         if mean and problem.lse is None:
@@ -160,9 +161,15 @@ def kl_rows(
     Args:
         p, scores: the chunk's tiles. out: di (tiles), kl [T], entropy [T].
     """
+    count, kernel = chunk.end - chunk.begin, row_kernel(chunk)
+    grid = min(count, ROWS_CTAS[kernel] * launch.processors(p.device))
+    launch.load(kernel, logits=int(logits))(p, scores, work.blocks, *rows, *out, chunk.begin, count, grid)
+
+
+def row_kernel(chunk: TileChunk) -> str:
+    """A warp to a row, where the mean row has at most two keys for each row that there is; else a CTA."""
     count = chunk.end - chunk.begin
-    grid = min(count, ROWS_CTAS * launch.processors(p.device))
-    launch.load("rows", logits=int(logits))(p, scores, work.blocks, *rows, *out, chunk.begin, count, grid)
+    return "rows_warp" if chunk.tiles * TILE * TILE <= 2 * count * count else "rows"
 
 
 def index_gradients(
