@@ -5,8 +5,10 @@
 #define ROWS_THREADS 256
 #define ROWS_WARPS (ROWS_THREADS / 32)
 #define ROWS_KEYS (ROWS_THREADS * 16)
-// e^x for x <= 0, to an ulp: x = n·ln(2) + r, |r| <= ln(2)/2; adding 1.5·2^23 leaves n in the low bits. NaN for NaN
+// e^x for x <= 0, to an ulp: x = n·ln(2) + r, |r| <= ln(2)/2; adding 1.5·2^23 leaves n in the low bits. n = -127, from
+// -88 down to -infinity, gives 0. NaN for NaN
 static __device__ __forceinline__ float rows_exp(float x) {
+  x = max_or_nan(x, -88.0f);
   const float t = fmaf(x, LOG2E, 12582912.0f), n = t - 12582912.0f;
   const float r = fmaf(n, -1.42860677e-6f, fmaf(n, -0.693145752f, x));
   float y = fmaf(r, 1.37805939e-3f, 8.37312452e-3f);
@@ -15,7 +17,7 @@ static __device__ __forceinline__ float rows_exp(float x) {
   y = fmaf(y, r, 4.99999851e-1f);
   y = fmaf(y, r, 1.0f);
   y = fmaf(y, r, 1.0f);
-  return x < -87.0f ? 0.0f : y * __int_as_float((__float_as_int(t) << 23) + 0x3f800000);
+  return y * __int_as_float((__float_as_int(t) << 23) + 0x3f800000);
 }
 // log(x) of a normal x > 0, to an ulp: x = 2^n·(1 + f), |f| <= 1/3. The special function unit errs by a few 1e-7 of the
 // logarithm of a row's whole sum, and of log p̂ where p̂ is near 1

@@ -47,7 +47,7 @@ def build(logits):
     ):  # fmt: skip
         with T.Kernel(grid, threads=THREADS + 32) as bx:
             T.import_source(SOURCE)
-            T.annotate_min_blocks_per_sm(ROWS_CTAS)
+            T.annotate_min_blocks_per_sm(ROWS_CTAS["rows"])
             ring = T.alloc_shared((ROWS_STAGES * 8 * ROWS_KEYS,), "uint8")
             barriers = T.alloc_shared((16 * ROWS_STAGES,), "uint8")  # a stage is full; it has been read
             # for t in rows: KL[t], ENT[t], DI[t] = ...
