@@ -188,7 +188,8 @@ def check_rows(size: Size, tensors: list[Tensor], others: dict[str, Any]) -> Non
 def passes(step: Callable[[], Any], size: Size) -> dict[str, dict[str, float]]:
     """Milliseconds of each kernel in one step, and TFLOP/s of the flops that it does.
 
-    d_index_q forms the logits anew, 4IE flops a pair; d_index_k takes the masks that it leaves, 2IE.
+    Each gradient is counted with logits of its own, 4IE flops a pair, so that records compare. d_index_k takes masks of
+    the other's and does 2IE.
     """
     step()
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
@@ -197,9 +198,8 @@ def passes(step: Callable[[], Any], size: Size) -> dict[str, dict[str, float]]:
     events = (event for event in profiler.events() or () if event.device_type.name == "CUDA")
     ordered = sorted(events, key=lambda event: event.time_range.start)
     totals = slices([(event.name, event.device_time / 1e3) for event in ordered])
-    product = size.I * size.E * 2
-    per_pair = {"teacher": 2 * size.H * size.D, "index": product}
-    per_pair |= {"gradient_query": 2 * product, "gradient_key": product}
+    per_pair = {"teacher": 2 * size.H * size.D, "index": 2 * size.I * size.E}
+    per_pair |= dict.fromkeys(("gradient_query", "gradient_key"), 4 * size.I * size.E)
     rate = {name: flops * size.pairs / totals[name] / 1e9 for name, flops in per_pair.items() if totals.get(name)}
     return {name: {"ms": ms} | ({"tflops": rate[name]} if name in rate else {}) for name, ms in totals.items()}
 
