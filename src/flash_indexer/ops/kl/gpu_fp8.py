@@ -78,12 +78,11 @@ class Fp8Teacher:
         self.keys: tuple[Tensor, Tensor] | None = None
 
     def traffic(self, rows: slice) -> int:
-        """Bytes that `quantised` reads and writes for these rows, where it quantises any."""
+        """Bytes of bfloat16 that `quantised` reads for these rows, and half as many that it writes."""
         k, k_scale = self.given_keys
-        read = (0 if self.q_scale is not None else (rows.stop - rows.start) * self.q[0].nbytes) + (
-            0 if self.keys is not None or k_scale is not None else k.nbytes
-        )
-        return read + read // 2
+        queries = (rows.stop - rows.start) * self.q[0].nbytes if self.q_scale is None else 0
+        keys = k.nbytes if self.keys is None and k_scale is None else 0
+        return (queries + keys) * 3 // 2
 
     def quantised(self, rows: slice) -> TeacherRows:
         """The rows in e4m3; the keys only the first time."""
@@ -148,6 +147,8 @@ class Fp8Index:
         Quantising waits for memory, and a third of the multiprocessors ask it for most of what it gives; scores take
         longer by what they lack. All multiprocessors where one after the other is as fast: for little traffic.
         """
+        if traffic < TURNING * MEMORY:
+            return processors
         items = chunk.narrow.numel() // 4
         operations = 2 * chunk.tiles * TILE**2 * self.rows.q[0].numel() / items  # of an item
 

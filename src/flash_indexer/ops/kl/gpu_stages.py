@@ -105,7 +105,7 @@ class GpuStages:
         here, side = torch.cuda.current_stream(), launch.side_stream(self.q.device)
         side.wait_stream(here)
         self.fp8_index.scores(own, self.index_scores[: own.tiles * TILE], share)  # first, so that it finds room
-        with torch.cuda.stream(side):
+        with torch.cuda.stream(side):  # its memory is taken again on this stream alone, which has waited for the other
             quantised = teacher.quantised(rows)
         here.wait_stream(side)
         self.scored = n
