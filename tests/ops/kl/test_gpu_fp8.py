@@ -243,8 +243,11 @@ def test_a_chunk_is_scored_once(share: int, monkeypatch: pytest.MonkeyPatch) -> 
     stages.scored, stages.logits, stages.needs, stages.rotated = -1, False, (False,) * 3, True
     stages.scores, stages.index_scores, stages.di = [tile], tile.clone(), tile.clone()
     stages.sums = SimpleNamespace(kl=none, entropy=none)
+    held = SimpleNamespace(record_stream=lambda stream: done.append("held") if stream is here else None)
     stages.fp8_teacher = SimpleNamespace(
-        traffic=lambda rows: 7, scores=lambda *_: done.append("teacher"), quantised=lambda rows: done.append("quantise")
+        traffic=lambda rows: 7,
+        scores=lambda *_: done.append("teacher"),
+        quantised=lambda rows: (done.append("quantise"), [held])[1],
     )
     stages.fp8_index = SimpleNamespace(
         share=lambda own, traffic, processors: share if (own, traffic, processors) == (chunk, 7, 4) else 0,
@@ -252,7 +255,7 @@ def test_a_chunk_is_scored_once(share: int, monkeypatch: pytest.MonkeyPatch) -> 
         leaves=(none,) * 3,
     )
     stages.index(0, stages.teacher(0))
-    forked = ["fork", "scores by 3", "beside", "quantise", "here", "join", "teacher", "rows"]
+    forked = ["fork", "scores by 3", "beside", "quantise", "here", "join", "held", "teacher", "rows"]
     assert done == (forked if share == 3 else ["quantise", "teacher", "scores by 4", "rows"])
 
 

@@ -105,9 +105,11 @@ class GpuStages:
         here, side = torch.cuda.current_stream(), launch.side_stream(self.q.device)
         side.wait_stream(here)
         self.fp8_index.scores(own, self.index_scores[: own.tiles * TILE], share)  # first, so that it finds room
-        with torch.cuda.stream(side):  # its memory is taken again on this stream alone, which has waited for the other
+        with torch.cuda.stream(side):
             quantised = teacher.quantised(rows)
         here.wait_stream(side)
+        for x in quantised:  # taken on the other stream, where calls on a third one may take it again
+            x.record_stream(here)
         self.scored = n
         return quantised
 
