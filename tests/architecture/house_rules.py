@@ -32,7 +32,8 @@ FILES = frozenset({"datasets", "gguf", "matplotlib", "pyarrow", "safetensors"})
 WITH_MODELS = TORCH | FILES | {"accelerate", "numpy", "peft", "rich", "transformers"}
 LIBRARIES = {
     "kernels": frozenset({"tilelang", "tvm_ffi"}),
-    **dict.fromkeys(("reference", "intervals", "ops", "indexer", "__init__", "parallel", "testing"), TORCH),
+    **dict.fromkeys(("reference", "intervals", "indexer", "__init__", "parallel", "testing"), TORCH),
+    "ops": TORCH | {"numpy"},  # lists of work are dealt by its operators on small arrays, faster than torch's
     **dict.fromkeys(("models", "files", "judge", "recipe"), WITH_MODELS),
     "bench": TORCH | {"rich", "cudnn"},  # a peer, where it is installed
     **dict.fromkeys(("commands", "cli"), TORCH | {"rich", "typer"}),
