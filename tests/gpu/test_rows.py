@@ -1,4 +1,4 @@
-"""Both kernels of the KL rows on the same tiles, against float64: whichever a chunk gets, by its shape, is right."""
+"""Both kernels of the KL rows on the same tiles, against float64: whichever a problem gets, by its shape, is right."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import torch
 from torch import Tensor
 
 from flash_indexer.ops import launch
-from flash_indexer.ops.kl.gpu_body import row_kernel
 from flash_indexer.ops.kl.plan import Plan, PlanSizes, make_plan
 from flash_indexer.ops.worklists import TILE
 from flash_indexer.testing import Shape, assert_close
@@ -81,10 +80,3 @@ def test_against_float64(layout: str, kernel: str, logits: int, apart: float) ->
     assert_close("kl", kl, truth[0], eager[0])
     assert_close("entropy", entropy, truth[1], eager[1])
     assert_close("di", got.bfloat16(), truth[2], eager[2].bfloat16())
-
-
-def test_a_warp_takes_a_row_where_there_are_as_many_rows_as_keys() -> None:
-    for tokens, keys, kernel in ((8192, 8192, "rows_warp"), (100, 100, "rows_warp"), (256, 131072, "rows")):
-        shape = Shape(((tokens, keys),), H=1, G=1, D=64, I=1, E=64)
-        work = make_plan(*shape.intervals(), PlanSizes(keys, 64, 8, True, 2**33, 132), torch.device("cpu"))
-        assert row_kernel(work.chunks[0]) == kernel

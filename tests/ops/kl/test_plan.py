@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from flash_indexer.intervals import causal_intervals
+from flash_indexer.ops.kl.gpu_body import row_kernel
 from flash_indexer.ops.kl.plan import BYTES_PER_TILE, Plan, PlanSizes, TileChunk, make_plan, plan
 from flash_indexer.ops.worklists import TILE
 
@@ -182,3 +183,21 @@ def test_contents_are_checked_before_planning() -> None:
     key_start, key_end, _ = intervals([(50, 50)])
     with pytest.raises(ValueError, match="key_end"):
         plan(key_start, key_end + 1, sizes(50))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
+def test_rows_have_one_kernel_at_any_workspace(layout: tuple[Tensor, Tensor, int]) -> None:
+    """For the two kernels of a row's KL add it up in other orders."""
+    key_start, key_end, S = layout
+    found = {row_kernel(make_plan(key_start, key_end, sizes(S, n), CPU)) for n in (1, 2**20, 2**21, 2**29)}
+    assert len(found) == 1
+
+
+@pytest.mark.parametrize(
+    ("documents", "kernel"),
+    [([(8192, 8192)], "rows_warp"), ([(100, 100)], "rows_warp"), ([(4096, 4096)] * 8, "rows_warp"),
+     ([(256, 131072)], "rows"), ([(32768, 32768)], "rows")],
+)  # fmt: skip
+def test_a_warp_takes_a_row_where_rows_are_many(documents: list[tuple[int, int]], kernel: str) -> None:
+    key_start, key_end, S = intervals(documents)
+    assert row_kernel(make_plan(key_start, key_end, sizes(S), CPU)) == kernel

@@ -34,6 +34,7 @@ from flash_indexer.ops.worklists import TILE
 
 NARROW = tuple(NARROW_STAGES)  # widths whose scores `score_narrow` forms
 _SUMMED = 2**24  # elements of the float32 sums from which the terms are made: no second copy of a long chunk's queries
+_USUAL_PAIRS = 2**29 // 10  # of a chunk of 512 MiB
 _TERMS = 3  # bfloat16 terms that hold a float32 sum of queries exactly enough: 8 bits each
 
 
@@ -161,15 +162,18 @@ def kl_rows(
     Args:
         p, scores: the chunk's tiles. out: di (tiles), kl [T], entropy [T].
     """
-    count, kernel = chunk.end - chunk.begin, row_kernel(chunk)
+    count, kernel = chunk.end - chunk.begin, row_kernel(work)
     grid = min(count, ROWS_CTAS[kernel] * launch.processors(p.device))
     launch.load(kernel, logits=int(logits))(p, scores, work.blocks, *rows, *out, chunk.begin, count, grid)
 
 
-def row_kernel(chunk: TileChunk) -> str:
-    """A warp to a row, where the mean row has at most two keys for each row that there is; else a CTA."""
-    count = chunk.end - chunk.begin
-    return "rows_warp" if chunk.tiles * TILE * TILE <= 2 * count * count else "rows"
+def row_kernel(work: Plan) -> str:
+    """A warp to a row, where chunks of the usual workspace have half as many rows as the mean row has keys; else a CTA.
+
+    Chunks of any workspace get the same kernel, for a row's sums are in the order of its kernel.
+    """
+    rows, pairs = work.blocks.numel() // 4 * TILE, work.tiles * TILE**2
+    return "rows_warp" if pairs**2 <= 2 * min(pairs, _USUAL_PAIRS) * rows**2 else "rows"
 
 
 def index_gradients(

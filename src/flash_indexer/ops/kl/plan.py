@@ -102,6 +102,11 @@ class Plan:
     blocks: Tensor
     complete: bool
 
+    @cached_property
+    def tiles(self) -> int:
+        """Of all chunks."""
+        return sum(chunk.tiles for chunk in self.chunks)
+
 
 def plan(key_start: Tensor, key_end: Tensor, sizes: PlanSizes) -> Plan:
     """The plan of these intervals: cached, or made after reading (and checking) their contents.
