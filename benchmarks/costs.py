@@ -277,9 +277,9 @@ def section(rates: Rates) -> str:
          f"{each.hours * 3600 * PLANS[name].gpus / (STEPS * SEQUENCES * PLANS[name].tokens / 1e6):,.1f} s"]
         for name, each in every.items()
     ]  # fmt: skip
-    gpu = rates.kernels["gqa32"]["gpu"]
+    gpus = sorted({record["gpu"] for record in rates.kernels.values()})
     lines = [
-        f"Rates, of one {gpu}:",
+        f"Rates, of one {' or '.join(gpus)} (every record names its card):",
         "",
         f"- attention forward {rates.attention / 1e12:.0f} TFLOP/s (`attention.jsonl`, gqa32)",
         "- loss and gradients: each kernel's own (`indexer_kl.jsonl`: smollm2, gqa32, v32_expanded)",

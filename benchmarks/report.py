@@ -8,7 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from report_attention import attention, per_head
-from report_records import Record, latest, lines_of, table
+from report_records import Record, cards, latest, lines_of, marked, table
 from report_sparse import sparse
 from report_steps import answers, steps
 
@@ -84,13 +84,12 @@ def beside(record: Record, name: str) -> float | None:
 
 
 def loss_and_gradients(records: dict[str, Record]) -> list[str]:
-    first = next(iter(records.values()))
     rows, reasons = [], []
     for name, title in TITLES.items():
         if name not in records:
             continue
         record, notes = records[name], records[name]["notes"]
-        cells = [title, f"{record['ours']['p50']:,.2f} ms", f"{record['over_floor']:.2f} x"]
+        cells = [marked(title, record, records), f"{record['ours']['p50']:,.2f} ms", f"{record['over_floor']:.2f} x"]
         for other in ("cudnn", "fa2"):
             ratio = beside(record, other)
             cells.append("" if ratio is None else f"{ratio:.2f} x")
@@ -102,9 +101,10 @@ def loss_and_gradients(records: dict[str, Record]) -> list[str]:
     return [
         "## Loss and gradients",
         "",
-        f"`indexer_kl`: loss and all three gradients, the attention's logsumexp passed in, one {first['gpu']}; medians",
-        "of device time. *Over the least time*: the time that (2HD + 8IE) flops a visible pair take at the rate of the",
-        f"product of two bfloat16 8192² matrices in the same rounds ({product_rates(records)} TFLOP/s) is 1. *Over",
+        "`indexer_kl`: loss and all three gradients, the attention's logsumexp passed in, one",
+        f"{cards(records.values())[0]} where no other card is named; medians of device time. *Over the least time*:",
+        "the time that (2HD + 8IE) flops a visible pair take at the rate of the product of two bfloat16 8192² matrices",
+        f"in the same rounds ({product_rates(records)} TFLOP/s) is 1. *Over",
         "attention*: the time of a dense attention's forward and backward at the same sizes is 1. *Extra memory* is",
         "what a call needs beside its inputs and outputs. `flash-indexer bench` measures the same on your GPU.",
         "",
@@ -161,7 +161,7 @@ def each_pass(records: dict[str, Record]) -> list[str]:
     rows = []
     for name, title in TITLES.items():
         if name in records:
-            cells = [title]
+            cells = [marked(title, records[name], records)]
             for key in PASSES:
                 kernel = records[name]["passes"][key]
                 rate = f", {kernel['tflops']:.0f} TFLOP/s" if "tflops" in kernel else ""
@@ -240,7 +240,8 @@ def fp8(results: Path) -> list[str]:
         '`indexer_kl` with `index_dtype="fp8"` and `teacher_dtype="fp8"`, loss and gradients, quantising included:',
         "times over the same in bfloat16 in the same rounds (`flash-indexer bench --suite fp8`). *Handed over*: q and",
         "k come in e4m3. *Index*: the indexer alone in e4m3. *Without lse*: the teacher's logsumexp is computed, in",
-        "both. The rate of the teacher's scores counts the flops of bfloat16; *index scores* is their time with",
+        f"both. One {' or '.join(cards(records.values()))}. The rate of the teacher's scores counts the flops of",
+        "bfloat16; *index scores* is their time with",
         "quantising over bfloat16's.",
         "",
         *table(

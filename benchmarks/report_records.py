@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,3 +28,14 @@ def table(titles: str, rows: list[list[str]]) -> list[str]:
     names = titles.split(" | ")
     marks = ["---"] + ["---:"] * (len(names) - 1)
     return [f"| {' | '.join(cells)} |" for cells in (names, marks, *rows)]
+
+
+def cards(records: Iterable[Record]) -> list[str]:
+    """The GPUs of these records, the one of most of them first."""
+    return [gpu for gpu, _ in Counter(record["gpu"] for record in records if "gpu" in record).most_common()]
+
+
+def marked(title: str, record: Record, records: Mapping[str, Record]) -> str:
+    """The title, with the GPU where it is not that of most of the records."""
+    gpu = record.get("gpu")
+    return title if gpu is None or gpu == cards(records.values())[0] else f"{title}; {gpu}"

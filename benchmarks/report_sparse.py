@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from pathlib import Path
 
-from report_records import Record, latest, table
+from report_records import Record, latest, marked, table
 
 MLA = {
     "v32": "DeepSeek-V3.2: H=128, 576/512, the last 8,192 of 16,384 positions, random keys",
@@ -44,7 +44,7 @@ def sparse(results: Path) -> list[str]:
     records = latest(results / "sparse.jsonl")
     steps = _recorded(STEPS, records)
     rows = [
-        [title, *(_time(records[name], step) for step in steps)]
+        [marked(title, records[name], records), *(_time(records[name], step) for step in steps)]
         for name, title in (MLA | GROUPED).items()
         if name in records
     ]
@@ -84,7 +84,7 @@ def _beside_cudnn(records: dict[str, Record]) -> list[str]:
         if not any(peer in record for peer in all_names):
             continue
         each = [_over(record, (step,), LIKE[step]) for step in steps]
-        rows.append([title, *each, _over(record, together, all_names, apart=False)])
+        rows.append([marked(title, record, records), *each, _over(record, together, all_names, apart=False)])
     if not rows:
         return []
     return [
