@@ -134,15 +134,16 @@ class Stage:
     def judgement(self) -> None:
         names = ["warm", "dense", *(f"{keys}-{k}" for k in self.options.topk for keys in ("indexer", "oracle"))]
         held_out, sequences = self.text / "held_out.jsonl", str(self.options.sequences)
-        commands = {}  # those that take longest first
+        judged = self.judge_each(names, held_out, sequences, self.out / "held_out.json")
+        self.together(judged)
+        self.together({"held_out": self.judge(names, held_out, sequences, self.out / "held_out.json")})
+        commands = {}
         for topk in self.options.topk:
             words = ["evaluate", "--run", str(self.out / f"indexer-{topk}"), "--data", str(held_out)]
             words += ["--sequences", str(min(self.options.evaluate_sequences, self.options.sequences))]
             words += ["--needles", str(self.options.needles)]
             commands[f"evaluate-{topk}"] = [sys.executable, "-m", "flash_indexer", *words]
-        commands |= self.judge_each(names, held_out, sequences, self.out / "held_out.json")
         self.together(commands)
-        self.together({"held_out": self.judge(names, held_out, sequences, self.out / "held_out.json")})
 
     def common(self) -> list[str]:
         data = ["--data", str(self.text / "train.jsonl")]

@@ -290,7 +290,7 @@ def export(
 
 @app.command()
 def bench(
-    sizes: Annotated[str | None, typer.Option(help="Comma-separated; default: all of the README's table.")] = None,
+    sizes: Annotated[str | None, typer.Option(help="Comma-separated; default: all of the suite.")] = None,
     suite: Annotated[
         str | None,
         typer.Option(
@@ -317,18 +317,18 @@ def bench(
         suites = {module.SUITE: module for module in (bench_attention, bench_fp8, bench_sparse)}
         if suite in (None, *suites) and (batch is not None or verbose):
             raise ValueError("bench: --batch and --verbose belong to --suite mqa64; add it")
-        if suite is not None and sizes is not None:
-            raise ValueError("bench: give --sizes (of indexer_kl) or --suite (of another operator), not both")
+        names = None if sizes is None else sizes.split(",")
         if suite in suites:
-            suites[suite].run(out, commit=commit, say=say)
+            suites[suite].run(out, names, commit=commit, say=say)
             _print_path("results", out / suites[suite].RESULTS)
             return
         if suite is not None:
+            if names is not None:
+                raise ValueError("bench: --sizes must be left out with --suite mqa64, which takes --batch")
             bench_heads.run(suite, out, batch=batch, verbose=verbose, commit=commit, say=say)
             _print_path("results", out / bench_heads.RESULTS)
             return
-        names = sizes.split(",") if sizes else list(benchmark.SIZES)
-        benchmark.run(names, out, commit=commit, say=say)
+        benchmark.run(list(benchmark.SIZES) if names is None else names, out, commit=commit, say=say)
         _print_path("results", out / "indexer_kl.jsonl")
 
 

@@ -85,7 +85,15 @@ def test_sampled_rows_refuse_a_wrong_result():
         (["--suite", "mqa64", "--batch", "0"], "batch must be a number of documents"),
         (["--batch", "4"], "--batch and --verbose belong to --suite mqa64"),
         (["--suite", "sparse", "--verbose"], "--batch and --verbose belong to --suite mqa64"),
-        (["--suite", "mqa64", "--sizes", "mqa64"], "not both"),
+        (["--suite", "mqa64", "--sizes", "mqa64"], "--sizes must be left out with --suite mqa64"),
+        *(
+            (["--suite", suite, "--sizes", f"{right},v33"], f"sizes must be of {first}")
+            for suite, first, right in (
+                ("sparse", "v32, v32_causal", "v32_causal"),
+                ("fp8", "v32_absorbed", "gqa32"),
+                ("attention", "gqa32, mqa64", "mqa64"),
+            )
+        ),
         *(
             []
             if torch.cuda.is_available()

@@ -6,7 +6,7 @@ Beside it take turns cuDNN's attention, FlashAttention-2 where it takes the head
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from flash_indexer import causal_intervals
 from flash_indexer.bench.baselines import attention_contestants
-from flash_indexer.bench.timing import MATMUL, Size, measured, time_in_turns
+from flash_indexer.bench.timing import MATMUL, Size, measured, named, time_in_turns
 from flash_indexer.ops import attention_forward
 
 SUITE = "attention"
@@ -30,14 +30,19 @@ ROUNDS, SAMPLED_ROWS = 15, 6
 RESULTS = "attention.jsonl"
 
 
-def run(out: Path, *, commit: str = "unknown", say: Callable[[str], None] = print) -> list[dict[str, Any]]:
-    """Checks, measures and appends a line for each of SIZES to out/attention.jsonl.
+def run(
+    out: Path, names: Sequence[str] | None = None, *, commit: str = "unknown", say: Callable[[str], None] = print
+) -> list[dict[str, Any]]:
+    """Checks, measures and appends a line for each of SIZES, or of `names` among them, to out/attention.jsonl.
 
     Raises:
         OSError: without a GPU of compute capability 9.0. RuntimeError: where a result is wrong.
+        ValueError: for a name that is none of them.
     """
     records = []
-    for record in measured(((name, partial(measure, size)) for name, size in SIZES.items()), out / RESULTS, commit):
+    for record in measured(
+        ((name, partial(measure, SIZES[name])) for name in named(names, SIZES)), out / RESULTS, commit
+    ):
         say(line(record))
         records.append(record)
     return records

@@ -7,7 +7,7 @@ Rates count the same flops as in bfloat16.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from flash_indexer import Quantized, indexer_kl, quantize
 from flash_indexer.bench.kl import SIZES, passes, problem
-from flash_indexer.bench.timing import MATMUL, Size, measured, time_in_turns
+from flash_indexer.bench.timing import MATMUL, Size, measured, named, time_in_turns
 from flash_indexer.ops.quantization import dequantize, rotate
 
 SUITE, RESULTS = "fp8", "fp8.jsonl"
@@ -30,14 +30,19 @@ KL_ERROR, GRADIENT_ERROR = 1e-3, 2**-6
 where they are rotated."""
 
 
-def run(out: Path, *, commit: str = "unknown", say: Callable[[str], None] = print) -> list[dict[str, Any]]:
-    """Checks, measures and appends a line for each of NAMES to out/fp8.jsonl.
+def run(
+    out: Path, names: Sequence[str] | None = None, *, commit: str = "unknown", say: Callable[[str], None] = print
+) -> list[dict[str, Any]]:
+    """Checks, measures and appends a line for each of NAMES, or of `names` among them, to out/fp8.jsonl.
 
     Raises:
         OSError: without a GPU of compute capability 9.0. RuntimeError: where a result is wrong.
+        ValueError: for a name that is none of them.
     """
     records = []
-    for record in measured(((name, partial(measure, SIZES[name])) for name in NAMES), out / RESULTS, commit):
+    for record in measured(
+        ((name, partial(measure, SIZES[name])) for name in named(names, NAMES)), out / RESULTS, commit
+    ):
         say(line(record))
         records.append(record)
     return records

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from flash_indexer import causal_intervals, indexer_kl
 from flash_indexer.bench.baselines import attention_contestants
-from flash_indexer.bench.timing import MATMUL, Size, host_time, measured, memory, time_in_turns
+from flash_indexer.bench.timing import MATMUL, Size, host_time, measured, memory, named, time_in_turns
 from flash_indexer.ops.kl.gpu_body import teacher_lse
 from flash_indexer.testing import Shape, assert_close, eager_indexer_kl, make_inputs, reference_indexer_kl
 
@@ -57,10 +57,9 @@ def run(names: list[str], out: Path, *, commit: str = "unknown", say: Callable[[
         OSError: without a GPU of compute capability 9.0. RuntimeError: where a result is wrong.
         ValueError: for a size that is not in SIZES.
     """
-    unknown = [name for name in names if name not in SIZES]
-    if unknown:
-        raise ValueError(f"bench: sizes must be of {', '.join(SIZES)}, got {', '.join(unknown)}")
-    for record in measured(((name, partial(measure, SIZES[name])) for name in names), out / "indexer_kl.jsonl", commit):
+    for record in measured(
+        ((name, partial(measure, SIZES[name])) for name in named(names, SIZES)), out / "indexer_kl.jsonl", commit
+    ):
         say(summary(record))
 
 

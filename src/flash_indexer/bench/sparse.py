@@ -9,7 +9,7 @@ which the memory is what counts (`sparse_memory`), and the first call of a proce
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -22,25 +22,29 @@ from flash_indexer.bench.sparse_check import check
 from flash_indexer.bench.sparse_peers import peers
 from flash_indexer.bench.sparse_problem import SIZES, SparseSize, make
 from flash_indexer.bench.sparse_steps import STEPS, Steps, with_kernels
-from flash_indexer.bench.timing import MATMUL, measured, time_in_turns
+from flash_indexer.bench.timing import MATMUL, measured, named, time_in_turns
 
 SUITE, RESULTS = "sparse", "sparse.jsonl"
 PARTS = (sparse_memory, sparse_first_call)
 ROUNDS = 8
 
 
-def run(out: Path, *, commit: str = "unknown", say: Callable[[str], None] = print) -> list[dict[str, Any]]:
+def run(
+    out: Path, names: Sequence[str] | None = None, *, commit: str = "unknown", say: Callable[[str], None] = print
+) -> list[dict[str, Any]]:
     """Checks, measures and appends a line for each of SIZES, for a long layer and for first calls to out/sparse.jsonl.
+
+    names: of these alone, as the lines call them.
 
     Raises:
         OSError: without a GPU of compute capability 9.0. RuntimeError: where a result is wrong.
+        ValueError: for a name that is none of them.
     """
     records = []
     lines = {part.NAME: part.line for part in PARTS}
-    measurements: list[tuple[str, Callable[[], dict[str, Any]]]]
-    measurements = [(name, partial(measure, size)) for name, size in SIZES.items()]
-    measurements += [(part.NAME, part.measure) for part in PARTS]
-    for record in measured(measurements, out / RESULTS, commit):
+    every: dict[str, Callable[[], dict[str, Any]]] = {name: partial(measure, size) for name, size in SIZES.items()}
+    every |= {part.NAME: part.measure for part in PARTS}
+    for record in measured(((name, every[name]) for name in named(names, every)), out / RESULTS, commit):
         say(lines.get(record["name"], line)(record))
         records.append(record)
     return records

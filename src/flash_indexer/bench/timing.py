@@ -10,7 +10,7 @@ import json
 import statistics
 import subprocess
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib import metadata
@@ -51,6 +51,14 @@ class Size:
     def flops(self) -> int:
         """Of the floor."""
         return (2 * self.H * self.D + 8 * self.I * self.E) * self.pairs
+
+
+def named(names: Sequence[str] | None, known: Iterable[str]) -> list[str]:
+    """The sizes of these names; None: all. Raises ValueError for one that is not known."""
+    known = list(known)
+    if unknown := [name for name in names or () if name not in known]:
+        raise ValueError(f"bench: sizes must be of {', '.join(known)}, got {', '.join(unknown)}")
+    return known if names is None else list(names)
 
 
 def needs_gpu(command: str = "bench") -> None:
