@@ -27,7 +27,7 @@ PARTS = {"held_out": range(7), "validation": range(7, 9), "train": range(9, 100)
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--characters", type=int, default=22_000_000, help="at most so many, the first by hash of name")
+    parser.add_argument("--characters", type=int, default=80_000_000, help="at most so many, the first by hash of name")
     arguments = parser.parse_args()
     arguments.out.mkdir(parents=True, exist_ok=True)
     found = sorted(documents(), key=lambda document: number(document[0]))
