@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from flash_indexer.models import packing as packing_module
 from flash_indexer.models.attach import IndexerHandle, LayerCapture, attach
 from flash_indexer.models.capture import AttentionForm
 from flash_indexer.models.packing import causal_attention, packing
@@ -173,6 +175,31 @@ def test_queries_have_intervals_of_their_own_the_same_for_all_layers() -> None:
         assert all(x is y for x, y in zip(pair, some.visible(window, queries_only=True), strict=True))
         for got, of_all, want in zip(pair, some.visible(window), whole.visible(window), strict=True):
             assert torch.equal(of_all, want) and torch.equal(got, want[queries])
+
+
+@pytest.mark.parametrize("queries", [None, torch.tensor([2, 7, 14])])
+def test_what_is_seen_is_read_before_a_layer_runs(
+    queries: Tensor | None, tiny: Tiny, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a GPU: of the queries with a loss too, as the same tensors that the layers get; on a CPU nothing waits."""
+    done: list[Any] = []
+    monkeypatch.setattr(packing_module, "read_intervals", lambda *read: done.append(read))
+    found = packing(torch.arange(15)[None], queries=queries)
+    pairs = [found.visible(None)] + ([] if queries is None else [found.visible(None, queries_only=True)])
+    found.read_ahead()
+    assert done == []
+    found.rows = SimpleNamespace(device=torch.device("cuda"))
+    found.read_ahead()
+    assert [read[0] is pair[0] and read[1] is pair[1] for read, pair in zip(done, pairs, strict=True)] == [True] * len(
+        pairs
+    )
+    assert all(read[2] == 15 for read in done)
+    order: list[str] = []
+    monkeypatch.setattr(packing_module.Packing, "read_ahead", lambda self: order.append("read"))
+    handle = attach(tiny("llama"), num_heads=2, head_dim=32)
+    with handle.using(lambda capture: order.append("layer")), torch.no_grad():
+        handle.model(torch.arange(9)[None], use_cache=False)
+    assert order[0] == "read" and order[1:] and set(order[1:]) == {"layer"}
 
 
 @pytest.mark.parametrize(
