@@ -34,7 +34,8 @@ LARGE = (
 STREAMED = [kernel for kernel in SAMPLES if sizes.BUILDERS[kernel[0]].streamed]
 SELECTED = ("sparse_index_gradients", "sparse_index_scores")
 GATHERED = ("sparse_gradients_mla", *SELECTED)  # tensor cores that no copy engine feeds
-OTHERS = [kernel for kernel in SAMPLES if kernel not in STREAMED and kernel[0] not in GATHERED]
+MASKED = "gradients_key_masked"  # fed by copies of whole runs of bytes
+OTHERS = [kernel for kernel in SAMPLES if kernel not in STREAMED and kernel[0] not in (*GATHERED, MASKED)]
 FLOATS = {"red.relaxed.gpu.global.add.v4.f32"}
 BULK = {"cp.reduce.async.bulk.global.shared::cta.bulk_group.add.s32"}  # of integers, the same in any order
 EXACT = {f"red.relaxed.gpu.global.add.{word}" for word in ("u64", "s32")}  # of integers
@@ -87,6 +88,18 @@ def test_tensor_cores_are_fed_by_the_copy_engine(kernel, source):
     assert f"__launch_bounds__({512 if name.startswith('score_narrow') else 384}, 1)" in text
 
 
+@each([kernel for kernel in SAMPLES if kernel[0] == MASKED])
+def test_the_gradient_by_masks_forms_no_logits(kernel, source):
+    text = source(kernel[0], **dict(kernel[1]))
+    body = device_program(text)
+    gradient = text[text.index("struct MaskedRing") : text.index('extern "C" __global__')]
+    assert "wgmma_rs<" in gradient and "wgmma_ss<" not in gradient and "copy_bulk(" in gradient
+    assert "tl::warpgroup_reg_alloc<" in body and "tl::warpgroup_reg_dealloc<" in body and "tl::tma_load(" not in body
+    assert "__syncthreads()" not in body, "the one is in gm_begin"
+    assert body.count("__shared__") == 1 and "buf_dyn_shmem" not in body, "no array lies where another one does"
+    assert "__launch_bounds__(384, 1)" in text
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("V", [0, 128])
 def test_without_values_the_output_is_the_entropy(V, source):
@@ -135,6 +148,15 @@ def test_the_indexer_at_selected_keys_has_the_shared_memory_that_it_lays_out(E, 
     check = f"sparse_index::Layout<{E}>::BYTES == {sizes.sparse_index_bytes(E)}"
     compiles(source("sparse_index_gradients", E=E, exact=1), (check,), nvcc, tmp_path)
     assert sizes.sparse_index_bytes(E) <= sizes.SHARED_MEMORY
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("shape", sizes.INDEX_HEADS, ids=str)
+def test_the_gradient_by_masks_has_the_shared_memory_that_it_lays_out(shape, source, nvcc, tmp_path):
+    stage, stages = sizes.masked_stage(**shape), sizes.masked_stages(**shape)
+    check = f"MaskedRing<{shape['E']}, {shape['IP']}, {stages}>::BYTES == {stage}"
+    compiles(source(MASKED, **shape), (check,), nvcc, tmp_path)
+    assert stages >= 4 and stages * stage + 1024 + 20 * stages <= sizes.SHARED_MEMORY + 1024
 
 
 @pytest.mark.slow

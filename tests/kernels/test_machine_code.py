@@ -68,6 +68,8 @@ def products(name: str, static: dict[str, int]) -> int:
         return (4 if name == "score_fp8" else 3) * static["D"] // 32
     if name in ("gradients_query", "gradients_key"):
         return (4 * static["E"] + 5 * 128) // 16
+    if name == "gradients_key_masked":  # two key tiles of a pair by halves of 64, in steps of two and of one
+        return 3 * 2 * 128 // 16
     if name == "attention":  # logits before all items, of masked and whole tiles, beside the last; values but before
         return 4 * (static["D"] + static["E"]) // 16 + (3 * static["BN"] // 16 if static["V"] else 0)
     if name in LATENT:
@@ -114,7 +116,7 @@ def test_machine_code(kernel, machine):
         assert 8 <= code.registers <= MOST_REGISTERS[name]
         return
     assert code.registers == (LAUNCH_REGISTERS if name not in (*SELECTED, *NARROW) else 128)  # of 512 threads
-    assert (code.count("UTMALDG") > 0) == (name not in GATHERED)
+    assert (code.count("UTMALDG") > 0) == (name not in (*GATHERED, "gradients_key_masked"))  # copies of whole runs
     assert code.count("USETMAXREG") == (3 if name in (*LATENT, *SELECTED) else 2)
     if name in SELECTED:
         return

@@ -264,8 +264,10 @@ def test_d_index_q_is_rotated_once(E: int, heads: int, monkeypatch: pytest.Monke
     """By the kernel that makes it, where that one can, or after it."""
     by_kernel = gpu_body.rotates(E, heads)
     assert by_kernel == ((E, 64 if heads > 32 else heads) in ROTATED_QUERIES)
-    kernel = gpu_body.query_gradient(E, 64, by_kernel)
-    assert kernel == ("gradients_query", {"E": E, "IP": 64} | ({"rotation": 1} if by_kernel else {}))
+    for masks in (False, True):
+        kernel = gpu_body.query_gradient(E, 64, by_kernel, masks)
+        choices = ({"rotation": 1} if by_kernel else {}) | ({"masks": 1} if masks else {})
+        assert kernel == ("gradients_query", {"E": E, "IP": 64} | choices)
     after: list[Tensor] = []
     monkeypatch.setattr(gpu_stages, "rotate_rows", after.append)
     monkeypatch.setattr(torch.cuda, "device", lambda _: nullcontext())

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from flash_indexer.intervals import causal_intervals
+from flash_indexer.ops.kl import plan as kl_plan
 from flash_indexer.ops.kl.gpu_body import row_kernel
 from flash_indexer.ops.kl.plan import BYTES_PER_TILE, Plan, PlanSizes, TileChunk, make_plan, plan
 from flash_indexer.ops.worklists import TILE
@@ -121,24 +122,31 @@ def test_query_items_cover_what_their_tokens_see(layout: tuple[Tensor, Tensor, i
 
 
 @pytest.mark.parametrize("workspace", [2**29, 20 * BYTES_PER_TILE])
+@pytest.mark.parametrize("cached_bytes", [0, 2**40])
 def test_key_items_take_each_tile_once_and_reductions_every_slot(
-    layout: tuple[Tensor, Tensor, int], workspace: int
+    layout: tuple[Tensor, Tensor, int], workspace: int, cached_bytes: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Whether the cache holds what is read again or not. A block may see one tile of a pair alone."""
+    monkeypatch.setattr(kl_plan, "_CACHED_BYTES", cached_bytes)
     key_start, key_end, S = layout
     made = make_plan(key_start, key_end, sizes(S, workspace), CPU)
     for chunk in made.chunks:
         taken, direct, slots = set(), [], {}
-        for key_tile, begin, end, slot in rows(chunk.gradients.key):
-            for block in range(begin, end):
-                tile = tile_of(made, block * TILE, key_tile)
-                first, last = made.blocks.view(-1, 4)[block, 1:3].tolist()
-                assert first <= key_tile < last and tile not in taken
-                taken.add(tile)
-            if end > begin and slot < 0:
-                direct.append(key_tile)
-            elif end > begin:
-                slots[slot] = key_tile
-        assert taken == set(range(chunk.tiles))
+        for pair, begin, end, slot in rows(chunk.gradients.key):
+            key_tiles = (2 * pair, 2 * pair + 1)
+            for quarter in range(begin, end):
+                first, last = made.blocks.view(-1, 4)[quarter // 4, 1:3].tolist()
+                seen = [key_tile for key_tile in key_tiles if first <= key_tile < last]
+                assert seen
+                for tile in (tile_of(made, quarter * TILE // 4, key_tile) for key_tile in seen):
+                    assert (tile, quarter % 4) not in taken
+                    taken.add((tile, quarter % 4))
+            for v, key_tile in enumerate(key_tiles):
+                if end > begin and slot < 0:
+                    direct.append(key_tile)
+                elif end > begin:
+                    slots[slot + v * (chunk.gradients.slots // 2)] = key_tile
+        assert taken == {(tile, quarter) for tile in range(chunk.tiles) for quarter in range(4)}
         assert len(direct) == len(set(direct))
         assert set(slots) == set(range(chunk.gradients.slots))
         reduced = {s: kt for kt, low, high, _ in rows(chunk.gradients.reduce) for s in range(low, high)}
@@ -163,10 +171,13 @@ def test_memory_stays_within_the_workspace() -> None:
     assert len(make_plan(key_start, key_end, sizes(S, 2**29), CPU).chunks) == 1
 
 
+@pytest.mark.parametrize("heads", [8, 64])
 @pytest.mark.parametrize("which", ["query", "key"])
-def test_work_is_dealt_evenly(which: str) -> None:
+def test_work_is_dealt_evenly(which: str, heads: int) -> None:
+    """Key tiles in few parts where the cache holds the queries (8 heads), in more where it does not."""
     key_start, key_end, S = intervals([(8192, 8192)])
-    chunk: TileChunk = make_plan(key_start, key_end, sizes(S, processors=132), CPU).chunks[0]
+    chunk: TileChunk = make_plan(key_start, key_end, sizes(S, heads=heads, processors=132), CPU).chunks[0]
+    assert which == "query" or chunk.gradients.slots == 2 * {8: 124, 64: 496}[heads]
     items = getattr(chunk.gradients, which).view(-1, 4).double()
     cost = items[:, 2] if which == "query" else items[:, 2] - items[:, 1]
     load = torch.zeros(132, dtype=torch.float64).index_add_(0, torch.arange(items.shape[0]) % 132, cost)

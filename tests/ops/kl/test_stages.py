@@ -108,7 +108,10 @@ def play_kl_rows(p, scores, work, chunk, rows, out, logits) -> None:
             di[at] = values.view(-1, TILE)
 
 
-def play_index_gradients(di, leaves, work, chunk, out) -> None:
+def play_index_gradients(di, leaves, work, chunk, out, scores) -> None:
+    assert all(x.shape == di.shape for x in scores), "the masks' memory"
+    for x in scores:
+        x.fill_(torch.nan)  # it is overwritten
     index_q, index_k, weights = leaves
     T, _, E = index_q.shape
     S, tokens = index_k.shape[0], TILE // 8
@@ -128,17 +131,21 @@ def play_index_gradients(di, leaves, work, chunk, out) -> None:
             out.index_q[here] = unscaled * weights[here, :, None]
     if out.index_k is not None:
         partials = out.index_k.new_empty(chunk.gradients.slots * TILE, E)
-        for key_tile, begin, end, slot in rows_of(chunk.gradients.key):
-            total = torch.zeros(TILE, E, dtype=di.dtype)
-            for block in range(begin, end):
-                base = int(work.blocks.view(-1, 4)[block, 0])
-                here, keys, m = masked(block * TILE, TILE, key_tile, base)
-                total[: keys.stop - keys.start] += torch.einsum("tis,ti,tie->se", m, weights[here], index_q[here])
-            rows = out.index_k[key_tile * TILE :][:TILE]
-            if slot >= 0:
-                partials[slot * TILE : (slot + 1) * TILE] = total
-            elif end > begin:
-                rows += total[: rows.shape[0]]
+        for pair, begin, end, slot in rows_of(chunk.gradients.key):
+            for v, key_tile in enumerate((2 * pair, 2 * pair + 1)):
+                total = torch.zeros(TILE, E, dtype=di.dtype)
+                for quarter in range(begin, end):
+                    base, first, last, _ = work.blocks.view(-1, 4)[quarter // 4].tolist()
+                    if first <= key_tile < last and quarter * TILE // 4 < T:
+                        here, keys, m = masked(quarter * TILE // 4, TILE // 4, key_tile, base)
+                        sums = torch.einsum("tis,ti,tie->se", m, weights[here], index_q[here])
+                        total[: keys.stop - keys.start] += sums
+                rows = out.index_k[key_tile * TILE :][:TILE]
+                if slot >= 0:
+                    place = slot + v * (chunk.gradients.slots // 2)
+                    partials[place * TILE : (place + 1) * TILE] = total
+                elif end > begin:
+                    rows += total[: rows.shape[0]]
         for key_tile, begin, end, _ in rows_of(chunk.gradients.reduce):
             rows = out.index_k[key_tile * TILE :][:TILE]
             for slot in range(begin, end):

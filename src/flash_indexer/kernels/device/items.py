@@ -78,7 +78,11 @@ class QueryTilesItem(IntEnum):
 
 
 class KeyBlocksItem(IntEnum):
-    """A key tile and blocks of 128 tokens, BLOCK to BLOCK_END - 1; SLOT as in KeyItem. `gradients_key`."""
+    """A key tile and blocks of 128 tokens, BLOCK to BLOCK_END - 1; SLOT as in KeyItem. `gradients_key`.
+
+    `gradients_key_masked`: KEY_TILE is a pair of key tiles, twice that number and the next one, and blocks are quarters
+    of blocks, of 32 tokens.
+    """
 
     KEY_TILE = 0
     BLOCK = 1

@@ -22,10 +22,13 @@ static __device__ __forceinline__ unsigned load_shared_word(int address) {
   asm volatile("ld.shared.u32 %0, [%1];" : "=r"(v) : "r"(address));
   return v;
 }
-static __device__ __forceinline__ float load_shared_bfloat16(int address) {
+static __device__ __forceinline__ unsigned load_shared_half(int address) {
   unsigned short v;
   asm volatile("ld.shared.u16 %0, [%1];" : "=h"(v) : "r"(address));
-  return __uint_as_float((unsigned)v << 16);
+  return v;
+}
+static __device__ __forceinline__ float load_shared_bfloat16(int address) {
+  return __uint_as_float(load_shared_half(address) << 16);
 }
 static __device__ __forceinline__ float load_shared_float_once(int address) {
   float v;
@@ -63,6 +66,9 @@ static __device__ __forceinline__ void store_shared(int address, float a, float 
 }
 static __device__ __forceinline__ void store_shared(int address, float a, float b, float c, float d) {
   asm volatile("st.shared.v4.f32 [%0], {%1, %2, %3, %4};" ::"r"(address), "f"(a), "f"(b), "f"(c), "f"(d) : "memory");
+}
+static __device__ __forceinline__ void store_shared_int(int address, int v) {
+  asm volatile("st.shared.s32 [%0], %1;" ::"r"(address), "r"(v) : "memory");
 }
 static __device__ __forceinline__ void store_shared(int address, int a, int b) {
   asm volatile("st.shared.v2.s32 [%0], {%1, %2};" ::"r"(address), "r"(a), "r"(b) : "memory");

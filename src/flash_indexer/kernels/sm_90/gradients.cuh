@@ -30,6 +30,30 @@ static __device__ __forceinline__ void gd_query(const float* s, unsigned* p, int
     p[2 * g + 1] = define_word(d1, mask_signs(s[4 * g + 2], s[4 * g + 3]));
   }
 }
+// the same, and the masks in bits: two words a thread, put where the threads of `gradients_masked.cuh` that hold the same
+// elements transposed find theirs beside one another. Element (row 16 warp + lane / 4 + 8h, key 8g + 2 (lane % 4) + c),
+// g = 8u + 2n + r, is bit 8 (2u + r) + 4c + n of word h; MASKS holds the first 32 tiles of 128 rows of a block, MORE others
+template <int IP>
+static __device__ __forceinline__ void gd_query_masks(
+    const float* s, unsigned* p, int di, void* MASKS, void* MORE, int tile, int place) {
+  const int d = di + thread_row() / IP * 256 + (threadIdx.x & 3) * 4, lane = threadIdx.x & 31;
+  unsigned bits[2] = {0u, 0u};
+#pragma unroll
+  for (int g = 0; g < 16; ++g) {
+    const unsigned d0 = load_shared_word(d + g * 16), d1 = IP == 8 ? load_shared_word(d + 256 + g * 16) : d0;
+    const unsigned m0 = mask_signs(s[4 * g], s[4 * g + 1]), m1 = mask_signs(s[4 * g + 2], s[4 * g + 3]);
+    const unsigned bit = 0x10001u << (4 * (2 * (g >> 3) + (g & 1)) + (g >> 1 & 3));
+    p[2 * g] = define_word(d0, m0);
+    p[2 * g + 1] = define_word(d1, m1);
+    bits[0] |= m0 & bit;
+    bits[1] |= m1 & bit;
+  }
+#pragma unroll
+  for (int h = 0; h < 2; ++h) bits[h] = interleave_nibbles(bits[h]);
+  constexpr int HELD = IP < 32 ? IP : 32;
+  uint2* to = (uint2*)(place < 32 ? MASKS : MORE) + ((long long)tile * HELD + place % 32) * 256;
+  to[(threadIdx.x >> 5) * 32 + ((lane & 3) * 4 + (lane >> 3)) * 2 + (lane >> 2 & 1)] = make_uint2(bits[0], bits[1]);
+}
 // p = di * w * [s < 0]: rows keys, columns (token, head); di [128 / IP, 128], w [128]
 template <int IP>
 static __device__ __forceinline__ void gd_key(const float* s, unsigned* p, int di, int w_) {
@@ -73,6 +97,22 @@ static __device__ __forceinline__ void gd_row_products(const float* o, float* dw
       sum = fmaf(o[4 * g + 2 * h], low_half(v), fmaf(o[4 * g + 2 * h + 1], high_half(v), sum));
     }
     dw[h] = quad_sum(sum);
+  }
+}
+// WQ = w * X in bfloat16, as its tile lies in shared memory, from row `to_row` on; X begins at `row`, and rows past the
+// end n are zero
+template <int E>
+static __device__ __forceinline__ void gd_store_scaled(const float* w, int x, void* WQ, int to_row, int row, int n) {
+  char* to = (char*)WQ + (long long)(to_row >> 7) * (256 * E) + (threadIdx.x >> 7) * (128 * (E < 64 ? E : 64));
+#pragma unroll
+  for (int h = 0; h < 2; ++h) {
+    const float factor = row + thread_row(h) < n ? w[h] : 0.0f;
+#pragma unroll
+    for (int g = 0; g < E / 8; ++g) {
+      const int at = gd_x_address<E>(0, warpgroup_row() + 8 * h, g) + (threadIdx.x & 3) * 4;
+      const unsigned v = load_shared_word(x + at);
+      *(unsigned*)(to + at) = pack(low_half(v) * factor, high_half(v) * factor);
+    }
   }
 }
 // weights of the thread's two rows of the tile that begins at `row`

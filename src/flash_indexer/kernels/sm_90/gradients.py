@@ -32,16 +32,24 @@ masks by a bitwise AND, which turns NaN into zero too. Heads are padded to IP wi
 """
 
 import tilelang.language as T
-from tilelang.layout import make_swizzled_layout
 
 from flash_indexer.kernels.device.items import SHORT_ITEM, Block, KeyBlocksItem, QueryTilesItem
 from flash_indexer.kernels.device.sources import source
+from flash_indexer.kernels.sm_90.gradients_steps import (
+    ROW_TILE,
+    SCORE_TILE,
+    STATE,
+    WEIGHTS,
+    X_ROWS,
+    X_STAGE,
+    registers,
+    shared_rings,
+    template,
+)
 from flash_indexer.kernels.sm_90.macros import (
     PASS_CONFIGS,
     REGISTERS,
-    Ring,
     advance,
-    arrive,
     commit,
     count_items,
     number,
@@ -52,148 +60,20 @@ from flash_indexer.kernels.sm_90.sizes import X_STAGES, Y_STAGES
 __all__ = ["PASS_CONFIGS", "build_key", "build_query"]
 SOURCE = source(__file__)
 
-# of a thread that computes: newest stage of Y and its parity; stage of Y that is released next; stage of Y whose S is
-# next for f; stage of X and its parity
-Y_STAGE, Y_PARITY, Y_RELEASE, Y_APPLY, X_STAGE, X_PARITY = range(6)
-STATE = 6
-# where in shared memory the warpgroup's rows of X begin, and Y (units of 16 bytes); di and w (bytes)
-X_ROWS, Y_ROWS, DI, WEIGHTS = range(4)
 # of the item of `build_query` and of its next one, of `build_key`: what is read ahead of the item before
-TOKEN, STEPS, NEXT_TOKEN, NEXT_STEPS = range(4)
+TOKEN, STEPS, NEXT_TOKEN, NEXT_STEPS, NEXT_TILE = range(5)
 KEY_TILE, SLOT, NEXT_BLOCK, NEXT_BLOCK_END = range(4)
 
 
-def _template(E, IP, function):
-    """The consumers' side of both kernels: the macros (mainloop, release_x)."""
-    STAGES = Y_STAGES[E]
-    SIZE = 128 * E // 8  # of a stage, in units of 16 bytes
-    di_bytes = 128 // IP * 256
-    w_bytes = 512
-    HELD = E < 128  # -X stays in registers: half as many bytes are read from shared memory for S
-
-    # S = -X @ Y.T, negative where the logit is positive: f takes its mask from the sign bits, which zero doesn't have
-    @T.macro
-    def first_product(y, S, X, at, v):
-        T.barrier_wait(y.full[v[Y_STAGE]], v[Y_PARITY])
-        if HELD:
-            T.call_extern(
-                "handle", f"gd_held_product<{E}>", S.access_ptr("rw"), X.access_ptr("r"),
-                at[Y_ROWS] + v[Y_STAGE] * SIZE,
-            )  # fmt: skip
-        else:
-            T.call_extern(
-                "handle", f"gd_product<{E}>", S.access_ptr("rw"), at[X_ROWS] + v[X_STAGE] * SIZE,
-                at[Y_ROWS] + v[Y_STAGE] * SIZE,
-            )  # fmt: skip
-
-    # O += P @ Y
-    @T.macro
-    def second_product(P, O, at, stage):
-        T.call_extern(
-            "handle", f"gd_accumulate<{E}>", O.access_ptr("rw"), P.access_ptr("rw"), at[Y_ROWS] + stage * SIZE
-        )
-
-    # P = f(S)
-    @T.macro
-    def apply(S, P, at, stage):
-        T.warpgroup_fence_operand(S, num_regs=64)
-        if function == "query":
-            T.call_extern("handle", f"gd_query<{IP}>", S.access_ptr("r"), P.access_ptr("w"), at[DI] + stage * di_bytes)
-        else:
-            T.call_extern(
-                "handle", f"gd_key<{IP}>", S.access_ptr("r"), P.access_ptr("w"), at[DI] + stage * di_bytes,
-                at[WEIGHTS] + stage * w_bytes,
-            )  # fmt: skip
-
-    # P[0] is of tile i at entry, P[tiles % 2] of tile i + tiles at exit, and nothing is in flight
-    @T.macro
-    def group(y, S, X, P, O, at, v, tx, tiles):
-        v[Y_RELEASE] = v[Y_STAGE]
-        advance(v[Y_STAGE], v[Y_PARITY], STAGES)
-        first_product(y, S, X, at, v)
-        for u in list(range(tiles)):
-            v[Y_APPLY] = v[Y_STAGE]
-            second_product(P[u % 2], O, at, v[Y_RELEASE])
-            T.wait_wgmma(1)
-            apply(S, P[(u + 1) % 2], at, v[Y_APPLY])
-            if u < tiles - 1:
-                advance(v[Y_STAGE], v[Y_PARITY], STAGES)
-                first_product(y, S, X, at, v)
-                T.wait_wgmma(1)
-            else:
-                T.wait_wgmma(0)
-            T.warpgroup_fence_operand(O, num_regs=E // 2)
-            arrive(y.empty, v[Y_RELEASE], tx)  # di and w are read by plain loads: every warp arrives
-            v[Y_RELEASE] = v[Y_APPLY]
-
-    @T.macro
-    def last(y, P, O, at, v, tx):
-        second_product(P, O, at, v[Y_STAGE])
-        T.wait_wgmma(0)
-        T.warpgroup_fence_operand(O, num_regs=E // 2)
-        arrive(y.empty, v[Y_STAGE], tx)
-        advance(v[Y_STAGE], v[Y_PARITY], STAGES)
-
-    # for Y in tiles: O += f(X @ Y.T) @ Y
-    @T.macro
-    def mainloop(x, y, S, X, P, O, at, v, n, tx):
-        T.barrier_wait(x.full[v[X_STAGE]], v[X_PARITY])
-        if HELD:
-            T.call_extern("handle", f"gd_hold<{E}>", X.access_ptr("w"), at[X_ROWS] * 16 + v[X_STAGE] * (256 * E))
-        first_product(y, S, X, at, v)
-        T.wait_wgmma(0)
-        apply(S, P[0], at, v[Y_STAGE])
-        for i in T.unroll(E // 2):
-            O[i] = 0.0
-        for _ in T.serial((n - 1) // 2):
-            group(y, S, X, P, O, at, v, tx, 2)
-        if (n - 1) % 2 > 0:
-            group(y, S, X, P, O, at, v, tx, 1)
-            last(y, P[1], O, at, v, tx)
-        else:
-            last(y, P[0], O, at, v, tx)
-
-    @T.macro
-    def release_x(x, v, tx):
-        arrive(x.empty, v[X_STAGE], tx)
-        advance(v[X_STAGE], v[X_PARITY], X_STAGES)
-
-    # addresses of X and Y in units of 16 bytes, of di and w in bytes
-    @T.macro
-    def addresses(at, Xs, Ys, Ds, tx):
-        at[X_ROWS] = shared_address(Xs) // 16 + tx // 128 * (8 * min(E, 64))
-        at[Y_ROWS] = shared_address(Ys) // 16
-        at[DI] = shared_address(Ds)
-
-    return mainloop, release_x, addresses
-
-
-def _shared(E, STAGES, TOKENS):
-    """The rings of X and of Y, and the di of each stage of Y."""
-    Xs = T.alloc_shared((X_STAGES, 128, E), "bfloat16")
-    Ys = T.alloc_shared((STAGES, 128, E), "bfloat16")
-    Ds = T.alloc_shared((STAGES, TOKENS, 128), "bfloat16")
-    T.annotate_layout({x: make_swizzled_layout(x) for x in (Xs, Ys)})
-    x = Ring(Xs, T.alloc_barrier([1] * X_STAGES), T.alloc_barrier([8] * X_STAGES))
-    return x, Ring(Ys, T.alloc_barrier([1] * STAGES), T.alloc_barrier([8] * STAGES)), Ds
-
-
-def _registers(E):
-    """v, S, P, O, X and the addresses, as the macros of `_template` take them."""
-    v, at = T.alloc_local((STATE,), "int32"), T.alloc_local((4,), "int32")
-    S, O = T.alloc_local((64,), "float32"), T.alloc_local((E // 2,), "float32")
-    P, X = [T.alloc_local((32,), "uint32") for _ in range(2)], T.alloc_local((E // 4,), "uint32")
-    return v, S, P, O, X, at
-
-
-def build_query(E, IP, rotation=0):
+def build_query(E, IP, rotation=0, masks=0):
     """Gradients of index_q and of the weights, summed over the keys of each query token.
 
         DQ[t,j] = w[t,j] · sum_s di[t,s]·[logit[t,j,s] > 0]·index_k[s]
         DW[t,j] = index_q[t,j] · sum_s di[t,s]·[logit[t,j,s] > 0]·index_k[s]
 
     E: index head width, 32, 64 or 128. IP: padded number of index heads, 8, 16, 32 or 64. rotation: 1 (E = 128 alone)
-    rotates DQ's rows (`ops.quantization`) before they are rounded. Run-time arguments:
+    rotates DQ's rows (`ops.quantization`) before they are rounded. masks: 1 leaves for `gradients_masked`, which forms
+    the gradient of index_k, what it needs. Run-time arguments:
 
         IQ     [n·IP, E] bfloat16     index_q, row (t - q_base)·IP + j, zeros in padded heads
         IK     [S, E] bfloat16        index_k
@@ -202,29 +82,35 @@ def build_query(E, IP, rotation=0):
         DQ     [T·I, E] bfloat16, DW [T·I] float32   written for j < I, t < ntok and the tokens of the items
         ITEMS  [4·nitems] int32       (t0, kt_begin, n_kt, tile_base): 128/IP tokens from t0, a multiple of 128/IP; key
                                       tiles kt_begin .. kt_begin + n_kt - 1 (n_kt >= 1); di in tile tile_base + kt
-        I, q_base, ntok, nitems, grid int32   CTA c of `grid` <= nitems takes the items c, c + grid, ...
+        WQ           [n·IP, E] bfloat16   masks: w·index_q, rows from token `base` on, as tiles of 128 rows lie in
+                                          shared memory; written for the tokens of the items
+        MASKS, MORE  [2·tiles·128, 128] bfloat16   masks: their bits (`gradients.cuh`), of the items' tiles
+        I, q_base, ntok, nitems, grid, base int32   CTA c of `grid` <= nitems takes the items c, c + grid, ...
     """
-    mainloop, release_x, addresses = _template(E, IP, "query")
     STAGES, TOKENS = Y_STAGES[E], 128 // IP
-    nq, nk, nt = T.dynamic("nq"), T.dynamic("nk"), T.dynamic("nt")
+    nq, nk, nt, nw = T.dynamic("nq"), T.dynamic("nk"), T.dynamic("nt"), T.dynamic("nw")
+    nm, nr = T.dynamic("nm"), T.dynamic("nr")
     no, ni = T.dynamic("no"), T.dynamic("ni")
 
     @T.prim_func
     def flash_indexer_gradient_query(
         IQ: T.Tensor((nq, E), "bfloat16"), IK: T.Tensor((nk, E), "bfloat16"), W: T.Tensor((nq,), "float32"),
         DI: T.Tensor((nt, 128), "bfloat16"), DQ: T.Tensor((no, E), "bfloat16"), DW: T.Tensor((no,), "float32"),
-        ITEMS: T.Tensor((ni,), "int32"), I: T.int32, q_base: T.int32, ntok: T.int32, nitems: T.int32, grid: T.int32,
+        ITEMS: T.Tensor((ni,), "int32"), WQ: T.Tensor((nw, E), "bfloat16"), MASKS: T.Tensor((nm, 128), "bfloat16"),
+        MORE: T.Tensor((nr, 128), "bfloat16"), I: T.int32, q_base: T.int32, ntok: T.int32, nitems: T.int32,
+        grid: T.int32, base: T.int32,
     ):  # fmt: skip
         with T.Kernel(grid, threads=384) as bx:
             T.import_source(SOURCE)
-            x, y, Ds = _shared(E, STAGES, TOKENS)
+            mainloop, release_x, addresses = template(E, IP, "query", (MASKS, MORE) if masks else None)
+            x, y, Ds = shared_rings(E, STAGES, TOKENS)
             tx = T.get_thread_binding()
             if tx < 256:
                 T.set_max_nreg(REGISTERS[0], 1)
-                v, S, P, O, X, at = _registers(E)
+                v, S, P, O, X, at = registers(E)
                 w = T.alloc_local((2,), "float32")
                 dw = T.alloc_local((2,), "float32")
-                item = T.alloc_local((4,), "int32")
+                item = T.alloc_local((5,), "int32")
                 place = T.alloc_var("int32")
                 count = T.alloc_var("int32")
                 for i in list(range(STATE)):
@@ -233,14 +119,20 @@ def build_query(E, IP, rotation=0):
                 place = bx
                 item[NEXT_TOKEN] = number(ITEMS, place * SHORT_ITEM + QueryTilesItem.TOKEN)
                 item[NEXT_STEPS] = number(ITEMS, place * SHORT_ITEM + QueryTilesItem.KEY_TILES)
+                item[NEXT_TILE] = number(ITEMS, place * SHORT_ITEM + QueryTilesItem.TILE_BASE)
+                item[NEXT_TILE] = item[NEXT_TILE] + number(ITEMS, place * SHORT_ITEM + QueryTilesItem.KEY_TILE)
                 count = count_items(nitems, bx, grid)
                 # for t0, keys in items: O = ((index_q @ keys.T > 0) * di) @ keys; DQ = w * O; DW = sum(index_q * O)
                 for _ in T.serial(count):
                     item[TOKEN] = item[NEXT_TOKEN]
                     item[STEPS] = item[NEXT_STEPS]
+                    v[SCORE_TILE] = item[NEXT_TILE]
+                    v[ROW_TILE] = item[TOKEN] % 128 // TOKENS
                     place = T.min(place + grid, nitems - 1)
                     item[NEXT_TOKEN] = number(ITEMS, place * SHORT_ITEM + QueryTilesItem.TOKEN)
                     item[NEXT_STEPS] = number(ITEMS, place * SHORT_ITEM + QueryTilesItem.KEY_TILES)
+                    item[NEXT_TILE] = number(ITEMS, place * SHORT_ITEM + QueryTilesItem.TILE_BASE)
+                    item[NEXT_TILE] = item[NEXT_TILE] + number(ITEMS, place * SHORT_ITEM + QueryTilesItem.KEY_TILE)
                     T.call_extern(
                         "handle", "gd_weights", w.access_ptr("w"), T.address_of(W[0]), (item[TOKEN] - q_base) * IP, nq
                     )
@@ -249,6 +141,12 @@ def build_query(E, IP, rotation=0):
                         "handle", f"gd_row_products<{E}>", O.access_ptr("r"), dw.access_ptr("w"),
                         at[X_ROWS] * 16 + v[X_STAGE] * (256 * E),
                     )  # fmt: skip
+                    if masks:
+                        T.call_extern(
+                            "handle", f"gd_store_scaled<{E}>", w.access_ptr("r"),
+                            at[X_ROWS] * 16 + v[X_STAGE] * (256 * E), T.address_of(WQ[0, 0]),
+                            (item[TOKEN] - base) * IP, (item[TOKEN] - q_base) * IP, nq,
+                        )  # fmt: skip
                     release_x(x, v, tx)
                     T.call_extern(
                         "handle", f"gd_store_query<{E}, {IP}, {rotation}>", O.access_ptr("rw"), w.access_ptr("r"),
@@ -305,7 +203,7 @@ def build_key(E, IP):
                                           (each sees kt; none: an empty item). slot < 0: DK[kt·128 + r] += sum;
                                           otherwise PART[slot·128 + r] = sum, for `gradients_reduce` to add in order
     """
-    mainloop, release_x, addresses = _template(E, IP, "key")
+    mainloop, release_x, addresses = template(E, IP, "key")
     STAGES, TOKENS = Y_STAGES[E], 128 // IP
     nq, nk, nt = T.dynamic("nq"), T.dynamic("nk"), T.dynamic("nt")
     np, nb, ni = T.dynamic("np"), T.dynamic("nb"), T.dynamic("ni")
@@ -319,12 +217,12 @@ def build_key(E, IP):
     ):  # fmt: skip
         with T.Kernel(grid, threads=384) as bx:
             T.import_source(SOURCE)
-            x, y, Ds = _shared(E, STAGES, TOKENS)
+            x, y, Ds = shared_rings(E, STAGES, TOKENS)
             Ws = T.alloc_shared((STAGES, 128), "float32")
             tx = T.get_thread_binding()
             if tx < 256:
                 T.set_max_nreg(REGISTERS[0], 1)
-                v, S, P, O, X, at = _registers(E)
+                v, S, P, O, X, at = registers(E)
                 item = T.alloc_local((4,), "int32")
                 place = T.alloc_var("int32")
                 n = T.alloc_var("int32")

@@ -38,6 +38,7 @@ LSE_FP8 = {64: (2, 6), 96: (2, 6), 128: (2, 8), 192: (2, 6), 256: (4, 8), 576: (
 GATHERED_INDEX_WIDTHS = (64, 128)  # of the indexer at the selected keys
 INDEX_TABLE_KEYS = 16384  # keys of a table of `sparse_index_table`
 SELECT_ROW, SELECT_ORDERED = 16384, 4096  # of `select`: keys of a row that it holds; slots that it puts in order
+MASKED_REGISTERS = (232, 40)  # of `gradients_masked`: of a thread that computes, of the others
 X_STAGES, Y_STAGES = 2, {32: 10, 64: 8, 128: 4}  # of `gradients`; Y by E: about as many bytes in flight
 
 # Attention: widths of queries, keys and values (others are padded with zeros), keys of a tile at most
@@ -66,6 +67,16 @@ class Kernel(NamedTuple):
     function: str
     compiled: tuple[Sizes, ...]
     streamed: bool = True
+
+
+def masked_stage(E: int, IP: int) -> int:
+    """Bytes of a stage of `gradients_masked`: a tile of w·index_q, di and masks of two key tiles."""
+    return 256 * E + 2 * (128 // IP * 256 + 2048)
+
+
+def masked_stages(E: int, IP: int) -> int:
+    """Stages of its ring: what lies around the ring takes another KiB."""
+    return min((SHARED_MEMORY - 1024) // masked_stage(E, IP), 8)
 
 
 def sparse_index_bytes(E: int) -> int:
@@ -251,9 +262,18 @@ BUILDERS = {
     "sparse_index_table": Kernel("sparse_index_sums", "build_table", ({"sum": 0}, {"sum": 1}), streamed=False),
     "sparse_index_finish": Kernel("sparse_index_sums", "build_finish", GATHERED_INDEX, streamed=False),
     "gradients_query": Kernel(
-        "gradients", "build_query", (*INDEX_HEADS, *({"E": E, "IP": IP, "rotation": 1} for E, IP in ROTATED_QUERIES))
+        "gradients",
+        "build_query",
+        tuple(
+            shape | masks | rotation
+            for shape in INDEX_HEADS
+            for masks in ({}, {"masks": 1})
+            for rotation in ({}, {"rotation": 1})
+            if not rotation or (shape["E"], shape["IP"]) in ROTATED_QUERIES
+        ),
     ),
     "gradients_key": Kernel("gradients", "build_key", INDEX_HEADS),
+    "gradients_key_masked": Kernel("gradients_masked", "build", INDEX_HEADS, streamed=False),
     "gradients_reduce": Kernel("gradients_reduce", "build", INDEX, streamed=False),
     "finish": Kernel("finish", "build_finish", INDEX, streamed=False),
     "scale": Kernel("finish", "build_scale", ({},), streamed=False),

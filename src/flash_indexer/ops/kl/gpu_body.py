@@ -39,15 +39,15 @@ _TERMS = 3  # bfloat16 terms that hold a float32 sum of queries exactly enough: 
 
 
 class IndexGradients(NamedTuple):
-    """Outputs of `index_gradients`: index_q's and the weights' (None: not wanted) and index_k's sum in float32.
+    """Outputs of `index_gradients`: index_q's and the weights', and index_k's sum in float32 (None: not wanted).
 
     rotation: whether index_q's is to be rotated (`ops.quantization`) before it is rounded, which a kernel of
     `rotates` does.
     """
 
-    index_q: Tensor | None
+    index_q: Tensor
     index_k: Tensor | None
-    weights: Tensor | None
+    weights: Tensor
     rotation: bool = False
 
 
@@ -94,10 +94,11 @@ def prepare(problem: Problem) -> None:
             wanted.append(("lse", dict(D=D)))
     if problem.index_dtype is None:
         wanted.append((score_kernel(E), dict(D=E, mode=RELU)))
-    if needs[0] or needs[2]:
-        wanted.append(query_gradient(**index, rotation=problem.index_dtype == FP8 and rotates(E, I)))
+    if any(needs):
+        rotation = problem.index_dtype == FP8 and rotates(E, I)
+        wanted.append(query_gradient(**index, rotation=rotation, masks=needs[1]))
     if needs[1]:
-        wanted += [("gradients_key", index), ("gradients_reduce", dict(E=E))]
+        wanted += [("gradients_key_masked", index), ("gradients_reduce", dict(E=E))]
     wanted.append(("finish", dict(E=E)))
     if any(needs):
         wanted.append(("scale", {}))
@@ -182,6 +183,7 @@ def index_gradients(
     work: Plan,
     chunk: TileChunk,
     out: IndexGradients,
+    scores: tuple[Tensor, Tensor],
 ) -> None:
     """With m[t,j,s] = di[t,s] * [index_q[t,j]·index_k[s] > 0]:
 
@@ -191,6 +193,8 @@ def index_gradients(
 
     Args:
         di: the chunk's tiles, bfloat16. leaves: index_q, index_k, index_weights.
+        scores: float32 of di's shape, both overwritten: they take the masks [logit > 0] from the kernel of index_q's
+            gradient to that of index_k's, which therefore always has the other's work done.
     """
     index_q, index_k, index_weights = leaves
     T, I, E = index_q.shape
@@ -200,22 +204,35 @@ def index_gradients(
         rows, base = slice(chunk.begin, chunk.end), chunk.begin
         queries, weights = F.pad(index_q[rows], (0, 0, 0, padded - I)), F.pad(index_weights[rows], (0, padded - I))
     queries, weights, ctas = queries.view(-1, E), weights.view(-1), launch.processors(di.device)
-    items = chunk.gradients
-    if out.index_q is not None and out.weights is not None:
-        count = items.query.numel() // 4
-        name, static = query_gradient(E, padded, out.rotation)
-        launch.load(name, **static)(
-            queries, index_k, weights, di, out.index_q.view(-1, E), out.weights.view(-1), items.query,
-            I, base, T, count, min(count, ctas),
-        )  # fmt: skip
-    if out.index_k is not None:
-        partials = out.index_k.new_empty(max(items.slots, 1) * TILE, E)
-        count = items.key.numel() // 4
-        launch.load("gradients_key", E=E, IP=padded)(
-            queries, index_k, weights, di, out.index_k, partials, work.blocks, items.key, base, count, min(count, ctas)
-        )
-        if items.slots:
-            launch.load("gradients_reduce", E=E)(out.index_k, partials, items.reduce, items.reduce.numel() // 4)
+    items, wants_keys = chunk.gradients, out.index_k is not None
+    scaled, masks, more = queries, di, di  # not looked at where index_k's gradient is not wanted
+    if wants_keys:
+        masks, more = (x.view(di.dtype).view(-1, TILE) for x in scores)
+        scaled = _place(more.view(-1, E) if padded <= 32 else more[:0].view(-1, E), chunk, padded)
+        if not work.complete:
+            scaled.zero_()
+    count = items.query.numel() // 4
+    name, static = query_gradient(E, padded, out.rotation, wants_keys)
+    launch.load(name, **static)(
+        queries, index_k, weights, di, out.index_q.view(-1, E), out.weights.view(-1), items.query, scaled, masks, more,
+        I, base, T, count, min(count, ctas), chunk.begin,
+    )  # fmt: skip
+    if out.index_k is None:
+        return
+    partials = out.index_k.new_empty(max(items.slots, 1) * TILE, E)
+    count = items.key.numel() // 4
+    launch.load("gradients_key_masked", E=E, IP=padded)(
+        scaled, di, masks, more, out.index_k, partials, work.blocks, items.key, chunk.begin, T, items.slots // 2, count,
+        min(count, ctas),
+    )  # fmt: skip
+    if items.slots:
+        launch.load("gradients_reduce", E=E)(out.index_k, partials, items.reduce, items.reduce.numel() // 4)
+
+
+def _place(room: Tensor, chunk: TileChunk, padded: int) -> Tensor:
+    """[rows, E] for the chunk's w·index_q: in `room`, which no mask needs, or new where that is too small."""
+    rows = -(-(chunk.end - chunk.begin) * padded // TILE) * TILE
+    return room[:rows] if room.shape[0] >= rows else room.new_empty(rows, room.shape[1])
 
 
 def finish(d_index_k: Tensor | None, weight: Tensor, kl: Tensor, index_k: Tensor) -> tuple[Tensor, Tensor]:
@@ -256,9 +273,11 @@ def rotates(E: int, heads: int) -> bool:
     return (E, padded_heads(heads)) in ROTATED_QUERIES
 
 
-def query_gradient(E: int, IP: int, rotation: bool) -> launch.Wanted:
+def query_gradient(E: int, IP: int, rotation: bool, masks: bool) -> launch.Wanted:
     """The kernel of index_q's gradient and of the weights'."""
-    return "gradients_query", dict(E=E, IP=IP) | (dict(rotation=1) if rotation else {})
+    return "gradients_query", dict(E=E, IP=IP) | (dict(rotation=1) if rotation else {}) | (
+        dict(masks=1) if masks else {}
+    )
 
 
 def padded_heads(heads: int) -> int:

@@ -68,11 +68,11 @@ class GpuStages:
         self.index_scores = wide.new_empty(piece * TILE, TILE)
         self.di = torch.empty_like(self.index_scores, dtype=index_q.dtype)
         d_index_q, d_index_k, d_weights = self.sums.gradients
-        if self.needs[0] or self.needs[2]:  # one kernel makes both
+        if any(self.needs):  # one kernel makes both of the queries' and what that of the keys' begins with
             d_index_q = torch.empty_like(index_q) if d_index_q is None else d_index_q
             d_weights = torch.empty_like(weights) if d_weights is None else d_weights
-        rotation = self.rotated and gpu_body.rotates(index_q.shape[2], index_q.shape[1])
-        self.out = gpu_body.IndexGradients(d_index_q, d_index_k, d_weights, rotation)
+            rotation = self.rotated and gpu_body.rotates(index_q.shape[2], index_q.shape[1])
+            self.out = gpu_body.IndexGradients(d_index_q, d_index_k, d_weights, rotation)
 
     def rows(self, n: int) -> tuple[tuple[int, int], ...]:
         """First row and end of each rank's rows of chunk n."""
@@ -130,7 +130,7 @@ class GpuStages:
             out = di, self.sums.kl, self.sums.entropy
             gpu_body.kl_rows(p, scores, self.plan.own, own, self.row_inputs, out, self.logits)
             if any(self.needs):
-                gpu_body.index_gradients(di, leaves, self.plan.own, own, self.out)
+                gpu_body.index_gradients(di, leaves, self.plan.own, own, self.out, (p, scores))
                 if self.rotated and not self.out.rotation and self.sums.d_index_q is not None:
                     # here, for its rows may be sent to other ranks now
                     rotate_rows(self.sums.d_index_q[own.begin : own.end])

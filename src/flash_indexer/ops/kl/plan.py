@@ -20,7 +20,9 @@ from flash_indexer.ops.worklists import TILE, balance, cached, deal, one_thread,
 BYTES_PER_TILE = TILE * TILE * (4 + 4 + 2)  # teacher scores, index scores, di
 _SIDE_BY_SIDE = {False: 1, True: 8}  # token blocks whose tiles are computed together; one key head, many
 _NARROW_TILES = 3  # that an item of `score_narrow` has at most
-_PARTS_PER_PROCESSOR = 12  # pieces of d_index_k's work for each multiprocessor: small enough to balance them
+_CACHED_BYTES = 16 * 2**20  # of w·index_q, which the L2 cache holds for good, whatever is read meanwhile
+_QUARTERS = 4  # of a block of 128 tokens
+_PARTS_PER_PROCESSOR = 3  # pieces of d_index_k's work for each multiprocessor: more have more partial sums
 _SHARE_OF_PARTIALS = 8  # at most this fraction of the workspace holds partial sums of d_index_k
 _Count = TypeVar("_Count", int, Tensor)
 
@@ -40,7 +42,7 @@ class PlanSizes(NamedTuple):
 class GradientItems(NamedTuple):
     """Items of the gradients' kernels; slots: partial sums of d_index_k.
 
-    query (token, key tile, count, tile base) · key (key tile, block, end, slot or -1) · reduce (key tile, slot, end, 0)
+    query (token, key tile, count, tile base) · key (pair of tiles, block, end, slot or -1) · reduce (tile, slot, end)
     """
 
     query: Tensor
@@ -259,40 +261,90 @@ def query_items(groups: Groups, blocks: Tensor, begin: int, stop: int, processor
 
 
 def key_items(first: Tensor, end: Tensor, begin: int, stop: int, sizes: PlanSizes) -> tuple[Tensor, Tensor, int]:
-    """Items (key tile, block, end, slot), reductions (key tile, slot, end, 0), and the number of slots.
+    """Items (pair, quarter, end, slot), reductions (key tile, slot, end, 0), and the number of slots.
 
-    The blocks that see a key tile are a run, which is cut at multiples of some length and where a block sees no key at
-    all; the first part adds to d_index_k itself (slot -1), every other writes a partial sum to a slot of its own. Parts
-    of the same blocks come one after the other, so that the CTAs under way read the same queries.
+    A pair are the key tiles 2 pair and 2 pair + 1. The blocks that see one of them are a run, which is cut into parts,
+    in quarters of blocks. The first part adds to d_index_k itself (slot -1), every other writes partial sums: the first
+    tile's to a slot of the first half, the second tile's to the same one of the other half.
     """
-    f, e = first[begin:stop], end[begin:stop]
+    f, e = first[begin:stop] // 2, (end[begin:stop] + 1) // 2
     seen = e > f
-    low, high = int(f[seen].min()), int(e.max())
-    tiles = torch.arange(low, high)
-    # intervals do not decrease: a tile's blocks are those with first <= tile < end, from the first such to the last
+    pairs = torch.arange(int(f[seen].min()), int(e.max()))
+    # intervals do not decrease: a pair's blocks are those with f <= pair < e, from the first such to the last
     number = torch.arange(begin, stop)[seen]
     f, e = f[seen].contiguous(), e[seen].contiguous()
-    left = torch.searchsorted(e, tiles, right=True)
-    right = torch.searchsorted(f, tiles, right=True)
-    tiles, left, right = tiles[right > left], left[right > left], right[right > left]
-    slots = sizes.workspace_bytes // _SHARE_OF_PARTIALS // (TILE * sizes.E * 4)
-    longest = max(int((right - left).sum()) // (_PARTS_PER_PROCESSOR * sizes.processors), 1)
+    left = torch.searchsorted(e, pairs, right=True)
+    right = torch.searchsorted(f, pairs, right=True)
+    pairs, left, right = pairs[right > left], left[right > left], right[right > left]
+    most = sizes.workspace_bytes // _SHARE_OF_PARTIALS // (2 * TILE * sizes.E * 4)
+    read = (stop - begin) * TILE * sizes.padded_heads * sizes.E * 2
+    neighbours = int(number[-1] - number[0]) == number.shape[0] - 1
+    cached = neighbours and read <= _CACHED_BYTES and sizes.processors <= most
+    if cached:
+        owner, cut, cut_end, cta = _shares(
+            number[left] * _QUARTERS, number[right - 1] * _QUARTERS + _QUARTERS, sizes.processors
+        )
+    else:
+        owner, cut, cut_end, segment = _parts(number, left, right, sizes.processors, most)
+    later = torch.zeros_like(owner)
+    later[1:] = owner[1:] == owner[:-1]
+    used = later.cumsum(0)
+    slots = int(used[-1])
+    items = torch.stack([pairs[owner], cut, cut_end, torch.where(later > 0, used - 1, -1)], 1)
+    count = torch.zeros_like(pairs).index_add_(0, owner, later)
+    high, split = count.cumsum(0), count > 0
+    reduce = torch.stack([2 * pairs, high - count, high, torch.zeros_like(high)], 1)[split]
+    reduce = torch.cat([reduce, reduce + torch.tensor([1, slots, slots, 0])])
+    if cached:
+        return _by_cta(items, cta), reduce, 2 * slots
+    order = torch.argsort(segment, descending=True, stable=True)
+    return deal(items[order], (cut_end - cut)[order], sizes.processors), reduce, 2 * slots
+
+
+def _parts(
+    number: Tensor, left: Tensor, right: Tensor, processors: int, most: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Runs of blocks cut at multiples of some length and where a block sees no key at all; `most` cuts at most.
+
+    Of each part its run, begin and end in quarters of blocks, and which multiple. Parts of the same blocks are to come
+    one after the other, so that the CTAs under way read the same queries.
+    """
+    longest = max(int((right - left).sum()) // (_PARTS_PER_PROCESSOR * processors), 1)
     segments, starts = _segments(number, longest)
-    while int((segments[right - 1] - segments[left]).sum()) > slots and longest < number.shape[0]:
+    while int((segments[right - 1] - segments[left]).sum()) > most and longest < number.shape[0]:
         longest *= 2
         segments, starts = _segments(number, longest)
-    parts = segments[right - 1] - segments[left] + 1
-    owner, place = ragged(parts)
+    owner, place = ragged(segments[right - 1] - segments[left] + 1)
     segment = segments[left][owner] + place
-    item_begin = number[torch.maximum(left[owner], starts[segment])]
-    item_end = number[torch.minimum(right[owner], starts[segment + 1]) - 1] + 1
-    used = (parts - 1).cumsum(0)
-    slot = torch.where(place == 0, -1, used[owner] - parts[owner] + place)
-    items = torch.stack([tiles[owner], item_begin, item_end, slot], 1)
-    split = parts > 1
-    reduce = torch.stack([tiles[split], (used - parts + 1)[split], used[split], torch.zeros_like(used[split])], 1)
-    order = torch.argsort(segment, descending=True, stable=True)
-    return deal(items[order], (item_end - item_begin)[order], sizes.processors), reduce, int(used[-1])
+    cut = number[torch.maximum(left[owner], starts[segment])]
+    cut_end = number[torch.minimum(right[owner], starts[segment + 1]) - 1] + 1
+    return owner, cut * _QUARTERS, cut_end * _QUARTERS, segment
+
+
+def _shares(begin: Tensor, end: Tensor, processors: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Runs of quarters of blocks, one after the other, cut so that every CTA has as much of them in one piece.
+
+    Of each part its run, its begin and end, and its CTA.
+    """
+    length = end - begin
+    start, total = length.cumsum(0) - length, int(length.sum())
+    grid = min(processors, total)
+    share = torch.arange(grid) * total // grid
+    cuts = torch.cat([start, share]).sort().values
+    cuts = cuts[torch.diff(cuts, prepend=torch.tensor([-1])) > 0]
+    owner = torch.searchsorted(start, cuts, right=True) - 1
+    cut = begin[owner] + cuts - start[owner]
+    cut_end = cut + torch.diff(cuts, append=torch.tensor([total]))
+    return owner, cut, cut_end, torch.searchsorted(share, cuts, right=True) - 1
+
+
+def _by_cta(items: Tensor, cta: Tensor) -> Tensor:
+    """Items, which ascend by CTA, in an order in which item n is CTA n % grid's; who has fewer gets empty ones."""
+    count = torch.bincount(cta)
+    place = torch.arange(cta.shape[0]) - (count.cumsum(0) - count)[cta]
+    order = torch.full((int(count.max()), count.shape[0]), cta.shape[0])
+    order[place, cta] = torch.arange(cta.shape[0])
+    return torch.cat([items, torch.tensor([[0, 0, 0, -1]])])[order.flatten()]
 
 
 def _segments(number: Tensor, longest: int) -> tuple[Tensor, Tensor]:

@@ -144,8 +144,8 @@ def _rows(
     if d_index_q is not None and d_weights is not None:
         count = work.query.numel() // 4
         launch.load("gradients_query", E=E, IP=IP)(
-            queries, index_k, weights, tiles, d_index_q.view(-1, E), d_weights.view(-1), work.query, I, 0, T, count,
-            min(count, ctas),
+            queries, index_k, weights, tiles, d_index_q.view(-1, E), d_weights.view(-1), work.query, queries, tiles,
+            tiles, I, 0, T, count, min(count, ctas), 0,
         )  # fmt: skip
     if d_index_k is not None:
         count = work.key.numel() // 4
