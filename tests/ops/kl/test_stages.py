@@ -15,9 +15,10 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from flash_indexer.ops import Problem, Sums, make_stages, run_stages
+from flash_indexer.ops import Problem, Sums, launch, make_stages, run_stages
 from flash_indexer.ops.bodies import TORCH
 from flash_indexer.ops.kl import gpu_body
 from flash_indexer.ops.kl.plan import PlanSizes
@@ -26,6 +27,7 @@ from flash_indexer.ops.worklists import TILE, visible_tiles
 from flash_indexer.testing import Inputs, Result, Shape, make_inputs, reference_indexer_kl
 
 HEADS = dict(H=4, G=2, D=8, I=3, E=32)
+PADDED = 8  # index heads that kernels are built for, of 3
 SHAPES = {
     "causal": Shape(((700, 700),), **HEADS),
     "packed": Shape(((1, 1), (300, 300), (129, 129), (1, 1), (150, 150)), **HEADS),
@@ -34,6 +36,7 @@ SHAPES = {
     "blind_middle": Shape(((100, 100), (400, 20), (130, 130)), **HEADS),
     "window": Shape(((600, 600), (77, 77)), window=100, **HEADS),
     "latent": Shape(((300, 300),), **(HEADS | dict(G=1))),
+    "short_end": Shape(((250, 250), (30, 30), (20, 20)), **HEADS),
     "one": Shape(((1, 1),), **HEADS),
     "nothing": Shape(((130, 0),), **HEADS),
 }
@@ -109,47 +112,56 @@ def play_kl_rows(p, scores, work, chunk, rows, out, logits) -> None:
 
 
 def play_index_gradients(di, leaves, work, chunk, out, scores) -> None:
+    """Both kernels share masks, set where nothing is written, and w·index_q; rows past the last token are there too."""
     assert all(x.shape == di.shape for x in scores), "the masks' memory"
     for x in scores:
         x.fill_(torch.nan)  # it is overwritten
-    index_q, index_k, weights = leaves
-    T, _, E = index_q.shape
-    S, tokens = index_k.shape[0], TILE // 8
-
-    def masked(token: int, count: int, key_tile: int, base: int) -> tuple[slice, slice, Tensor]:
-        here, keys = slice(token, min(token + count, T)), slice(key_tile * TILE, min(key_tile * TILE + TILE, S))
-        row = (base + key_tile) * TILE + token % TILE
-        d = di[row : row + here.stop - here.start, : keys.stop - keys.start]
-        return here, keys, d[:, None] * (torch.einsum("tie,se->tis", index_q[here], index_k[keys]) > 0)
-
-    if out.index_q is not None:
-        for token, first, count, base in rows_of(chunk.gradients.query):
-            parts = [masked(token, tokens, n, base) for n in range(first, first + count)]
-            unscaled = sum(m @ index_k[keys] for _, keys, m in parts)
-            here = parts[0][0]
-            out.weights[here] = (index_q[here] * unscaled).sum(-1)
-            out.index_q[here] = unscaled * weights[here, :, None]
+    index_q, index_k, weights = (F.pad(x, (0,) * 2 * (x.dim() - 1) + (0, TILE)) for x in leaves)
+    (T, I, E), tokens = leaves[0].shape, TILE // PADDED
+    tiles = di.view(-1, TILE, TILE)
+    masks = torch.ones(len(tiles), TILE, I, TILE, dtype=torch.bool)
+    scaled = (torch.empty if work.complete else torch.zeros)(len(index_q), I, E, dtype=di.dtype)
+    for token, first, count, base in rows_of(chunk.gradients.query):
+        rows, here = slice(token % TILE, token % TILE + tokens), slice(token, token + tokens)
+        unscaled = torch.zeros(tokens, I, E, dtype=di.dtype)
+        for n in range(first, first + count):
+            keys = index_k[n * TILE : n * TILE + TILE]
+            masks[base + n, rows] = torch.einsum("tie,se->tis", index_q[here], keys) > 0
+            unscaled += masked(masks[base + n, rows], tiles[base + n, rows]) @ keys
+        scaled[here] = weights[here, :, None] * index_q[here]
+        written = slice(token, min(token + tokens, T))
+        unscaled = unscaled[: written.stop - token]
+        out.weights[written] = (index_q[written] * unscaled).sum(-1)
+        out.index_q[written] = unscaled * weights[written, :, None]
     if out.index_k is not None:
         partials = out.index_k.new_empty(chunk.gradients.slots * TILE, E)
         for pair, begin, end, slot in rows_of(chunk.gradients.key):
+            read_end = min(end * TILE // 4, -(-T // tokens) * tokens)  # in tiles of 128 rows (token, head)
+            if begin * TILE // 4 >= read_end:
+                continue
             for v, key_tile in enumerate((2 * pair, 2 * pair + 1)):
                 total = torch.zeros(TILE, E, dtype=di.dtype)
-                for quarter in range(begin, end):
-                    base, first, last, _ = work.blocks.view(-1, 4)[quarter // 4].tolist()
-                    if first <= key_tile < last and quarter * TILE // 4 < T:
-                        here, keys, m = masked(quarter * TILE // 4, TILE // 4, key_tile, base)
-                        sums = torch.einsum("tis,ti,tie->se", m, weights[here], index_q[here])
-                        total[: keys.stop - keys.start] += sums
+                for token in range(begin * TILE // 4, read_end, tokens):
+                    base, first, last, _ = work.blocks.view(-1, 4)[token // TILE].tolist()
+                    if first <= key_tile < last:
+                        tile, rows = base + key_tile, slice(token % TILE, token % TILE + tokens)
+                        m = masked(masks[tile, rows], tiles[tile, rows])
+                        total += torch.einsum("tis,tie->se", m, scaled[token : token + tokens])
                 rows = out.index_k[key_tile * TILE :][:TILE]
                 if slot >= 0:
                     place = slot + v * (chunk.gradients.slots // 2)
                     partials[place * TILE : (place + 1) * TILE] = total
-                elif end > begin:
+                else:
                     rows += total[: rows.shape[0]]
         for key_tile, begin, end, _ in rows_of(chunk.gradients.reduce):
             rows = out.index_k[key_tile * TILE :][:TILE]
             for slot in range(begin, end):
                 rows += partials[slot * TILE : (slot + 1) * TILE][: rows.shape[0]]
+
+
+def masked(mask: Tensor, di: Tensor) -> Tensor:
+    """di[t, s] where the mask [t, j, s] is set: of NaN without it nothing is left, as of a bitwise AND."""
+    return torch.where(mask, di[:, None], 0.0)
 
 
 def drive(
@@ -203,6 +215,19 @@ def test_the_ranks_together_are_one(body: str, name: str, world: int) -> None:
     truth = reference_indexer_kl(x, token_weight=x.token_weight)
     for field, value, expected in zip(Result._fields[1:], got, truth[1:], strict=True):
         torch.testing.assert_close(value, expected, rtol=1e-10, atol=1e-12, msg=lambda m, f=field: f"{f}: {m}")
+
+
+@pytest.mark.parametrize("processors", [4, 132])
+@pytest.mark.parametrize("name", SHAPES)
+@pytest.mark.usefixtures("players")
+def test_the_keys_gradient_in_quarters_of_blocks(name: str, processors: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A multiprocessor each, as a workspace for all tiles has them, where the last quarters hold no token."""
+    monkeypatch.setattr(launch, "processors", lambda device: processors)
+    x = make_inputs(SHAPES[name], seed=8, dtype=torch.float64)
+    (got,) = drive(x, 1, "sm_90")
+    truth = reference_indexer_kl(x, token_weight=x.token_weight)
+    for value, expected in zip(got, truth[1:], strict=True):
+        torch.testing.assert_close(value, expected, rtol=1e-10, atol=1e-12)
 
 
 @pytest.mark.parametrize("lse", [False, True])

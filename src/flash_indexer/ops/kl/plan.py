@@ -42,7 +42,7 @@ class PlanSizes(NamedTuple):
 class GradientItems(NamedTuple):
     """Items of the gradients' kernels; slots: partial sums of d_index_k.
 
-    query (token, key tile, count, tile base) · key (pair of tiles, block, end, slot or -1) · reduce (tile, slot, end)
+    query (token, key tile, count, tile base) · key (pair of tiles, quarter, end, slot or -1) · reduce (tile, slot, end)
     """
 
     query: Tensor
@@ -88,11 +88,16 @@ class TileChunk:
 
 
 class Groups(NamedTuple):
-    """First and end key tile that any query of each group of `tokens` neighbours sees."""
+    """First and end key tile that any query of each group of `tokens` neighbours sees, as `token_groups` makes them."""
 
     first: Tensor
     end: Tensor
     tokens: int
+
+    @property
+    def quarters(self) -> int:
+        """Quarters of blocks, from token 0 on, that hold a token: of whole groups."""
+        return -(-self.first.shape[0] * self.tokens // (TILE // _QUARTERS))
 
 
 @dataclass(frozen=True)
@@ -134,8 +139,7 @@ def plan_spans(
         count = end[begin:stop] - first[begin:stop]
         base[begin:stop] = count.cumsum(0) - count - first[begin:stop]
     blocks = torch.stack([base, first, end, torch.zeros_like(base)], 1)
-    tokens = TILE // sizes.padded_heads
-    groups = Groups(*visible_tiles(key_start, key_end, tokens), tokens)
+    groups = token_groups(key_start, key_end, TILE // sizes.padded_heads)
     T = key_start.shape[0]
     chunks = tuple(
         TileChunk(
@@ -153,6 +157,19 @@ def plan_spans(
     return Plan(chunks, on_device, T > 0 and bool((groups.end > groups.first).all()))
 
 
+def token_groups(key_start: Tensor, key_end: Tensor, tokens: int) -> Groups:
+    """The groups; a last one that is not full has all tiles of its block.
+
+    Its rows past the last token have di that nothing writes. They count for nothing where their masks are zero, as they
+    are in the tiles that the group's query item visits: masks of other tiles are not written either.
+    """
+    first, end = visible_tiles(key_start, key_end, tokens)
+    if key_start.shape[0] % tokens:
+        first_of_block, end_of_block = visible_tiles(key_start, key_end, TILE)
+        first[-1], end[-1] = first_of_block[-1], end_of_block[-1]
+    return Groups(first, end, tokens)
+
+
 def _score(blocks: Tensor, begin: int, stop: int, sizes: PlanSizes, device: torch.device) -> Tensor:
     return to_device(score_items(blocks, begin, stop, sizes.grouped).reshape(-1).to(torch.int32), device)
 
@@ -168,7 +185,7 @@ def _gradients(
 ) -> GradientItems:
     """In one copy to the device."""
     query = query_items(groups, blocks, begin, stop, sizes.processors)
-    key, reduce, slots = key_items(blocks[:, 1], blocks[:, 2], begin, stop, sizes)
+    key, reduce, slots = key_items(blocks[:, 1], blocks[:, 2], begin, stop, sizes, groups.quarters)
     lists = [x.reshape(-1) for x in (query, key, reduce)]
     flat = to_device(torch.cat(lists).to(torch.int32), device)
     a, b, c = torch.split(flat, [x.numel() for x in lists])
@@ -260,12 +277,15 @@ def query_items(groups: Groups, blocks: Tensor, begin: int, stop: int, processor
     return balance(torch.stack([chosen * tokens, groups.first[chosen], count, base], 1), count, processors)
 
 
-def key_items(first: Tensor, end: Tensor, begin: int, stop: int, sizes: PlanSizes) -> tuple[Tensor, Tensor, int]:
+def key_items(
+    first: Tensor, end: Tensor, begin: int, stop: int, sizes: PlanSizes, quarters: int
+) -> tuple[Tensor, Tensor, int]:
     """Items (pair, quarter, end, slot), reductions (key tile, slot, end, 0), and the number of slots.
 
     A pair are the key tiles 2 pair and 2 pair + 1. The blocks that see one of them are a run, which is cut into parts,
     in quarters of blocks. The first part adds to d_index_k itself (slot -1), every other writes partial sums: the first
-    tile's to a slot of the first half, the second tile's to the same one of the other half.
+    tile's to a slot of the first half, the second tile's to the same one of the other half. Quarters from `quarters` on
+    hold no token and are in no part: one of nothing else would leave its slots unwritten.
     """
     f, e = first[begin:stop] // 2, (end[begin:stop] + 1) // 2
     seen = e > f
@@ -281,11 +301,11 @@ def key_items(first: Tensor, end: Tensor, begin: int, stop: int, sizes: PlanSize
     neighbours = int(number[-1] - number[0]) == number.shape[0] - 1
     cached = neighbours and read <= _CACHED_BYTES and sizes.processors <= most
     if cached:
-        owner, cut, cut_end, cta = _shares(
-            number[left] * _QUARTERS, number[right - 1] * _QUARTERS + _QUARTERS, sizes.processors
-        )
+        run_end = (number[right - 1] * _QUARTERS + _QUARTERS).clamp_max(quarters)
+        owner, cut, cut_end, cta = _shares(number[left] * _QUARTERS, run_end, sizes.processors)
     else:
         owner, cut, cut_end, segment = _parts(number, left, right, sizes.processors, most)
+        cut_end = cut_end.clamp_max(quarters)
     later = torch.zeros_like(owner)
     later[1:] = owner[1:] == owner[:-1]
     used = later.cumsum(0)
