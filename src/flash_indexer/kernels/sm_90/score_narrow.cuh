@@ -54,19 +54,18 @@ static __device__ __forceinline__ void nr_store_masks(
 #pragma unroll
   for (int h = 0; h < 2; ++h) to[16 * IP * h] = make_uint2(second ? bits[2 + h] : bits[h], bits[h]);
 }
-// OUT and, over the keys that the tokens see, sums (MODE 0), or maxima and sums of exponentials (MODE 1) in LEFT;
-// `token` is the warpgroup's first, `key` the tile's. The accumulator is cleared for the next tile
-template <int MODE>
-static __device__ __forceinline__ void nr_leave(
-    float* a, float* OUT, float* LEFT, const int* KS, const int* KE, int tile, int key, int token, int last) {
-  const int row = nr_out(tile, token);
-  int limits[4];
+// the keys that the thread's two rows see; `token` is the warpgroup's first
+static __device__ __forceinline__ void nr_limits(int* limits, const int* KS, const int* KE, int token, int last) {
 #pragma unroll
   for (int h = 0; h < 2; ++h) {
     const int t = nr_row(token + 8 * h, last);
     limits[2 * h] = load_int(KS, t), limits[2 * h + 1] = load_int(KE, t);
   }
-  sc_store_rows<false>(a, OUT, row);
+}
+// LEFT of the thread's rows, `row` and row + 8, over the keys that their tokens see: sums (MODE 0), or maxima and sums of
+// exponentials (MODE 1); `key` is the tile's first. The accumulator is cleared for the next tile
+template <int MODE>
+static __device__ __forceinline__ void nr_leave(float* a, float* LEFT, const int* limits, int row, int key) {
   if (max(limits[0], limits[2]) > key || min(limits[1], limits[3]) < key + 128)
     mask_keys<128>(a, limits, key, MODE == 0 ? 0.0f : -INFINITY);
 #pragma unroll

@@ -56,6 +56,8 @@ REGISTERS = (160, 32)  # of a thread of the warps that compute, of the others
 # of a thread that computes: stage of Q and its parity; stage of K; which barrier tells that it is full, and its parity
 Q_STAGE, Q_PARITY, K_STAGE, K_FULL, K_PARITY = range(5)
 STATE = 5
+# of its item: numbers, the tile's first key, and rows of L of the thread's two
+TOKEN, TILES, TILE, KEY, FIRST, SECOND = range(6)
 NEXT = 2  # of L's registers, the next head's
 # where in shared memory Q and K begin, in units of 16 bytes, and the scale of the thread's first key, in bytes
 Q_ROWS, K_ROWS, SCALES = range(3)
@@ -156,20 +158,43 @@ def _build(D, mode, stages, fp8, leaves=0):
         low[0] = low[NEXT]
         low[1] = low[NEXT + 1]
 
-    # OUT[t] = A[t], and what is left of the tile
+    # numbers of an item, the last one's beyond the end
     @T.macro
-    def store(A, tensors, left, tile, key, token, last):
-        OUT = tensors[1]
+    def take(ITEMS, w, item, nitems, tx):
+        for n, field in [(TOKEN, NarrowItem.TOKEN), (TILES, NarrowItem.TILES), (TILE, NarrowItem.TILE)]:
+            w[n] = number(ITEMS, T.min(item, nitems - 1) * SHORT_ITEM + field)
         if leaves:
-            KS, KE, LEFT = left[:3]
+            w[KEY] = number(ITEMS, T.min(item, nitems - 1) * SHORT_ITEM + NarrowItem.KEY) + tx // 128 * 128
+
+    # rows of Q and L that are the thread's first two, and L of their first head
+    @T.macro
+    def begin_rows(L, low, w, H, qbase):
+        w[FIRST] = T.call_extern("int32", "nr_row", w[TOKEN] - qbase, tq - 1) * H
+        w[SECOND] = T.call_extern("int32", "nr_row", w[TOKEN] - qbase + 8, tq - 1) * H
+        load_low(L, low, 0, w[FIRST], w[SECOND], 0)
+
+    # OUT[t] = A[t], and what is left of the tile. What the next item begins with is asked for meanwhile
+    @T.macro
+    def store(A, tensors, left, low, w, item, sizes, tx):
+        L, OUT, ITEMS = tensors
+        H, _, _, qbase, nitems, _ = sizes
+        limits = T.alloc_local((4,), "int32")
+        row = T.alloc_var("int32")
+        key = T.alloc_var("int32")
+        row = T.call_extern("int32", "nr_out", w[TILE] + tx // 128, w[TOKEN])
+        if leaves:
+            key = w[KEY]
             T.call_extern(
-                "handle", f"nr_leave<{mode}>", A.access_ptr("rw"), T.address_of(OUT[0, 0]), T.address_of(LEFT[0]),
-                T.address_of(KS[0]), T.address_of(KE[0]), tile, key, token, last,
+                "handle", "nr_limits", limits.access_ptr("w"), T.address_of(left[0][0]), T.address_of(left[1][0]),
+                w[TOKEN], qbase + tq - 1,
             )  # fmt: skip
-        else:
+        take(ITEMS, w, item, nitems, tx)
+        T.call_extern("handle", f"sc_store_rows<{int(not leaves)}>", A.access_ptr("rw"), T.address_of(OUT[0, 0]), row)
+        begin_rows(L, low, w, H, qbase)
+        if leaves:
             T.call_extern(
-                "handle", "sc_store_rows", A.access_ptr("rw"), T.address_of(OUT[0, 0]),
-                T.call_extern("int32", "nr_out", tile, token),
+                "handle", f"nr_leave<{mode}>", A.access_ptr("rw"), T.address_of(left[2][0]), limits.access_ptr("r"),
+                row, key,
             )  # fmt: skip
 
     # the stage of K goes back, when its scales have been read
@@ -200,13 +225,8 @@ def _build(D, mode, stages, fp8, leaves=0):
         at = T.alloc_local((3,), "int32")
         factor = T.alloc_var("float32")
         count = T.alloc_var("int32")
-        place = T.alloc_var("int32")
-        token = T.alloc_var("int32")
+        w = T.alloc_local((6,), "int32")
         tiles = T.alloc_var("int32")
-        tile = T.alloc_var("int32")
-        key = T.alloc_var("int32")
-        first = T.alloc_var("int32")
-        second = T.alloc_var("int32")
         head = T.alloc_var("int32")
         v[Q_STAGE] = 0
         v[Q_PARITY] = 0
@@ -222,43 +242,37 @@ def _build(D, mode, stages, fp8, leaves=0):
             A[i] = 0.0
         count = count_items(nitems, bx, grid)
         # for tokens, tiles in items: OUT = f(Q[tokens] @ K[tile].T).sum(0)
+        take(ITEMS, w, bx, nitems, tx)
+        begin_rows(L, low, w, H, qbase)
         for it in T.serial(count):
-            place = (bx + it * grid) * SHORT_ITEM
-            token = number(ITEMS, place + NarrowItem.TOKEN)
-            tiles = number(ITEMS, place + NarrowItem.TILES)
+            tiles = w[TILES]
             if tx // 128 < tiles:
-                first = T.call_extern("int32", "nr_row", token - qbase, tq - 1) * H
-                second = T.call_extern("int32", "nr_row", token - qbase + 8, tq - 1) * H
                 head = 0
-                if MASKS:
-                    tile = number(ITEMS, place + NarrowItem.TILE) + tx // 128
                 if FP8:
                     T.barrier_wait(q.full[v[Q_STAGE]], v[Q_PARITY])
-                load_low(L, low, 0, first, second, 0)
                 for _ in T.serial(1 if MASKS else H // HG):  # the indexer has one key head
                     T.barrier_wait(k.full[tx // 128 * KST + v[K_FULL]], v[K_PARITY])
                     advance(v[K_FULL], v[K_PARITY], KST)
                     for _ in T.serial(stages_of(HG)):
                         for n in list(range(HEADS)):
-                            step(q, v, (S, A, low, bits), at, (L, first, second), head, H, factor, tx, n)
+                            step(q, v, (S, A, low, bits), at, (L, w[FIRST], w[SECOND]), head, H, factor, tx, n)
                             if MASKS:
                                 T.call_extern(
                                     "handle", "nr_store_masks", bits.access_ptr("r"), T.address_of(left[3][0]),
-                                    T.call_extern("int32", "nr_out", tile, token), left[4], head, H,
+                                    T.call_extern("int32", "nr_out", w[TILE] + tx // 128, w[TOKEN]), left[4], head, H,
                                 )  # fmt: skip
                             head = head + 1
                     end_group(k, v, A, at, tx)
                     next_group(v, tiles)
-                if not MASKS:
-                    tile = number(ITEMS, place + NarrowItem.TILE) + tx // 128
-                key = number(ITEMS, place + NarrowItem.KEY) + tx // 128 * 128
-                store(A, tensors, left, tile, key, token, qbase + tq - 1)
+                store(A, tensors, left, low, w, bx + (it + 1) * grid, sizes, tx)
             else:
                 for _ in T.serial(stages_of(H)):
                     T.barrier_wait(q.full[v[Q_STAGE]], v[Q_PARITY])
                     next_stage(q, v, tx)
                 for _ in T.serial(H // HG):
                     next_group(v, tiles)
+                take(ITEMS, w, bx + (it + 1) * grid, nitems, tx)
+                begin_rows(L, low, w, H, qbase)
 
     @T.macro
     def feed_queries(bx, Q, q, ITEMS, H, qbase, nitems, grid):
