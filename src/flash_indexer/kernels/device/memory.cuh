@@ -47,6 +47,11 @@ static __device__ __forceinline__ float4 load_shared_float4(int address) {
                : "r"(address));
   return v;
 }
+static __device__ __forceinline__ int2 load_shared_int2(int address) {
+  int2 v;
+  asm volatile("ld.shared.v2.s32 {%0, %1}, [%2];" : "=r"(v.x), "=r"(v.y) : "r"(address));
+  return v;
+}
 static __device__ __forceinline__ int4 load_shared_int4(int address) {
   int4 v;
   asm volatile("ld.shared.v4.s32 {%0, %1, %2, %3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "r"(address));

@@ -46,14 +46,15 @@ static __device__ __forceinline__ unsigned mask_signs(float lo, float hi) {
   asm("prmt.b32 %0, %1, %2, 0xffbb;" : "=r"(m) : "r"(__float_as_uint(lo)), "r"(__float_as_uint(hi)));
   return m;
 }
-// 0xffff in the lower half where byte `n` of low has its top bit, in the upper half for that byte of high; n is a constant
+// 0xffff in the lower half where byte 2n of x has its top bit, in the upper half for byte 2n + 1; n is a constant
+static __device__ __forceinline__ unsigned spread_pair(unsigned x, int n) {
+  unsigned m;
+  asm("prmt.b32 %0, %1, %1, %2;" : "=r"(m) : "r"(x), "r"(n ? 0xbbaa : 0x9988));
+  return m;
+}
+// 0xffff in the lower half where byte `n` of low has its top bit, in the upper half for that byte of high
 static __device__ __forceinline__ unsigned spread_signs(unsigned low, unsigned high, int n) {
   unsigned m;
   asm("prmt.b32 %0, %1, %2, %3;" : "=r"(m) : "r"(low), "r"(high), "r"(0xcc88 + 0x1111 * n));
   return m;
-}
-// nibbles 0, 4, 1, 5, 2, 6, 3, 7 of x, the lowest first
-static __device__ __forceinline__ unsigned interleave_nibbles(unsigned x) {
-  const unsigned even = x & 0x0f0f0f0fu, odd = x >> 4 & 0x0f0f0f0fu;
-  return __byte_perm(even, odd, 0x5140) + __byte_perm(even, odd, 0x7362) * 16;
 }

@@ -1,5 +1,6 @@
 #pragma once
 #include "../device/accumulator.cuh"
+#include "../device/mask_words.cuh"
 #include "../device/partial_sums.cuh"
 #include "../device/wgmma.cuh"
 // tiles of 128 rows of index_q from row first to last: none past the end n, at least one; no rows (an empty item): none
@@ -30,29 +31,27 @@ static __device__ __forceinline__ void gd_query(const float* s, unsigned* p, int
     p[2 * g + 1] = define_word(d1, mask_signs(s[4 * g + 2], s[4 * g + 3]));
   }
 }
-// the same, and the masks in bits: two words a thread, put where the threads of `gradients_masked.cuh` that hold the same
-// elements transposed find theirs beside one another. Element (row 16 warp + lane / 4 + 8h, key 8g + 2 (lane % 4) + c),
-// g = 8u + 2n + r, is bit 8 (2u + r) + 4c + n of word h; MASKS holds the first 32 tiles of 128 rows of a block, MORE others
+// the same, and the masks in bits, as `device/mask_words.cuh` says: a thread's two rows are a word each. MASKS holds the first
+// 32 tiles of 128 rows of a block, MORE the others
 template <int IP>
 static __device__ __forceinline__ void gd_query_masks(
     const float* s, unsigned* p, int di, void* MASKS, void* MORE, int tile, int place) {
-  const int d = di + thread_row() / IP * 256 + (threadIdx.x & 3) * 4, lane = threadIdx.x & 31;
+  const int d = di + thread_row() / IP * 256 + (threadIdx.x & 3) * 4;
   unsigned bits[2] = {0u, 0u};
 #pragma unroll
   for (int g = 0; g < 16; ++g) {
     const unsigned d0 = load_shared_word(d + g * 16), d1 = IP == 8 ? load_shared_word(d + 256 + g * 16) : d0;
     const unsigned m0 = mask_signs(s[4 * g], s[4 * g + 1]), m1 = mask_signs(s[4 * g + 2], s[4 * g + 3]);
-    const unsigned bit = 0x10001u << (4 * (2 * (g >> 3) + (g & 1)) + (g >> 1 & 3));
+    const unsigned bit = mask_bits(g);
     p[2 * g] = define_word(d0, m0);
     p[2 * g + 1] = define_word(d1, m1);
     bits[0] |= m0 & bit;
     bits[1] |= m1 & bit;
   }
-#pragma unroll
-  for (int h = 0; h < 2; ++h) bits[h] = interleave_nibbles(bits[h]);
   constexpr int HELD = IP < 32 ? IP : 32;
-  uint2* to = (uint2*)(place < 32 ? MASKS : MORE) + ((long long)tile * HELD + place % 32) * 256;
-  to[(threadIdx.x >> 5) * 32 + ((lane & 3) * 4 + (lane >> 3)) * 2 + (lane >> 2 & 1)] = make_uint2(bits[0], bits[1]);
+  unsigned* to = (unsigned*)(place < 32 ? MASKS : MORE) + ((long long)tile * HELD + place % 32) * 512;
+#pragma unroll
+  for (int h = 0; h < 2; ++h) to[mask_word(thread_row(h), threadIdx.x & 3)] = mask_word_of(bits[h]);
 }
 // p = di * w * [s < 0]: rows keys, columns (token, head); di [128 / IP, 128], w [128]
 template <int IP>

@@ -16,6 +16,7 @@ from flash_indexer.kernels.sm_90.sizes import (
     EXP,
     HEAD_WIDTHS,
     INDEX_WIDTHS,
+    MASK_WORDS,
     MAX_HEADS,
     MAX_INDEX_HEADS,
     NARROW_STAGES,
@@ -205,10 +206,10 @@ def index_gradients(
         queries, weights = F.pad(index_q[rows], (0, 0, 0, padded - I)), F.pad(index_weights[rows], (0, padded - I))
     queries, weights, ctas = queries.view(-1, E), weights.view(-1), launch.processors(di.device)
     items, wants_keys = chunk.gradients, out.index_k is not None
-    scaled, masks, more = queries, di, di  # not looked at where index_k's gradient is not wanted
+    masks, more = (x.view(torch.int32).view(-1, MASK_WORDS) for x in scores)
+    scaled = queries  # not looked at where index_k's gradient is not wanted
     if wants_keys:
-        masks, more = (x.view(di.dtype).view(-1, TILE) for x in scores)
-        scaled = _place(more.view(-1, E) if padded <= 32 else more[:0].view(-1, E), chunk, padded)
+        scaled = _place(scores[1].view(di.dtype).view(-1, E) if padded <= 32 else di[:0].view(-1, E), chunk, padded)
         if not work.complete:
             scaled.zero_()
     count = items.query.numel() // 4
@@ -223,7 +224,7 @@ def index_gradients(
     count = items.key.numel() // 4
     launch.load("gradients_key_masked", E=E, IP=padded)(
         scaled, di, masks, more, out.index_k, partials, work.blocks, items.key, chunk.begin, T, items.slots // 2, count,
-        min(count, ctas),
+        min(count, ctas), min(padded, 32),
     )  # fmt: skip
     if items.slots:
         launch.load("gradients_reduce", E=E)(out.index_k, partials, items.reduce, items.reduce.numel() // 4)
