@@ -7,7 +7,7 @@ from torch import Tensor
 
 from flash_indexer.ops import launch
 from flash_indexer.ops.blockwise import compute_dtype
-from flash_indexer.ops.kl import gpu_body
+from flash_indexer.ops.kl import gpu_body, gpu_fused
 from flash_indexer.ops.kl.arithmetic import FP8, with_wide_teacher
 from flash_indexer.ops.kl.gpu_fp8 import Fp8Index, Fp8Teacher, TeacherRows, has_fp8_teacher
 from flash_indexer.ops.kl.plan_shards import ShardPlan, shard_plan
@@ -24,9 +24,11 @@ class GpuStages:
         self.wait_for_keys, self.scale = wait_for_keys, problem.softmax_scale
         self.logits, self.needs = problem.target == "sum_logits", tuple(problem.needs)
         with torch.cuda.device(problem.q.device):
-            self.plan = shard_plan(problem.key_start, problem.key_end, gpu_body.plan_sizes(problem), rank, world)
+            self.fused = gpu_fused.takes(problem, world)
+            sizes = gpu_body.plan_sizes(problem, self.fused)
+            self.plan = shard_plan(problem.key_start, problem.key_end, sizes, rank, world)
             self.chunks = len(self.plan.shards)
-            gpu_body.prepare(problem)
+            gpu_body.prepare(problem, self.fused)
             self._take_teacher(problem)
             index_q, index_k, weights = map(launch.aligned, problem.leaves)
             self.leaves = (index_q, index_k, weights)
@@ -73,6 +75,8 @@ class GpuStages:
             d_weights = torch.empty_like(weights) if d_weights is None else d_weights
             rotation = self.rotated and gpu_body.rotates(index_q.shape[2], index_q.shape[1])
             self.out = gpu_body.IndexGradients(d_index_q, d_index_k, d_weights, rotation)
+        if self.fused:
+            self.left = gpu_fused.new_left(plan.own, index_q)
 
     def rows(self, n: int) -> tuple[tuple[int, int], ...]:
         """First row and end of each rank's rows of chunk n."""
@@ -90,7 +94,8 @@ class GpuStages:
             elif self.logits:
                 gpu_body.summed_logits(self.q, self.k, chunk, out, self.scale)
             else:
-                gpu_body.teacher_scores(self.q, self.k, self.lse, chunk, out, self.scale)
+                left = (*self.row_inputs[:2], self.left.sums) if self.fused else ()
+                gpu_body.teacher_scores(self.q, self.k, self.lse, chunk, out, self.scale, left)
         return out
 
     def _quantised(self, teacher: Fp8Teacher, n: int) -> TeacherRows:
@@ -121,6 +126,12 @@ class GpuStages:
         scores, di = self.index_scores[: p.shape[0]], self.di[: p.shape[0]]
         with torch.cuda.device(self.q.device):
             leaves = self.leaves
+            if self.fused:
+                left = self.left.of(own.tiles)
+                gpu_body.index_scores(*leaves, own, scores, (*self.row_inputs[:2], left.tops, left.masks))
+                made = gpu_fused.Outputs(di, self.sums.kl, self.sums.entropy, self.out)
+                gpu_fused.gradients((p, scores), left, leaves, self.plan.own, own, self.row_inputs, made)
+                return
             if self.fp8_index is None:
                 gpu_body.index_scores(*leaves, own, scores)
             else:
