@@ -20,15 +20,17 @@ from flash_indexer.ops.worklists import TILE
 class GpuStages:
     """See `stages.Stages`. Buffers are made once, for the largest chunk, and used by every chunk."""
 
+    left: gpu_fused.Left | None = None  # what scores leave, where they do
+
     def __init__(self, problem: Problem, rank: int, world: int, wait_for_keys: WaitForKeys | None) -> None:
         self.wait_for_keys, self.scale = wait_for_keys, problem.softmax_scale
         self.logits, self.needs = problem.target == "sum_logits", tuple(problem.needs)
         with torch.cuda.device(problem.q.device):
-            self.fused = gpu_fused.takes(problem, world)
-            sizes = gpu_body.plan_sizes(problem, self.fused)
+            fused = gpu_fused.takes(problem, world)
+            sizes = gpu_body.plan_sizes(problem, fused)
             self.plan = shard_plan(problem.key_start, problem.key_end, sizes, rank, world)
             self.chunks = len(self.plan.shards)
-            gpu_body.prepare(problem, self.fused)
+            gpu_body.prepare(problem, fused)
             self._take_teacher(problem)
             index_q, index_k, weights = map(launch.aligned, problem.leaves)
             self.leaves = (index_q, index_k, weights)
@@ -42,6 +44,8 @@ class GpuStages:
                 self._find_lse()
             self.sums = new_sums(problem, every_row_is_written=world == 1 and self.plan.own.complete)
             self._allocate(self.plan, 1 if world == 1 else 2)
+            if fused:
+                self.left = gpu_fused.new_left(self.plan.own, index_q)
 
     def _take_teacher(self, problem: Problem) -> None:
         """Its queries and keys as the scores read them; e4m3 keys are made of all that there are."""
@@ -75,8 +79,6 @@ class GpuStages:
             d_weights = torch.empty_like(weights) if d_weights is None else d_weights
             rotation = self.rotated and gpu_body.rotates(index_q.shape[2], index_q.shape[1])
             self.out = gpu_body.IndexGradients(d_index_q, d_index_k, d_weights, rotation)
-        if self.fused:
-            self.left = gpu_fused.new_left(plan.own, index_q)
 
     def rows(self, n: int) -> tuple[tuple[int, int], ...]:
         """First row and end of each rank's rows of chunk n."""
@@ -94,7 +96,7 @@ class GpuStages:
             elif self.logits:
                 gpu_body.summed_logits(self.q, self.k, chunk, out, self.scale)
             else:
-                left = (*self.row_inputs[:2], self.left.sums) if self.fused else ()
+                left = () if self.left is None else (*self.row_inputs[:2], self.left.sums)
                 gpu_body.teacher_scores(self.q, self.k, self.lse, chunk, out, self.scale, left)
         return out
 
@@ -126,7 +128,7 @@ class GpuStages:
         scores, di = self.index_scores[: p.shape[0]], self.di[: p.shape[0]]
         with torch.cuda.device(self.q.device):
             leaves = self.leaves
-            if self.fused:
+            if self.left is not None:
                 left = self.left.of(own.tiles)
                 gpu_body.index_scores(*leaves, own, scores, (*self.row_inputs[:2], left.tops, left.masks))
                 made = gpu_fused.Outputs(di, self.sums.kl, self.sums.entropy, self.out)
