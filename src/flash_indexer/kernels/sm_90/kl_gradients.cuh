@@ -11,7 +11,7 @@ struct KlRing {
   int y, masks, scores, x, barriers;  // addresses of the first ones
   int stage, parity, x_stage, x_parity;
   __device__ __forceinline__ KlRing(int y_, int masks_, int scores_, int x_, int barriers_)
-      : y(y_), masks(masks_), scores(scores_), x(x_), barriers(barriers_) {
+      : y(opaque(y_)), masks(opaque(masks_)), scores(opaque(scores_)), x(opaque(x_)), barriers(opaque(barriers_)) {
     stage = parity = x_stage = x_parity = 0;
   }
   __device__ __forceinline__ int full() const { return barriers + 8 * stage; }
@@ -29,15 +29,25 @@ struct KlRing {
     if (++x_stage == X_STAGES) x_stage = 0, x_parity ^= 1;
   }
 };
+// Where word (q, g) of a token's di lies in a stage: of keys 8g + 2q and 8g + 2q + 1, as lane q of a quad has them. Four g are
+// 16 bytes, and neither the quad that loads them nor the warp that stores a row meets a bank twice
+static __device__ __forceinline__ int kg_di_word(int q, int g) {
+  return (q ^ q >> 1) * 16 + ((g >> 2 ^ q >> 1) << 2) + (g & 3);
+}
 // p = di & mask of keys 16 FIRST .. 16 (FIRST + 4) - 1: rows (token, head), columns keys. bits: words of the thread's two rows
 template <int IP, int FIRST>
 static __device__ __forceinline__ void kg_form(unsigned* p, const unsigned* bits, int di) {
-  const int d = di + thread_row() / IP * 256 + (threadIdx.x & 3) * 4;
+  const int q = threadIdx.x & 3, d = di + thread_row() / IP * 256;
 #pragma unroll
-  for (int g = 2 * FIRST; g < 2 * FIRST + 8; ++g) {
-    const unsigned d0 = load_shared_word(d + g * 16), d1 = IP == 8 ? load_shared_word(d + 256 + g * 16) : d0;
-    p[2 * g] = define_word(d0, spread_pair(bits[0] << (g >> 1), g & 1));
-    p[2 * g + 1] = define_word(d1, spread_pair(bits[1] << (g >> 1), g & 1));
+  for (int g = 2 * FIRST; g < 2 * FIRST + 8; g += 4) {
+    const int4 four = load_shared_int4(d + 4 * kg_di_word(q, g));
+    const int4 other = IP == 8 ? load_shared_int4(d + 256 + 4 * kg_di_word(q, g)) : four;
+    const int first[4] = {four.x, four.y, four.z, four.w}, second[4] = {other.x, other.y, other.z, other.w};
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      p[2 * (g + i)] = define_word(first[i], spread_pair(bits[0] << (g + i >> 1), i & 1));
+      p[2 * (g + i) + 1] = define_word(second[i], spread_pair(bits[1] << (g + i >> 1), i & 1));
+    }
   }
 }
 // products of `COUNT` key tiles, each in two groups of which at most two are under way; none at the end
@@ -126,17 +136,26 @@ struct KlToken {
     sums = tile(rows, item, t, threadIdx.x & 31);
   }
 };
-// di of key tile `key` for the warp's tokens, `at` and those WARPS on: to the stage and to DI; KL and entropy are added to
+// where a lane's four keys of the warp's first token are: its scores in a stage, the two words of di there
+struct KlLane {
+  int scores, di[2];
+  __device__ __forceinline__ KlLane(int at, int row) {
+    const int lane = threadIdx.x & 31;
+    scores = opaque(at * row + lane * 16);
+#pragma unroll
+    for (int c = 0; c < 2; ++c) di[c] = opaque(at * 256 + 4 * kg_di_word(2 * (lane & 1) + c, lane >> 1));
+  }
+};
+// di of the key tile that begins at `key` for the warp's tokens: to the stage and to DI; KL and entropy are added to
 template <int TOKENS, int COUNT, bool WHOLE, class Ring>
 static __device__ __forceinline__ void kg_row_tile(
-    const Ring& ring, const KlToken* tokens, const RowTotals<false>* totals, float* kl, float* ent, int at, int key,
+    const Ring& ring, const KlToken* tokens, const RowTotals<false>* totals, float* kl, float* ent, KlLane lane, int key,
     unsigned short* DI) {
   constexpr int STEP = TOKENS / COUNT;
-  const int lane = threadIdx.x & 31;
   float4 p[COUNT], x[COUNT];
 #pragma unroll
   for (int n = 0; n < COUNT; ++n) {
-    const int from = (at + n * STEP) * Ring::ROW + lane * 16;
+    const int from = lane.scores + n * STEP * Ring::ROW;
     p[n] = load_shared_float4(ring.teacher() + from), x[n] = load_shared_float4(ring.index() + from);
   }
 #pragma unroll
@@ -145,24 +164,29 @@ static __device__ __forceinline__ void kg_row_tile(
     float d[4];
 #pragma unroll
     for (int c = 0; c < 4; ++c) {
-      const int s = key * 128 + lane * 4 + c;
+      const int s = key + (threadIdx.x & 31) * 4 + c;
       const bool seen = WHOLE || (s >= tokens[n].low && s < tokens[n].high);
       d[c] = totals[n].pair(seen ? share[c] : 0.0f, seen ? score[c] : -INFINITY, tokens[n].weight, kl[n], ent[n]);
       if (!seen) d[c] = 0.0f;
     }
     const unsigned low = pack(d[0], d[1]), high = pack(d[2], d[3]);
-    store_shared(ring.di() + (at + n * STEP) * 256 + lane * 8, (int)low, (int)high);
-    *(uint2*)(DI + (at + n * STEP) * 128 + lane * 4) = make_uint2(low, high);
+    store_shared_int(ring.di() + lane.di[0] + n * STEP * 256, low);
+    store_shared_int(ring.di() + lane.di[1] + n * STEP * 256, high);
+    *(uint2*)(DI + n * STEP * 128) = make_uint2(low, high);
   }
 }
-// KL, entropy and di of the items' tokens; warp `at` of WARPS takes tokens at, at + WARPS, ... of each
+// KL, entropy and di of the items' tokens. Of WARPS warps each takes tokens at, at + WARPS, ... of an item; where there are more
+// warps than tokens, SHARE of them take a token's key tiles in turns
 template <int IP, int WARPS, class Ring>
 static __device__ __forceinline__ void kg_rows(
-    Ring ring, KlRows rows, const int* ITEMS, void* DI_, float* KL, float* ENT, int nitems, int grid, int at) {
-  constexpr int TOKENS = 128 / IP, COUNT = TOKENS / WARPS;
-  static_assert(COUNT * WARPS == TOKENS, "a token is one warp's");
+    Ring ring, KlRows rows, const int* ITEMS, void* DI_, float* KL, float* ENT, int nitems, int grid, int warp) {
+  constexpr int TOKENS = 128 / IP, SHARE = WARPS > TOKENS ? WARPS / TOKENS : 1, COUNT = TOKENS * SHARE / WARPS;
+  static_assert(COUNT * WARPS == TOKENS * SHARE, "every warp has as much to do");
+  __shared__ float2 part[2][SHARE][TOKENS];
+  const int at = warp % TOKENS, share = warp / TOKENS;
   const int lane = threadIdx.x & 31, items = count_items(nitems, blockIdx.x, grid);
   unsigned short* DI = (unsigned short*)DI_;
+  const KlLane where(at, Ring::ROW);
   int4 item, coming = *(const int4*)(ITEMS + 4 * blockIdx.x);
   KlToken tokens[COUNT], later[COUNT];
 #pragma unroll
@@ -184,16 +208,17 @@ static __device__ __forceinline__ void kg_rows(
       kl[n] = ent[n] = 0.0f;
       low = max(low, tokens[n].low), high = min(high, tokens[n].high);
     }
-    unsigned short* di = DI + ((long long)(item.w + item.y) * 128 + (item.x & 127)) * 128;
-    for (int i = 0; i < item.z; ++i, di += 16384) {
-      const int key = item.y + i;
+    unsigned short* di = DI + ((long long)(item.w + item.y) * 128 + place) * 128 + lane * 4;
+    for (int i = 0, key = item.y * 128; i < item.z; ++i, key += 128, di += 16384) {
       barrier_wait(ring.full(), ring.parity);
-      if (key * 128 >= low && key * 128 + 128 <= high)
-        kg_row_tile<TOKENS, COUNT, true>(ring, tokens, totals, kl, ent, at, key, di);
-      else
-        kg_row_tile<TOKENS, COUNT, false>(ring, tokens, totals, kl, ent, at, key, di);
-      __syncwarp();
-      if (lane == 0) barrier_arrive(ring.ready());
+      if (SHARE == 1 || i % SHARE == share) {
+        if (key >= low && key + 128 <= high)
+          kg_row_tile<TOKENS, COUNT, true>(ring, tokens, totals, kl, ent, where, key, di);
+        else
+          kg_row_tile<TOKENS, COUNT, false>(ring, tokens, totals, kl, ent, where, key, di);
+        __syncwarp();
+        if (lane == 0) barrier_arrive(ring.ready());
+      }
       ring.next();
       if (i == 0)
 #pragma unroll
@@ -201,14 +226,21 @@ static __device__ __forceinline__ void kg_rows(
     }
     // zeros in the tiles of the tokens' block that the item doesn't visit
     const int4 block = *(const int4*)(rows.BLOCKS + 4 * (item.x >> 7));
-    for (int key = block.y; key < block.z; ++key)
+    for (int key = block.y + share; key < block.z; key += SHARE)
       if (key < item.y || key >= item.y + item.z)
 #pragma unroll
         for (int n = 0; n < COUNT; ++n)
           *(uint2*)(DI + ((long long)(block.x + key) * 128 + place + n * WARPS) * 128 + lane * 4) = make_uint2(0, 0);
 #pragma unroll
     for (int n = 0; n < COUNT; ++n) {
-      const float2 result = rows_warp_sum(kl[n], ent[n]);
+      float2 result = rows_warp_sum(kl[n], ent[n]);
+      if (SHARE > 1) {  // the other parity's numbers may still be read
+        if (lane == 0) part[it & 1][share][at] = result;
+        meet(1 + at, 32 * SHARE);
+        if (share > 0) continue;
+        result = part[it & 1][0][at];
+        for (int s = 1; s < SHARE; ++s) result.x += part[it & 1][s][at].x, result.y += part[it & 1][s][at].y;
+      }
       const bool sees = tokens[n].high > tokens[n].low;
       if (lane == 0 && t + n * WARPS < rows.ntok) {
         KL[t + n * WARPS] = sees ? result.x : 0.0f;

@@ -38,7 +38,7 @@ SOURCE = source(__file__)
 MULTIPLIERS = 256  # threads
 
 
-def build(E, IP, warps=None):
+def build(E, IP, warps=KL_ROW_WARPS):
     """KL, entropy, di, d_index_q, d_index_w and w·index_q. E, IP: as in `gradients.build_query`; warps: of rows.
 
     Run-time arguments; a score tile is 128 tokens x 128 keys, of which a token sees KS[t] <= key < KE[t]:
@@ -54,7 +54,6 @@ def build(E, IP, warps=None):
         I, q_base, ntok, nitems, grid, base int32
     """
     STAGES, X_STAGES, TOKENS = kl_stages(E, IP), KL_INDEX_STAGES[E], 128 // IP
-    warps = KL_ROW_WARPS[IP] if warps is None else warps
     registers, threads = kl_registers(E, warps), kl_threads(warps)
     feeder = threads - 128
     full, empty, x_full, x_empty = 0, 2 * STAGES, 3 * STAGES, 3 * STAGES + X_STAGES
@@ -99,21 +98,20 @@ def build(E, IP, warps=None):
                 )  # fmt: skip
             elif tx < feeder:
                 T.set_max_nreg(registers[1], int(registers[1] * threads > 65536))
-                if tx < MULTIPLIERS + 32 * warps:
-                    # for t in items' tokens: KL[t], ENT[t], DI[t] = ...
+                # for t in items' tokens: KL[t], ENT[t], DI[t] = ...
+                T.call_extern(
+                    "handle", f"kg_rows<{IP}, {warps}, {ring_type}>",
                     T.call_extern(
-                        "handle", f"kg_rows<{IP}, {warps}, {ring_type}>",
-                        T.call_extern(
-                            "handle", ring_type, shared_address(Ys), shared_address(Ms), shared_address(Ss),
-                            shared_address(Xs), shared_address(bars),
-                        ),
-                        T.call_extern(
-                            "handle", "KlRows", T.address_of(TOPS[0, 0]), T.address_of(TSUM[0]),
-                            T.address_of(BLOCKS[0]), T.address_of(KS[0]), T.address_of(KE[0]), T.address_of(WT[0]), ntok,
-                        ),
-                        T.address_of(ITEMS[0]), T.address_of(DI[0, 0]), T.address_of(KL[0]), T.address_of(ENT[0]),
-                        nitems, grid, tx // 32 - MULTIPLIERS // 32,
-                    )  # fmt: skip
+                        "handle", ring_type, shared_address(Ys), shared_address(Ms), shared_address(Ss),
+                        shared_address(Xs), shared_address(bars),
+                    ),
+                    T.call_extern(
+                        "handle", "KlRows", T.address_of(TOPS[0, 0]), T.address_of(TSUM[0]), T.address_of(BLOCKS[0]),
+                        T.address_of(KS[0]), T.address_of(KE[0]), T.address_of(WT[0]), ntok,
+                    ),
+                    T.address_of(ITEMS[0]), T.address_of(DI[0, 0]), T.address_of(KL[0]), T.address_of(ENT[0]),
+                    nitems, grid, tx // 32 - MULTIPLIERS // 32,
+                )  # fmt: skip
             else:
                 T.set_max_nreg(registers[2], 0)
                 items = T.alloc_var("int32")

@@ -82,20 +82,22 @@ struct RowSums {
 // What a row's sums say of a pair: its share of KL and entropy, and its di
 template <bool LOGITS>
 struct RowTotals {
-  float m, mp, z, scale, inverse, log_sum;
+  float m, mp, z, scale, log_sum;
   __device__ __forceinline__ RowTotals() {}
   // a teacher whose every probability is 0, because of an lse that is not its own, has no distribution
   __device__ __forceinline__ explicit RowTotals(const RowSums<LOGITS>& sums) {
     m = sums.m, mp = sums.mp, z = sums.z >= 1.17549435e-38f ? sums.z : INFINITY - INFINITY;
-    scale = __frcp_rn(z), inverse = __frcp_rn(sums.l), log_sum = rows_log(sums.l);
+    scale = __frcp_rn(z), log_sum = rows_log(sums.l);
   }
   __device__ __forceinline__ float pair(float p, float x, float w, float& kl, float& ent) const {
     const float score = x - m, share = LOGITS ? rows_exp(p - mp) : p;
     const float q = fmaf(fmaf(-share * scale, z, share), scale, share * scale), log_q = rows_log(q);
+    const float log_softmax = score - log_sum;
     const bool counts = !(q <= 1.2e-38f);  // NaN does
-    kl += counts ? q * (log_q - (score - log_sum)) : 0.0f;
-    ent -= counts ? q * log_q : 0.0f;
-    return fmaf(rows_exp(score), inverse, -q) * w;
+    kl = fmaf(q, counts ? log_q - log_softmax : 0.0f, kl);
+    ent = fmaf(-q, log_q, ent);  // of zero the logarithm is finite here
+    // by the special function unit: the result is rounded to bfloat16
+    return (exp2_approximate(log_softmax * LOG2E) - q) * w;
   }
 };
 // KL, entropy and di of row t, by one warp. A piece is loaded while the one before is worked on

@@ -39,7 +39,7 @@ GATHERED_INDEX_WIDTHS = (64, 128)  # of the indexer at the selected keys
 INDEX_TABLE_KEYS = 16384  # keys of a table of `sparse_index_table`
 SELECT_ROW, SELECT_ORDERED = 16384, 4096  # of `select`: keys of a row that it holds; slots that it puts in order
 MASK_WORDS = 64  # of 16 rows x 128 keys of masks in bits
-KL_ROW_WARPS = {8: 8, 16: 8, 32: 4, 64: 2}  # of `kl_gradients` by padded heads: warps that make KL and di
+KL_ROW_WARPS = 8  # of `kl_gradients`: warps that make KL and di
 KL_INDEX_STAGES = {32: 2, 64: 2, 128: 1}  # of its index_q, by E
 MASKED_REGISTERS = (232, 40)  # of `gradients_masked`: of a thread that computes, of the others
 X_STAGES, Y_STAGES = 2, {32: 10, 64: 8, 128: 4}  # of `gradients`; Y by E: about as many bytes in flight
@@ -84,13 +84,13 @@ def masked_stages(E: int, IP: int) -> int:
 
 def kl_threads(warps: int) -> int:
     """Threads of `kl_gradients`: two warpgroups that multiply, those of the warps of rows, one that copies."""
-    return 256 + max(warps, 4) * 32 + 128
+    return 256 + warps * 32 + 128
 
 
 def kl_registers(E: int, warps: int) -> tuple[int, int, int]:
     """Of a thread of each role: what those that multiply and copy leave is for the warps of rows."""
     threads = kl_threads(warps)
-    multiplies, copies = {32: 104, 64: 120, 128: 144}[E], 24
+    multiplies, copies = {32: 96, 64: 112, 128: 144}[E], 24
     left = 65536 // threads // 8 * 8 * threads - 256 * multiplies - 128 * copies
     return multiplies, min(left // (threads - 384) // 8 * 8, 168), copies
 
