@@ -294,6 +294,7 @@ def test_scores_leave_what_the_gradients_take(
     """Heads that are narrow enough, one process and one chunk, and one of each block of tokens."""
     for unused in ("kl_rows", "index_gradients"):
         monkeypatch.delattr(gpu_body, unused)
+    monkeypatch.setattr(gpu_body, "row_kernel", lambda work: "rows_warp")
     x = make_inputs(replace(SHAPES[name], D=64), seed=8, dtype=torch.float64)
     truth = reference_indexer_kl(x, token_weight=x.token_weight)
     for workspace in (2**29, 1):
@@ -301,6 +302,16 @@ def test_scores_leave_what_the_gradients_take(
         for value, expected in zip(got, truth[1:], strict=True):
             if value is not None:
                 torch.testing.assert_close(value, expected, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.usefixtures("players")
+def test_few_long_rows_have_kernels_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(gpu_fused, "gradients")
+    x = make_inputs(Shape(((5, 700),), **(HEADS | dict(D=64))), seed=8, dtype=torch.float64)
+    (got,) = drive(x, 1, "sm_90")
+    truth = reference_indexer_kl(x, token_weight=x.token_weight)
+    for value, expected in zip(got, truth[1:], strict=True):
+        torch.testing.assert_close(value, expected, rtol=1e-10, atol=1e-12)
 
 
 @pytest.mark.parametrize("processors", [4, 132])

@@ -26,9 +26,7 @@ class GpuStages:
         self.wait_for_keys, self.scale = wait_for_keys, problem.softmax_scale
         self.logits, self.needs = problem.target == "sum_logits", tuple(problem.needs)
         with torch.cuda.device(problem.q.device):
-            fused = gpu_fused.takes(problem, world)
-            sizes = gpu_body.plan_sizes(problem, fused)
-            self.plan = shard_plan(problem.key_start, problem.key_end, sizes, rank, world)
+            self.plan, fused = self._planned(problem, rank, world)
             self.chunks = len(self.plan.shards)
             gpu_body.prepare(problem, fused)
             self._take_teacher(problem)
@@ -46,6 +44,16 @@ class GpuStages:
             self._allocate(self.plan, 1 if world == 1 else 2)
             if fused:
                 self.left = gpu_fused.new_left(self.plan.own, index_q)
+
+    @staticmethod
+    def _planned(problem: Problem, rank: int, world: int) -> tuple[ShardPlan, bool]:
+        """The plan, and whether KL and gradients are fused: not where rows are few and long, so that items are few."""
+        for fused in (True, False) if gpu_fused.takes(problem, world) else (False,):
+            sizes = gpu_body.plan_sizes(problem, fused)
+            plan = shard_plan(problem.key_start, problem.key_end, sizes, rank, world)
+            if gpu_body.row_kernel(plan.own) == "rows_warp":
+                break
+        return plan, fused
 
     def _take_teacher(self, problem: Problem) -> None:
         """Its queries and keys as the scores read them; e4m3 keys are made of all that there are."""
