@@ -84,8 +84,8 @@ def build_query(E, IP, rotation=0, masks=0):
                                       tiles kt_begin .. kt_begin + n_kt - 1 (n_kt >= 1); di in tile tile_base + kt
         WQ           [n·IP, E] bfloat16   masks: w·index_q, rows from token `base` on, as tiles of 128 rows lie in
                                           shared memory; written for the tokens of the items
-        MASKS, MORE  [n, 64] int32        masks: their words (`device/mask_words.cuh`), of the items' tiles; a tile's first
-                                          4,096 rows (token, head), and the others (IP = 64)
+        MASKS, MORE  [n, 64] int32        masks: their words (`device/mask_words.cuh`), of the items' tiles; a tile's
+                                          first 4,096 rows (token, head), and the others (IP = 64)
         I, q_base, ntok, nitems, grid, base int32   CTA c of `grid` <= nitems takes the items c, c + grid, ...
     """
     STAGES, TOKENS = Y_STAGES[E], 128 // IP

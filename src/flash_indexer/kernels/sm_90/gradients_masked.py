@@ -33,9 +33,9 @@ def build(E, IP):
 
         WQ           [n·IP, E] bfloat16      tiles of 128 rows as they lie in shared memory, rows from token `base` on
         DI           [tiles·128, 128] bfloat16   gradient of the scores
-        MASKS, MORE  [n, 64] int32           masks of the score tiles (`device/mask_words.cuh`), a tile's first 4,096 rows
-                                             (token, head) and the others (IP = 64); of each `pitch` times 128 rows
-                                             from a tile to the next one
+        MASKS, MORE  [n, 64] int32           masks of the score tiles (`device/mask_words.cuh`), a tile's first 4,096
+                                             rows (token, head) and the others (IP = 64); of each `pitch` times 128
+                                             rows from a tile to the next one
         DK           [S, E] float32          d_index_k, added to
         PART         [2·slots·128, E] float32    partial sums, written
         BLOCKS       as in `gradients.build_key`

@@ -4,8 +4,8 @@
     d_index_q[t,j] = w[t,j] · sum_s di[t,s]·[logit[t,j,s] > 0]·index_k[s]
     d_weights[t,j] = index_q[t,j] · sum_s di[t,s]·[logit[t,j,s] > 0]·index_k[s]
 
-The kernels that form the scores leave what one pass needs: masks [logit > 0] in bits, and of each row of a score tile the
-sums of what the row sees in it. So no logit is formed again, and a row's scores are read once:
+The kernels that form the scores leave what one pass needs: masks [logit > 0] in bits, and of each row of a score tile
+the sums of what the row sees in it. So no logit is formed again, and a row's scores are read once:
 
     warps 0-3, 4-7    64 rows (token, head) each: P = di & mask in bfloat16 and O += P index_k in registers
     warps of rows     a token each, or two: its sums at the item's begin; of every key tile KL, entropy and di
@@ -56,7 +56,7 @@ def build(E, IP, warps=KL_ROW_WARPS):
     STAGES, X_STAGES, TOKENS = kl_stages(E, IP), KL_INDEX_STAGES[E], 128 // IP
     registers, threads = kl_registers(E, warps), kl_threads(warps)
     feeder = threads - 128
-    full, empty, x_full, x_empty = 0, 2 * STAGES, 3 * STAGES, 3 * STAGES + X_STAGES
+    empty, x_full, x_empty = 2 * STAGES, 3 * STAGES, 3 * STAGES + X_STAGES  # behind those of full stages and of di
     ring_type = f"KlRing<{E}, {IP}, {STAGES}, {X_STAGES}>"
     nq, nk, nt, nr = T.dynamic("nq"), T.dynamic("nk"), T.dynamic("nt"), T.dynamic("nr")
     nm, nb, ni, no, nw = T.dynamic("nm"), T.dynamic("nb"), T.dynamic("ni"), T.dynamic("no"), T.dynamic("nw")
@@ -134,13 +134,13 @@ def build(E, IP, warps=KL_ROW_WARPS):
                         key = key * 128
                         for _ in T.serial(steps):
                             T.barrier_wait(bars[empty + stage], parity)
-                            T.tma_copy(P[row : row + TOKENS, 0:128], Ss[stage, 0:TOKENS, :], barrier=bars[full + stage])
+                            T.tma_copy(P[row : row + TOKENS, 0:128], Ss[stage, 0:TOKENS, :], barrier=bars[stage])
                             T.tma_copy(
-                                X[row : row + TOKENS, 0:128], Ss[stage, TOKENS : 2 * TOKENS, :], barrier=bars[full + stage]
-                            )  # fmt: skip
-                            T.tma_copy(MASKS[mask : mask + 8, 0:MASK_WORDS], Ms[stage, :, :], barrier=bars[full + stage])
-                            T.tma_copy(IK[key : key + 128, 0:E], Ys[stage, :, :], barrier=bars[full + stage])
-                            commit((bars, full + stage))
+                                X[row : row + TOKENS, 0:128], Ss[stage, TOKENS : 2 * TOKENS, :], barrier=bars[stage]
+                            )
+                            T.tma_copy(MASKS[mask : mask + 8, 0:MASK_WORDS], Ms[stage, :, :], barrier=bars[stage])
+                            T.tma_copy(IK[key : key + 128, 0:E], Ys[stage, :, :], barrier=bars[stage])
+                            commit((bars, stage))
                             key = key + 128
                             row = row + 128
                             mask = mask + 8 * IP

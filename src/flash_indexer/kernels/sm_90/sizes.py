@@ -90,7 +90,7 @@ def kl_threads(warps: int) -> int:
 def kl_registers(E: int, warps: int) -> tuple[int, int, int]:
     """Of a thread of each role: what those that multiply and copy leave is for the warps of rows."""
     threads = kl_threads(warps)
-    multiplies, copies = {32: 96, 64: 112, 128: 144}[E], 24
+    multiplies, copies = {32: 96, 64: 112, 128: 136}[E], 24
     left = 65536 // threads // 8 * 8 * threads - 256 * multiplies - 128 * copies
     return multiplies, min(left // (threads - 384) // 8 * 8, 168), copies
 
