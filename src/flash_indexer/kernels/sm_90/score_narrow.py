@@ -54,14 +54,14 @@ SOURCE = source(__file__)
 WARPGROUPS = 3
 REGISTERS = (160, 32)  # of a thread of the warps that compute, of the others
 
-# of a thread that computes: stage of Q and its parity; stage of K; which barrier tells that it is full, plus their number
-# where the parity is 1
+# of a thread that computes: stage of Q and its parity; stage of K; which barrier tells that it is full, and where its
+# parity is 1 their number more
 Q_STAGE, Q_PARITY, K_STAGE, K_FULL = range(4)
 # of its item: numbers, and rows of L of the thread's two
 TOKEN, TILES, TILE, FIRST, SECOND = range(5)
 NEXT = 2  # of L's registers, the next head's
-# where in shared memory Q and K begin, and the stages at hand, in units of 16 bytes; the scale of the thread's first key,
-# in bytes
+# where in shared memory Q and K begin, and the stages at hand, in units of 16 bytes; the scale of the thread's first
+# key, in bytes
 Q_ROWS, K_ROWS, QUERIES, KEYS, SCALES = range(5)
 
 
