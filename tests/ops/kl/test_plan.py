@@ -182,6 +182,13 @@ def test_memory_stays_within_the_workspace() -> None:
         for chunk in made.chunks:
             held = chunk.tiles * BYTES_PER_TILE + chunk.gradients.slots * TILE * 128 * 4
             assert held <= workspace or chunk.end - chunk.begin <= TILE
+        for heads in (8, 64):
+            wanted = sizes(S, workspace, heads)._replace(fused=True)
+            for chunk in make_plan(key_start, key_end, wanted, CPU).chunks:
+                tokens, pairs = chunk.end - chunk.begin, chunk.tiles * TILE**2
+                held = pairs * (10 + heads // 8) + chunk.tiles * TILE * 12 + tokens * heads * 128 * 2
+                held += chunk.gradients.slots * TILE * 128 * 4
+                assert held <= workspace or tokens <= TILE
     assert len(make_plan(key_start, key_end, sizes(S, 2**29), CPU).chunks) == 1
 
 

@@ -1,4 +1,5 @@
 #pragma once
+#include "rows.cuh"
 #include "score.cuh"
 // rows of 32 bytes, of 32 columns in e4m3: one step of a product
 template <int ROWS>
@@ -6,10 +7,10 @@ struct Tile<16, ROWS> {
   static __device__ __forceinline__ uint64_t descriptor(int low) { return (uint64_t)0xc0000010u << 32 | (unsigned)low; }
   static __device__ constexpr int along_row(int k) { return 0; }
 };
-// s = Q K^T of a head: addresses as in Tile
-template <int D>
+// s = Q K^T of a head, SIGN -1: the negative of it; addresses as in Tile
+template <int D, int SIGN>
 static __device__ __forceinline__ void nr_product(float* s, int q, int k) {
-  wg_product<128, D, 64>(s, wg_uniform(q), wg_uniform(k));
+  wg_product<128, D, 64, SIGN>(s, wg_uniform(q), wg_uniform(k));
 }
 // a += l (s + |s|), twice the weighted ReLU; l = the row scalars of the thread's two rows
 static __device__ __forceinline__ void nr_add_twice(const float* s, float* a, const float* l) {
@@ -21,4 +22,74 @@ static __device__ __forceinline__ int nr_row(int token, int last) { return min(t
 // the thread's first row of OUT: its tokens are the first or the last 64 of their block
 static __device__ __forceinline__ int nr_out(int tile, int token) {
   return tile * 128 + (token & 64) + warpgroup_row();
+}
+// a += l relu(-s), and bits[0], bits[1] = the masks [s < 0] of the thread's rows, in the order of `score_narrow.build`;
+// those of the head before move to bits[2], bits[3]. |s| - s is twice the ReLU: an instruction at twice the rate of a
+// maximum, for signs take what a maximum would
+static __device__ __forceinline__ void nr_add_masks(const float* s, float* a, const float* l, unsigned* bits) {
+  const float factor[2] = {0.5f * l[0], 0.5f * l[1]};
+#pragma unroll
+  for (int h = 0; h < 2; ++h) {
+    bits[2 + h] = bits[h];
+    bits[h] = 0u;
+  }
+#pragma unroll
+  for (int g = 0; g < 8; ++g)
+#pragma unroll
+    for (int h = 0; h < 2; ++h)
+#pragma unroll
+      for (int c = 0; c < 2; ++c) {
+        const int i = 8 * g + 2 * h + c, j = i + 4;
+        bits[h] |= mask_signs(s[i], s[j]) & 0x10001u << (8 * c + 7 - g);
+        a[i] = fmaf(fabsf(s[i]) - s[i], factor[h], a[i]);
+        a[j] = fmaf(fabsf(s[j]) - s[j], factor[h], a[j]);
+      }
+}
+// MASKS of two heads, when `head` is the second of them or the last of all: `row` of OUT is the thread's first
+static __device__ __forceinline__ void nr_store_masks(
+    const unsigned* bits, void* MASKS, int row, int IP, int head, int heads) {
+  const bool second = head & 1;
+  if (!second && head + 1 < heads) return;
+  uint2* to = (uint2*)MASKS + ((long long)row * IP + head) / 2 * 4 + (threadIdx.x & 3);
+#pragma unroll
+  for (int h = 0; h < 2; ++h) to[16 * IP * h] = make_uint2(second ? bits[2 + h] : bits[h], bits[h]);
+}
+// the keys that the thread's two rows see; `token` is the warpgroup's first
+static __device__ __forceinline__ void nr_limits(int* limits, const int* KS, const int* KE, int token, int last) {
+#pragma unroll
+  for (int h = 0; h < 2; ++h) {
+    const int t = nr_row(token + 8 * h, last);
+    limits[2 * h] = load_int(KS, t), limits[2 * h + 1] = load_int(KE, t);
+  }
+}
+// LEFT of the thread's rows, `row` and row + 8, over the keys that their tokens see: sums (MODE 0), or maxima and sums of
+// exponentials (MODE 1); `key` is the tile's first. The accumulator is cleared for the next tile
+template <int MODE>
+static __device__ __forceinline__ void nr_leave(float* a, float* LEFT, const int* limits, int row, int key) {
+  if (max(limits[0], limits[2]) > key || min(limits[1], limits[3]) < key + 128)
+    mask_keys<128>(a, limits, key, MODE == 0 ? 0.0f : -INFINITY);
+#pragma unroll
+  for (int h = 0; h < 2; ++h) {
+    float top = -INFINITY, sums[2] = {0.0f, 0.0f};
+    if (MODE == 1) {
+#pragma unroll
+      for (int g = 0; g < 16; ++g) top = max_or_nan(top, max_or_nan(a[4 * g + 2 * h], a[4 * g + 2 * h + 1]));
+      top = quad_max_or_nan(top);
+    }
+    const float base = top == -INFINITY ? 0.0f : top;
+#pragma unroll
+    for (int g = 0; g < 16; ++g)
+#pragma unroll
+      for (int c = 0; c < 2; ++c) {
+        const float x = a[4 * g + 2 * h + c];
+        sums[c] += MODE == 0 ? x : rows_exp(x - base);
+      }
+    const float sum = quad_sum(sums[0] + sums[1]);
+    if ((threadIdx.x & 3) == 0) {
+      if (MODE == 0) LEFT[row + 8 * h] = sum;
+      if (MODE == 1) *(float2*)(LEFT + 2LL * (row + 8 * h)) = make_float2(top, sum);
+    }
+  }
+#pragma unroll
+  for (int i = 0; i < 64; ++i) a[i] = 0.0f;
 }

@@ -22,6 +22,10 @@ Of e4m3 rows (`build_fp8`, the indexer's) each row of Q and K has a scale. The q
 an array beside their stage of K, come and go with it, and multiply the sum over heads. Products are half as long, and
 what lies between them counts: a stage holds two heads, the next one is waited for before the last sum of this one, and
 max(x, 0) is half of x + |x|, an instruction at twice the rate of a maximum.
+
+With `left` a tile leaves what the kernel that follows would have to form again (`kl_gradients`): sums of its rows over
+the keys that a token sees, and of the indexer which logits are positive. The product is then -Q K^T, for which that is
+the sign: zero has none. Words of masks of two heads are kept and written together, so that a quad fills 32 bytes.
 """
 
 import tilelang.language as T
@@ -52,19 +56,32 @@ REGISTERS = (160, 32)  # of a thread of the warps that compute, of the others
 # of a thread that computes: stage of Q and its parity; stage of K; which barrier tells that it is full, and its parity
 Q_STAGE, Q_PARITY, K_STAGE, K_FULL, K_PARITY = range(5)
 STATE = 5
+# of its item: numbers, the tile's first key, and rows of L of the thread's two
+TOKEN, TILES, TILE, KEY, FIRST, SECOND = range(6)
 NEXT = 2  # of L's registers, the next head's
 # where in shared memory Q and K begin, in units of 16 bytes, and the scale of the thread's first key, in bytes
 Q_ROWS, K_ROWS, SCALES = range(3)
 
 
-def build(D, mode):
+def build(D, mode, left=0):
     """The kernel for head width D (64, 128; the indexer's 32) and a mode of `score`: EXP, RELU or SUM.
 
     Run-time arguments: Q [T, H·D] and K [S, G·D] bfloat16, L [T·H] float32, OUT [tiles·128, 128] float32, ITEMS int32
     (`items.NarrowItem`): CTA c of `grid` takes items c, c + grid, ...; whole tiles are written, unmasked.
     Row 0 of Q and L is token qbase.
+
+    left: 1 takes, before ITEMS, the intervals KS and KE [T] int32, and writes of each row of OUT, over the keys seen:
+
+        EXP   TSUM [tiles·128] float32        sum of the scores, 0 where no key is seen
+        RELU  TOPS [tiles·128, 2] float32     maximum m (NaN where a score is, -inf where no key is seen) and sum of
+                                              exp(score - m)
+              MASKS [tiles·512·IP] int32      bits [Q[t,h] · K[s] > 0] of all keys and of heads padded to IP, the last
+                                              argument; those of padded heads are not written
+
+    Word (R / 2)·8 + 2q + R % 2 of a tile's masks, R = t·IP + h, holds the keys 8g + 2q + c of the tile, g < 16, c < 2:
+    as bits 8·(2·(g % 2) + c) + 7 - g / 2, which a shift by g / 2 brings to the tops of bytes.
     """
-    return _build(D, mode, NARROW_STAGES[D], fp8=False)
+    return _build(D, mode, NARROW_STAGES[D], fp8=False, leaves=left)
 
 
 def build_fp8(E):
@@ -76,14 +93,16 @@ def build_fp8(E):
     return _build(E, RELU, NARROW_FP8[E], fp8=True)
 
 
-def _build(D, mode, stages, fp8):
+def _build(D, mode, stages, fp8, leaves=0):
     """stages: of the Q and K rings."""
+    MASKS, SIGN = leaves and mode == RELU, -1 if leaves and mode == RELU else 1
     QST, KST = stages
     FP8, dtype, PANEL, BYTES = fp8, *(("float8_e4m3fn", D, 1) if fp8 else ("bfloat16", min(D, 64), 2))
     HEADS = 2 if fp8 else 1  # of a stage of Q; zeros where there is none left
     Q_SIZE, K_SIZE = 64 * D * BYTES // 16, 128 * D * BYTES // 16  # of a head, in units of 16 bytes
     tq, hd, tk, gd = T.dynamic("tq"), T.dynamic("hd"), T.dynamic("tk"), T.dynamic("gd")
     nl, nr, ni, nk = T.dynamic("nl"), T.dynamic("nr"), T.dynamic("ni"), T.dynamic("nk")
+    nt, ns, nm = T.dynamic("nt"), T.dynamic("ns"), T.dynamic("nm")
 
     def stages_of(heads):
         return (heads + 1) // 2 if HEADS == 2 else heads
@@ -105,12 +124,12 @@ def _build(D, mode, stages, fp8):
         if FP8:
             T.call_extern("handle", f"sc_product<{D}, 0, 0>", S.access_ptr("rw"), queries, keys, 0, 0)
         else:
-            T.call_extern("handle", f"nr_product<{D}>", S.access_ptr("rw"), queries, keys)
+            T.call_extern("handle", f"nr_product<{D}, {SIGN}>", S.access_ptr("rw"), queries, keys)
 
     # S = Q[t, h] @ K[s, h // HG].T; A += f(S), of a head of the stage. L of the next head is asked for meanwhile
     @T.macro
     def step(q, v, registers, at, rows, head, H, scale, tx, place):
-        S, A, low = registers
+        S, A, low, bits = registers
         L, first, second = rows
         if not FP8:
             T.barrier_wait(q.full[v[Q_STAGE]], v[Q_PARITY])
@@ -127,12 +146,56 @@ def _build(D, mode, stages, fp8):
                     T.barrier_wait(q.full[v[Q_STAGE]], v[Q_PARITY])
         if FP8:
             T.call_extern("handle", "nr_add_twice", S.access_ptr("r"), A.access_ptr("rw"), low.access_ptr("r"))
+        elif MASKS:
+            T.call_extern(
+                "handle", "nr_add_masks", S.access_ptr("r"), A.access_ptr("rw"), low.access_ptr("r"),
+                bits.access_ptr("rw"),
+            )  # fmt: skip
         else:
             T.call_extern(
                 "handle", f"sc_add<{mode}, 0, 16>", S.access_ptr("r"), A.access_ptr("rw"), low.access_ptr("r"), scale
             )
         low[0] = low[NEXT]
         low[1] = low[NEXT + 1]
+
+    # numbers of an item, the last one's beyond the end
+    @T.macro
+    def take(ITEMS, w, item, nitems, tx):
+        for n, field in [(TOKEN, NarrowItem.TOKEN), (TILES, NarrowItem.TILES), (TILE, NarrowItem.TILE)]:
+            w[n] = number(ITEMS, T.min(item, nitems - 1) * SHORT_ITEM + field)
+        if leaves:
+            w[KEY] = number(ITEMS, T.min(item, nitems - 1) * SHORT_ITEM + NarrowItem.KEY) + tx // 128 * 128
+
+    # rows of Q and L that are the thread's first two, and L of their first head
+    @T.macro
+    def begin_rows(L, low, w, H, qbase):
+        w[FIRST] = T.call_extern("int32", "nr_row", w[TOKEN] - qbase, tq - 1) * H
+        w[SECOND] = T.call_extern("int32", "nr_row", w[TOKEN] - qbase + 8, tq - 1) * H
+        load_low(L, low, 0, w[FIRST], w[SECOND], 0)
+
+    # OUT[t] = A[t], and what is left of the tile. What the next item begins with is asked for meanwhile
+    @T.macro
+    def store(A, tensors, left, low, w, item, sizes, tx):
+        L, OUT, ITEMS = tensors
+        H, _, _, qbase, nitems, _ = sizes
+        limits = T.alloc_local((4,), "int32")
+        row = T.alloc_var("int32")
+        key = T.alloc_var("int32")
+        row = T.call_extern("int32", "nr_out", w[TILE] + tx // 128, w[TOKEN])
+        if leaves:
+            key = w[KEY]
+            T.call_extern(
+                "handle", "nr_limits", limits.access_ptr("w"), T.address_of(left[0][0]), T.address_of(left[1][0]),
+                w[TOKEN], qbase + tq - 1,
+            )  # fmt: skip
+        take(ITEMS, w, item, nitems, tx)
+        T.call_extern("handle", f"sc_store_rows<{int(not leaves)}>", A.access_ptr("rw"), T.address_of(OUT[0, 0]), row)
+        begin_rows(L, low, w, H, qbase)
+        if leaves:
+            T.call_extern(
+                "handle", f"nr_leave<{mode}>", A.access_ptr("rw"), T.address_of(left[2][0]), limits.access_ptr("r"),
+                row, key,
+            )  # fmt: skip
 
     # the stage of K goes back, when its scales have been read
     @T.macro
@@ -150,23 +213,20 @@ def _build(D, mode, stages, fp8):
             v[K_STAGE] = v[K_STAGE] - KST
 
     @T.macro
-    def compute(bx, q, k, arrays, tensors, sizes, tx):
+    def compute(bx, q, k, arrays, tensors, left, sizes, tx):
         Qs, Ks, Ss = arrays
-        L, OUT, ITEMS = tensors
+        L, _, ITEMS = tensors
         H, HG, scale, qbase, nitems, grid = sizes
         S = T.alloc_local((64,), "float32")
         A = T.alloc_local((64,), "float32")
         low = T.alloc_local((4,), "float32")
+        bits = T.alloc_local((4,), "uint32") if MASKS else None
         v = T.alloc_local((STATE,), "int32")
         at = T.alloc_local((3,), "int32")
         factor = T.alloc_var("float32")
         count = T.alloc_var("int32")
-        place = T.alloc_var("int32")
-        token = T.alloc_var("int32")
+        w = T.alloc_local((6,), "int32")
         tiles = T.alloc_var("int32")
-        tile = T.alloc_var("int32")
-        first = T.alloc_var("int32")
-        second = T.alloc_var("int32")
         head = T.alloc_var("int32")
         v[Q_STAGE] = 0
         v[Q_PARITY] = 0
@@ -182,37 +242,37 @@ def _build(D, mode, stages, fp8):
             A[i] = 0.0
         count = count_items(nitems, bx, grid)
         # for tokens, tiles in items: OUT = f(Q[tokens] @ K[tile].T).sum(0)
+        take(ITEMS, w, bx, nitems, tx)
+        begin_rows(L, low, w, H, qbase)
         for it in T.serial(count):
-            place = (bx + it * grid) * SHORT_ITEM
-            token = number(ITEMS, place + NarrowItem.TOKEN)
-            tiles = number(ITEMS, place + NarrowItem.TILES)
+            tiles = w[TILES]
             if tx // 128 < tiles:
-                first = T.call_extern("int32", "nr_row", token - qbase, tq - 1) * H
-                second = T.call_extern("int32", "nr_row", token - qbase + 8, tq - 1) * H
                 head = 0
                 if FP8:
                     T.barrier_wait(q.full[v[Q_STAGE]], v[Q_PARITY])
-                load_low(L, low, 0, first, second, 0)
-                for _ in T.serial(H // HG):
+                for _ in T.serial(1 if MASKS else H // HG):  # the indexer has one key head
                     T.barrier_wait(k.full[tx // 128 * KST + v[K_FULL]], v[K_PARITY])
                     advance(v[K_FULL], v[K_PARITY], KST)
                     for _ in T.serial(stages_of(HG)):
                         for n in list(range(HEADS)):
-                            step(q, v, (S, A, low), at, (L, first, second), head, H, factor, tx, n)
+                            step(q, v, (S, A, low, bits), at, (L, w[FIRST], w[SECOND]), head, H, factor, tx, n)
+                            if MASKS:
+                                T.call_extern(
+                                    "handle", "nr_store_masks", bits.access_ptr("r"), T.address_of(left[3][0]),
+                                    T.call_extern("int32", "nr_out", w[TILE] + tx // 128, w[TOKEN]), left[4], head, H,
+                                )  # fmt: skip
                             head = head + 1
                     end_group(k, v, A, at, tx)
                     next_group(v, tiles)
-                tile = number(ITEMS, place + NarrowItem.TILE) + tx // 128
-                T.call_extern(
-                    "handle", "sc_store_rows", A.access_ptr("rw"), T.address_of(OUT[0, 0]),
-                    T.call_extern("int32", "nr_out", tile, token),
-                )  # fmt: skip
+                store(A, tensors, left, low, w, bx + (it + 1) * grid, sizes, tx)
             else:
                 for _ in T.serial(stages_of(H)):
                     T.barrier_wait(q.full[v[Q_STAGE]], v[Q_PARITY])
                     next_stage(q, v, tx)
                 for _ in T.serial(H // HG):
                     next_group(v, tiles)
+                take(ITEMS, w, bx + (it + 1) * grid, nitems, tx)
+                begin_rows(L, low, w, H, qbase)
 
     @T.macro
     def feed_queries(bx, Q, q, ITEMS, H, qbase, nitems, grid):
@@ -279,7 +339,7 @@ def _build(D, mode, stages, fp8):
                 column = column + D
 
     @T.macro
-    def body(bx, operands, KS, tensors, sizes):
+    def body(bx, operands, scales, tensors, left, sizes):
         Q, K = operands
         ITEMS = tensors[2]
         H, HG, _, qbase, nitems, grid = sizes
@@ -296,14 +356,14 @@ def _build(D, mode, stages, fp8):
         tx = T.get_thread_binding()
         if tx < 384:
             T.set_max_nreg(REGISTERS[0], 1)
-            compute(bx, q, k, (Qs, Ks, Ss), tensors, sizes, tx)
+            compute(bx, q, k, (Qs, Ks, Ss), tensors, left, sizes, tx)
         else:
             T.set_max_nreg(REGISTERS[1], 0)
             if tx < 416:
                 feed_queries(bx, Q, q, ITEMS, H, qbase, nitems, grid)
             else:
                 if tx < 448:
-                    feed_keys(bx, (K, KS), k, Ss, ITEMS, H // HG, nitems, grid)
+                    feed_keys(bx, (K, scales), k, Ss, ITEMS, H // HG, nitems, grid)
 
     if FP8:
 
@@ -314,9 +374,38 @@ def _build(D, mode, stages, fp8):
             H: T.int32, qbase: T.int32, nitems: T.int32, grid: T.int32,
         ):  # fmt: skip
             with T.Kernel(grid, threads=512) as bx:
-                body(bx, (Q, K), KS, (L, OUT, ITEMS), (H, H, 1.0, qbase, nitems, grid))
+                body(bx, (Q, K), KS, (L, OUT, ITEMS), None, (H, H, 1.0, qbase, nitems, grid))
 
         return flash_indexer_score_narrow_fp8
+
+    if MASKS:
+
+        @T.prim_func
+        def flash_indexer_score_narrow_masks(
+            Q: T.Tensor((tq, hd), dtype), K: T.Tensor((tk, gd), dtype), L: T.Tensor((nl,), "float32"),
+            OUT: T.Tensor((nr, 128), "float32"), KS: T.Tensor((nt,), "int32"), KE: T.Tensor((nt,), "int32"),
+            TOPS: T.Tensor((ns,), "float32"), MASKS: T.Tensor((nm,), "int32"), ITEMS: T.Tensor((ni,), "int32"),
+            H: T.int32, HG: T.int32, scale: T.float32, qbase: T.int32, nitems: T.int32, grid: T.int32, IP: T.int32,
+        ):  # fmt: skip
+            with T.Kernel(grid, threads=512) as bx:
+                left = KS, KE, TOPS, MASKS, IP
+                body(bx, (Q, K), None, (L, OUT, ITEMS), left, (H, HG, scale, qbase, nitems, grid))
+
+        return flash_indexer_score_narrow_masks
+
+    if leaves:
+
+        @T.prim_func
+        def flash_indexer_score_narrow_sums(
+            Q: T.Tensor((tq, hd), dtype), K: T.Tensor((tk, gd), dtype), L: T.Tensor((nl,), "float32"),
+            OUT: T.Tensor((nr, 128), "float32"), KS: T.Tensor((nt,), "int32"), KE: T.Tensor((nt,), "int32"),
+            TSUM: T.Tensor((ns,), "float32"), ITEMS: T.Tensor((ni,), "int32"),
+            H: T.int32, HG: T.int32, scale: T.float32, qbase: T.int32, nitems: T.int32, grid: T.int32,
+        ):  # fmt: skip
+            with T.Kernel(grid, threads=512) as bx:
+                body(bx, (Q, K), None, (L, OUT, ITEMS), (KS, KE, TSUM), (H, HG, scale, qbase, nitems, grid))
+
+        return flash_indexer_score_narrow_sums
 
     @T.prim_func
     def flash_indexer_score_narrow(
@@ -325,6 +414,6 @@ def _build(D, mode, stages, fp8):
         H: T.int32, HG: T.int32, scale: T.float32, qbase: T.int32, nitems: T.int32, grid: T.int32,
     ):  # fmt: skip
         with T.Kernel(grid, threads=512) as bx:
-            body(bx, (Q, K), None, (L, OUT, ITEMS), (H, HG, scale, qbase, nitems, grid))
+            body(bx, (Q, K), None, (L, OUT, ITEMS), None, (H, HG, scale, qbase, nitems, grid))
 
     return flash_indexer_score_narrow

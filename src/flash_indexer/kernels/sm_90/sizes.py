@@ -243,6 +243,8 @@ BUILDERS = {
         (
             *({"D": D, "mode": mode} for D in HEAD_WIDTHS if D in NARROW_STAGES for mode in (EXP, SUM)),
             *({"D": E, "mode": RELU} for E in INDEX_WIDTHS),
+            *({"D": D, "mode": EXP, "left": 1} for D in HEAD_WIDTHS if D in NARROW_STAGES),
+            *({"D": E, "mode": RELU, "left": 1} for E in INDEX_WIDTHS),
         ),
     ),
     "score_narrow_fp8": Kernel("score_narrow", "build_fp8", INDEX),

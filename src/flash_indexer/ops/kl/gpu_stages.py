@@ -7,7 +7,7 @@ from torch import Tensor
 
 from flash_indexer.ops import launch
 from flash_indexer.ops.blockwise import compute_dtype
-from flash_indexer.ops.kl import gpu_body
+from flash_indexer.ops.kl import gpu_body, gpu_fused
 from flash_indexer.ops.kl.arithmetic import FP8, with_wide_teacher
 from flash_indexer.ops.kl.gpu_fp8 import Fp8Index, Fp8Teacher, TeacherRows, has_fp8_teacher
 from flash_indexer.ops.kl.plan_shards import ShardPlan, shard_plan
@@ -20,13 +20,15 @@ from flash_indexer.ops.worklists import TILE
 class GpuStages:
     """See `stages.Stages`. Buffers are made once, for the largest chunk, and used by every chunk."""
 
+    left: gpu_fused.Left | None = None  # what scores leave, where they do
+
     def __init__(self, problem: Problem, rank: int, world: int, wait_for_keys: WaitForKeys | None) -> None:
         self.wait_for_keys, self.scale = wait_for_keys, problem.softmax_scale
         self.logits, self.needs = problem.target == "sum_logits", tuple(problem.needs)
         with torch.cuda.device(problem.q.device):
-            self.plan = shard_plan(problem.key_start, problem.key_end, gpu_body.plan_sizes(problem), rank, world)
+            self.plan, fused = self._planned(problem, rank, world)
             self.chunks = len(self.plan.shards)
-            gpu_body.prepare(problem)
+            gpu_body.prepare(problem, fused)
             self._take_teacher(problem)
             index_q, index_k, weights = map(launch.aligned, problem.leaves)
             self.leaves = (index_q, index_k, weights)
@@ -40,6 +42,18 @@ class GpuStages:
                 self._find_lse()
             self.sums = new_sums(problem, every_row_is_written=world == 1 and self.plan.own.complete)
             self._allocate(self.plan, 1 if world == 1 else 2)
+            if fused:
+                self.left = gpu_fused.new_left(self.plan.own, index_q)
+
+    @staticmethod
+    def _planned(problem: Problem, rank: int, world: int) -> tuple[ShardPlan, bool]:
+        """The plan, and whether KL and gradients are fused: not where rows are few and long, so that items are few."""
+        for fused in (True, False) if gpu_fused.takes(problem, world) else (False,):
+            sizes = gpu_body.plan_sizes(problem, fused)
+            plan = shard_plan(problem.key_start, problem.key_end, sizes, rank, world)
+            if gpu_body.row_kernel(plan.own) == "rows_warp":
+                break
+        return plan, fused
 
     def _take_teacher(self, problem: Problem) -> None:
         """Its queries and keys as the scores read them; e4m3 keys are made of all that there are."""
@@ -90,7 +104,8 @@ class GpuStages:
             elif self.logits:
                 gpu_body.summed_logits(self.q, self.k, chunk, out, self.scale)
             else:
-                gpu_body.teacher_scores(self.q, self.k, self.lse, chunk, out, self.scale)
+                left = () if self.left is None else (*self.row_inputs[:2], self.left.sums)
+                gpu_body.teacher_scores(self.q, self.k, self.lse, chunk, out, self.scale, left)
         return out
 
     def _quantised(self, teacher: Fp8Teacher, n: int) -> TeacherRows:
@@ -121,6 +136,12 @@ class GpuStages:
         scores, di = self.index_scores[: p.shape[0]], self.di[: p.shape[0]]
         with torch.cuda.device(self.q.device):
             leaves = self.leaves
+            if self.left is not None:
+                left = self.left.of(own.tiles)
+                gpu_body.index_scores(*leaves, own, scores, (*self.row_inputs[:2], left.tops, left.masks))
+                made = gpu_fused.Outputs(di, self.sums.kl, self.sums.entropy, self.out)
+                gpu_fused.gradients((p, scores), left, leaves, self.plan.own, own, self.row_inputs, made)
+                return
             if self.fp8_index is None:
                 gpu_body.index_scores(*leaves, own, scores)
             else:

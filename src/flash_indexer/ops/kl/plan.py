@@ -37,6 +37,17 @@ class PlanSizes(NamedTuple):
     workspace_bytes: int
     processors: int
     narrow: bool = False  # whether the teacher's scores come from `narrow_items`
+    fused: bool = False  # whether scores leave what `gpu_fused` takes
+
+    @property
+    def tile_bytes(self) -> int:
+        """That a score tile takes: scores and di; masks in bits, and three sums of each row."""
+        return BYTES_PER_TILE + (TILE * TILE // 8 * self.padded_heads + 3 * 4 * TILE if self.fused else 0)
+
+    @property
+    def block_bytes(self) -> int:
+        """That a block of 128 tokens takes besides: w·index_q."""
+        return TILE * self.padded_heads * self.E * 2 if self.fused else 0
 
 
 class GradientItems(NamedTuple):
@@ -197,13 +208,15 @@ def cut(first: Tensor, end: Tensor, sizes: PlanSizes) -> list[tuple[int, int]]:
 
     A run shorter than the workspace allows is taken where its items fill the processors' rounds better.
     """
-    limit = max(sizes.workspace_bytes * (_SHARE_OF_PARTIALS - 1) // _SHARE_OF_PARTIALS // BYTES_PER_TILE, 1)
+    limit = sizes.workspace_bytes * (_SHARE_OF_PARTIALS - 1) // _SHARE_OF_PARTIALS
     counts = (end - first).tolist()
     spans, begin, blocks = [], 0, len(counts)
     while begin < blocks:
-        stop, area = begin, 0
-        while stop < blocks and (stop == begin or area + counts[stop] <= limit):
-            area += counts[stop]
+        stop, held = begin, 0
+        while stop < blocks:
+            held += counts[stop] * sizes.tile_bytes + sizes.block_bytes
+            if held > limit and stop > begin:
+                break
             stop += 1
         if stop < blocks:
             stop = begin + _even(counts[begin:stop], sizes)
