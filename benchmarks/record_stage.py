@@ -5,12 +5,12 @@
 1. text      train, validation and held-out documents (`stage_text.py`); the model's weights in a Transformers folder,
              which the twenty processes load in a second instead of twenty
 2. warm-up   of WARM_UP's indexers, --warm-up-steps of 16 sequences
-3. rates     short runs, dense, of each of RATES, and with the indexers' keys of each of INDEXER_RATES at the second of
-             RATES; the lowest perplexity on the validation text wins, and all three runs have the same
+3. rates     short dense runs of each of RATES: all runs have that of the lowest perplexity on the validation text
 4. runs      on the same tokens: dense attention (K = the sequence's length), the indexer's keys and the oracle's at
-             each --topk
-5. judgement all of them on the held-out text, dense and sparse (`stage.py`), and `flash-indexer evaluate` of the
-             indexers' runs, on --evaluate-sequences: dense, sparse before and sparse after
+             each --topk. At the first one the indexer's run is made at each of INDEXER_RATES, for its indexers drift
+             with the model: the one that is best on the validation text counts, and further --topk have its rate
+5. held-out  all of them on the held-out text, dense and sparse (`stage.py`)
+6. judgement `flash-indexer evaluate` of the indexers' runs, on --evaluate-sequences: dense, sparse before and after
 
 Called again it goes on where it was. Every command is in OUT/commands.txt, what it printed in OUT/logs.
 """
@@ -34,8 +34,10 @@ from flash_indexer.models.load import load_model
 
 HERE = Path(__file__).parent
 RATES = ("3e-5", "1e-4", "3e-4")
-INDEXER_RATES = ("3e-4", "1e-3", "3e-3")
+INDEXER_RATES = ("1e-4", "3e-4", "1e-3")
+STEPS = ("warm-up", "rates", "runs", "held-out", "judgement")
 WARM_UP = ["--num-heads", "16", "--head-dim", "128", "--lr", "3e-3", "--batch-size", "16"]
+VALIDATION_SEQUENCES = "24"
 SCHEDULE = ["--warmup-steps", "10", "--decay", "cosine"]
 
 
@@ -45,11 +47,13 @@ def main() -> None:
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--text", type=Path, help="folder of train, validation and held_out.jsonl; default: made")
     parser.add_argument("--length", type=int, default=2048, help="tokens of a sequence")
-    parser.add_argument("--warm-up-steps", type=int, default=700)
-    parser.add_argument("--topk", type=int, nargs="+", default=[128, 256], help="rates are chosen at the first")
+    parser.add_argument("--warm-up-steps", type=int, default=1200)
+    parser.add_argument(
+        "--topk", type=int, nargs="+", default=[128, 256], help="the indexers' rate is chosen at the first"
+    )
     parser.add_argument("--steps", type=int, default=60, help="of each of the runs")
     parser.add_argument("--rate-steps", type=int, default=40)
-    parser.add_argument("--rates", type=Path, help="folder of another record, whose rates are taken")
+    parser.add_argument("--rates", type=Path, help="folder of another record, whose rate of the model is taken")
     parser.add_argument(
         "--batch-size", type=int, default=8, help="sequences; the host sets the pace, so many cost little"
     )
@@ -59,10 +63,10 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=3, help="commands at a time")
     parser.add_argument("--gpus", type=int, default=1, help="GPUs that commands take in turns")
     parser.add_argument("--dtype", default="bfloat16")
-    parser.add_argument("--until", choices=("warm-up", "rates", "runs", "judgement"), default="judgement")
+    parser.add_argument("--until", choices=STEPS, default=STEPS[-1])
     stage = Stage(parser.parse_args())
     stage.prepare()
-    for name in ("warm-up", "rates", "runs", "judgement"):
+    for name in STEPS:
         getattr(stage, name.replace("-", "_"))()
         if name == stage.options.until:
             break
@@ -102,48 +106,50 @@ class Stage:
         if (self.out / "rates.json").exists():
             return
         if (other := self.options.rates) is not None:
-            steps = json.loads((other / "warm" / "run.json").read_text(encoding="utf-8"))["settings"]["steps"]
-            chosen = json.loads((other / "rates.json").read_text(encoding="utf-8")) | dict(warm_up_steps=steps)
-            (self.out / "rates.json").write_text(json.dumps(chosen) + "\n", encoding="utf-8")
+            self.write_rates(lr=read_rates(other)["lr"])
             return
-        steps, length, topk = self.options.rate_steps, self.options.length, self.options.topk[0]
-        first = INDEXER_RATES[0]
-        dense, sparse = ({lr: f"rate-{lr}" for lr in RATES}, {lr: f"indexer-rate-{lr}" for lr in INDEXER_RATES})
-        runs = {name: self.sparse(name, length, "indexer", lr, first, steps) for lr, name in dense.items()}
-        runs |= {name: self.sparse(name, topk, "indexer", RATES[1], rate, steps) for rate, name in sparse.items()}
-        self.together(runs)
-        judged = {"dense": dense, f"indexer {topk}": sparse}
-        files = {attention: self.out / f"validation-{attention.replace(' ', '-')}.json" for attention in judged}
-        wanted = {
-            at: (list(names.values()), self.text / "validation.jsonl", "24", files[at]) for at, names in judged.items()
-        }
-        self.together({name: words for of_one in wanted.values() for name, words in self.judge_each(*of_one).items()})
-        self.together({file.stem: self.judge(*wanted[attention]) for attention, file in files.items()})
-        lr, rate = (best(files[attention], names, attention) for attention, names in judged.items())
-        (self.out / "rates.json").write_text(json.dumps(dict(lr=lr, indexer_lr=rate)) + "\n", encoding="utf-8")
+        names, file = {lr: f"rate-{lr}" for lr in RATES}, self.out / "validation-dense.json"
+        steps, length, first = self.options.rate_steps, self.options.length, INDEXER_RATES[0]
+        self.together({name: self.sparse(name, length, "indexer", lr, first, steps) for lr, name in names.items()})
+        self.judge_all(list(names.values()), "validation", file)
+        self.write_rates(lr=best(file, names, "dense"))
 
     def runs(self) -> None:
-        chosen, steps = json.loads((self.out / "rates.json").read_text(encoding="utf-8")), self.options.steps
-        wanted = [("dense", self.options.length, "indexer")]
-        wanted += [(f"{keys}-{topk}", topk, keys) for topk in self.options.topk for keys in ("indexer", "oracle")]
+        lr, steps, (first, *others) = read_rates(self.out)["lr"], self.options.steps, self.options.topk
+        names = {rate: f"indexer-{first}-at-{rate}" for rate in INDEXER_RATES}
+        trained = {"dense": self.sparse("dense", self.options.length, "indexer", lr, INDEXER_RATES[0], steps)}
+        trained |= {name: self.sparse(name, first, "indexer", lr, rate, steps) for rate, name in names.items()}
+        trained[f"oracle-{first}"] = self.sparse(f"oracle-{first}", first, "oracle", lr, INDEXER_RATES[0], steps)
+        self.together(trained)
+        if not (chosen := self.out / f"indexer-{first}").exists():
+            file = self.out / f"validation-indexer-{first}.json"
+            self.judge_all(list(names.values()), "validation", file)
+            rate = best(file, names, f"indexer {first}")
+            self.write_rates(lr=lr, indexer_lr=rate)
+            chosen.symlink_to(names[rate])
+        rate = read_rates(self.out)["indexer_lr"]
         self.together({
-            name: self.sparse(name, topk, keys, chosen["lr"], chosen["indexer_lr"], steps)
-            for name, topk, keys in wanted
+            f"{keys}-{topk}": self.sparse(f"{keys}-{topk}", topk, keys, lr, rate, steps)
+            for topk in others
+            for keys in ("indexer", "oracle")
         })  # fmt: skip
 
-    def judgement(self) -> None:
+    def held_out(self) -> None:
         names = ["warm", "dense", *(f"{keys}-{k}" for k in self.options.topk for keys in ("indexer", "oracle"))]
-        held_out, sequences = self.text / "held_out.jsonl", str(self.options.sequences)
-        judged = self.judge_each(names, held_out, sequences, self.out / "held_out.json")
-        self.together(judged)
-        self.together({"held_out": self.judge(names, held_out, sequences, self.out / "held_out.json")})
+        self.judge_all(names, "held_out", self.out / "held_out.json")
+
+    def judgement(self) -> None:
         commands = {}
         for topk in self.options.topk:
-            words = ["evaluate", "--run", str(self.out / f"indexer-{topk}"), "--data", str(held_out)]
+            words = ["evaluate", "--run", str(self.out / f"indexer-{topk}")]
+            words += ["--data", str(self.text / "held_out.jsonl")]
             words += ["--sequences", str(min(self.options.evaluate_sequences, self.options.sequences))]
             words += ["--needles", str(self.options.needles)]
             commands[f"evaluate-{topk}"] = [sys.executable, "-m", "flash_indexer", *words]
         self.together(commands)
+
+    def write_rates(self, **rates: str) -> None:
+        (self.out / "rates.json").write_text(json.dumps(rates) + "\n", encoding="utf-8")
 
     def common(self) -> list[str]:
         data = ["--data", str(self.text / "train.jsonl")]
@@ -157,14 +163,15 @@ class Stage:
         ]  # fmt: skip
         return command("sparse", self.out / name, words)
 
-    def judge_each(self, names: Sequence[str], data: Path, sequences: str, file: Path) -> dict[str, list[str]]:
-        """A process for each run, which keeps its losses for `judge`."""
-        return {
-            f"{file.stem}-{name}": self.judge(
-                [name], data, sequences, self.out / "losses" / f"{file.stem}-{name}.json", file
-            )
+    def judge_all(self, names: Sequence[str], text: str, file: Path) -> None:
+        """Into `file`, of that text: a process for each run, which keeps its losses, then one that compares them."""
+        data, each = self.text / f"{text}.jsonl", self.out / "losses"
+        sequences = str(self.options.sequences) if text == "held_out" else VALIDATION_SEQUENCES
+        self.together({
+            f"{file.stem}-{name}": self.judge([name], data, sequences, each / f"{file.stem}-{name}.json", file)
             for name in names
-        }
+        })  # fmt: skip
+        self.together({file.stem: self.judge(names, data, sequences, file)})
 
     def judge(
         self, names: Sequence[str], data: Path, sequences: str, file: Path, keep: Path | None = None
@@ -200,6 +207,12 @@ class Stage:
         if code == 0:
             done.touch()
         return code
+
+
+def read_rates(record: Path) -> dict[str, str]:
+    """The model's rate, and the indexers' where it has been chosen."""
+    rates: dict[str, str] = json.loads((record / "rates.json").read_text(encoding="utf-8"))
+    return rates
 
 
 def best(file: Path, names: dict[str, str], attention: str) -> str:

@@ -131,8 +131,7 @@ def page(found: dict[str, Any], record: Path, out: Path) -> str:
         f"What `flash-indexer evaluate` says of the indexers' runs, layer by layer and with needles: {links}.", "",
         "## Training", "",
         *training(record), "",
-        f"Rates, chosen on validation text{chosen_after(rates)}: {rates['lr']} for the model, {rates['indexer_lr']} "
-        "for the indexers.", "",
+        f"Rates, chosen on validation text: {rates['lr']} for the model, {rates['indexer_lr']} for the indexers.", "",
         "![Loss by step](sparse_loss.png)", "",
         "## To reproduce", "", "```bash", "python benchmarks/record_stage.py --out runs/stage",
         "python benchmarks/stage_page.py --record runs/stage --out docs/smollm2-135m", "```", "",
@@ -155,11 +154,6 @@ def training(record: Path) -> list[str]:
         f"all parameters, {dense['steps']} steps of {dense['sequences']} such sequences, the same {tokens:,} tokens "
         f"in all runs; the dense one took {dense_time:,.0f} s."
     ]
-
-
-def chosen_after(rates: dict[str, Any]) -> str:
-    """Where the rates are another record's, whose warm-up may have been of other length."""
-    return f", after a warm-up of {rates['warm_up_steps']} steps" if "warm_up_steps" in rates else ""
 
 
 def copied(report: Path, out: Path) -> Path:

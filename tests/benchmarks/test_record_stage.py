@@ -59,21 +59,25 @@ def test_from_text_to_page(
     words += ["--needles", "0"]
     first, out = tmp_path / "first", tmp_path / "stage"
     monkeypatch.setattr(record, "RATES", ("1e-4", "1e-2"))
-    monkeypatch.setattr(record, "INDEXER_RATES", ("1e-3",))
+    monkeypatch.setattr(record, "INDEXER_RATES", ("1e-3", "1e-2"))
 
     def call(folder: Path, *more: str) -> list[str]:
         monkeypatch.setattr(sys, "argv", ["record_stage", "--out", str(folder), "--dtype", "float32", *words, *more])
         record.main()
         return (folder / "commands.txt").read_text().splitlines()
 
-    assert len(call(first, "--until", "rates")) == 9
+    assert len(call(first, "--until", "rates")) == 6  # a warm-up, two dense runs, each judged, and both compared
     shutil.copytree(first / "warm", out / "warm")  # what another machine needs
     shutil.copytree(first / "logs", out / "logs", ignore=shutil.ignore_patterns("*.log"))
     commands = call(out, "--until", "runs", "--rates", str(first))
     shutil.rmtree(first)
-    assert len(commands) == 3 and all(" sparse " in line for line in commands)
-    assert len(call(out)) == 9 and call(out)[:3] == commands and len(call(out)) == 9
-    assert json.loads((out / "rates.json").read_text())["lr"] in ("1e-4", "1e-2")
+    assert len(commands) == 7 and all(" sparse " in line for line in commands[:4])
+    assert len(call(out)) == 13 and call(out)[:7] == commands and len(call(out)) == 13
+    rates = json.loads((out / "rates.json").read_text())
+    validated = json.loads((out / "validation-indexer-8.json").read_text())["runs"]
+    nats = {rate: validated[f"indexer-8-at-{rate}"]["indexer 8"]["nats"] for rate in ("1e-3", "1e-2")}
+    assert rates["lr"] in ("1e-4", "1e-2") and rates["indexer_lr"] == min(nats, key=nats.__getitem__)
+    assert (out / "indexer-8").resolve().name == f"indexer-8-at-{rates['indexer_lr']}"
     held_out = json.loads((out / "held_out.json").read_text())["runs"]
     assert set(held_out) == {"warm", "dense", "indexer-8", "oracle-8"}
     assert all(set(x) == {"dense", "indexer 8", "oracle 8"} for x in held_out.values())
@@ -83,7 +87,7 @@ def test_from_text_to_page(
     monkeypatch.setattr(sys, "argv", ["stage_page", "--record", str(out), "--out", str(tmp_path / "docs")])
     page.main()
     text = (tmp_path / "docs" / "sparse.md").read_text()
-    assert ", after a warm-up of 3 steps: 1e-" in text
+    assert f"validation text: {rates['lr']} for the model, {rates['indexer_lr']} for the indexers" in text
     assert "16 index heads of 128, 3 steps of 16 sequences of 32 tokens" in text
     assert (tmp_path / "docs" / "sparse_k8" / "comparison.md").read_text().startswith("#")
     assert "K=8: the indexer's keys cost" in text and (tmp_path / "docs" / "sparse_costs.png").stat().st_size > 1000

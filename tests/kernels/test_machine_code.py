@@ -54,12 +54,21 @@ def title(kernel: tuple[str, tuple[tuple[str, int], ...]]) -> str:
     return "-".join([name, *(f"{size}{value}" for size, value in static)])
 
 
+def leaves_masks(name: str, static: dict[str, int]) -> bool:
+    return name == "score_narrow" and "left" in static and static["mode"] == sizes.RELU
+
+
+def most_spilled(name: str, static: dict[str, int]) -> int:
+    """Bytes; numbers of an item are put aside where a tile's masks are made."""
+    return 40 if leaves_masks(name, static) else MOST_SPILLED.get(name, 0)
+
+
 def products(name: str, static: dict[str, int]) -> int:
     """Steps of 16 along the reduced dimension, for the copies of each product that the unrolled loops hold."""
     if name == "score":
         return 4 * static["D"] // 16
-    if name == "score_narrow":
-        return static["D"] // 16
+    if name == "score_narrow":  # with masks for two heads
+        return (2 if leaves_masks(name, static) else 1) * static["D"] // 16
     if name == "score_narrow_fp8":  # of 32 columns, for two heads
         return 2 * static["E"] // 32
     if name == "lse":
@@ -110,8 +119,8 @@ def test_machine_code(kernel, machine):
     name, static = kernel[0], dict(kernel[1])
     code = machine(name, **static)
     assert code.complaints == ()
-    assert code.spilled <= MOST_SPILLED.get(name, 0)
-    if name not in MOST_SPILLED:
+    assert code.spilled <= most_spilled(name, static)
+    if most_spilled(name, static) == 0:
         assert code.stack == 0
     assert code.count("QGMMA" if name.endswith("_fp8") else "HGMMA") == products(name, static)
     if name == "kl_gradients":  # of 640 threads; tiles that are wholly seen and others, of a warp's tokens

@@ -34,9 +34,10 @@ TOO_LONG = 10**5  # tokens of a document from which no attention is measured bes
 SLICES = {
     "flash_indexer_score_narrow_fp8": "index", "flash_indexer_score_fp8": "teacher",
     "flash_indexer_score": "score", "flash_indexer_rows": "rows", "flash_indexer_gradient_query": "gradient_query",
-    "flash_indexer_kl_gradients": "kl_gradients", "flash_indexer_gradient_key": "gradient_key", "flash_indexer_gradient_reduce": "gradient_reduce",
-    "flash_indexer_finish": "finish", "flash_indexer_scale": "scale", "flash_indexer_lse": "lse",
-    "flash_indexer_quantize": "quantize", "flash_indexer_rotate": "rotate",
+    "flash_indexer_kl_gradients": "kl_gradients", "flash_indexer_gradient_key": "gradient_key",
+    "flash_indexer_gradient_reduce": "gradient_reduce", "flash_indexer_finish": "finish",
+    "flash_indexer_scale": "scale", "flash_indexer_lse": "lse", "flash_indexer_quantize": "quantize",
+    "flash_indexer_rotate": "rotate",
 }  # fmt: skip
 
 SIZES = {

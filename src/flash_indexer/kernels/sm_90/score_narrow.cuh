@@ -1,4 +1,5 @@
 #pragma once
+#include "../device/mask_words.cuh"
 #include "rows.cuh"
 #include "score.cuh"
 // rows of 32 bytes, of 32 columns in e4m3: one step of a product
@@ -7,10 +8,10 @@ struct Tile<16, ROWS> {
   static __device__ __forceinline__ uint64_t descriptor(int low) { return (uint64_t)0xc0000010u << 32 | (unsigned)low; }
   static __device__ constexpr int along_row(int k) { return 0; }
 };
-// s = Q K^T of a head, SIGN -1: the negative of it; addresses as in Tile
+// s = Q K^T of a head, SIGN -1: the negative of it; addresses as in Tile, uniform
 template <int D, int SIGN>
 static __device__ __forceinline__ void nr_product(float* s, int q, int k) {
-  wg_product<128, D, 64, SIGN>(s, wg_uniform(q), wg_uniform(k));
+  wg_product<128, D, 64, SIGN>(s, q, k);
 }
 // a += l (s + |s|), twice the weighted ReLU; l = the row scalars of the thread's two rows
 static __device__ __forceinline__ void nr_add_twice(const float* s, float* a, const float* l) {
@@ -23,36 +24,36 @@ static __device__ __forceinline__ int nr_row(int token, int last) { return min(t
 static __device__ __forceinline__ int nr_out(int tile, int token) {
   return tile * 128 + (token & 64) + warpgroup_row();
 }
-// a += l relu(-s), and bits[0], bits[1] = the masks [s < 0] of the thread's rows, in the order of `score_narrow.build`;
-// those of the head before move to bits[2], bits[3]. |s| - s is twice the ReLU: an instruction at twice the rate of a
-// maximum, for signs take what a maximum would
+// a += l relu(-s), and in `bits` the masks [s < 0] of the thread's two rows (`device/mask_words.cuh`). |s| - s is twice the
+// ReLU: an instruction at twice the rate of a maximum
 static __device__ __forceinline__ void nr_add_masks(const float* s, float* a, const float* l, unsigned* bits) {
   const float factor[2] = {0.5f * l[0], 0.5f * l[1]};
+  bits[0] = bits[1] = 0u;
 #pragma unroll
-  for (int h = 0; h < 2; ++h) {
-    bits[2 + h] = bits[h];
-    bits[h] = 0u;
-  }
-#pragma unroll
-  for (int g = 0; g < 8; ++g)
+  for (int n = 0; n < 8; ++n)
 #pragma unroll
     for (int h = 0; h < 2; ++h)
 #pragma unroll
       for (int c = 0; c < 2; ++c) {
-        const int i = 8 * g + 2 * h + c, j = i + 4;
-        bits[h] |= mask_signs(s[i], s[j]) & 0x10001u << (8 * c + 7 - g);
+        const int i = 8 * n + 2 * h + c, j = i + 4;  // of g = 2n and of the next one
+        bits[h] |= mask_signs(s[i], s[j]) & 0x10001u << (8 * c + 7 - n);
         a[i] = fmaf(fabsf(s[i]) - s[i], factor[h], a[i]);
         a[j] = fmaf(fabsf(s[j]) - s[j], factor[h], a[j]);
       }
 }
-// MASKS of two heads, when `head` is the second of them or the last of all: `row` of OUT is the thread's first
+// where in memory the thread's word of its first row's first head lies; the next pair of heads is 32 bytes on
+static __device__ __forceinline__ long long nr_masks(const void* MASKS, int tile, int token, int IP) {
+  const int word = mask_word(nr_out(0, token) * IP, threadIdx.x & 3);
+  return __cvta_generic_to_global((const unsigned*)MASKS + (long long)tile * (512 * IP) + word);
+}
+// masks of two heads, the first one's number even, of the thread's rows
 static __device__ __forceinline__ void nr_store_masks(
-    const unsigned* bits, void* MASKS, int row, int IP, int head, int heads) {
-  const bool second = head & 1;
-  if (!second && head + 1 < heads) return;
-  uint2* to = (uint2*)MASKS + ((long long)row * IP + head) / 2 * 4 + (threadIdx.x & 3);
+    const unsigned* first, const unsigned* second, long long masks, int IP) {
 #pragma unroll
-  for (int h = 0; h < 2; ++h) to[16 * IP * h] = make_uint2(second ? bits[2 + h] : bits[h], bits[h]);
+  for (int h = 0; h < 2; ++h)
+    asm volatile("st.global.v2.u32 [%0], {%1, %2};" ::"l"(masks + (long long)(128 * IP) * h), "r"(first[h]),
+                 "r"(second[h])
+                 : "memory");
 }
 // the keys that the thread's two rows see; `token` is the warpgroup's first
 static __device__ __forceinline__ void nr_limits(int* limits, const int* KS, const int* KE, int token, int last) {

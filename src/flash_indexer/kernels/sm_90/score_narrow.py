@@ -25,7 +25,8 @@ max(x, 0) is half of x + |x|, an instruction at twice the rate of a maximum.
 
 With `left` a tile leaves what the kernel that follows would have to form again (`kl_gradients`): sums of its rows over
 the keys that a token sees, and of the indexer which logits are positive. The product is then -Q K^T, for which that is
-the sign: zero has none. Words of masks of two heads are kept and written together, so that a quad fills 32 bytes.
+the sign: zero has none. Words of masks of two heads are kept and written together, so that a quad fills 32 bytes, and a
+stage holds these two heads here too: what lies between the sums counts as much as they do.
 """
 
 import tilelang.language as T
@@ -53,14 +54,15 @@ SOURCE = source(__file__)
 WARPGROUPS = 3
 REGISTERS = (160, 32)  # of a thread of the warps that compute, of the others
 
-# of a thread that computes: stage of Q and its parity; stage of K; which barrier tells that it is full, and its parity
-Q_STAGE, Q_PARITY, K_STAGE, K_FULL, K_PARITY = range(5)
-STATE = 5
-# of its item: numbers, the tile's first key, and rows of L of the thread's two
-TOKEN, TILES, TILE, KEY, FIRST, SECOND = range(6)
+# of a thread that computes: stage of Q and its parity; stage of K; which barrier tells that it is full, and where its
+# parity is 1 their number more
+Q_STAGE, Q_PARITY, K_STAGE, K_FULL = range(4)
+# of its item: numbers, and rows of L of the thread's two
+TOKEN, TILES, TILE, FIRST, SECOND = range(5)
 NEXT = 2  # of L's registers, the next head's
-# where in shared memory Q and K begin, in units of 16 bytes, and the scale of the thread's first key, in bytes
-Q_ROWS, K_ROWS, SCALES = range(3)
+# where in shared memory Q and K begin, and the stages at hand, in units of 16 bytes; the scale of the thread's first
+# key, in bytes
+Q_ROWS, K_ROWS, QUERIES, KEYS, SCALES = range(5)
 
 
 def build(D, mode, left=0):
@@ -81,7 +83,8 @@ def build(D, mode, left=0):
     Word (R / 2)·8 + 2q + R % 2 of a tile's masks, R = t·IP + h, holds the keys 8g + 2q + c of the tile, g < 16, c < 2:
     as bits 8·(2·(g % 2) + c) + 7 - g / 2, which a shift by g / 2 brings to the tops of bytes.
     """
-    return _build(D, mode, NARROW_STAGES[D], fp8=False, leaves=left)
+    stages = NARROW_STAGES[D]
+    return _build(D, mode, (stages[0] // 2, stages[1]) if left and mode == RELU else stages, fp8=False, leaves=left)
 
 
 def build_fp8(E):
@@ -98,7 +101,7 @@ def _build(D, mode, stages, fp8, leaves=0):
     MASKS, SIGN = leaves and mode == RELU, -1 if leaves and mode == RELU else 1
     QST, KST = stages
     FP8, dtype, PANEL, BYTES = fp8, *(("float8_e4m3fn", D, 1) if fp8 else ("bfloat16", min(D, 64), 2))
-    HEADS = 2 if fp8 else 1  # of a stage of Q; zeros where there is none left
+    HEADS = 2 if fp8 or MASKS else 1  # of a stage of Q; zeros where there is none left
     Q_SIZE, K_SIZE = 64 * D * BYTES // 16, 128 * D * BYTES // 16  # of a head, in units of 16 bytes
     tq, hd, tk, gd = T.dynamic("tq"), T.dynamic("hd"), T.dynamic("tk"), T.dynamic("gd")
     nl, nr, ni, nk = T.dynamic("nl"), T.dynamic("nr"), T.dynamic("ni"), T.dynamic("nk")
@@ -131,17 +134,18 @@ def _build(D, mode, stages, fp8, leaves=0):
     def step(q, v, registers, at, rows, head, H, scale, tx, place):
         S, A, low, bits = registers
         L, first, second = rows
-        if not FP8:
+        if HEADS == 1:
             T.barrier_wait(q.full[v[Q_STAGE]], v[Q_PARITY])
-        multiply(
-            S, at[Q_ROWS] + v[Q_STAGE] * (HEADS * Q_SIZE) + place * Q_SIZE, at[K_ROWS] + v[K_STAGE] * K_SIZE
-        )  # fmt: skip
+        if place == 0:
+            at[QUERIES] = T.call_extern("int32", "wg_uniform", at[Q_ROWS] + v[Q_STAGE] * (HEADS * Q_SIZE))
+            at[KEYS] = T.call_extern("int32", "wg_uniform", at[K_ROWS] + v[K_STAGE] * K_SIZE)
+        multiply(S, at[QUERIES] + place * Q_SIZE, at[KEYS])
         load_low(L, low, NEXT, first, second, T.min(head + 1, H - 1))
         T.wait_wgmma(0)
         T.warpgroup_fence_operand(S, num_regs=64)
         if place == HEADS - 1:
             next_stage(q, v, tx)
-            if FP8:
+            if HEADS == 2:
                 if head + 1 < H:
                     T.barrier_wait(q.full[v[Q_STAGE]], v[Q_PARITY])
         if FP8:
@@ -149,7 +153,7 @@ def _build(D, mode, stages, fp8, leaves=0):
         elif MASKS:
             T.call_extern(
                 "handle", "nr_add_masks", S.access_ptr("r"), A.access_ptr("rw"), low.access_ptr("r"),
-                bits.access_ptr("rw"),
+                bits[place].access_ptr("w"),
             )  # fmt: skip
         else:
             T.call_extern(
@@ -160,11 +164,9 @@ def _build(D, mode, stages, fp8, leaves=0):
 
     # numbers of an item, the last one's beyond the end
     @T.macro
-    def take(ITEMS, w, item, nitems, tx):
+    def take(ITEMS, w, item, nitems):
         for n, field in [(TOKEN, NarrowItem.TOKEN), (TILES, NarrowItem.TILES), (TILE, NarrowItem.TILE)]:
             w[n] = number(ITEMS, T.min(item, nitems - 1) * SHORT_ITEM + field)
-        if leaves:
-            w[KEY] = number(ITEMS, T.min(item, nitems - 1) * SHORT_ITEM + NarrowItem.KEY) + tx // 128 * 128
 
     # rows of Q and L that are the thread's first two, and L of their first head
     @T.macro
@@ -177,18 +179,18 @@ def _build(D, mode, stages, fp8, leaves=0):
     @T.macro
     def store(A, tensors, left, low, w, item, sizes, tx):
         L, OUT, ITEMS = tensors
-        H, _, _, qbase, nitems, _ = sizes
+        H, _, _, qbase, nitems, grid = sizes
         limits = T.alloc_local((4,), "int32")
         row = T.alloc_var("int32")
         key = T.alloc_var("int32")
         row = T.call_extern("int32", "nr_out", w[TILE] + tx // 128, w[TOKEN])
         if leaves:
-            key = w[KEY]
+            key = number(ITEMS, item * SHORT_ITEM + NarrowItem.KEY) + tx // 128 * 128
             T.call_extern(
                 "handle", "nr_limits", limits.access_ptr("w"), T.address_of(left[0][0]), T.address_of(left[1][0]),
                 w[TOKEN], qbase + tq - 1,
             )  # fmt: skip
-        take(ITEMS, w, item, nitems, tx)
+        take(ITEMS, w, item + grid, nitems)
         T.call_extern("handle", f"sc_store_rows<{int(not leaves)}>", A.access_ptr("rw"), T.address_of(OUT[0, 0]), row)
         begin_rows(L, low, w, H, qbase)
         if leaves:
@@ -196,6 +198,14 @@ def _build(D, mode, stages, fp8, leaves=0):
                 "handle", f"nr_leave<{mode}>", A.access_ptr("rw"), T.address_of(left[2][0]), limits.access_ptr("r"),
                 row, key,
             )  # fmt: skip
+
+    @T.macro
+    def await_keys(k, v, tx):
+        T.barrier_wait(
+            k.full[tx // 128 * KST + v[K_FULL] - T.if_then_else(v[K_FULL] >= KST, KST, 0)],
+            T.if_then_else(v[K_FULL] >= KST, 1, 0),
+        )
+        turn(v[K_FULL], 2 * KST)
 
     # the stage of K goes back, when its scales have been read
     @T.macro
@@ -220,19 +230,20 @@ def _build(D, mode, stages, fp8, leaves=0):
         S = T.alloc_local((64,), "float32")
         A = T.alloc_local((64,), "float32")
         low = T.alloc_local((4,), "float32")
-        bits = T.alloc_local((4,), "uint32") if MASKS else None
-        v = T.alloc_local((STATE,), "int32")
-        at = T.alloc_local((3,), "int32")
+        bits = (T.alloc_local((2,), "uint32"), T.alloc_local((2,), "uint32")) if MASKS else None  # of a stage's heads
+        registers = S, A, low, bits
+        v = T.alloc_local((4,), "int32")
+        at = T.alloc_local((5,), "int32")
         factor = T.alloc_var("float32")
         count = T.alloc_var("int32")
-        w = T.alloc_local((6,), "int32")
+        w = T.alloc_local((5,), "int32")
         tiles = T.alloc_var("int32")
         head = T.alloc_var("int32")
+        masks = T.alloc_var("int64")
         v[Q_STAGE] = 0
         v[Q_PARITY] = 0
         v[K_STAGE] = tx // 128
         v[K_FULL] = 0
-        v[K_PARITY] = 0
         at[Q_ROWS] = shared_address(Qs) // 16
         at[K_ROWS] = shared_address(Ks) // 16
         if FP8:
@@ -242,36 +253,47 @@ def _build(D, mode, stages, fp8, leaves=0):
             A[i] = 0.0
         count = count_items(nitems, bx, grid)
         # for tokens, tiles in items: OUT = f(Q[tokens] @ K[tile].T).sum(0)
-        take(ITEMS, w, bx, nitems, tx)
+        take(ITEMS, w, bx, nitems)
         begin_rows(L, low, w, H, qbase)
         for it in T.serial(count):
             tiles = w[TILES]
             if tx // 128 < tiles:
-                head = 0
-                if FP8:
+                if MASKS:
+                    masks = T.call_extern(
+                        "int64", "nr_masks", T.address_of(left[3][0]), w[TILE] + tx // 128, w[TOKEN], left[4]
+                    )
+                if HEADS == 2:
                     T.barrier_wait(q.full[v[Q_STAGE]], v[Q_PARITY])
-                for _ in T.serial(1 if MASKS else H // HG):  # the indexer has one key head
-                    T.barrier_wait(k.full[tx // 128 * KST + v[K_FULL]], v[K_PARITY])
-                    advance(v[K_FULL], v[K_PARITY], KST)
-                    for _ in T.serial(stages_of(HG)):
-                        for n in list(range(HEADS)):
-                            step(q, v, (S, A, low, bits), at, (L, w[FIRST], w[SECOND]), head, H, factor, tx, n)
-                            if MASKS:
-                                T.call_extern(
-                                    "handle", "nr_store_masks", bits.access_ptr("r"), T.address_of(left[3][0]),
-                                    T.call_extern("int32", "nr_out", w[TILE] + tx // 128, w[TOKEN]), left[4], head, H,
-                                )  # fmt: skip
-                            head = head + 1
+                if HEADS == 2:  # and one group
+                    await_keys(k, v, tx)
+                    for pair in T.serial((H + 1) // 2):
+                        for n in (0, 1):
+                            step(q, v, registers, at, (L, w[FIRST], w[SECOND]), 2 * pair + n, H, factor, tx, n)
+                        if MASKS:
+                            T.call_extern(
+                                "handle", "nr_store_masks", bits[0].access_ptr("r"), bits[1].access_ptr("r"), masks,
+                                left[4],
+                            )  # fmt: skip
+                            masks = masks + 32
                     end_group(k, v, A, at, tx)
                     next_group(v, tiles)
-                store(A, tensors, left, low, w, bx + (it + 1) * grid, sizes, tx)
+                else:
+                    head = 0
+                    for _ in T.serial(H // HG):
+                        await_keys(k, v, tx)
+                        for _ in T.serial(HG):
+                            step(q, v, registers, at, (L, w[FIRST], w[SECOND]), head, H, factor, tx, 0)
+                            head = head + 1
+                        end_group(k, v, A, at, tx)
+                        next_group(v, tiles)
+                store(A, tensors, left, low, w, bx + it * grid, sizes, tx)
             else:
                 for _ in T.serial(stages_of(H)):
                     T.barrier_wait(q.full[v[Q_STAGE]], v[Q_PARITY])
                     next_stage(q, v, tx)
                 for _ in T.serial(H // HG):
                     next_group(v, tiles)
-                take(ITEMS, w, bx + (it + 1) * grid, nitems, tx)
+                take(ITEMS, w, bx + (it + 1) * grid, nitems)
                 begin_rows(L, low, w, H, qbase)
 
     @T.macro
