@@ -169,7 +169,7 @@ def test_kl_and_gradients_have_the_registers_and_shared_memory_that_they_ask_for
     assert 256 * multiply + 32 * warps * rows + 128 * copy <= 65536 // threads // 8 * 8 * threads
     stages, tokens = sizes.kl_stages(E, IP), 128 // IP
     stage = 256 * E + 2048 + tokens * (2 * 512 + 256)
-    assert stages >= 3 and stages * stage + sizes.KL_INDEX_STAGES[E] * 256 * E <= sizes.SHARED_MEMORY
+    assert stages >= 3 and stages * stage + sizes.KL_INDEX_STAGES * 256 * E <= sizes.SHARED_MEMORY
 
 
 @pytest.mark.slow

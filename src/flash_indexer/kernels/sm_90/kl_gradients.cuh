@@ -50,7 +50,8 @@ static __device__ __forceinline__ void kg_form(unsigned* p, const unsigned* bits
     }
   }
 }
-// products of `COUNT` key tiles, each in two groups of which at most two are under way; none at the end
+// products of `COUNT` key tiles, each in two groups of which at most two are under way; none at the end. Every lane hands a
+// stage back for itself, and says of its di that it is there, as in `gradients_masked.cuh`
 template <int E, int IP, int COUNT, class Ring>
 static __device__ __forceinline__ void kg_group(Ring& ring, float* o, unsigned* p) {
 #pragma unroll
@@ -69,15 +70,14 @@ static __device__ __forceinline__ void kg_group(Ring& ring, float* o, unsigned* 
     wg_accumulate<128, E, 0, 4>(o, p, y);
     if (u > 0) {
       tl::wait_wgmma<1>();
-      if ((threadIdx.x & 31) == 0) barrier_arrive(before);
+      barrier_arrive(before);
     }
     kg_form<IP, 4>(p, bits, ring.di());
     wg_accumulate<128, E, 4, 4>(o, p, y);
   }
   tl::wait_wgmma<0>();
   tl::warpgroup_fence_operand(o, E / 2);
-  __syncwarp();
-  if ((threadIdx.x & 31) == 0) barrier_arrive(ring.empty());
+  barrier_arrive(ring.empty());
   ring.next();
 }
 // d_index_q, d_index_w and w·index_q of the items, by the warps that multiply
@@ -216,8 +216,7 @@ static __device__ __forceinline__ void kg_rows(
           kg_row_tile<TOKENS, COUNT, true>(ring, tokens, totals, kl, ent, where, key, di);
         else
           kg_row_tile<TOKENS, COUNT, false>(ring, tokens, totals, kl, ent, where, key, di);
-        __syncwarp();
-        if (lane == 0) barrier_arrive(ring.ready());
+        barrier_arrive(ring.ready());
       }
       ring.next();
       if (i == 0)

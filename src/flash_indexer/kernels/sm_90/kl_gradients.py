@@ -53,7 +53,7 @@ def build(E, IP, warps=KL_ROW_WARPS):
         BLOCKS  [blocks·4] int32            as in `rows.build`, with KS, KE [T] int32, WT, KL, ENT [T] float32
         I, q_base, ntok, nitems, grid, base int32
     """
-    STAGES, X_STAGES, TOKENS = kl_stages(E, IP), KL_INDEX_STAGES[E], 128 // IP
+    STAGES, X_STAGES, TOKENS = kl_stages(E, IP), KL_INDEX_STAGES, 128 // IP
     registers, threads = kl_registers(E, warps), kl_threads(warps)
     feeder = threads - 128
     empty, x_full, x_empty = 2 * STAGES, 3 * STAGES, 3 * STAGES + X_STAGES  # behind those of full stages and of di
@@ -80,7 +80,7 @@ def build(E, IP, warps=KL_ROW_WARPS):
             Ss = T.alloc_shared((STAGES, 5 * TOKENS // 2, 128), "float32")
             Ms = T.alloc_shared((STAGES, 8, MASK_WORDS), "int32")
             bars = T.alloc_barrier(
-                [1] * STAGES + [min(warps, TOKENS)] * STAGES + [8] * STAGES + [1] * X_STAGES + [8] * X_STAGES
+                [1] * STAGES + [32 * min(warps, TOKENS)] * STAGES + [256] * STAGES + [1] * X_STAGES + [8] * X_STAGES
             )
             T.annotate_layout({x: make_swizzled_layout(x) for x in (Xs, Ys)})
             tx = T.get_thread_binding()

@@ -40,7 +40,7 @@ INDEX_TABLE_KEYS = 16384  # keys of a table of `sparse_index_table`
 SELECT_ROW, SELECT_ORDERED = 16384, 4096  # of `select`: keys of a row that it holds; slots that it puts in order
 MASK_WORDS = 64  # of 16 rows x 128 keys of masks in bits
 KL_ROW_WARPS = 8  # of `kl_gradients`: warps that make KL and di
-KL_INDEX_STAGES = {32: 2, 64: 2, 128: 1}  # of its index_q, by E
+KL_INDEX_STAGES = 1  # of its index_q: one more of keys and scores is worth more than a second one
 MASKED_REGISTERS = (232, 40)  # of `gradients_masked`: of a thread that computes, of the others
 X_STAGES, Y_STAGES = 2, {32: 10, 64: 8, 128: 4}  # of `gradients`; Y by E: about as many bytes in flight
 
@@ -97,7 +97,7 @@ def kl_registers(E: int, warps: int) -> tuple[int, int, int]:
 
 def kl_stages(E: int, IP: int) -> int:
     """Stages of its ring: a tile of index_k, 2 KiB of masks, two rows of scores and one of di for each token."""
-    left = SHARED_MEMORY - KL_INDEX_STAGES[E] * 256 * E - 1024
+    left = SHARED_MEMORY - KL_INDEX_STAGES * 256 * E - 1024
     return min(left // (256 * E + 2048 + 128 // IP * 1280), 8)
 
 
