@@ -188,8 +188,8 @@ def check_rows(size: Size, tensors: list[Tensor], others: dict[str, Any]) -> Non
 def passes(step: Callable[[], Any], size: Size) -> dict[str, dict[str, float]]:
     """Milliseconds of each kernel in one step, and TFLOP/s of the flops that it does.
 
-    Each gradient is counted with logits of its own, 4IE flops a pair, so that records compare. d_index_k takes masks of
-    the other's and does 2IE.
+    Each gradient is counted with logits of its own, 4IE flops a pair, so that records compare. Those that take masks do
+    2IE.
     """
     step()
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
