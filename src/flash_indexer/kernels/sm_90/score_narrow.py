@@ -47,7 +47,7 @@ from flash_indexer.kernels.sm_90.macros import (
     shared_address,
     turn,
 )
-from flash_indexer.kernels.sm_90.sizes import EXP, NARROW_FP8, NARROW_STAGES, RELU, SUM
+from flash_indexer.kernels.sm_90.sizes import EXP, MASK_WORDS, NARROW_FP8, NARROW_STAGES, RELU, SUM
 
 __all__ = ["PASS_CONFIGS", "build", "build_fp8"]
 SOURCE = source(__file__)
@@ -77,7 +77,7 @@ def build(D, mode, left=0):
         EXP   TSUM [tiles·128] float32        sum of the scores, 0 where no key is seen
         RELU  TOPS [tiles·128, 2] float32     maximum m (NaN where a score is, -inf where no key is seen) and sum of
                                               exp(score - m)
-              MASKS [tiles·512·IP] int32      bits [Q[t,h] · K[s] > 0] of all keys and of heads padded to IP, the last
+              MASKS [tiles·8·IP, 64] int32    bits [Q[t,h] · K[s] > 0] of all keys and of heads padded to IP, the last
                                               argument; those of padded heads are not written
 
     Word (R / 2)·8 + 2q + R % 2 of a tile's masks, R = t·IP + h, holds the keys 8g + 2q + c of the tile, g < 16, c < 2:
@@ -106,6 +106,9 @@ def _build(D, mode, stages, fp8, leaves=0):
     tq, hd, tk, gd = T.dynamic("tq"), T.dynamic("hd"), T.dynamic("tk"), T.dynamic("gd")
     nl, nr, ni, nk = T.dynamic("nl"), T.dynamic("nr"), T.dynamic("ni"), T.dynamic("nk")
     nt, ns, nm = T.dynamic("nt"), T.dynamic("ns"), T.dynamic("nm")
+
+    def beginning(tensor):
+        return T.address_of(tensor[(0,) * len(tensor.shape)])
 
     def stages_of(heads):
         return (heads + 1) // 2 if HEADS == 2 else heads
@@ -195,7 +198,7 @@ def _build(D, mode, stages, fp8, leaves=0):
         begin_rows(L, low, w, H, qbase)
         if leaves:
             T.call_extern(
-                "handle", f"nr_leave<{mode}>", A.access_ptr("rw"), T.address_of(left[2][0]), limits.access_ptr("r"),
+                "handle", f"nr_leave<{mode}>", A.access_ptr("rw"), beginning(left[2]), limits.access_ptr("r"),
                 row, key,
             )  # fmt: skip
 
@@ -260,7 +263,7 @@ def _build(D, mode, stages, fp8, leaves=0):
             if tx // 128 < tiles:
                 if MASKS:
                     masks = T.call_extern(
-                        "int64", "nr_masks", T.address_of(left[3][0]), w[TILE] + tx // 128, w[TOKEN], left[4]
+                        "int64", "nr_masks", beginning(left[3]), w[TILE] + tx // 128, w[TOKEN], left[4]
                     )
                 if HEADS == 2:
                     T.barrier_wait(q.full[v[Q_STAGE]], v[Q_PARITY])
@@ -406,8 +409,9 @@ def _build(D, mode, stages, fp8, leaves=0):
         def flash_indexer_score_narrow_masks(
             Q: T.Tensor((tq, hd), dtype), K: T.Tensor((tk, gd), dtype), L: T.Tensor((nl,), "float32"),
             OUT: T.Tensor((nr, 128), "float32"), KS: T.Tensor((nt,), "int32"), KE: T.Tensor((nt,), "int32"),
-            TOPS: T.Tensor((ns,), "float32"), MASKS: T.Tensor((nm,), "int32"), ITEMS: T.Tensor((ni,), "int32"),
-            H: T.int32, HG: T.int32, scale: T.float32, qbase: T.int32, nitems: T.int32, grid: T.int32, IP: T.int32,
+            TOPS: T.Tensor((ns, 2), "float32"), MASKS: T.Tensor((nm, MASK_WORDS), "int32"),
+            ITEMS: T.Tensor((ni,), "int32"), H: T.int32, HG: T.int32, scale: T.float32, qbase: T.int32,
+            nitems: T.int32, grid: T.int32, IP: T.int32,
         ):  # fmt: skip
             with T.Kernel(grid, threads=512) as bx:
                 left = KS, KE, TOPS, MASKS, IP
