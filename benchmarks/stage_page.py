@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import re
 import shutil
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -157,27 +158,38 @@ def training(record: Path) -> list[str]:
 
 
 def copied(report: Path, out: Path) -> Path:
-    """The folder `out` with the page of `flash-indexer evaluate`, its plot and its numbers."""
+    """The folder `out` with the page of `flash-indexer evaluate`, its plot and its numbers; paths as below."""
     out.mkdir(parents=True, exist_ok=True)
-    for name in (PAGE, PLOT, NUMBERS):
+    for name in (PLOT, NUMBERS):
         shutil.copy(report / name, out / name)
+    text = (report / PAGE).read_text(encoding="utf-8")
+    text = re.sub(r"--run \S*/", "--run runs/stage/", re.sub(r"--data \S*/", "--data runs/stage/text/", text))
+    (out / PAGE).write_text(text, encoding="utf-8")
     return out
 
 
 def plot_losses(record: Path, sparse: list[str]) -> Figure:
-    """Nats a token of the dense run and of those on few keys, by step; further K are dashed."""
+    """Nats a token that the runs on few keys lose more than the dense one on the same tokens; further K are dashed."""
     with rc_context(STYLE):
         figure = Figure(figsize=(9, 5), layout="constrained")
-        ax = figure.add_subplot(xlabel="step", ylabel=f"nats a token, mean of the last {SMOOTH} steps")
-        first = sparse[0].removeprefix("indexer") if sparse else ""
-        for name in ["dense", *sparse, *(name.replace("indexer", "oracle") for name in sparse)]:
-            lines = (record / name / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-            losses = [json.loads(line)["loss"] for line in lines]
-            style = "-" if name == "dense" or name.endswith(first) else "--"
+        ax = figure.add_subplot(
+            xlabel="step", ylabel=f"nats a token above the dense run,\nmean of the last {SMOOTH} steps"
+        )
+        dense, first = losses(record / "dense"), sparse[0].removeprefix("indexer") if sparse else ""
+        ax.axhline(0.0, color=COLOURS["dense"], label="dense")
+        for name in [*sparse, *(name.replace("indexer", "oracle") for name in sparse)]:
+            above = [x - y for x, y in zip(losses(record / name), dense, strict=True)]
+            style = "-" if name.endswith(first) else "--"
             colour = COLOURS[name.partition("-")[0]]
-            ax.plot(range(1, len(losses) + 1), smooth(losses), style, color=colour, label=name, linewidth=1.6)
+            ax.plot(range(1, len(above) + 1), smooth(above), style, color=colour, label=name, linewidth=1.6)
         ax.legend()
     return figure
+
+
+def losses(run: Path) -> list[float]:
+    """Nats a token of every step."""
+    lines = (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    return [float(json.loads(line)["loss"]) for line in lines]
 
 
 def smooth(losses: list[float]) -> list[float]:
@@ -200,7 +212,7 @@ def plot_costs(found: list[AtK]) -> Figure:
                     x, cost.cost, 0.18, yerr=cost.error, color=COLOURS[keys], alpha=1.0 if is_after else 0.35,
                     label=label, ecolor="#777777",
                 )  # fmt: skip
-                ax.annotate(f" {cost.cost:+.1%}", (x, max(cost.cost, 0.0)), ha="left", va="bottom", fontsize=10)
+                ax.annotate(f" {cost.cost:+.2%}", (x, max(cost.cost, 0.0)), ha="left", va="bottom", fontsize=9)
         ax.set_xticks(range(len(found)), [f"K={at.topk}" for at in found])
         ax.yaxis.set_major_formatter(PercentFormatter(1.0))
         ax.legend()
