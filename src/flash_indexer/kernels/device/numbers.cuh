@@ -52,9 +52,9 @@ static __device__ __forceinline__ unsigned spread_pair(unsigned x, int n) {
   asm("prmt.b32 %0, %1, %1, %2;" : "=r"(m) : "r"(x), "r"(n ? 0xbbaa : 0x9988));
   return m;
 }
-// 0xffff in the lower half where byte `n` of low has its top bit, in the upper half for that byte of high
-static __device__ __forceinline__ unsigned spread_signs(unsigned low, unsigned high, int n) {
+// 0xffff in the lower half where byte n of x has its top bit, in the upper half for byte n + 2; n is a constant
+static __device__ __forceinline__ unsigned spread_signs(unsigned x, int n) {
   unsigned m;
-  asm("prmt.b32 %0, %1, %2, %3;" : "=r"(m) : "r"(low), "r"(high), "r"(0xcc88 + 0x1111 * n));
+  asm("prmt.b32 %0, %1, %1, %2;" : "=r"(m) : "r"(x), "r"(n ? 0xbb99 : 0xaa88));
   return m;
 }

@@ -60,12 +60,14 @@ static __device__ __forceinline__ void gm_form(unsigned* p0, unsigned* p1, int d
     if (k < FIRST + 3) coming.load(k + 1, FIRST, di, mask, slice);
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const unsigned low = (unsigned)slice.bits[half].x * factor, high = (unsigned)slice.bits[half].y * factor;
+      // bytes of the thread's two keys, of one row and of the next
+      const unsigned both = __byte_perm(slice.bits[half].x, slice.bits[half].y, 0x6420 + 0x1111 * byte);
+      const unsigned first = both * factor, second = both * (factor * 16);
       const unsigned* value = slice.value[IP == 8 ? half : 0];
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
-        p0[4 * k + 2 * half + h] = define_word(value[h], spread_signs(low, high, 2 * h + byte));
-        p1[4 * k + 2 * half + h] = define_word(value[2 + h], spread_signs(low << 4, high << 4, 2 * h + byte));
+        p0[4 * k + 2 * half + h] = define_word(value[h], spread_signs(first, h));
+        p1[4 * k + 2 * half + h] = define_word(value[2 + h], spread_signs(second, h));
       }
     }
   }
