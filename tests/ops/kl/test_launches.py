@@ -68,11 +68,14 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     names: list[str] = []
 
     def load(name: str, **static: int) -> Callable[..., None]:
+        assert catalog.kernel(name, **static) in prepared, f"{name} would be compiled late"
         names.append(name)
         return lambda *arguments: check(name, static, arguments)
 
     def prepare(kernels: list[launch.Wanted]) -> None:
-        assert all(signature(name, **static) for name, static in kernels)
+        prepared.update(catalog.kernel(name, **static) for name, static in kernels)
+
+    prepared: set[catalog.Kernel] = set()
 
     monkeypatch.setattr(launch, "load", load)
     monkeypatch.setattr(launch, "prepare", prepare)
