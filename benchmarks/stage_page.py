@@ -137,7 +137,8 @@ def page(found: dict[str, Any], record: Path, out: Path, commit: str) -> str:
         *training(record), "",
         f"Rates, chosen on validation text: {rates['lr']} for the model, {rates['indexer_lr']} for the indexers.", "",
         "![Loss by step](sparse_loss.png)", "",
-        "## To reproduce", "", f"Recorded at commit {commit[:7]}.", "", "```bash", "python benchmarks/record_stage.py --out runs/stage",
+        "## To reproduce", "", f"Recorded at commit {commit[:7]}.", "",
+        "```bash", "python benchmarks/record_stage.py --out runs/stage",
         "python benchmarks/stage_page.py --record runs/stage --out docs/smollm2-135m", "```", "",
     ])  # fmt: skip
 
