@@ -62,10 +62,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--record", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--commit", default="unknown", help="that the record was made at")
     arguments = parser.parse_args()
     found = json.loads((arguments.record / "held_out.json").read_text(encoding="utf-8"))
     arguments.out.mkdir(parents=True, exist_ok=True)
-    (arguments.out / "sparse.md").write_text(page(found, arguments.record, arguments.out), encoding="utf-8")
+    (arguments.out / "sparse.md").write_text(
+        page(found, arguments.record, arguments.out, arguments.commit), encoding="utf-8"
+    )
 
 
 def costs(found: dict[str, Any]) -> list[AtK]:
@@ -105,7 +108,7 @@ def verdict(found: dict[str, Any]) -> list[str]:
     return lines
 
 
-def page(found: dict[str, Any], record: Path, out: Path) -> str:
+def page(found: dict[str, Any], record: Path, out: Path, commit: str) -> str:
     """The page; writes its plots beside it."""
     rates = json.loads((record / "rates.json").read_text(encoding="utf-8"))
     tokens = found["runs"]["dense"]["dense"]["tokens"]
@@ -134,7 +137,8 @@ def page(found: dict[str, Any], record: Path, out: Path) -> str:
         *training(record), "",
         f"Rates, chosen on validation text: {rates['lr']} for the model, {rates['indexer_lr']} for the indexers.", "",
         "![Loss by step](sparse_loss.png)", "",
-        "## To reproduce", "", "```bash", "python benchmarks/record_stage.py --out runs/stage",
+        "## To reproduce", "", f"Recorded at commit {commit[:7]}.", "",
+        "```bash", "python benchmarks/record_stage.py --out runs/stage",
         "python benchmarks/stage_page.py --record runs/stage --out docs/smollm2-135m", "```", "",
     ])  # fmt: skip
 

@@ -96,11 +96,10 @@ static __device__ __forceinline__ void gm_accumulate(float* o0, float* o1, unsig
   warpgroup_fence_operand(p0 + 4 * FIRST, 16);
   warpgroup_fence_operand(p1 + 4 * FIRST, 16);
 }
-// two groups of products of each of `COUNT` steps, of which at most two are under way; none at the end. Every lane hands
-// a stage back for itself: each has read it, and the compiler leaves out a __syncwarp before the arrival of one
+// two groups of products of each of `COUNT` steps, of which at most two are under way; none at the end
 template <int E, int IP, int COUNT, class Ring>
 static __device__ __forceinline__ void gm_group(Ring& ring, float* o0, float* o1, unsigned* p0, unsigned* p1) {
-  const int v = threadIdx.x >> 7;
+  const int v = threadIdx.x >> 7, lane = threadIdx.x & 31;
   const unsigned shift = 1u << (threadIdx.x >> 5 & 3);
 #pragma unroll
   for (int u = 0; u < COUNT; ++u) {
@@ -115,7 +114,8 @@ static __device__ __forceinline__ void gm_group(Ring& ring, float* o0, float* o1
     gm_accumulate<E, 0>(o0, o1, p0, p1, y);
     if (u > 0) {
       tl::wait_wgmma<1>();
-      barrier_arrive(before);
+      __syncwarp();
+      if (lane == 0) barrier_arrive(before);
     }
     gm_form<IP, 4>(p0, p1, di, mask, factor);
     gm_accumulate<E, 4>(o0, o1, p0, p1, y);
@@ -123,7 +123,8 @@ static __device__ __forceinline__ void gm_group(Ring& ring, float* o0, float* o1
   tl::wait_wgmma<0>();
   tl::warpgroup_fence_operand(o0, E / 2);
   tl::warpgroup_fence_operand(o1, E / 2);
-  barrier_arrive(ring.empty());
+  __syncwarp();
+  if (lane == 0) barrier_arrive(ring.empty());
   ring.next();
 }
 // 64 rows of the pair of key tiles, from `first` on. slot < 0: SUM[pair * 256 + r] += o[r], rows below S; otherwise
@@ -209,7 +210,7 @@ template <int STAGES>
 static __device__ __forceinline__ void gm_begin(int barriers) {
   if (threadIdx.x < STAGES) {
     barrier_init(barriers + 8 * threadIdx.x, 1);
-    barrier_init(barriers + 8 * (STAGES + threadIdx.x), 256);  // every lane has read di, masks and what is seen
+    barrier_init(barriers + 8 * (STAGES + threadIdx.x), 8);
     barriers_ready();
   }
   __syncthreads();

@@ -1,4 +1,4 @@
-"""Adds the partial sums of d_index_k, which `gradients_key` and `head_gradients_key` write, in a fixed order."""
+"""Adds the partial sums of d_index_k, which the kernels of index_k's gradient write, in a fixed order."""
 
 import tilelang.language as T
 
@@ -9,7 +9,7 @@ __all__ = ["PASS_CONFIGS", "build"]
 
 
 def build(E):
-    """Adds the partial sums of `gradients_key` to the gradient of index_k, in a fixed order.
+    """Adds the partial sums of `gradients_key_masked` and others to the gradient of index_k, in a fixed order.
 
         DK[kt·128 + r] += PART[slot_begin·128 + r] + ... + PART[(slot_end - 1)·128 + r]      (rows below S)
 

@@ -139,7 +139,7 @@ def shared_rings(E, STAGES, TOKENS):
 
 
 def registers(E):
-    """v, S, P, O, X and the addresses, as the macros of `_template` take them."""
+    """v, S, P, O, X and the addresses, as the macros of `template` take them."""
     v, at = T.alloc_local((STATE,), "int32"), T.alloc_local((4,), "int32")
     S, O = T.alloc_local((64,), "float32"), T.alloc_local((E // 2,), "float32")
     P, X = [T.alloc_local((32,), "uint32") for _ in range(2)], T.alloc_local((E // 4,), "uint32")
