@@ -40,18 +40,17 @@ from flash_indexer.kernels.sm_90.macros import (
     Ring,
     advance,
     arrive,
-    commit,
     count_items,
     number,
     release,
     shared_address,
     turn,
 )
+from flash_indexer.kernels.sm_90.score_narrow_feed import WARPGROUPS, Rings
 from flash_indexer.kernels.sm_90.sizes import EXP, MASK_WORDS, NARROW_FP8, NARROW_STAGES, RELU, SUM
 
 __all__ = ["PASS_CONFIGS", "build", "build_fp8"]
 SOURCE = source(__file__)
-WARPGROUPS = 3
 REGISTERS = (160, 32)  # of a thread of the warps that compute, of the others
 
 # of a thread that computes: stage of Q and its parity; stage of K; which barrier tells that it is full, and where its
@@ -102,6 +101,8 @@ def _build(D, mode, stages, fp8, leaves=0):
     QST, KST = stages
     FP8, dtype, PANEL, BYTES = fp8, *(("float8_e4m3fn", D, 1) if fp8 else ("bfloat16", min(D, 64), 2))
     HEADS = 2 if fp8 or MASKS else 1  # of a stage of Q; zeros where there is none left
+    rings = Rings(D, PANEL, HEADS, QST, KST, FP8)
+    feed_queries, feed_keys = rings.feed_queries(), rings.feed_keys()
     Q_SIZE, K_SIZE = 64 * D * BYTES // 16, 128 * D * BYTES // 16  # of a head, in units of 16 bytes
     tq, hd, tk, gd = T.dynamic("tq"), T.dynamic("hd"), T.dynamic("tk"), T.dynamic("gd")
     nl, nr, ni, nk = T.dynamic("nl"), T.dynamic("nr"), T.dynamic("ni"), T.dynamic("nk")
@@ -298,70 +299,6 @@ def _build(D, mode, stages, fp8, leaves=0):
                     next_group(v, tiles)
                 take(ITEMS, w, bx + (it + 1) * grid, nitems)
                 begin_rows(L, low, w, H, qbase)
-
-    @T.macro
-    def feed_queries(bx, Q, q, ITEMS, H, qbase, nitems, grid):
-        stage = T.alloc_var("int32", 0)
-        parity = T.alloc_var("int32", 1)
-        row = T.alloc_var("int32")
-        column = T.alloc_var("int32")
-        items = T.alloc_var("int32")
-        items = count_items(nitems, bx, grid)
-        for it in T.serial(items):
-            row = number(ITEMS, (bx + it * grid) * SHORT_ITEM + NarrowItem.TOKEN) - qbase
-            column = 0
-            for _ in T.serial(stages_of(H)):
-                T.barrier_wait(q.empty[stage], parity)
-                for n in list(range(HEADS)):
-                    for c in list(range(D // PANEL)):
-                        T.tma_copy(
-                            Q[row : row + 64, column + n * D + c * PANEL : column + n * D + (c + 1) * PANEL],
-                            q.stages[stage * HEADS + n, :, c * PANEL : (c + 1) * PANEL], barrier=q.full[stage],
-                        )  # fmt: skip
-                commit((q.full, stage))
-                column = column + HEADS * D
-                advance(stage, parity, QST)
-
-    @T.macro
-    def feed_keys(bx, tensors, k, Ss, ITEMS, groups, nitems, grid):
-        K, KS = tensors
-        stage = T.alloc_var("int32", 0)
-        parity = T.alloc_var("int32", 1)
-        place = T.alloc_local((WARPGROUPS,), "int32")
-        full = T.alloc_var("int32")
-        key = T.alloc_var("int32")
-        column = T.alloc_var("int32")
-        tiles = T.alloc_var("int32")
-        items = T.alloc_var("int32")
-        for w in list(range(WARPGROUPS)):
-            place[w] = 0
-        items = count_items(nitems, bx, grid)
-        for it in T.serial(items):
-            key = number(ITEMS, (bx + it * grid) * SHORT_ITEM + NarrowItem.KEY)
-            tiles = number(ITEMS, (bx + it * grid) * SHORT_ITEM + NarrowItem.TILES)
-            column = 0
-            for _ in T.serial(groups):
-                for w in list(range(WARPGROUPS)):
-                    if w < tiles:
-                        T.barrier_wait(k.empty[stage], parity)
-                        full = w * KST + place[w]
-                        for c in list(range(D // PANEL)):
-                            T.tma_copy(
-                                K[
-                                    key + w * 128 : key + w * 128 + 128,
-                                    column + c * PANEL : column + (c + 1) * PANEL,
-                                ],
-                                k.stages[stage, :, c * PANEL : (c + 1) * PANEL], barrier=k.full[full],
-                            )  # fmt: skip
-                        if FP8:
-                            T.tma_copy(
-                                KS[key + w * 128 : key + w * 128 + 128], Ss[stage * 128 : stage * 128 + 128],
-                                barrier=k.full[full],
-                            )  # fmt: skip
-                        commit((k.full, full))
-                        advance(stage, parity, KST)
-                        turn(place[w], KST)
-                column = column + D
 
     @T.macro
     def body(bx, operands, scales, tensors, left, sizes):
