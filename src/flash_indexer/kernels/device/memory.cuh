@@ -95,6 +95,17 @@ static __device__ __forceinline__ void store_shared_bfloat16(int address, float 
 }
 // stores to shared memory become visible to the copy engine and to tensor cores
 static __device__ __forceinline__ void fence_shared() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+// so many bytes of shared memory to global memory, by the copy engine; such copies, also those that add, are waited for by the
+// thread that asked for them
+static __device__ __forceinline__ void store_bulk(void* to, int from, int bytes) {
+  asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;" ::"l"(to), "r"(from), "r"(bytes) : "memory");
+}
+static __device__ __forceinline__ void commit_bulk() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }
+// they have read what they copy
+static __device__ __forceinline__ void wait_bulk_read() {
+  asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory");
+}
+static __device__ __forceinline__ void wait_bulk() { asm volatile("cp.async.bulk.wait_group 0;" ::: "memory"); }
 // keeps what is made of it from being hoisted out of a loop, to where registers run out
 static __device__ __forceinline__ int opaque(int x) {
   asm volatile("" : "+r"(x));

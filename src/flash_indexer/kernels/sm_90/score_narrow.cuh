@@ -1,4 +1,5 @@
 #pragma once
+#include "../device/cluster.cuh"
 #include "../device/mask_words.cuh"
 #include "rows.cuh"
 #include "score.cuh"
@@ -23,6 +24,23 @@ static __device__ __forceinline__ int nr_row(int token, int last) { return min(t
 // the thread's first row of OUT: its tokens are the first or the last 64 of their block
 static __device__ __forceinline__ int nr_out(int tile, int token) {
   return tile * 128 + (token & 64) + warpgroup_row();
+}
+// sc_add of exponentials; s is used up. The first part is a loop that ends at once, for no barrier is at -1, which the compiler
+// doesn't know: without it all multiplications come first and the special function unit waits for them
+static __device__ __forceinline__ void nr_add_exponentials(float* s, float* a, const float* l, float c, int barrier) {
+  constexpr int N = 16;
+  const Normalizer upper(l[0]), lower(l[1]);
+  do {
+#pragma unroll
+    for (int i = 0; i < N; ++i) s[i] = fmaf(s[i], c, (i & 2) ? lower.n : upper.n);
+  } while (barrier == -1);
+#pragma unroll
+  for (int i = N; i < 64 + 2 * N; ++i) {
+    const int x = i - N, y = i - 2 * N;
+    if (i < 64) s[i] = fmaf(s[i], c, (i & 2) ? lower.n : upper.n);
+    if (x < 64) s[x] = exp2_approximate(s[x]);
+    if (y >= 0) a[y] = fmaf(s[y], (y & 2) ? lower.f : upper.f, a[y]);
+  }
 }
 // a += l relu(-s), and in `bits` the masks [s < 0] of the thread's two rows (`device/mask_words.cuh`). |s| - s is twice the
 // ReLU: an instruction at twice the rate of a maximum
@@ -54,6 +72,54 @@ static __device__ __forceinline__ void nr_store_masks(
     asm volatile("st.global.v2.u32 [%0], {%1, %2};" ::"l"(masks + (long long)(128 * IP) * h), "r"(first[h]),
                  "r"(second[h])
                  : "memory");
+}
+// the warp's copies to memory, which its first lane has asked for, have read what they copy
+static __device__ __forceinline__ void nr_stored() {
+  wait_bulk_read();
+  __syncwarp();
+}
+// sc_store_rows by way of shared memory, BYTES for each warp from `at` on: copies of whole runs, which no warp waits for.
+// Groups of 8 columns change places by row, so that rows are written to different banks
+template <int BYTES, bool CLEAR>
+static __device__ __forceinline__ void nr_store(float* a, float* out, int row, int at) {
+  constexpr int PARTS = 8192 / BYTES;  // of the warp's 16 rows of 512 bytes
+  static_assert(PARTS == 1 || PARTS == 2);
+  const int lane = threadIdx.x & 31, r = lane >> 2, region = at + ((threadIdx.x >> 5) & 3) * BYTES;
+  float* to = out + (long long)(row - r) * 128;
+#pragma unroll
+  for (int h = 0; h < 2; ++h) {
+    const int line = region + (PARTS == 1 ? 4096 * h : 0) + 512 * r + 8 * (lane & 3);
+#pragma unroll
+    for (int g = 0; g < 16; g += 4) {
+      float x[4][2];
+#pragma unroll
+      for (int j = 0; j < 4; ++j)
+#pragma unroll
+        for (int c = 0; c < 2; ++c) x[j][c] = a[4 * (g + j) + 2 * h + c];
+#pragma unroll
+      for (int c = 0; c < 2; ++c) {
+        float y[4];
+#pragma unroll
+        for (int j = 0; j < 4; ++j) y[j] = r & 1 ? x[j ^ 1][c] : x[j][c];
+#pragma unroll
+        for (int j = 0; j < 4; ++j) x[j][c] = r & 2 ? y[j ^ 2] : y[j];
+      }
+#pragma unroll
+      for (int j = 0; j < 4; ++j) store_shared(line + 32 * g + 32 * (j ^ (r & 3)), x[j][0], x[j][1]);
+    }
+    if (h == 0 && PARTS == 1) continue;
+    fence_shared();
+    __syncwarp();
+    if (lane == 0) {
+      store_bulk(to + (PARTS == 2 ? 1024 * h : 0), region, BYTES);
+      commit_bulk();
+    }
+    if (h == 0) nr_stored();
+  }
+  if (CLEAR) {
+#pragma unroll
+    for (int i = 0; i < 64; ++i) a[i] = 0.0f;
+  }
 }
 // the keys that the thread's two rows see; `token` is the warpgroup's first
 static __device__ __forceinline__ void nr_limits(int* limits, const int* KS, const int* KE, int token, int last) {

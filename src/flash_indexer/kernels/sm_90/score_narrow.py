@@ -18,6 +18,9 @@ A barrier shows the parity of its phase alone: a warp may neither lag nor lead b
 of Q back, those without a tile too; and that its keys are there a warpgroup learns from barriers of its own, as many as
 K has stages, for it may be without a tile while the others go through the ring.
 
+A tile of heads of 64 columns or more is stored by the copy engine, from the stage in which its last keys lay: a warp
+writes its 16 rows there once its warpgroup has done with the keys, and hands the stage back when they have been read.
+
 Of e4m3 rows (`build_fp8`, the indexer's) each row of Q and K has a scale. The query's is in L; those of 128 keys lie in
 an array beside their stage of K, come and go with it, and multiply the sum over heads. Products are half as long, and
 what lies between them counts: a stage holds two heads, the next one is waited for before the last sum of this one, and
@@ -60,8 +63,8 @@ Q_STAGE, Q_PARITY, K_STAGE, K_FULL = range(4)
 TOKEN, TILES, TILE, FIRST, SECOND = range(5)
 NEXT = 2  # of L's registers, the next head's
 # where in shared memory Q and K begin, and the stages at hand, in units of 16 bytes; the scale of the thread's first
-# key, in bytes
-Q_ROWS, K_ROWS, QUERIES, KEYS, SCALES = range(5)
+# key, and barriers of stages of Q, in bytes
+Q_ROWS, K_ROWS, QUERIES, KEYS, SCALES, Q_FULL, Q_EMPTY = range(7)
 
 
 def build(D, mode, left=0):
@@ -101,6 +104,7 @@ def _build(D, mode, stages, fp8, leaves=0):
     QST, KST = stages
     FP8, dtype, PANEL, BYTES = fp8, *(("float8_e4m3fn", D, 1) if fp8 else ("bfloat16", min(D, 64), 2))
     HEADS = 2 if fp8 or MASKS else 1  # of a stage of Q; zeros where there is none left
+    BY_KEYS = not fp8 and D >= 64  # a tile is stored by way of its stage of keys, which holds half of it at least
     rings = Rings(D, PANEL, HEADS, QST, KST, FP8)
     feed_queries, feed_keys = rings.feed_queries(), rings.feed_keys()
     Q_SIZE, K_SIZE = 64 * D * BYTES // 16, 128 * D * BYTES // 16  # of a head, in units of 16 bytes
@@ -115,8 +119,13 @@ def _build(D, mode, stages, fp8, leaves=0):
         return (heads + 1) // 2 if HEADS == 2 else heads
 
     @T.macro
-    def next_stage(q, v, tx):
-        arrive(q.empty, v[Q_STAGE], tx)
+    def await_queries(v, at):
+        T.call_extern("handle", "barrier_wait", at[Q_FULL] + 8 * v[Q_STAGE], v[Q_PARITY])
+
+    @T.macro
+    def next_stage(v, at, tx):
+        if tx % 32 == 0:
+            T.call_extern("handle", "barrier_arrive", at[Q_EMPTY] + 8 * v[Q_STAGE])
         advance(v[Q_STAGE], v[Q_PARITY], QST)
 
     # L of the thread's two rows
@@ -135,29 +144,33 @@ def _build(D, mode, stages, fp8, leaves=0):
 
     # S = Q[t, h] @ K[s, h // HG].T; A += f(S), of a head of the stage. L of the next head is asked for meanwhile
     @T.macro
-    def step(q, v, registers, at, rows, head, H, scale, tx, place):
+    def step(v, registers, at, rows, head, H, scale, tx, place):
         S, A, low, bits = registers
         L, first, second = rows
         if HEADS == 1:
-            T.barrier_wait(q.full[v[Q_STAGE]], v[Q_PARITY])
+            await_queries(v, at)
         if place == 0:
             at[QUERIES] = T.call_extern("int32", "wg_uniform", at[Q_ROWS] + v[Q_STAGE] * (HEADS * Q_SIZE))
-            at[KEYS] = T.call_extern("int32", "wg_uniform", at[K_ROWS] + v[K_STAGE] * K_SIZE)
         multiply(S, at[QUERIES] + place * Q_SIZE, at[KEYS])
         load_low(L, low, NEXT, first, second, T.min(head + 1, H - 1))
         T.wait_wgmma(0)
         T.warpgroup_fence_operand(S, num_regs=64)
         if place == HEADS - 1:
-            next_stage(q, v, tx)
+            next_stage(v, at, tx)
             if HEADS == 2:
                 if head + 1 < H:
-                    T.barrier_wait(q.full[v[Q_STAGE]], v[Q_PARITY])
+                    await_queries(v, at)
         if FP8:
             T.call_extern("handle", "nr_add_twice", S.access_ptr("r"), A.access_ptr("rw"), low.access_ptr("r"))
         elif MASKS:
             T.call_extern(
                 "handle", "nr_add_masks", S.access_ptr("r"), A.access_ptr("rw"), low.access_ptr("r"),
                 bits[place].access_ptr("w"),
+            )  # fmt: skip
+        elif mode == EXP:
+            T.call_extern(
+                "handle", "nr_add_exponentials", S.access_ptr("rw"), A.access_ptr("rw"), low.access_ptr("r"), scale,
+                at[Q_FULL],
             )  # fmt: skip
         else:
             T.call_extern(
@@ -181,12 +194,15 @@ def _build(D, mode, stages, fp8, leaves=0):
 
     # OUT[t] = A[t], and what is left of the tile. What the next item begins with is asked for meanwhile
     @T.macro
-    def store(A, tensors, left, low, w, item, sizes, tx):
+    def store(A, tensors, left, low, w, item, sizes, at, tx):
         L, OUT, ITEMS = tensors
         H, _, _, qbase, nitems, grid = sizes
         limits = T.alloc_local((4,), "int32")
         row = T.alloc_var("int32")
         key = T.alloc_var("int32")
+        if MASKS:  # registers are short: read again
+            w[TILE] = number(ITEMS, item * SHORT_ITEM + NarrowItem.TILE)
+            w[TOKEN] = number(ITEMS, item * SHORT_ITEM + NarrowItem.TOKEN)
         row = T.call_extern("int32", "nr_out", w[TILE] + tx // 128, w[TOKEN])
         if leaves:
             key = number(ITEMS, item * SHORT_ITEM + NarrowItem.KEY) + tx // 128 * 128
@@ -195,7 +211,16 @@ def _build(D, mode, stages, fp8, leaves=0):
                 w[TOKEN], qbase + tq - 1,
             )  # fmt: skip
         take(ITEMS, w, item + grid, nitems)
-        T.call_extern("handle", f"sc_store_rows<{int(not leaves)}>", A.access_ptr("rw"), T.address_of(OUT[0, 0]), row)
+        if BY_KEYS:
+            T.sync_threads(10 + tx // 128, 128)
+            T.call_extern(
+                "handle", f"nr_store<{64 * D}, {int(not leaves)}>", A.access_ptr("rw"), T.address_of(OUT[0, 0]), row,
+                at[KEYS] * 16,
+            )  # fmt: skip
+        else:
+            T.call_extern(
+                "handle", f"sc_store_rows<{int(not leaves)}>", A.access_ptr("rw"), T.address_of(OUT[0, 0]), row
+            )
         begin_rows(L, low, w, H, qbase)
         if leaves:
             T.call_extern(
@@ -211,20 +236,26 @@ def _build(D, mode, stages, fp8, leaves=0):
         )
         turn(v[K_FULL], 2 * KST)
 
-    # the stage of K goes back, when its scales have been read
     @T.macro
-    def end_group(k, v, A, at, tx):
-        if FP8:
-            T.call_extern("handle", "sc_scale", A.access_ptr("rw"), at[SCALES] + v[K_STAGE] * 512)
-            release(k.empty, v[K_STAGE], tx)
-        else:
-            arrive(k.empty, v[K_STAGE], tx)
+    def begin_group(k, v, at, tx):
+        await_keys(k, v, tx)
+        at[KEYS] = T.call_extern("int32", "wg_uniform", at[K_ROWS] + v[K_STAGE] * K_SIZE)
 
     @T.macro
     def next_group(v, tiles):
         v[K_STAGE] = v[K_STAGE] + tiles
         if v[K_STAGE] >= KST:
             v[K_STAGE] = v[K_STAGE] - KST
+
+    # the stage of K goes back, when its scales have been read
+    @T.macro
+    def end_group(k, v, A, at, tiles, tx):
+        if FP8:
+            T.call_extern("handle", "sc_scale", A.access_ptr("rw"), at[SCALES] + v[K_STAGE] * 512)
+            release(k.empty, v[K_STAGE], tx)
+        else:
+            arrive(k.empty, v[K_STAGE], tx)
+        next_group(v, tiles)
 
     @T.macro
     def compute(bx, q, k, arrays, tensors, left, sizes, tx):
@@ -237,7 +268,7 @@ def _build(D, mode, stages, fp8, leaves=0):
         bits = (T.alloc_local((2,), "uint32"), T.alloc_local((2,), "uint32")) if MASKS else None  # of a stage's heads
         registers = S, A, low, bits
         v = T.alloc_local((4,), "int32")
-        at = T.alloc_local((5,), "int32")
+        at = T.alloc_local((7,), "int32")
         factor = T.alloc_var("float32")
         count = T.alloc_var("int32")
         w = T.alloc_local((5,), "int32")
@@ -248,8 +279,10 @@ def _build(D, mode, stages, fp8, leaves=0):
         v[Q_PARITY] = 0
         v[K_STAGE] = tx // 128
         v[K_FULL] = 0
-        at[Q_ROWS] = shared_address(Qs) // 16
+        at[Q_ROWS] = T.call_extern("int32", "wg_uniform", shared_address(Qs) // 16)
         at[K_ROWS] = shared_address(Ks) // 16
+        at[Q_FULL] = T.call_extern("int32", "opaque", shared_address(q.full))
+        at[Q_EMPTY] = T.call_extern("int32", "opaque", shared_address(q.empty))
         if FP8:
             at[SCALES] = shared_address(Ss) + (tx % 4) * 8
         factor = scale * (LOG2E if mode == EXP else 1.0)
@@ -266,35 +299,37 @@ def _build(D, mode, stages, fp8, leaves=0):
                     masks = T.call_extern(
                         "int64", "nr_masks", beginning(left[3]), w[TILE] + tx // 128, w[TOKEN], left[4]
                     )
-                if HEADS == 2:
-                    T.barrier_wait(q.full[v[Q_STAGE]], v[Q_PARITY])
                 if HEADS == 2:  # and one group
-                    await_keys(k, v, tx)
+                    await_queries(v, at)
+                    begin_group(k, v, at, tx)
                     for pair in T.serial((H + 1) // 2):
                         for n in (0, 1):
-                            step(q, v, registers, at, (L, w[FIRST], w[SECOND]), 2 * pair + n, H, factor, tx, n)
+                            step(v, registers, at, (L, w[FIRST], w[SECOND]), 2 * pair + n, H, factor, tx, n)
                         if MASKS:
                             T.call_extern(
                                 "handle", "nr_store_masks", bits[0].access_ptr("r"), bits[1].access_ptr("r"), masks,
                                 left[4],
                             )  # fmt: skip
                             masks = masks + 32
-                    end_group(k, v, A, at, tx)
-                    next_group(v, tiles)
+                    if not BY_KEYS:
+                        end_group(k, v, A, at, tiles, tx)
                 else:
                     head = 0
-                    for _ in T.serial(H // HG):
-                        await_keys(k, v, tx)
+                    for group in T.serial(H // HG):
+                        begin_group(k, v, at, tx)
                         for _ in T.serial(HG):
-                            step(q, v, registers, at, (L, w[FIRST], w[SECOND]), head, H, factor, tx, 0)
+                            step(v, registers, at, (L, w[FIRST], w[SECOND]), head, H, factor, tx, 0)
                             head = head + 1
-                        end_group(k, v, A, at, tx)
-                        next_group(v, tiles)
-                store(A, tensors, left, low, w, bx + it * grid, sizes, tx)
+                        if not BY_KEYS or group < H // HG - 1:
+                            end_group(k, v, A, at, tiles, tx)
+                store(A, tensors, left, low, w, bx + it * grid, sizes, at, tx)
+                if BY_KEYS:
+                    T.call_extern("handle", "nr_stored")
+                    end_group(k, v, A, at, tiles, tx)
             else:
                 for _ in T.serial(stages_of(H)):
-                    T.barrier_wait(q.full[v[Q_STAGE]], v[Q_PARITY])
-                    next_stage(q, v, tx)
+                    await_queries(v, at)
+                    next_stage(v, at, tx)
                 for _ in T.serial(H // HG):
                     next_group(v, tiles)
                 take(ITEMS, w, bx + (it + 1) * grid, nitems)
