@@ -60,11 +60,12 @@ def same_bits(a: Tensor, b: Tensor) -> bool:
 def positive(masks: Tensor, row: int, heads: int) -> Tensor:
     """[128, heads, 128]: the masks of a tile, as `device/mask_words.cuh` has them."""
     lines = masks[row // 16 * heads : (row // 16 + 8) * heads]
-    words = lines.view(-1, 4, 2).transpose(1, 2).reshape(TILE, heads, 4)  # of a row (token, head), by q
+    words = lines.view(TILE, heads // 2, 4, 2)  # of two heads, by q and c
     found = words.new_empty(TILE, heads, TILE, dtype=torch.bool)
     for key in range(TILE):
         g, q, c = key // 8, key % 8 // 2, key % 2
-        found[:, :, key] = (words[:, :, q] >> 8 * (2 * (g % 2) + c) + 7 - g // 2 & 1).bool()
+        for j in range(2):
+            found[:, j::2, key] = (words[..., q, c] >> 16 * j + 8 * (g % 2) + 7 - g // 2 & 1).bool()
     return found
 
 

@@ -110,13 +110,10 @@ def seen_of(key_start: Tensor, key_end: Tensor, token: int, key: int) -> Tensor:
 
 def words(positive: Tensor) -> Tensor:
     """Masks of a tile [128, PADDED, 128] in bits, as `device/mask_words.cuh` says: 16 rows (token, head) a line."""
-    bits = positive.view(TILE * PADDED, 8, 2, 4, 2).long()  # row; g / 2, g % 2, q, c of key 8g + 2q + c
-    place = (8 * (2 * torch.arange(2)[:, None, None] + torch.arange(2)) + 7)[None] - torch.arange(8)[
-        :, None, None, None
-    ]
-    found = (bits << place.expand(8, 2, 1, 2)).sum((1, 2, 4))  # row, q
-    found = torch.where(found < 2**31, found, found - 2**32).int()
-    return found.view(-1, 2, 4).transpose(1, 2).reshape(-1, 64)
+    bits = positive.view(TILE * PADDED // 2, 2, 8, 2, 4, 2).long()  # of rows, and g / 2, g % 2, q, c of key 8g + 2q + c
+    row, half, place = torch.arange(2)[:, None, None], torch.arange(8)[:, None], torch.arange(2)  # R % 2, g / 2, g % 2
+    found = (bits << (16 * row + 8 * place + 7 - half)[..., None, None]).sum((1, 2, 3))  # R / 2, q, c
+    return torch.where(found < 2**31, found, found - 2**32).int().view(-1, 64)
 
 
 def play_teacher_lse(q, k, key_start, key_end, scale) -> Tensor:

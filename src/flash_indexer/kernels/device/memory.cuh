@@ -93,6 +93,13 @@ static __device__ __forceinline__ void store_shared_bfloat16(int address, float 
   asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(v) : "f"(x));
   asm volatile("st.shared.u16 [%0], %1;" ::"r"(address), "h"(v) : "memory");
 }
+// four 8 x 8 matrices of 16 bits, of which lane 8m + i gives the address of row i of the m-th one: transposed, so that lane l has
+// column l / 4 of rows 2 (l % 4) and the next one. Where the rows of one are the same, that is an element in both halves
+static __device__ __forceinline__ void load_shared_matrices_transposed(unsigned* v, int address) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(v[0]), "=r"(v[1]), "=r"(v[2]), "=r"(v[3])
+               : "r"(address));
+}
 // stores to shared memory become visible to the copy engine and to tensor cores
 static __device__ __forceinline__ void fence_shared() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 // so many bytes of shared memory to global memory, by the copy engine; such copies, also those that add, are waited for by the

@@ -46,12 +46,6 @@ static __device__ __forceinline__ unsigned mask_signs(float lo, float hi) {
   asm("prmt.b32 %0, %1, %2, 0xffbb;" : "=r"(m) : "r"(__float_as_uint(lo)), "r"(__float_as_uint(hi)));
   return m;
 }
-// 0xffff in the lower half where byte 2n of x has its top bit, in the upper half for byte 2n + 1; n is a constant
-static __device__ __forceinline__ unsigned spread_pair(unsigned x, int n) {
-  unsigned m;
-  asm("prmt.b32 %0, %1, %1, %2;" : "=r"(m) : "r"(x), "r"(n ? 0xbbaa : 0x9988));
-  return m;
-}
 // 0xffff in the lower half where byte n of x has its top bit, in the upper half for byte n + 2; n is a constant
 static __device__ __forceinline__ unsigned spread_signs(unsigned x, int n) {
   unsigned m;

@@ -31,8 +31,8 @@ static __device__ __forceinline__ void gd_query(const float* s, unsigned* p, int
     p[2 * g + 1] = define_word(d1, mask_signs(s[4 * g + 2], s[4 * g + 3]));
   }
 }
-// the same, and the masks in bits, as `device/mask_words.cuh` says: a thread's two rows are a word each. MASKS holds the first
-// 32 tiles of 128 rows of a block, MORE the others
+// the same, and the masks in bits, as `device/mask_words.cuh` says: threads of neighbouring rows, lanes l and l ^ 4, make a word of
+// both rows each. MASKS holds the first 32 tiles of 128 rows of a block, MORE the others
 template <int IP>
 static __device__ __forceinline__ void gd_query_masks(
     const float* s, unsigned* p, int di, void* MASKS, void* MORE, int tile, int place) {
@@ -50,8 +50,11 @@ static __device__ __forceinline__ void gd_query_masks(
   }
   constexpr int HELD = IP < 32 ? IP : 32;
   unsigned* to = (unsigned*)(place < 32 ? MASKS : MORE) + ((long long)tile * HELD + place % 32) * 512;
+  const int odd = threadIdx.x >> 2 & 1, halves = odd ? 0x3276 : 0x5410;
 #pragma unroll
-  for (int h = 0; h < 2; ++h) to[mask_word(thread_row(h), threadIdx.x & 3)] = mask_word_of(bits[h]);
+  for (int h = 0; h < 2; ++h)
+    to[mask_word(thread_row(h), threadIdx.x & 3, odd)] =
+        __byte_perm(bits[h], __shfl_xor_sync(0xffffffffu, bits[h], 4), halves);
 }
 // p = di * w * [s < 0]: rows keys, columns (token, head); di [128 / IP, 128], w [128]
 template <int IP>

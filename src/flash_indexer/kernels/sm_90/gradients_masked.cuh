@@ -29,29 +29,32 @@ static __device__ __forceinline__ int gm_steps(int quarter, int quarter_end, int
 template <int IP>
 struct MaskedSlice {
   static constexpr int TOKENS = IP == 8 ? 2 : 1;
-  int2 bits[2];  // of rows 2 (lane % 4), + 1, and of those 8 rows on
+  unsigned bits[2];  // of rows 2 (lane % 4), + 1, and of those 8 rows on
   unsigned value[TOKENS][4];
-  // di and mask: addresses of the thread's first; k a constant, after which the slice before has the token's di already
+  // di: the address that the lane gives for the first token's; mask: of its first word; k a constant, after which the slice
+  // before has the token's di already
   __device__ __forceinline__ void load(int k, int first, int di, int mask, const MaskedSlice& before) {
 #pragma unroll
-    for (int half = 0; half < 2; ++half) bits[half] = load_shared_int2(mask + k * 256 + half * 128);
+    for (int half = 0; half < 2; ++half) bits[half] = load_shared_word(mask + k * 256 + half * 128);
 #pragma unroll
     for (int t = 0; t < TOKENS; ++t)
+      if (k == first || k * 16 % IP == 0) {
+        load_shared_matrices_transposed(value[t], di + (k * 16 / IP + t) * 256);
+      } else {
 #pragma unroll
-      for (int i = 0; i < 4; ++i)
-        value[t][i] = k == first || k * 16 % IP == 0
-                          ? load_shared_half(di + (k * 16 / IP + t) * 256 + (i >> 1) * 128 + (i & 1) * 16) * 0x10001u
-                          : before.value[t][i];
+        for (int i = 0; i < 4; ++i) value[t][i] = before.value[t][i];
+      }
   }
 };
 // p = di * mask of rows 16 FIRST .. 16 (FIRST + 4) - 1, transposed: rows keys, columns (token, head); p0 of the
 // warpgroup's first 64 keys, p1 of the others. factor: brings the bits of p0's keys to the top of each byte; 0: none is set.
-// What a slice is made of is loaded before the one before it is formed
+// A row of di is all eight rows of a matrix, of which a lane then has its key's element twice. What a slice is made of is
+// loaded before the one before it is formed
 template <int IP, int FIRST>
 static __device__ __forceinline__ void gm_form(unsigned* p0, unsigned* p1, int di, int mask, unsigned factor) {
-  const int lane = threadIdx.x & 31;
-  di += warpgroup_row() * 2, mask += 4 * mask_word(2 * (lane & 3), lane >> 3);
-  const int byte = lane >> 2 & 1;  // the thread's keys have two of the four: this one and two on
+  const int lane = threadIdx.x & 31, matrix = lane >> 3;
+  di += (threadIdx.x >> 5 & 3) * 32 + (matrix >> 1) * 128 + (matrix & 1) * 16;
+  mask += 4 * mask_word(2 * (lane & 3), lane >> 3, lane >> 2 & 1);
   MaskedSlice<IP> slice, coming;
   coming.load(FIRST, FIRST, di, mask, coming);
 #pragma unroll
@@ -60,9 +63,7 @@ static __device__ __forceinline__ void gm_form(unsigned* p0, unsigned* p1, int d
     if (k < FIRST + 3) coming.load(k + 1, FIRST, di, mask, slice);
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      // bytes of the thread's two keys, of one row and of the next
-      const unsigned both = __byte_perm(slice.bits[half].x, slice.bits[half].y, 0x6420 + 0x1111 * byte);
-      const unsigned first = both * factor, second = both * (factor * 16);
+      const unsigned first = slice.bits[half] * factor, second = slice.bits[half] * (factor * 16);
       const unsigned* value = slice.value[IP == 8 ? half : 0];
 #pragma unroll
       for (int h = 0; h < 2; ++h) {

@@ -34,7 +34,8 @@ struct KlRing {
 static __device__ __forceinline__ int kg_di_word(int q, int g) {
   return (q ^ q >> 1) * 16 + ((g >> 2 ^ q >> 1) << 2) + (g & 3);
 }
-// p = di & mask of keys 16 FIRST .. 16 (FIRST + 4) - 1: rows (token, head), columns keys. bits: words of the thread's two rows
+// p = di & mask of keys 16 FIRST .. 16 (FIRST + 4) - 1: rows (token, head), columns keys. bits: those of the thread's two rows,
+// keys 8g + 2q in the lower half, 8g + 2q + 1 in the upper half
 template <int IP, int FIRST>
 static __device__ __forceinline__ void kg_form(unsigned* p, const unsigned* bits, int di) {
   const int q = threadIdx.x & 3, d = di + thread_row() / IP * 256;
@@ -45,13 +46,13 @@ static __device__ __forceinline__ void kg_form(unsigned* p, const unsigned* bits
     const int first[4] = {four.x, four.y, four.z, four.w}, second[4] = {other.x, other.y, other.z, other.w};
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      p[2 * (g + i)] = define_word(first[i], spread_pair(bits[0] << (g + i >> 1), i & 1));
-      p[2 * (g + i) + 1] = define_word(second[i], spread_pair(bits[1] << (g + i >> 1), i & 1));
+      p[2 * (g + i)] = define_word(first[i], spread_signs(bits[0] << (g + i >> 1), i & 1));
+      p[2 * (g + i) + 1] = define_word(second[i], spread_signs(bits[1] << (g + i >> 1), i & 1));
     }
   }
 }
 // products of `COUNT` key tiles, each in two groups of which at most two are under way; none at the end. Every lane hands a
-// stage back for itself, and says of its di that it is there, as in `gradients_masked.cuh`
+// stage back for itself, and says of its di that it is there
 template <int E, int IP, int COUNT, class Ring>
 static __device__ __forceinline__ void kg_group(Ring& ring, float* o, unsigned* p) {
 #pragma unroll
@@ -60,10 +61,12 @@ static __device__ __forceinline__ void kg_group(Ring& ring, float* o, unsigned* 
     if (u > 0) ring.next();
     barrier_wait(ring.full(), ring.parity);
     const int mask = ring.masks + ring.stage * 2048, y = wg_uniform(ring.y + ring.stage * (256 * E) >> 4);
-    const unsigned bits[2] = {
-        load_shared_word(mask + 4 * mask_word(thread_row(), threadIdx.x & 3)),
-        load_shared_word(mask + 4 * mask_word(thread_row(1), threadIdx.x & 3)),
-    };
+    unsigned bits[2];
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      const int2 words = load_shared_int2(mask + 4 * mask_word(thread_row(h), threadIdx.x & 3, 0));
+      bits[h] = __byte_perm(words.x, words.y, threadIdx.x & 4 ? 0x7632 : 0x5410);
+    }
     barrier_wait(ring.ready(), ring.parity);
     if (u > 0) tl::wait_wgmma<1>();
     kg_form<IP, 0>(p, bits, ring.di());

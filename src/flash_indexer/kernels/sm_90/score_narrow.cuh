@@ -48,20 +48,18 @@ static __device__ __forceinline__ void nr_add_masks(const float* s, float* a, co
   const float factor[2] = {0.5f * l[0], 0.5f * l[1]};
   bits[0] = bits[1] = 0u;
 #pragma unroll
-  for (int n = 0; n < 8; ++n)
+  for (int g = 0; g < 16; ++g)
 #pragma unroll
-    for (int h = 0; h < 2; ++h)
-#pragma unroll
-      for (int c = 0; c < 2; ++c) {
-        const int i = 8 * n + 2 * h + c, j = i + 4;  // of g = 2n and of the next one
-        bits[h] |= mask_signs(s[i], s[j]) & 0x10001u << (8 * c + 7 - n);
-        a[i] = fmaf(fabsf(s[i]) - s[i], factor[h], a[i]);
-        a[j] = fmaf(fabsf(s[j]) - s[j], factor[h], a[j]);
-      }
+    for (int h = 0; h < 2; ++h) {
+      const int i = 4 * g + 2 * h, j = i + 1;
+      bits[h] |= mask_signs(s[i], s[j]) & mask_bits(g);
+      a[i] = fmaf(fabsf(s[i]) - s[i], factor[h], a[i]);
+      a[j] = fmaf(fabsf(s[j]) - s[j], factor[h], a[j]);
+    }
 }
-// where in memory the thread's word of its first row's first head lies; the next pair of heads is 32 bytes on
+// where in memory the thread's words of its first row's first two heads lie; those of the next two are 32 bytes on
 static __device__ __forceinline__ long long nr_masks(const void* MASKS, int tile, int token, int IP) {
-  const int word = mask_word(nr_out(0, token) * IP, threadIdx.x & 3);
+  const int word = mask_word(nr_out(0, token) * IP, threadIdx.x & 3, 0);
   return __cvta_generic_to_global((const unsigned*)MASKS + (long long)tile * (512 * IP) + word);
 }
 // masks of two heads, the first one's number even, of the thread's rows
@@ -69,8 +67,8 @@ static __device__ __forceinline__ void nr_store_masks(
     const unsigned* first, const unsigned* second, long long masks, int IP) {
 #pragma unroll
   for (int h = 0; h < 2; ++h)
-    asm volatile("st.global.v2.u32 [%0], {%1, %2};" ::"l"(masks + (long long)(128 * IP) * h), "r"(first[h]),
-                 "r"(second[h])
+    asm volatile("st.global.v2.u32 [%0], {%1, %2};" ::"l"(masks + (long long)(128 * IP) * h),
+                 "r"(mask_halves(first[h], second[h], 0)), "r"(mask_halves(first[h], second[h], 1))
                  : "memory");
 }
 // the warp's copies to memory, which its first lane has asked for, have read what they copy

@@ -82,8 +82,8 @@ def build(D, mode, left=0):
               MASKS [tiles·8·IP, 64] int32    bits [Q[t,h] · K[s] > 0] of all keys and of heads padded to IP, the last
                                               argument; those of padded heads are not written
 
-    Word (R / 2)·8 + 2q + R % 2 of a tile's masks, R = t·IP + h, holds the keys 8g + 2q + c of the tile, g < 16, c < 2:
-    as bits 8·(2·(g % 2) + c) + 7 - g / 2, which a shift by g / 2 brings to the tops of bytes.
+    Word (R / 2)·8 + 2q + c of a tile's masks, R = t·IP + h even, holds the keys 8g + 2q + c of the tile, g < 16, c < 2,
+    of rows R and R + 1: as bits 8·(g % 2) + 7 - g / 2 of its lower and of its upper half (`device/mask_words.cuh`).
     """
     stages = NARROW_STAGES[D]
     return _build(D, mode, (stages[0] // 2, stages[1]) if left and mode == RELU else stages, fp8=False, leaves=left)
