@@ -2,12 +2,12 @@
 #include "../device/cluster.cuh"
 #include "gradients.cuh"
 #include "rows_warp.cuh"
-// Places in shared memory. A stage: the tile of index_k, the mask words of 128 rows (token, head), and of their tokens the
+// Places in shared memory. A stage: the tile of index_k, the mask words of PARTS times 128 rows (token, head), and of their tokens the
 // teacher's scores, the index scores, and di, which the warps of rows write. Barriers of each stage: it is full; di is
 // there; it has been read. Behind them those of index_q's rows: they are there; they have been read
-template <int E, int IP, int STAGES, int X_STAGES>
+template <int E, int IP, int PARTS_, int STAGES, int X_STAGES>
 struct KlRing {
-  static constexpr int TOKENS = 128 / IP, ROW = 512, SCORES_BYTES = TOKENS * 2 * ROW + TOKENS * 256;
+  static constexpr int PARTS = PARTS_, TOKENS = PARTS * 128 / IP, ROW = 512, SCORES_BYTES = TOKENS * 2 * ROW + TOKENS * 256;
   int y, masks, scores, x, barriers;  // addresses of the first ones
   int stage, parity, x_stage, x_parity;
   __device__ __forceinline__ KlRing(int y_, int masks_, int scores_, int x_, int barriers_)
@@ -50,33 +50,37 @@ static __device__ __forceinline__ void kg_form(unsigned* p, const unsigned* bits
     }
   }
 }
-// products of `COUNT` key tiles, each in two groups of which at most two are under way; none at the end. Every lane hands a
+// products of `COUNT` key tiles, each in two groups for each part, of which at most two are under way; none at the end. Every lane hands a
 // stage back for itself, and says of its di that it is there, as in `gradients_masked.cuh`
 template <int E, int IP, int COUNT, class Ring>
-static __device__ __forceinline__ void kg_group(Ring& ring, float* o, unsigned* p) {
+static __device__ __forceinline__ void kg_group(Ring& ring, float (*o)[E / 2], unsigned* p) {
 #pragma unroll
   for (int u = 0; u < COUNT; ++u) {
     const int before = ring.empty();
     if (u > 0) ring.next();
     barrier_wait(ring.full(), ring.parity);
-    const int mask = ring.masks + ring.stage * 2048, y = wg_uniform(ring.y + ring.stage * (256 * E) >> 4);
-    const unsigned bits[2] = {
-        load_shared_word(mask + 4 * mask_word(thread_row(), threadIdx.x & 3)),
-        load_shared_word(mask + 4 * mask_word(thread_row(1), threadIdx.x & 3)),
-    };
-    barrier_wait(ring.ready(), ring.parity);
-    if (u > 0) tl::wait_wgmma<1>();
-    kg_form<IP, 0>(p, bits, ring.di());
-    wg_accumulate<128, E, 0, 4>(o, p, y);
-    if (u > 0) {
-      tl::wait_wgmma<1>();
-      barrier_arrive(before);
+    const int y = wg_uniform(ring.y + ring.stage * (256 * E) >> 4);
+#pragma unroll
+    for (int part = 0; part < Ring::PARTS; ++part) {
+      const int mask = ring.masks + (ring.stage * Ring::PARTS + part) * 2048, di = ring.di() + part * (128 / IP * 256);
+      const unsigned bits[2] = {
+          load_shared_word(mask + 4 * mask_word(thread_row(), threadIdx.x & 3)),
+          load_shared_word(mask + 4 * mask_word(thread_row(1), threadIdx.x & 3)),
+      };
+      if (part == 0) barrier_wait(ring.ready(), ring.parity);
+      const bool first = u + part == 0;
+      if (!first) tl::wait_wgmma<1>();
+      kg_form<IP, 0>(p, bits, di);
+      wg_accumulate<128, E, 0, 4>(o[part], p, y);
+      if (!first) tl::wait_wgmma<1>();
+      if (u > 0 && part == 0) barrier_arrive(before);
+      kg_form<IP, 4>(p, bits, di);
+      wg_accumulate<128, E, 4, 4>(o[part], p, y);
     }
-    kg_form<IP, 4>(p, bits, ring.di());
-    wg_accumulate<128, E, 4, 4>(o, p, y);
   }
   tl::wait_wgmma<0>();
-  tl::warpgroup_fence_operand(o, E / 2);
+#pragma unroll
+  for (int part = 0; part < Ring::PARTS; ++part) tl::warpgroup_fence_operand(o[part], E / 2);
   barrier_arrive(ring.empty());
   ring.next();
 }
@@ -85,7 +89,8 @@ template <int E, int IP, class Ring>
 static __device__ __forceinline__ void kg_multiply(
     Ring ring, const float* W, const int* ITEMS, void* DQ, float* DW, void* WQ, int I, int q_base, int ntok, int nitems,
     int grid, int base, int nq) {
-  float o[E / 2], w[2], dw[2];
+  constexpr int PARTS = Ring::PARTS, COUNT = 2 / PARTS;
+  float o[PARTS][E / 2], w[PARTS][2], dw[2];
   unsigned p[32];
   const int items = count_items(nitems, blockIdx.x, grid);
   int4 coming = *(const int4*)(ITEMS + 4 * blockIdx.x);
@@ -93,19 +98,27 @@ static __device__ __forceinline__ void kg_multiply(
     const int4 item = coming;
     coming = *(const int4*)(ITEMS + 4 * min(blockIdx.x + (it + 1) * grid, nitems - 1));
     const int row = (item.x - q_base) * IP;
-    gd_weights(w, W, row, nq);
 #pragma unroll
-    for (int i = 0; i < E / 2; ++i) o[i] = 0.0f;
-    for (int i = 0; i < item.z / 2; ++i) kg_group<E, IP, 2>(ring, o, p);
-    if (item.z & 1) kg_group<E, IP, 1>(ring, o, p);
-    const int x = ring.x + ring.x_stage * (256 * E) + (threadIdx.x >> 7) * (128 * (E < 64 ? E : 64));
+    for (int part = 0; part < PARTS; ++part) {
+      gd_weights(w[part], W, row + part * 128, nq);
+#pragma unroll
+      for (int i = 0; i < E / 2; ++i) o[part][i] = 0.0f;
+    }
+    for (int i = 0; i < item.z / COUNT; ++i) kg_group<E, IP, COUNT>(ring, o, p);
+    if (COUNT > 1 && item.z & 1) kg_group<E, IP, 1>(ring, o, p);
     barrier_wait(ring.x_full(), ring.x_parity);
-    gd_row_products<E>(o, dw, x);
-    gd_store_scaled<E>(w, x, WQ, (item.x - base) * IP, row, nq);
+#pragma unroll
+    for (int part = 0; part < PARTS; ++part) {
+      const int t = item.x + part * (128 / IP);
+      const int x = ring.x + (ring.x_stage * PARTS + part) * (256 * E) + (threadIdx.x >> 7) * (128 * (E < 64 ? E : 64));
+      if (t >= ntok) break;
+      gd_row_products<E>(o[part], dw, x);
+      gd_store_scaled<E>(w[part], x, WQ, (t - base) * IP, row + part * 128, nq);
+      gd_store_query<E, IP, 0>(o[part], w[part], dw, DQ, DW, t, I, ntok);
+    }
     __syncwarp();
     if ((threadIdx.x & 31) == 0) barrier_arrive(ring.x_empty());
     ring.next_x();
-    gd_store_query<E, IP, 0>(o, w, dw, DQ, DW, item.x, I, ntok);
   }
 }
 // What the warps of rows read: the interval and weight of each token, and the sums of its score tiles
@@ -180,7 +193,7 @@ static __device__ __forceinline__ void kg_row_tile(
 template <int IP, int WARPS, class Ring>
 static __device__ __forceinline__ void kg_rows(
     Ring ring, KlRows rows, const int* ITEMS, void* DI_, float* KL, float* ENT, int nitems, int grid, int warp) {
-  constexpr int TOKENS = 128 / IP, SHARE = WARPS > TOKENS ? WARPS / TOKENS : 1, COUNT = TOKENS * SHARE / WARPS;
+  constexpr int TOKENS = Ring::TOKENS, SHARE = WARPS > TOKENS ? WARPS / TOKENS : 1, COUNT = TOKENS * SHARE / WARPS;
   static_assert(COUNT * WARPS == TOKENS * SHARE, "every warp has as much to do");
   __shared__ float2 part[2][SHARE][TOKENS];
   const int at = warp % TOKENS, share = warp / TOKENS;

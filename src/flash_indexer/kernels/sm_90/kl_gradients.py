@@ -28,6 +28,7 @@ from flash_indexer.kernels.sm_90.sizes import (
     KL_INDEX_STAGES,
     KL_ROW_WARPS,
     MASK_WORDS,
+    kl_parts,
     kl_registers,
     kl_stages,
     kl_threads,
@@ -53,11 +54,12 @@ def build(E, IP, warps=KL_ROW_WARPS):
         BLOCKS  [blocks·4] int32            as in `rows.build`, with KS, KE [T] int32, WT, KL, ENT [T] float32
         I, q_base, ntok, nitems, grid, base int32
     """
-    STAGES, X_STAGES, TOKENS = kl_stages(E, IP), KL_INDEX_STAGES, 128 // IP
-    registers, threads = kl_registers(E, warps), kl_threads(warps)
+    STAGES, X_STAGES, PARTS = kl_stages(E, IP), KL_INDEX_STAGES, kl_parts(E, IP)
+    TOKENS = PARTS * 128 // IP
+    registers, threads = kl_registers(E, warps, PARTS), kl_threads(warps)
     feeder = threads - 128
     empty, x_full, x_empty = 2 * STAGES, 3 * STAGES, 3 * STAGES + X_STAGES  # behind those of full stages and of di
-    ring_type = f"KlRing<{E}, {IP}, {STAGES}, {X_STAGES}>"
+    ring_type = f"KlRing<{E}, {IP}, {PARTS}, {STAGES}, {X_STAGES}>"
     nq, nk, nt, nr = T.dynamic("nq"), T.dynamic("nk"), T.dynamic("nt"), T.dynamic("nr")
     nm, nb, ni, no, nw = T.dynamic("nm"), T.dynamic("nb"), T.dynamic("ni"), T.dynamic("no"), T.dynamic("nw")
 
@@ -75,10 +77,10 @@ def build(E, IP, warps=KL_ROW_WARPS):
         with T.Kernel(grid, threads=threads) as bx:
             T.import_source(SOURCE)
             Ys = T.alloc_shared((STAGES, 128, E), "bfloat16")
-            Xs = T.alloc_shared((X_STAGES, 128, E), "bfloat16")
+            Xs = T.alloc_shared((X_STAGES * PARTS, 128, E), "bfloat16")
             # the teacher's scores and the index scores of the tokens, then their di in bfloat16
             Ss = T.alloc_shared((STAGES, 5 * TOKENS // 2, 128), "float32")
-            Ms = T.alloc_shared((STAGES, 8, MASK_WORDS), "int32")
+            Ms = T.alloc_shared((STAGES, 8 * PARTS, MASK_WORDS), "int32")
             bars = T.alloc_barrier(
                 [1] * STAGES + [32 * min(warps, TOKENS)] * STAGES + [256] * STAGES + [1] * X_STAGES + [8] * X_STAGES
             )
@@ -129,7 +131,7 @@ def build(E, IP, warps=KL_ROW_WARPS):
                         key = number(ITEMS, (bx + it * grid) * SHORT_ITEM + QueryTilesItem.KEY_TILE)
                         steps = number(ITEMS, (bx + it * grid) * SHORT_ITEM + QueryTilesItem.KEY_TILES)
                         row = number(ITEMS, (bx + it * grid) * SHORT_ITEM + QueryTilesItem.TILE_BASE)
-                        mask = ((row + key) * IP + first // TOKENS) * 8
+                        mask = ((row + key) * IP + first * IP // 128) * 8
                         row = (row + key) * 128 + first
                         key = key * 128
                         for _ in T.serial(steps):
@@ -138,7 +140,7 @@ def build(E, IP, warps=KL_ROW_WARPS):
                             T.tma_copy(
                                 X[row : row + TOKENS, 0:128], Ss[stage, TOKENS : 2 * TOKENS, :], barrier=bars[stage]
                             )
-                            T.tma_copy(MASKS[mask : mask + 8, 0:MASK_WORDS], Ms[stage, :, :], barrier=bars[stage])
+                            T.tma_copy(MASKS[mask : mask + 8 * PARTS, 0:MASK_WORDS], Ms[stage, :, :], barrier=bars[stage])
                             T.tma_copy(IK[key : key + 128, 0:E], Ys[stage, :, :], barrier=bars[stage])
                             commit((bars, stage))
                             key = key + 128
@@ -152,7 +154,11 @@ def build(E, IP, warps=KL_ROW_WARPS):
                         first = number(ITEMS, (bx + it * grid) * SHORT_ITEM + QueryTilesItem.TOKEN)
                         first = (first - q_base) * IP
                         T.barrier_wait(bars[x_empty + place], turn)
-                        T.tma_copy(IQ[first : first + 128, 0:E], Xs[place, :, :], barrier=bars[x_full + place])
+                        for part in list(range(PARTS)):
+                            T.tma_copy(
+                                IQ[first + part * 128 : first + part * 128 + 128, 0:E], Xs[place * PARTS + part, :, :],
+                                barrier=bars[x_full + place],
+                            )  # fmt: skip
                         commit((bars, x_full + place))
                         advance(place, turn, X_STAGES)
 

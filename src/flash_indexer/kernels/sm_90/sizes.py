@@ -87,18 +87,24 @@ def kl_threads(warps: int) -> int:
     return 256 + warps * 32 + 128
 
 
-def kl_registers(E: int, warps: int) -> tuple[int, int, int]:
+def kl_parts(E: int, IP: int) -> int:
+    """Times 128 rows (token, head) of an item of `kl_gradients`: index_k is read from the L2 cache once for all."""
+    return 2 if E <= 64 and IP >= 16 else 1
+
+
+def kl_registers(E: int, warps: int, parts: int) -> tuple[int, int, int]:
     """Of a thread of each role: what those that multiply and copy leave is for the warps of rows."""
     threads = kl_threads(warps)
-    multiplies, copies = {32: 96, 64: 112, 128: 136}[E], 24
+    multiplies, copies = 144 if E * parts == 128 and parts > 1 else {32: 96, 64: 112, 128: 136}[E * parts], 24
     left = 65536 // threads // 8 * 8 * threads - 256 * multiplies - 128 * copies
     return multiplies, min(left // (threads - 384) // 8 * 8, 168), copies
 
 
 def kl_stages(E: int, IP: int) -> int:
     """Stages of its ring: a tile of index_k, 2 KiB of masks, two rows of scores and one of di for each token."""
-    left = SHARED_MEMORY - KL_INDEX_STAGES * 256 * E - 1024
-    return min(left // (256 * E + 2048 + 128 // IP * 1280), 8)
+    parts = kl_parts(E, IP)
+    left = SHARED_MEMORY - KL_INDEX_STAGES * parts * 256 * E - 1024
+    return min(left // (256 * E + parts * (2048 + 128 // IP * 1280)), 8)
 
 
 def sparse_index_bytes(E: int) -> int:
