@@ -163,13 +163,14 @@ def test_the_gradient_by_masks_has_the_shared_memory_that_it_lays_out(shape, sou
 @pytest.mark.parametrize("shape", sizes.INDEX_HEADS, ids=str)
 def test_kl_and_gradients_have_the_registers_and_shared_memory_that_they_ask_for(shape):
     E, IP, warps = shape["E"], shape["IP"], sizes.KL_ROW_WARPS
-    multiply, rows, copy = sizes.kl_registers(E, warps)
+    parts = sizes.kl_parts(E, IP)
+    multiply, rows, copy = sizes.kl_registers(E, warps, parts)
     threads = sizes.kl_threads(warps)
     assert all(n % 8 == 0 and 24 <= n <= 240 for n in (multiply, rows, copy))
     assert 256 * multiply + 32 * warps * rows + 128 * copy <= 65536 // threads // 8 * 8 * threads
-    stages, tokens = sizes.kl_stages(E, IP), 128 // IP
-    stage = 256 * E + 2048 + tokens * (2 * 512 + 256)
-    assert stages >= 3 and stages * stage + sizes.KL_INDEX_STAGES * 256 * E <= sizes.SHARED_MEMORY
+    stages, tokens = sizes.kl_stages(E, IP), parts * 128 // IP
+    stage = 256 * E + parts * 2048 + tokens * (2 * 512 + 256)
+    assert stages >= 3 and stages * stage + sizes.KL_INDEX_STAGES * parts * 256 * E <= sizes.SHARED_MEMORY
 
 
 @pytest.mark.slow

@@ -2,9 +2,9 @@
 #include "../device/cluster.cuh"
 #include "gradients.cuh"
 #include "rows_warp.cuh"
-// Places in shared memory. A stage: the tile of index_k, the mask words of PARTS times 128 rows (token, head), and of their tokens the
-// teacher's scores, the index scores, and di, which the warps of rows write. Barriers of each stage: it is full; di is
-// there; it has been read. Behind them those of index_q's rows: they are there; they have been read
+// Places in shared memory. A stage: the tile of index_k, the mask words of PARTS times 128 rows (token, head), and of their
+// tokens the teacher's scores, the index scores, and di, which the warps of rows write. Barriers of each stage: it is
+// full; di is there; it has been read. Behind them those of index_q's rows: they are there; they have been read
 template <int E, int IP, int PARTS_, int STAGES, int X_STAGES>
 struct KlRing {
   static constexpr int PARTS = PARTS_, TOKENS = PARTS * 128 / IP, ROW = 512, SCORES_BYTES = TOKENS * 2 * ROW + TOKENS * 256;
@@ -50,8 +50,8 @@ static __device__ __forceinline__ void kg_form(unsigned* p, const unsigned* bits
     }
   }
 }
-// products of `COUNT` key tiles, each in two groups for each part, of which at most two are under way; none at the end. Every lane hands a
-// stage back for itself, and says of its di that it is there, as in `gradients_masked.cuh`
+// products of `COUNT` key tiles, each in two groups for each part, of which at most two are under way; none at the end.
+// Every lane hands a stage back for itself, and says of its di that it is there, as in `gradients_masked.cuh`
 template <int E, int IP, int COUNT, class Ring>
 static __device__ __forceinline__ void kg_group(Ring& ring, float (*o)[E / 2], unsigned* p) {
 #pragma unroll

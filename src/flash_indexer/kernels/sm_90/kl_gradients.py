@@ -140,7 +140,9 @@ def build(E, IP, warps=KL_ROW_WARPS):
                             T.tma_copy(
                                 X[row : row + TOKENS, 0:128], Ss[stage, TOKENS : 2 * TOKENS, :], barrier=bars[stage]
                             )
-                            T.tma_copy(MASKS[mask : mask + 8 * PARTS, 0:MASK_WORDS], Ms[stage, :, :], barrier=bars[stage])
+                            T.tma_copy(
+                                MASKS[mask : mask + 8 * PARTS, 0:MASK_WORDS], Ms[stage, :, :], barrier=bars[stage]
+                            )
                             T.tma_copy(IK[key : key + 128, 0:E], Ys[stage, :, :], barrier=bars[stage])
                             commit((bars, stage))
                             key = key + 128
