@@ -48,7 +48,7 @@ class PlanSizes(NamedTuple):
     @property
     def group_tokens(self) -> int:
         """Tokens of an item of the kernel that forms index_q's gradient."""
-        parts = kl_parts(self.E, self.padded_heads) if self.fused else 1
+        parts = kl_parts(self.E) if self.fused else 1
         return TILE * parts // self.padded_heads
 
     @property
