@@ -1,4 +1,4 @@
-"""KL, entropy, di and the gradients of index_q and its weights by one kernel, against float64; scores are made by torch.
+"""KL, entropy, di and the gradients of index_q and its weights by one kernel, against float64; scores are torch's.
 
 All memory that a kernel writes holds NaN before, and so do scores and sums in rows past the last token; masks there are
 junk. d_index_k is formed of what the kernel leaves for it.
