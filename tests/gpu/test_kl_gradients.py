@@ -190,7 +190,7 @@ def test_against_float64_and_always_the_same_bits(E, I, layout, monkeypatch):
 
 
 @pytest.mark.parametrize("where", ["teacher", "scores"])
-@pytest.mark.parametrize(("E", "I"), [(64, 5), (64, 16), (128, 20)])
+@pytest.mark.parametrize(("E", "I"), [(64, 5), (64, 16)])
 def test_a_nan_that_a_token_sees_is_in_its_kl_alone(E, I, where):
     x = make("causal", E, I)
     before, token = run(x, planned(x)), 200
@@ -210,8 +210,8 @@ def test_a_nan_that_no_token_sees_is_nowhere():
         assert torch.equal(a, b), name
 
 
-@pytest.mark.parametrize("tokens", [1, 2, 127, 129])
-@pytest.mark.parametrize(("E", "I"), [(64, 8), (64, 16), (128, 64)])
+@pytest.mark.parametrize("tokens", [1, 129])
+@pytest.mark.parametrize(("E", "I"), [(64, 8), (128, 64)])
 def test_few_tokens(E, I, tokens, monkeypatch):
     monkeypatch.setitem(DOCUMENTS, "few", (((tokens, tokens),), None))
     x = make("few", E, I)
