@@ -37,7 +37,7 @@ HEADS = (
 # bytes that producers spill, who have 24 or 40 registers and wait for memory anyway, or that are used once an item
 MOST_SPILLED = {
     "attention": 500, "head_gradients_query": 64, "head_gradients_key": 1200, "sparse_gradients_mla": 500,
-    "kl_gradients": 12,
+    "kl_gradients": 40,
 }  # fmt: skip
 
 

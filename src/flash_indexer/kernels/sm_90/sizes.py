@@ -94,7 +94,7 @@ def kl_parts(E: int) -> int:
 def kl_registers(E: int, warps: int) -> tuple[int, int, int]:
     """Of a thread of each role: what those that multiply and copy leave is for the warps of rows."""
     threads = kl_threads(warps)
-    multiplies, copies = {64: 112, 128: 144}[E * kl_parts(E)], 24
+    multiplies, copies = {64: 120, 128: 144}[E * kl_parts(E)], 24
     left = 65536 // threads // 8 * 8 * threads - 256 * multiplies - 128 * copies
     return multiplies, min(left // (threads - 384) // 8 * 8, 168), copies
 
