@@ -167,9 +167,13 @@ def test_kl_and_gradients_have_the_registers_and_shared_memory_that_they_ask_for
     threads = sizes.kl_threads(warps)
     assert all(n % 8 == 0 and 24 <= n <= 240 for n in (multiply, rows, copy))
     assert 256 * multiply + 32 * warps * rows + 128 * copy <= 65536 // threads // 8 * 8 * threads
-    stages, tokens = sizes.kl_stages(E, IP), 128 // IP
-    stage = 256 * E + 2048 + tokens * (2 * 512 + 256)
-    assert stages >= 3 and stages * stage + sizes.KL_INDEX_STAGES * 256 * E <= sizes.SHARED_MEMORY
+    parts, (stages, score_stages) = sizes.kl_parts(E), sizes.kl_stages(E, IP)
+    tokens = parts * 128 // IP
+    rings = stages * (256 * E + parts * 2048 + tokens * 256) + score_stages * tokens * 1024
+    shares = max(warps // tokens, 1)
+    around = 8 * (3 * stages + 2 * score_stages + 2) + tokens * shares * (32 + 16 * (shares > 1))
+    assert min(stages, score_stages) >= 3
+    assert rings + parts * 256 * E + -(-around // 1024) * 1024 <= sizes.SHARED_MEMORY
 
 
 @pytest.mark.slow

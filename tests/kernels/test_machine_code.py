@@ -35,7 +35,10 @@ HEADS = (
     "sparse_gradients_mla",
 )  # fmt: skip
 # bytes that producers spill, who have 24 or 40 registers and wait for memory anyway, or that are used once an item
-MOST_SPILLED = {"attention": 500, "head_gradients_query": 64, "head_gradients_key": 1200, "sparse_gradients_mla": 500}
+MOST_SPILLED = {
+    "attention": 500, "head_gradients_query": 64, "head_gradients_key": 1200, "sparse_gradients_mla": 500,
+    "kl_gradients": 40,
+}  # fmt: skip
 
 
 def sampled() -> list[object]:
@@ -79,8 +82,8 @@ def products(name: str, static: dict[str, int]) -> int:
         return (4 * static["E"] + 5 * 128) // 16
     if name == "gradients_key_masked":  # two key tiles of a pair by halves of 64, in steps of two and of one
         return 3 * 2 * 128 // 16
-    if name == "kl_gradients":  # in steps of two and of one
-        return 3 * 128 // 16
+    if name == "kl_gradients":  # for each part
+        return sizes.kl_parts(static["E"]) * 128 // 16
     if name == "attention":  # logits before all items, of masked and whole tiles, beside the last; values but before
         return 4 * (static["D"] + static["E"]) // 16 + (3 * static["BN"] // 16 if static["V"] else 0)
     if name in LATENT:
@@ -125,7 +128,8 @@ def test_machine_code(kernel, machine):
     assert code.count("QGMMA" if name.endswith("_fp8") else "HGMMA") == products(name, static)
     if name == "kl_gradients":  # of 640 threads; tiles that are wholly seen and others, of a warp's tokens
         assert code.registers == 96 and code.count("USETMAXREG") == 3 and code.count("UTMALDG") > 0
-        assert code.count("MUFU.EX2") == 2 * 4 * max(128 // static["IP"] // sizes.KL_ROW_WARPS, 1)
+        tokens = sizes.kl_parts(static["E"]) * 128 // static["IP"]
+        assert code.count("MUFU.EX2") == 2 * 4 * max(tokens // sizes.KL_ROW_WARPS, 1)
         return
     if name in MOST_REGISTERS:
         assert 8 <= code.registers <= MOST_REGISTERS[name]

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from flash_indexer.intervals import causal_intervals
+from flash_indexer.kernels.sm_90.sizes import kl_parts
 from flash_indexer.ops.kl import plan as kl_plan
 from flash_indexer.ops.kl.gpu_body import row_kernel
 from flash_indexer.ops.kl.plan import BYTES_PER_TILE, Plan, PlanSizes, TileChunk, make_plan, plan
@@ -101,11 +102,14 @@ def test_runs_of_tiles_fill_the_processors_rounds() -> None:
         assert len(filled) > 3 and all(1 - n / -(-n // 1) < 0.03 for n in filled), (narrow, filled)
 
 
+@pytest.mark.parametrize("fused", [False, True])
 @pytest.mark.parametrize("heads", [8, 16, 32, 64])
-def test_query_items_cover_what_their_tokens_see(layout: tuple[Tensor, Tensor, int], heads: int) -> None:
+def test_query_items_cover_what_their_tokens_see(layout: tuple[Tensor, Tensor, int], heads: int, fused: bool) -> None:
     key_start, key_end, S = layout
-    made = make_plan(key_start, key_end, sizes(S, 10 * BYTES_PER_TILE, heads), CPU)
-    tokens, covered = TILE // heads, torch.zeros(key_start.shape[0], dtype=torch.bool)
+    of = sizes(S, 10 * BYTES_PER_TILE, heads)._replace(fused=fused)
+    made = make_plan(key_start, key_end, of, CPU)
+    tokens = TILE * kl_parts(of.E) // heads if fused else TILE // heads
+    covered = torch.zeros(key_start.shape[0], dtype=torch.bool)
     for chunk in made.chunks:
         for token, first, count, base in rows(chunk.gradients.query):
             assert token % tokens == 0 and count >= 1 and chunk.begin <= token < chunk.end

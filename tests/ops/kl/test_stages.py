@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from flash_indexer.kernels.sm_90.sizes import kl_parts
 from flash_indexer.ops import Problem, Sums, launch, make_stages, run_stages
 from flash_indexer.ops.bodies import TORCH
 from flash_indexer.ops.kl import gpu_body, gpu_fused
@@ -143,17 +144,26 @@ def play_kl_rows(p, scores, work, chunk, rows, out, logits) -> None:
             di[at] = values.view(-1, TILE)
 
 
-def play_index_gradients(di, leaves, work, chunk, out, scores) -> None:
-    """Both kernels share masks, set where nothing is written, and w·index_q; rows past the last token are there too."""
+def play_index_gradients(di, leaves, work, chunk, out, scores, parts=1) -> None:
+    """Both kernels share masks, set where nothing is written, and w·index_q; rows past the last token are there too.
+
+    parts: times 128 rows (token, head) of an item; w·index_q of 128 rows that hold no token is not written.
+    """
     assert all(x.shape == di.shape for x in scores), "the masks' memory"
     for x in scores:
         x.fill_(torch.nan)  # it is overwritten
     index_q, index_k, weights = (F.pad(x, (0,) * 2 * (x.dim() - 1) + (0, TILE)) for x in leaves)
-    (T, I, E), tokens = leaves[0].shape, TILE // PADDED
+    (T, I, E), tokens = leaves[0].shape, TILE // PADDED  # of 128 rows
     tiles = di.view(-1, TILE, TILE)
     masks = torch.ones(len(tiles), TILE, I, TILE, dtype=torch.bool)
     scaled = (torch.empty if work.complete else torch.zeros)(len(index_q), I, E, dtype=di.dtype)
-    for token, first, count, base in rows_of(chunk.gradients.query):
+    items = [
+        (token + part * tokens, *item)
+        for (token, *item), part in itertools.product(rows_of(chunk.gradients.query), range(parts))
+    ]
+    for token, first, count, base in items:
+        if token >= T:
+            continue
         rows, here = slice(token % TILE, token % TILE + tokens), slice(token, token + tokens)
         unscaled = torch.zeros(tokens, I, E, dtype=di.dtype)
         for n in range(first, first + count):
@@ -208,20 +218,21 @@ def play_fused_gradients(scores, left, leaves, work, chunk, rows, out) -> None:
     written = out.di.new_zeros(out.di.shape, dtype=torch.bool).view(-1, TILE, TILE)
     queries = F.pad(leaves[0], (0, 0, 0, PADDED - leaves[0].shape[1], 0, TILE))
     keys = F.pad(leaves[1], (0, 0, 0, TILE))
-    lines = left.masks.view(-1, 8 * PADDED, left.masks.shape[1])
+    lines, parts = left.masks.view(-1, 8 * PADDED, left.masks.shape[1]), kl_parts(leaves[0].shape[2])
     for token, key_tile, count, base in rows_of(chunk.gradients.query):
-        block, here = token // TILE * TILE, token % TILE // 2
+        block, line = token // TILE * TILE, token % TILE // 2
         for n in range(key_tile, key_tile + count):
             positive = torch.einsum("tie,se->tis", queries[block : block + TILE], keys[n * TILE : n * TILE + TILE]) > 0
-            assert torch.equal(lines[base + n, here : here + 8], words(positive)[here : here + 8])
+            here = slice(line, line + 8 * parts)
+            assert torch.equal(lines[base + n, here], words(positive)[here])
         _, first, end, _ = work.blocks.view(-1, 4)[token // TILE].tolist()
-        written[base + first : base + end, token % TILE : token % TILE + TILE // PADDED] = True
+        written[base + first : base + end, token % TILE : token % TILE + parts * TILE // PADDED] = True
     if not work.complete:
         out.di.zero_()
     before = out.di.clone()
     play_kl_rows(p, x, work, chunk, rows, (out.di, out.kl, out.entropy), False)
     out.di.copy_(torch.where(written.view(-1, TILE), out.di, before))
-    play_index_gradients(out.di, leaves, work, chunk, out.gradients, scores)
+    play_index_gradients(out.di, leaves, work, chunk, out.gradients, scores, parts)
 
 
 def masked(mask: Tensor, di: Tensor) -> Tensor:

@@ -2,31 +2,35 @@
 #include "../device/cluster.cuh"
 #include "gradients.cuh"
 #include "rows_warp.cuh"
-// Places in shared memory. A stage: the tile of index_k, the mask words of 128 rows (token, head), and of their tokens the
-// teacher's scores, the index scores, and di, which the warps of rows write. Barriers of each stage: it is full; di is
-// there; it has been read. Behind them those of index_q's rows: they are there; they have been read
-template <int E, int IP, int STAGES, int X_STAGES>
+// Places in shared memory, in two rings. Of the first a stage is the tile of index_k, the mask words of PARTS times 128 rows
+// (token, head), and di of their tokens, which the warps of rows write; barriers of each stage: it is full; di is there; it
+// has been read. Of the second a stage is the teacher's scores and the index scores of the tokens: it is full; it has been
+// read, which the warps of rows say as soon as they have the scores in registers. Then index_q's rows: they are there; read
+template <int E, int IP, int PARTS_, int STAGES, int SCORE_STAGES>
 struct KlRing {
-  static constexpr int TOKENS = 128 / IP, ROW = 512, SCORES_BYTES = TOKENS * 2 * ROW + TOKENS * 256;
-  int y, masks, scores, x, barriers;  // addresses of the first ones
-  int stage, parity, x_stage, x_parity;
-  __device__ __forceinline__ KlRing(int y_, int masks_, int scores_, int x_, int barriers_)
-      : y(opaque(y_)), masks(opaque(masks_)), scores(opaque(scores_)), x(opaque(x_)), barriers(opaque(barriers_)) {
-    stage = parity = x_stage = x_parity = 0;
+  static constexpr int PARTS = PARTS_, TOKENS = PARTS * 128 / IP, ROW = 512;
+  int y, masks, di_rows, scores, x, barriers;  // addresses of the first ones
+  int stage, parity, score_stage, score_parity, x_parity;
+  __device__ __forceinline__ KlRing(int y_, int masks_, int di_, int scores_, int x_, int barriers_)
+      : y(opaque(y_)), masks(opaque(masks_)), di_rows(opaque(di_)), scores(opaque(scores_)), x(opaque(x_)),
+        barriers(opaque(barriers_)) {
+    stage = parity = score_stage = score_parity = x_parity = 0;
   }
   __device__ __forceinline__ int full() const { return barriers + 8 * stage; }
   __device__ __forceinline__ int ready() const { return barriers + 8 * (STAGES + stage); }
   __device__ __forceinline__ int empty() const { return barriers + 8 * (2 * STAGES + stage); }
-  __device__ __forceinline__ int x_full() const { return barriers + 8 * (3 * STAGES + x_stage); }
-  __device__ __forceinline__ int x_empty() const { return barriers + 8 * (3 * STAGES + X_STAGES + x_stage); }
-  __device__ __forceinline__ int teacher() const { return scores + stage * SCORES_BYTES; }
+  __device__ __forceinline__ int scores_full() const { return barriers + 8 * (3 * STAGES + score_stage); }
+  __device__ __forceinline__ int scores_empty() const { return barriers + 8 * (3 * STAGES + SCORE_STAGES + score_stage); }
+  __device__ __forceinline__ int x_full() const { return barriers + 8 * (3 * STAGES + 2 * SCORE_STAGES); }
+  __device__ __forceinline__ int x_empty() const { return x_full() + 8; }
+  __device__ __forceinline__ int di() const { return di_rows + stage * (TOKENS * 256); }
+  __device__ __forceinline__ int teacher() const { return scores + score_stage * (TOKENS * 2 * ROW); }
   __device__ __forceinline__ int index() const { return teacher() + TOKENS * ROW; }
-  __device__ __forceinline__ int di() const { return teacher() + TOKENS * 2 * ROW; }
   __device__ __forceinline__ void next() {
     if (++stage == STAGES) stage = 0, parity ^= 1;
   }
-  __device__ __forceinline__ void next_x() {
-    if (++x_stage == X_STAGES) x_stage = 0, x_parity ^= 1;
+  __device__ __forceinline__ void next_scores() {
+    if (++score_stage == SCORE_STAGES) score_stage = 0, score_parity ^= 1;
   }
 };
 // Where word (q, g) of a token's di lies in a stage: of keys 8g + 2q and 8g + 2q + 1, as lane q of a quad has them. Four g are
@@ -34,81 +38,106 @@ struct KlRing {
 static __device__ __forceinline__ int kg_di_word(int q, int g) {
   return (q ^ q >> 1) * 16 + ((g >> 2 ^ q >> 1) << 2) + (g & 3);
 }
-// p = di & mask of keys 16 FIRST .. 16 (FIRST + 4) - 1: rows (token, head), columns keys. bits: those of the thread's two rows,
-// keys 8g + 2q in the lower half, 8g + 2q + 1 in the upper half
-template <int IP, int FIRST>
-static __device__ __forceinline__ void kg_form(unsigned* p, const unsigned* bits, int di) {
-  const int q = threadIdx.x & 3, d = di + thread_row() / IP * 256;
+// Where a thread that multiplies finds, in 128 rows of a stage, the mask words of its first row (the second row's are 128
+// bytes on) and its di from keys 0 and 32 on (those from 64 and 96 on are 32 bytes on)
+template <int IP>
+struct KlThread {
+  int mask, di[2];
+  __device__ __forceinline__ KlThread() {
+    const int q = threadIdx.x & 3;
+    mask = opaque(4 * mask_word(thread_row(), q, 0));
 #pragma unroll
-  for (int g = 2 * FIRST; g < 2 * FIRST + 8; g += 4) {
-    const int4 four = load_shared_int4(d + 4 * kg_di_word(q, g));
-    const int4 other = IP == 8 ? load_shared_int4(d + 256 + 4 * kg_di_word(q, g)) : four;
+    for (int c = 0; c < 2; ++c) di[c] = opaque(thread_row() / IP * 256 + 4 * kg_di_word(q, 4 * c));
+  }
+};
+// p = di & mask of keys 64 HALF .. 64 HALF + 63: rows (token, head), columns keys. bits: those of the thread's two rows,
+// keys 8g + 2q in the lower half, 8g + 2q + 1 in the upper half
+template <int IP, int HALF>
+static __device__ __forceinline__ void kg_form(unsigned* p, const unsigned* bits, int di, const KlThread<IP>& thread) {
+#pragma unroll
+  for (int c = 0; c < 2; ++c) {
+    const int from = di + thread.di[c] + 32 * HALF;
+    const int4 four = load_shared_int4(from), other = IP == 8 ? load_shared_int4(from + 256) : four;
     const int first[4] = {four.x, four.y, four.z, four.w}, second[4] = {other.x, other.y, other.z, other.w};
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      p[2 * (g + i)] = define_word(first[i], spread_signs(bits[0] << (g + i >> 1), i & 1));
-      p[2 * (g + i) + 1] = define_word(second[i], spread_signs(bits[1] << (g + i >> 1), i & 1));
+      const int g = 8 * HALF + 4 * c + i;
+      p[2 * g] = define_word(first[i], spread_signs(bits[0] << (g >> 1), i & 1));
+      p[2 * g + 1] = define_word(second[i], spread_signs(bits[1] << (g >> 1), i & 1));
     }
   }
 }
-// products of `COUNT` key tiles, each in two groups of which at most two are under way; none at the end. Every lane hands a
-// stage back for itself, and says of its di that it is there
-template <int E, int IP, int COUNT, class Ring>
-static __device__ __forceinline__ void kg_group(Ring& ring, float* o, unsigned* p) {
-#pragma unroll
-  for (int u = 0; u < COUNT; ++u) {
-    const int before = ring.empty();
-    if (u > 0) ring.next();
+// products of an item's key tiles, each in two groups for each part, of which at most two are under way, also from one tile
+// to the next. Every lane hands a stage back for itself, and says of its di that it is there, as in `gradients_masked.cuh`
+template <int E, int IP, class Ring>
+static __device__ __forceinline__ void kg_products(
+    Ring& ring, float (*o)[E / 2], unsigned* p, const KlThread<IP>& thread, int count) {
+  int before = 0;
+#pragma unroll 1
+  for (int u = 0; u < count; ++u) {
     barrier_wait(ring.full(), ring.parity);
-    const int mask = ring.masks + ring.stage * 2048, y = wg_uniform(ring.y + ring.stage * (256 * E) >> 4);
-    unsigned bits[2];
+    const int y = wg_uniform(ring.y + ring.stage * (256 * E) >> 4);
 #pragma unroll
-    for (int h = 0; h < 2; ++h) {
-      const int2 words = load_shared_int2(mask + 4 * mask_word(thread_row(h), threadIdx.x & 3, 0));
-      bits[h] = __byte_perm(words.x, words.y, threadIdx.x & 4 ? 0x7632 : 0x5410);
-    }
-    barrier_wait(ring.ready(), ring.parity);
-    if (u > 0) tl::wait_wgmma<1>();
-    kg_form<IP, 0>(p, bits, ring.di());
-    wg_accumulate<128, E, 0, 4>(o, p, y);
-    if (u > 0) {
+    for (int part = 0; part < Ring::PARTS; ++part) {
+      const int mask = ring.masks + (ring.stage * Ring::PARTS + part) * 2048 + thread.mask;
+      unsigned bits[2];
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        const int2 words = load_shared_int2(mask + h * 128);
+        bits[h] = __byte_perm(words.x, words.y, threadIdx.x & 4 ? 0x7632 : 0x5410);
+      }
+      if (part == 0) barrier_wait(ring.ready(), ring.parity);
+      const int di = ring.di() + part * (128 / IP * 256);
       tl::wait_wgmma<1>();
-      barrier_arrive(before);
+      kg_form<IP, 0>(p, bits, di, thread);
+      wg_accumulate<128, E, 0, 4>(o[part], p, y);
+      tl::wait_wgmma<1>();
+      if (u > 0 && part == 0) barrier_arrive(before);
+      kg_form<IP, 1>(p, bits, di, thread);
+      wg_accumulate<128, E, 4, 4>(o[part], p, y);
     }
-    kg_form<IP, 4>(p, bits, ring.di());
-    wg_accumulate<128, E, 4, 4>(o, p, y);
+    before = ring.empty();
+    ring.next();
   }
   tl::wait_wgmma<0>();
-  tl::warpgroup_fence_operand(o, E / 2);
-  barrier_arrive(ring.empty());
-  ring.next();
+#pragma unroll
+  for (int part = 0; part < Ring::PARTS; ++part) tl::warpgroup_fence_operand(o[part], E / 2);
+  if (count > 0) barrier_arrive(before);
 }
 // d_index_q, d_index_w and w·index_q of the items, by the warps that multiply
 template <int E, int IP, class Ring>
 static __device__ __forceinline__ void kg_multiply(
     Ring ring, const float* W, const int* ITEMS, void* DQ, float* DW, void* WQ, int I, int q_base, int ntok, int nitems,
     int grid, int base, int nq) {
-  float o[E / 2], w[2], dw[2];
+  constexpr int PARTS = Ring::PARTS;
+  float o[PARTS][E / 2], w[PARTS][2], dw[2];
   unsigned p[32];
+  const KlThread<IP> thread;
   const int items = count_items(nitems, blockIdx.x, grid);
-  int4 coming = *(const int4*)(ITEMS + 4 * blockIdx.x);
+  int4 item = *(const int4*)(ITEMS + 4 * blockIdx.x);
   for (int it = 0; it < items; ++it) {
-    const int4 item = coming;
-    coming = *(const int4*)(ITEMS + 4 * min(blockIdx.x + (it + 1) * grid, nitems - 1));
-    const int row = (item.x - q_base) * IP;
-    gd_weights(w, W, row, nq);
 #pragma unroll
-    for (int i = 0; i < E / 2; ++i) o[i] = 0.0f;
-    for (int i = 0; i < item.z / 2; ++i) kg_group<E, IP, 2>(ring, o, p);
-    if (item.z & 1) kg_group<E, IP, 1>(ring, o, p);
-    const int x = ring.x + ring.x_stage * (256 * E) + (threadIdx.x >> 7) * (128 * (E < 64 ? E : 64));
+    for (int part = 0; part < PARTS; ++part)
+#pragma unroll
+      for (int i = 0; i < E / 2; ++i) o[part][i] = 0.0f;
+    kg_products<E, IP>(ring, o, p, thread, item.z);
+    const int first = item.x, row = (first - q_base) * IP;
+    item = *(const int4*)(ITEMS + 4 * min(blockIdx.x + (it + 1) * grid, nitems - 1));
+#pragma unroll
+    for (int part = 0; part < PARTS; ++part) gd_weights(w[part], W, row + part * 128, nq);
     barrier_wait(ring.x_full(), ring.x_parity);
-    gd_row_products<E>(o, dw, x);
-    gd_store_scaled<E>(w, x, WQ, (item.x - base) * IP, row, nq);
+    ring.x_parity ^= 1;
+#pragma unroll
+    for (int part = 0; part < PARTS; ++part) {
+      const int t = first + part * (128 / IP);
+      const int x = ring.x + part * (256 * E) + (threadIdx.x >> 7) * (128 * (E < 64 ? E : 64));
+      if (t >= ntok) break;
+      gd_row_products<E>(o[part], dw, x);
+      gd_store_scaled<E>(w[part], x, WQ, (t - base) * IP, row + part * 128, nq);
+      gd_store_query<E, IP, 0>(o[part], w[part], dw, DQ, DW, t, I, ntok);
+    }
     __syncwarp();
     if ((threadIdx.x & 31) == 0) barrier_arrive(ring.x_empty());
-    ring.next_x();
-    gd_store_query<E, IP, 0>(o, w, dw, DQ, DW, item.x, I, ntok);
   }
 }
 // What the warps of rows read: the interval and weight of each token, and the sums of its score tiles
@@ -118,12 +147,12 @@ struct KlRows {
   const float* WT;
   int ntok;
 };
-// a token of an item, and in each lane the sums of one of its tiles
-struct KlToken {
+// Of a warp's tokens t, t + STEP, ...: lane n has the interval and the weight of token n % COUNT, lane i the sums of tile i
+template <int COUNT, int STEP>
+struct KlTokens {
   int low, high;  // keys that it sees
   float weight;
-  RowSums<false> sums;
-  // tiles lane, lane + 32, ...: from the i-th on
+  RowSums<false> sums[COUNT];
   __device__ __forceinline__ static RowSums<false> tile(const KlRows& rows, int4 item, int t, int i) {
     RowSums<false> sums = {-INFINITY, 0.0f, 0.0f, 0.0f};
     if (i < item.z) {
@@ -134,10 +163,18 @@ struct KlToken {
     return sums;
   }
   __device__ __forceinline__ void load(const KlRows& rows, int4 item, int t) {
-    const bool real = t < rows.ntok;
-    low = real ? rows.KS[t] : 0, high = real ? rows.KE[t] : 0, weight = real ? rows.WT[t] : 0.0f;
-    sums = tile(rows, item, t, threadIdx.x & 31);
+    const int lane = threadIdx.x & 31, own = t + lane % COUNT * STEP;
+    const bool real = own < rows.ntok;
+    low = real ? rows.KS[own] : 0, high = real ? rows.KE[own] : 0, weight = real ? rows.WT[own] : 0.0f;
+#pragma unroll
+    for (int n = 0; n < COUNT; ++n) sums[n] = tile(rows, item, t + n * STEP, lane);
   }
+};
+// What the warp needs of a token in every tile, in shared memory: in registers, those of four tokens would be too many
+struct KlTotals {
+  float m, z, scale, log_sum, weight;
+  int low, high, unused;
+  __device__ __forceinline__ bool sees(int key) const { return key >= low && key < high; }
 };
 // where a lane's four keys of the warp's first token are: its scores in a stage, the two words of di there
 struct KlLane {
@@ -149,82 +186,97 @@ struct KlLane {
     for (int c = 0; c < 2; ++c) di[c] = opaque(at * 256 + 4 * kg_di_word(2 * (lane & 1) + c, lane >> 1));
   }
 };
-// di of the key tile that begins at `key` for the warp's tokens: to the stage and to DI; KL and entropy are added to
+// di of the key tile that begins at `key` for the warp's tokens: to the stage, once that is free, and to DI; KL and entropy
+// are added to. The scores' stage is handed back
 template <int TOKENS, int COUNT, bool WHOLE, class Ring>
 static __device__ __forceinline__ void kg_row_tile(
-    const Ring& ring, const KlToken* tokens, const RowTotals<false>* totals, float* kl, float* ent, KlLane lane, int key,
-    unsigned short* DI) {
-  constexpr int STEP = TOKENS / COUNT;
-  float4 p[COUNT], x[COUNT];
+    const Ring& ring, const KlTotals* tokens, float* kl, float* ent, KlLane lane, int key, unsigned short* DI) {
+  constexpr int STEP = TOKENS / COUNT, HELD = COUNT < 2 ? COUNT : 2;
+  uint2 words[COUNT];
 #pragma unroll
-  for (int n = 0; n < COUNT; ++n) {
-    const int from = lane.scores + n * STEP * Ring::ROW;
-    p[n] = load_shared_float4(ring.teacher() + from), x[n] = load_shared_float4(ring.index() + from);
-  }
+  for (int first = 0; first < COUNT; first += HELD) {
+    float4 p[HELD], x[HELD];
 #pragma unroll
-  for (int n = 0; n < COUNT; ++n) {
-    const float score[4] = {x[n].x, x[n].y, x[n].z, x[n].w}, share[4] = {p[n].x, p[n].y, p[n].z, p[n].w};
-    float d[4];
-#pragma unroll
-    for (int c = 0; c < 4; ++c) {
-      const int s = key + (threadIdx.x & 31) * 4 + c;
-      const bool seen = WHOLE || (s >= tokens[n].low && s < tokens[n].high);
-      d[c] = totals[n].pair(seen ? share[c] : 0.0f, seen ? score[c] : -INFINITY, tokens[n].weight, kl[n], ent[n]);
-      if (!seen) d[c] = 0.0f;
+    for (int n = 0; n < HELD; ++n) {
+      const int from = lane.scores + (first + n) * STEP * Ring::ROW;
+      p[n] = load_shared_float4(ring.teacher() + from), x[n] = load_shared_float4(ring.index() + from);
     }
-    const unsigned low = pack(d[0], d[1]), high = pack(d[2], d[3]);
-    store_shared_int(ring.di() + lane.di[0] + n * STEP * 256, low);
-    store_shared_int(ring.di() + lane.di[1] + n * STEP * 256, high);
-    *(uint2*)(DI + n * STEP * 128) = make_uint2(low, high);
+    if (first + HELD == COUNT) barrier_arrive(ring.scores_empty());
+#pragma unroll
+    for (int n = 0; n < HELD; ++n) {
+      const float score[4] = {x[n].x, x[n].y, x[n].z, x[n].w}, share[4] = {p[n].x, p[n].y, p[n].z, p[n].w};
+      const KlTotals token = tokens[first + n];
+      const RowTotals<false> totals(token.m, token.z, token.scale, token.log_sum);
+      float d[4];
+#pragma unroll
+      for (int c = 0; c < 4; ++c) {
+        const bool seen = WHOLE || token.sees(key + (threadIdx.x & 31) * 4 + c);
+        d[c] = totals.pair(seen ? share[c] : 0.0f, seen ? score[c] : -INFINITY, token.weight, kl[first + n], ent[first + n]);
+        if (!seen) d[c] = 0.0f;
+      }
+      words[first + n] = make_uint2(pack(d[0], d[1]), pack(d[2], d[3]));
+    }
   }
+  barrier_wait(ring.empty(), ring.parity ^ 1);
+#pragma unroll
+  for (int n = 0; n < COUNT; ++n) {
+    store_shared_int(ring.di() + lane.di[0] + n * STEP * 256, words[n].x);
+    store_shared_int(ring.di() + lane.di[1] + n * STEP * 256, words[n].y);
+  }
+  barrier_arrive(ring.ready());
+#pragma unroll
+  for (int n = 0; n < COUNT; ++n) *(uint2*)(DI + n * STEP * 128) = words[n];
 }
 // KL, entropy and di of the items' tokens. Of WARPS warps each takes tokens at, at + WARPS, ... of an item; where there are more
 // warps than tokens, SHARE of them take a token's key tiles in turns
 template <int IP, int WARPS, class Ring>
 static __device__ __forceinline__ void kg_rows(
     Ring ring, KlRows rows, const int* ITEMS, void* DI_, float* KL, float* ENT, int nitems, int grid, int warp) {
-  constexpr int TOKENS = 128 / IP, SHARE = WARPS > TOKENS ? WARPS / TOKENS : 1, COUNT = TOKENS * SHARE / WARPS;
+  constexpr int TOKENS = Ring::TOKENS, SHARE = WARPS > TOKENS ? WARPS / TOKENS : 1, COUNT = TOKENS * SHARE / WARPS;
   static_assert(COUNT * WARPS == TOKENS * SHARE, "every warp has as much to do");
   __shared__ float2 part[2][SHARE][TOKENS];
+  __shared__ __align__(16) KlTotals all[WARPS][COUNT];
+  KlTotals* const tokens = all[warp];
   const int at = warp % TOKENS, share = warp / TOKENS;
   const int lane = threadIdx.x & 31, items = count_items(nitems, blockIdx.x, grid);
   unsigned short* DI = (unsigned short*)DI_;
   const KlLane where(at, Ring::ROW);
   int4 item, coming = *(const int4*)(ITEMS + 4 * blockIdx.x);
-  KlToken tokens[COUNT], later[COUNT];
-#pragma unroll
-  for (int n = 0; n < COUNT; ++n) later[n].load(rows, coming, coming.x + at + n * WARPS);
+  KlTokens<COUNT, WARPS> later;
+  later.load(rows, coming, coming.x + at);
   for (int it = 0; it < items; ++it) {
     item = coming;
     coming = *(const int4*)(ITEMS + 4 * min(blockIdx.x + (it + 1) * grid, nitems - 1));
     const int t = item.x + at, place = (item.x & 127) + at;
-    RowTotals<false> totals[COUNT];
+    // keys that every token sees
+    const int low = __reduce_max_sync(0xffffffffu, later.low), high = __reduce_min_sync(0xffffffffu, later.high);
     float kl[COUNT], ent[COUNT];
-    int low = 0, high = 0x7fffffff;  // keys that every token sees
+    __syncwarp();
 #pragma unroll
     for (int n = 0; n < COUNT; ++n) {
-      tokens[n] = later[n];
+      RowSums<false> sums = later.sums[n];
       for (int i = 32 + lane; i < item.z; i += 32)
-        tokens[n].sums.merge(KlToken::tile(rows, item, t + n * WARPS, i));
-      tokens[n].sums.combine();
-      totals[n] = RowTotals<false>(tokens[n].sums);
+        sums.merge(KlTokens<COUNT, WARPS>::tile(rows, item, t + n * WARPS, i));
+      sums.combine();
+      const RowTotals<false> of(sums);
+      if (lane == n)
+        tokens[n] = {of.m, of.z, of.scale, of.log_sum, later.weight, later.low, later.high, 0};
       kl[n] = ent[n] = 0.0f;
-      low = max(low, tokens[n].low), high = min(high, tokens[n].high);
     }
+    __syncwarp();
     unsigned short* di = DI + ((long long)(item.w + item.y) * 128 + place) * 128 + lane * 4;
     for (int i = 0, key = item.y * 128; i < item.z; ++i, key += 128, di += 16384) {
-      barrier_wait(ring.full(), ring.parity);
+      barrier_wait(ring.scores_full(), ring.score_parity);
       if (SHARE == 1 || i % SHARE == share) {
         if (key >= low && key + 128 <= high)
-          kg_row_tile<TOKENS, COUNT, true>(ring, tokens, totals, kl, ent, where, key, di);
+          kg_row_tile<TOKENS, COUNT, true>(ring, tokens, kl, ent, where, key, di);
         else
-          kg_row_tile<TOKENS, COUNT, false>(ring, tokens, totals, kl, ent, where, key, di);
-        barrier_arrive(ring.ready());
+          kg_row_tile<TOKENS, COUNT, false>(ring, tokens, kl, ent, where, key, di);
+      } else {
+        barrier_arrive(ring.scores_empty());
       }
-      ring.next();
-      if (i == 0)
-#pragma unroll
-        for (int n = 0; n < COUNT; ++n) later[n].load(rows, coming, coming.x + at + n * WARPS);
+      ring.next(), ring.next_scores();
+      if (i == 0) later.load(rows, coming, coming.x + at);
     }
     // zeros in the tiles of the tokens' block that the item doesn't visit
     const int4 block = *(const int4*)(rows.BLOCKS + 4 * (item.x >> 7));

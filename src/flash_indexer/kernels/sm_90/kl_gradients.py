@@ -7,13 +7,16 @@
 The kernels that form the scores leave what one pass needs: masks [logit > 0] in bits, and of each row of a score tile
 the sums of what the row sees in it. So no logit is formed again, and a row's scores are read once:
 
-    warps 0-3, 4-7    64 rows (token, head) each: P = di & mask in bfloat16 and O += P index_k in registers
-    warps of rows     a token each, or two: its sums at the item's begin; of every key tile KL, entropy and di
-    two more warps    feed the rings: a stage is a tile of index_k, masks, and scores of the item's tokens; index_q
+    warps 0-3, 4-7    64 rows (token, head) each, twice: P = di & mask in bfloat16 and O += P index_k in registers
+    warps of rows     one, two or four tokens each: their sums at the item's begin; of every key tile KL, entropy and di
+    three more        copy both scores of the item's tokens to one ring; index_k and masks to another one; index_q
 
     tensor cores      | first 64 keys of a tile | the others | first 64 keys of the next ...
     warps 0-7         | P of the others         | P of the next tile's first 64 ...
-    warps of rows     | di of a later tile ...
+    warps of rows     | di of a later tile, to the ring of index_k ...
+
+Scores come from far away and are soon in registers, index_k stays until its products are done: so two rings. An item
+has 256 rows (token, head) where O of so many fits the registers: most of what a tile reads is index_k.
 
 The item's rows of index_q make d_weights at its end, and w·index_q for `gradients_masked`.
 """
@@ -25,9 +28,9 @@ from flash_indexer.kernels.device.items import SHORT_ITEM, QueryTilesItem
 from flash_indexer.kernels.device.sources import source
 from flash_indexer.kernels.sm_90.macros import PASS_CONFIGS, advance, commit, count_items, number, shared_address
 from flash_indexer.kernels.sm_90.sizes import (
-    KL_INDEX_STAGES,
     KL_ROW_WARPS,
     MASK_WORDS,
+    kl_parts,
     kl_registers,
     kl_stages,
     kl_threads,
@@ -53,11 +56,13 @@ def build(E, IP, warps=KL_ROW_WARPS):
         BLOCKS  [blocks·4] int32            as in `rows.build`, with KS, KE [T] int32, WT, KL, ENT [T] float32
         I, q_base, ntok, nitems, grid, base int32
     """
-    STAGES, X_STAGES, TOKENS = kl_stages(E, IP), KL_INDEX_STAGES, 128 // IP
+    (STAGES, SCORE_STAGES), PARTS = kl_stages(E, IP), kl_parts(E)
+    TOKENS = PARTS * 128 // IP
     registers, threads = kl_registers(E, warps), kl_threads(warps)
     feeder = threads - 128
-    empty, x_full, x_empty = 2 * STAGES, 3 * STAGES, 3 * STAGES + X_STAGES  # behind those of full stages and of di
-    ring_type = f"KlRing<{E}, {IP}, {STAGES}, {X_STAGES}>"
+    empty, score_full = 2 * STAGES, 3 * STAGES  # behind those of full stages and of di
+    score_empty, x_full = score_full + SCORE_STAGES, score_full + 2 * SCORE_STAGES
+    ring_type = f"KlRing<{E}, {IP}, {PARTS}, {STAGES}, {SCORE_STAGES}>"
     nq, nk, nt, nr = T.dynamic("nq"), T.dynamic("nk"), T.dynamic("nt"), T.dynamic("nr")
     nm, nb, ni, no, nw = T.dynamic("nm"), T.dynamic("nb"), T.dynamic("ni"), T.dynamic("no"), T.dynamic("nw")
 
@@ -75,13 +80,14 @@ def build(E, IP, warps=KL_ROW_WARPS):
         with T.Kernel(grid, threads=threads) as bx:
             T.import_source(SOURCE)
             Ys = T.alloc_shared((STAGES, 128, E), "bfloat16")
-            Xs = T.alloc_shared((X_STAGES, 128, E), "bfloat16")
-            # the teacher's scores and the index scores of the tokens, then their di in bfloat16
-            Ss = T.alloc_shared((STAGES, 5 * TOKENS // 2, 128), "float32")
-            Ms = T.alloc_shared((STAGES, 8, MASK_WORDS), "int32")
+            Xs = T.alloc_shared((PARTS, 128, E), "bfloat16")
+            Ss = T.alloc_shared((SCORE_STAGES, 2 * TOKENS, 128), "float32")  # the teacher's, then the indexer's
+            Ds = T.alloc_shared((STAGES, TOKENS, 128), "bfloat16")  # di
+            Ms = T.alloc_shared((STAGES, 8 * PARTS, MASK_WORDS), "int32")
             bars = T.alloc_barrier(
-                [1] * STAGES + [32 * min(warps, TOKENS)] * STAGES + [256] * STAGES + [1] * X_STAGES + [8] * X_STAGES
-            )
+                [1] * STAGES + [32 * min(warps, TOKENS)] * STAGES + [256] * STAGES
+                + [1] * SCORE_STAGES + [32 * warps] * SCORE_STAGES + [1, 8]
+            )  # fmt: skip
             T.annotate_layout({x: make_swizzled_layout(x) for x in (Xs, Ys)})
             tx = T.get_thread_binding()
             if tx < MULTIPLIERS:
@@ -90,8 +96,8 @@ def build(E, IP, warps=KL_ROW_WARPS):
                 T.call_extern(
                     "handle", f"kg_multiply<{E}, {IP}, {ring_type}>",
                     T.call_extern(
-                        "handle", ring_type, shared_address(Ys), shared_address(Ms), shared_address(Ss),
-                        shared_address(Xs), shared_address(bars),
+                        "handle", ring_type, shared_address(Ys), shared_address(Ms), shared_address(Ds),
+                        shared_address(Ss), shared_address(Xs), shared_address(bars),
                     ),
                     T.address_of(W[0]), T.address_of(ITEMS[0]), T.address_of(DQ[0, 0]), T.address_of(DW[0]),
                     T.address_of(WQ[0, 0]), I, q_base, ntok, nitems, grid, base, nq,
@@ -102,8 +108,8 @@ def build(E, IP, warps=KL_ROW_WARPS):
                 T.call_extern(
                     "handle", f"kg_rows<{IP}, {warps}, {ring_type}>",
                     T.call_extern(
-                        "handle", ring_type, shared_address(Ys), shared_address(Ms), shared_address(Ss),
-                        shared_address(Xs), shared_address(bars),
+                        "handle", ring_type, shared_address(Ys), shared_address(Ms), shared_address(Ds),
+                        shared_address(Ss), shared_address(Xs), shared_address(bars),
                     ),
                     T.call_extern(
                         "handle", "KlRows", T.address_of(TOPS[0, 0]), T.address_of(TSUM[0]), T.address_of(BLOCKS[0]),
@@ -117,43 +123,60 @@ def build(E, IP, warps=KL_ROW_WARPS):
                 items = T.alloc_var("int32")
                 first = T.alloc_var("int32")
                 items = count_items(nitems, bx, grid)
+                stage = T.alloc_var("int32", 0)
+                parity = T.alloc_var("int32", 1)
+                key = T.alloc_var("int32")
+                steps = T.alloc_var("int32")
+                row = T.alloc_var("int32")
+                mask = T.alloc_var("int32")
                 if tx < feeder + 32:
-                    stage = T.alloc_var("int32", 0)
-                    parity = T.alloc_var("int32", 1)
-                    key = T.alloc_var("int32")
-                    steps = T.alloc_var("int32")
-                    row = T.alloc_var("int32")
-                    mask = T.alloc_var("int32")
                     for it in T.serial(items):
                         first = number(ITEMS, (bx + it * grid) * SHORT_ITEM + QueryTilesItem.TOKEN) & 127
                         key = number(ITEMS, (bx + it * grid) * SHORT_ITEM + QueryTilesItem.KEY_TILE)
                         steps = number(ITEMS, (bx + it * grid) * SHORT_ITEM + QueryTilesItem.KEY_TILES)
                         row = number(ITEMS, (bx + it * grid) * SHORT_ITEM + QueryTilesItem.TILE_BASE)
-                        mask = ((row + key) * IP + first // TOKENS) * 8
                         row = (row + key) * 128 + first
+                        for _ in T.serial(steps):
+                            T.barrier_wait(bars[score_empty + stage], parity)
+                            T.tma_copy(
+                                P[row : row + TOKENS, 0:128], Ss[stage, 0:TOKENS, :], barrier=bars[score_full + stage]
+                            )
+                            T.tma_copy(
+                                X[row : row + TOKENS, 0:128], Ss[stage, TOKENS : 2 * TOKENS, :],
+                                barrier=bars[score_full + stage],
+                            )  # fmt: skip
+                            commit((bars, score_full + stage))
+                            row = row + 128
+                            advance(stage, parity, SCORE_STAGES)
+                elif tx < feeder + 64:
+                    for it in T.serial(items):
+                        first = number(ITEMS, (bx + it * grid) * SHORT_ITEM + QueryTilesItem.TOKEN) & 127
+                        key = number(ITEMS, (bx + it * grid) * SHORT_ITEM + QueryTilesItem.KEY_TILE)
+                        steps = number(ITEMS, (bx + it * grid) * SHORT_ITEM + QueryTilesItem.KEY_TILES)
+                        row = number(ITEMS, (bx + it * grid) * SHORT_ITEM + QueryTilesItem.TILE_BASE)
+                        mask = ((row + key) * IP + first * IP // 128) * 8
                         key = key * 128
                         for _ in T.serial(steps):
                             T.barrier_wait(bars[empty + stage], parity)
-                            T.tma_copy(P[row : row + TOKENS, 0:128], Ss[stage, 0:TOKENS, :], barrier=bars[stage])
                             T.tma_copy(
-                                X[row : row + TOKENS, 0:128], Ss[stage, TOKENS : 2 * TOKENS, :], barrier=bars[stage]
+                                MASKS[mask : mask + 8 * PARTS, 0:MASK_WORDS], Ms[stage, :, :], barrier=bars[stage]
                             )
-                            T.tma_copy(MASKS[mask : mask + 8, 0:MASK_WORDS], Ms[stage, :, :], barrier=bars[stage])
                             T.tma_copy(IK[key : key + 128, 0:E], Ys[stage, :, :], barrier=bars[stage])
                             commit((bars, stage))
                             key = key + 128
-                            row = row + 128
                             mask = mask + 8 * IP
                             advance(stage, parity, STAGES)
-                elif tx < feeder + 64:
-                    place = T.alloc_var("int32", 0)
-                    turn = T.alloc_var("int32", 1)
+                elif tx < feeder + 96:
                     for it in T.serial(items):
                         first = number(ITEMS, (bx + it * grid) * SHORT_ITEM + QueryTilesItem.TOKEN)
                         first = (first - q_base) * IP
-                        T.barrier_wait(bars[x_empty + place], turn)
-                        T.tma_copy(IQ[first : first + 128, 0:E], Xs[place, :, :], barrier=bars[x_full + place])
-                        commit((bars, x_full + place))
-                        advance(place, turn, X_STAGES)
+                        T.barrier_wait(bars[x_full + 1], parity)
+                        for part in list(range(PARTS)):
+                            T.tma_copy(
+                                IQ[first + part * 128 : first + part * 128 + 128, 0:E], Xs[part, :, :],
+                                barrier=bars[x_full],
+                            )  # fmt: skip
+                        commit((bars, x_full))
+                        parity = parity ^ 1
 
     return flash_indexer_kl_gradients

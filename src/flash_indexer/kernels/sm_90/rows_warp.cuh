@@ -83,7 +83,8 @@ struct RowSums {
 template <bool LOGITS>
 struct RowTotals {
   float m, mp, z, scale, log_sum;
-  __device__ __forceinline__ RowTotals() {}
+  __device__ __forceinline__ RowTotals(float m_, float z_, float scale_, float log_sum_)
+      : m(m_), mp(0.0f), z(z_), scale(scale_), log_sum(log_sum_) {}
   // a teacher whose every probability is 0, because of an lse that is not its own, has no distribution
   __device__ __forceinline__ explicit RowTotals(const RowSums<LOGITS>& sums) {
     m = sums.m, mp = sums.mp, z = sums.z >= 1.17549435e-38f ? sums.z : INFINITY - INFINITY;

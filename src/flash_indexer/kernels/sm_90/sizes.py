@@ -40,7 +40,6 @@ INDEX_TABLE_KEYS = 16384  # keys of a table of `sparse_index_table`
 SELECT_ROW, SELECT_ORDERED = 16384, 4096  # of `select`: keys of a row that it holds; slots that it puts in order
 MASK_WORDS = 64  # of 16 rows x 128 keys of masks in bits
 KL_ROW_WARPS = 8  # of `kl_gradients`: warps that make KL and di
-KL_INDEX_STAGES = 1  # of its index_q: one more of keys and scores is worth more than a second one
 MASKED_REGISTERS = (232, 40)  # of `gradients_masked`: of a thread that computes, of the others
 X_STAGES, Y_STAGES = 2, {32: 10, 64: 8, 128: 4}  # of `gradients`; Y by E: about as many bytes in flight
 
@@ -87,18 +86,27 @@ def kl_threads(warps: int) -> int:
     return 256 + warps * 32 + 128
 
 
+def kl_parts(E: int) -> int:
+    """Times 128 rows (token, head) of an item of `kl_gradients`: index_k is read from the L2 cache once for all."""
+    return 2 if E <= 64 else 1
+
+
 def kl_registers(E: int, warps: int) -> tuple[int, int, int]:
     """Of a thread of each role: what those that multiply and copy leave is for the warps of rows."""
     threads = kl_threads(warps)
-    multiplies, copies = {32: 96, 64: 112, 128: 136}[E], 24
+    multiplies, copies = {64: 120, 128: 144}[E * kl_parts(E)], 24
     left = 65536 // threads // 8 * 8 * threads - 256 * multiplies - 128 * copies
     return multiplies, min(left // (threads - 384) // 8 * 8, 168), copies
 
 
-def kl_stages(E: int, IP: int) -> int:
-    """Stages of its ring: a tile of index_k, 2 KiB of masks, two rows of scores and one of di for each token."""
-    left = SHARED_MEMORY - KL_INDEX_STAGES * 256 * E - 1024
-    return min(left // (256 * E + 2048 + 128 // IP * 1280), 8)
+def kl_stages(E: int, IP: int) -> tuple[int, int]:
+    """Stages of its two rings: a tile of index_k with masks and di of an item's rows; both scores of its tokens."""
+    parts = kl_parts(E)
+    tokens = parts * 128 // IP
+    left = SHARED_MEMORY - parts * 256 * E - 2048
+    keys, scores = 256 * E + parts * 2048 + tokens * 256, tokens * 1024
+    stages = min(left // (keys + scores), 6)
+    return stages, min((left - stages * keys) // scores, 8)
 
 
 def sparse_index_bytes(E: int) -> int:

@@ -15,6 +15,7 @@ from typing import NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
+from flash_indexer.kernels.sm_90.sizes import kl_parts
 from flash_indexer.ops.worklists import TILE, balance, cached, deal, one_thread, ragged, to_device, visible_tiles
 
 BYTES_PER_TILE = TILE * TILE * (4 + 4 + 2)  # teacher scores, index scores, di
@@ -43,6 +44,12 @@ class PlanSizes(NamedTuple):
     def tile_bytes(self) -> int:
         """That a score tile takes: scores and di; masks in bits, and three sums of each row."""
         return BYTES_PER_TILE + (TILE * TILE // 8 * self.padded_heads + 3 * 4 * TILE if self.fused else 0)
+
+    @property
+    def group_tokens(self) -> int:
+        """Tokens of an item of the kernel that forms index_q's gradient."""
+        parts = kl_parts(self.E) if self.fused else 1
+        return TILE * parts // self.padded_heads
 
     @property
     def block_bytes(self) -> int:
@@ -150,7 +157,7 @@ def plan_spans(
         count = end[begin:stop] - first[begin:stop]
         base[begin:stop] = count.cumsum(0) - count - first[begin:stop]
     blocks = torch.stack([base, first, end, torch.zeros_like(base)], 1)
-    groups = token_groups(key_start, key_end, TILE // sizes.padded_heads)
+    groups = token_groups(key_start, key_end, sizes.group_tokens)
     T = key_start.shape[0]
     chunks = tuple(
         TileChunk(
