@@ -111,6 +111,7 @@ def verdict(found: dict[str, Any]) -> list[str]:
 def page(found: dict[str, Any], record: Path, out: Path, commit: str) -> str:
     """The page; writes its plots beside it."""
     rates = json.loads((record / "rates.json").read_text(encoding="utf-8"))
+    of_indexers = ", ".join(f"{rate} at K={k}" for k, rate in rates["indexer_lr"].items())
     tokens = found["runs"]["dense"]["dense"]["tokens"]
     plot_losses(record, [f"indexer-{at.topk}" for at in costs(found)]).savefig(out / "sparse_loss.png", dpi=140)
     plot_costs(costs(found)).savefig(out / "sparse_costs.png", dpi=140)
@@ -135,7 +136,7 @@ def page(found: dict[str, Any], record: Path, out: Path, commit: str) -> str:
         f"What `flash-indexer evaluate` says of the indexers' runs, layer by layer and with needles: {links}.", "",
         "## Training", "",
         *training(record), "",
-        f"Rates, chosen on validation text: {rates['lr']} for the model, {rates['indexer_lr']} for the indexers.", "",
+        f"Rates, chosen on validation text: {rates['lr']} for the model; for the indexers {of_indexers}.", "",
         "![Loss by step](sparse_loss.png)", "",
         "## To reproduce", "", f"Recorded at commit {commit[:7]}.", "",
         "```bash", "python benchmarks/record_stage.py --out runs/stage",

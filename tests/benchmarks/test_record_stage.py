@@ -74,10 +74,10 @@ def test_from_text_to_page(
     assert len(commands) == 7 and all(" sparse " in line for line in commands[:4])
     assert len(call(out)) == 13 and call(out)[:7] == commands and len(call(out)) == 13
     rates = json.loads((out / "rates.json").read_text())
-    validated = json.loads((out / "validation-indexer-8.json").read_text())["runs"]
+    validated = json.loads((out / "validation-indexers.json").read_text())["runs"]
     nats = {rate: validated[f"indexer-8-at-{rate}"]["indexer 8"]["nats"] for rate in ("1e-3", "1e-2")}
-    assert rates["lr"] in ("1e-4", "1e-2") and rates["indexer_lr"] == min(nats, key=nats.__getitem__)
-    assert (out / "indexer-8").resolve().name == f"indexer-8-at-{rates['indexer_lr']}"
+    assert rates["lr"] in ("1e-4", "1e-2") and rates["indexer_lr"] == {"8": min(nats, key=nats.__getitem__)}
+    assert (out / "indexer-8").resolve().name == f"indexer-8-at-{rates['indexer_lr']['8']}"
     held_out = json.loads((out / "held_out.json").read_text())["runs"]
     assert set(held_out) == {"warm", "dense", "indexer-8", "oracle-8"}
     assert all(set(x) == {"dense", "indexer 8", "oracle 8"} for x in held_out.values())
@@ -87,7 +87,7 @@ def test_from_text_to_page(
     monkeypatch.setattr(sys, "argv", ["stage_page", "--record", str(out), "--out", str(tmp_path / "docs")])
     page.main()
     text = (tmp_path / "docs" / "sparse.md").read_text()
-    assert f"validation text: {rates['lr']} for the model, {rates['indexer_lr']} for the indexers" in text
+    assert f"validation text: {rates['lr']} for the model; for the indexers {rates['indexer_lr']['8']} at K=8" in text
     assert "16 index heads of 128, 3 steps of 16 sequences of 32 tokens" in text
     assert (tmp_path / "docs" / "sparse_k8" / "comparison.md").read_text().startswith("#")
     assert "K=8: the indexer's keys cost" in text and (tmp_path / "docs" / "sparse_costs.png").stat().st_size > 1000
