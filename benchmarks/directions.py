@@ -1,0 +1,131 @@
+"""How the gradients of a trained indexer point: bfloat16's and FP8's beside float64's, as training goes on.
+
+    python benchmarks/directions.py --steps 32 47 200 --commit $(git rev-parse HEAD)
+
+For each number of steps the embedded model's indexers are trained in float32; one held-out sequence gives every
+layer's tensors. Rounded to bfloat16, as a bfloat16 model has them, they go through `indexer_kl` on --device: as they
+are, with the index in FP8, and with the teacher in FP8 besides. Each gradient is compared with float64's of the tensors
+before they were rounded: the cosine of the angle between them, the least over layers. Appends to
+benchmarks/results/directions.jsonl.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from torch import Tensor
+
+from flash_indexer.bench.timing import environment
+from flash_indexer.judge.batches import batch_tensors
+from flash_indexer.judge.fp8_check import GRADIENTS
+from flash_indexer.models.capture import LayerCapture
+from flash_indexer.ops import indexer_kl
+from flash_indexer.recipe import judging
+from flash_indexer.recipe.held_out import held_out_batches
+from flash_indexer.recipe.run_record import WarmupSettings
+from flash_indexer.recipe.warmup import warm_up
+from report import RESULTS, Record, table
+
+VARIANTS: dict[str, dict[str, str]] = {
+    "bfloat16": {},
+    "index": {"index_dtype": "fp8"},
+    "both": {"index_dtype": "fp8", "teacher_dtype": "fp8"},
+}
+NAMES = {"bfloat16": "bfloat16", "index": "index in FP8", "both": "both in FP8"}
+TENSORS = ("q", "k", "lse", "index_q", "index_k", "index_weights")
+
+
+def main(words: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default=WarmupSettings.model)
+    parser.add_argument("--data", help="training text; default: the standard library's")
+    parser.add_argument("--held-out", help="text whose gradients are compared; default: its other half")
+    parser.add_argument("--steps", type=int, nargs="+", default=[32, 47, 200])
+    parser.add_argument("--sequence-length", type=int, default=1024)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="of the compared ones")
+    parser.add_argument("--commit", default="unknown")
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    arguments = parser.parse_args(words)
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    for steps in arguments.steps:
+        record = measure(arguments, steps)
+        with (arguments.out / "directions.jsonl").open("a", encoding="utf-8") as file:
+            file.write(json.dumps(record) + "\n")
+        print("\n".join(summary([record])), flush=True)
+
+
+def measure(arguments: argparse.Namespace, steps: int) -> Record:
+    """Trains so many steps, then the least cosines over layers."""
+    settings = WarmupSettings(
+        model=arguments.model, data=arguments.data, sequence_length=arguments.sequence_length, steps=steps,
+        dtype="float32", save_every=steps,
+    )  # fmt: skip
+    with tempfile.TemporaryDirectory() as folder:
+        warm_up(settings, Path(folder) / "run", console=Console())
+        handle, _, run = judging.load_trained(Path(folder) / "run", None, Console(), "directions")
+        batch = held_out_batches(run, arguments.held_out, 1)[0]
+    found: list[dict[str, dict[str, float]]] = []
+    kl: list[tuple[float, float]] = []
+
+    def compare(capture: LayerCapture) -> None:
+        loss, exact = gradients({name: getattr(capture, name).double().cpu() for name in TENSORS}, capture, {})
+        visible = (capture.key_end - capture.key_start).double().cpu()
+        kl.append((loss, float(visible[visible > 0].log().mean())))
+        rounded = {name: getattr(capture, name).to(arguments.device) for name in TENSORS}
+        rounded |= {name: x.bfloat16() for name, x in rounded.items() if name not in ("lse", "index_weights")}
+        found.append({
+            name: dict(zip(GRADIENTS, map(cosine, gradients(rounded, capture, dtypes)[1], exact), strict=True))
+            for name, dtypes in VARIANTS.items()
+        })  # fmt: skip
+
+    input_ids, position_ids = batch_tensors(batch, next(handle.model.parameters()).device)
+    with torch.no_grad(), handle.using(compare):
+        handle.decoder(input_ids=input_ids, position_ids=position_ids, use_cache=False)
+    least = {name: {x: min(layer[name][x] for layer in found) for x in GRADIENTS} for name in VARIANTS}
+    return {
+        **environment(arguments.commit), "device": arguments.device, "model": Path(arguments.model).name,
+        "steps": steps, "sequence_length": arguments.sequence_length, "layers": len(found),
+        "kl": sum(at[0] for at in kl) / len(kl), "kl_over_log_keys": sum(at[0] for at in kl) / sum(at[1] for at in kl),
+        "least_cosine": least,
+    }  # fmt: skip
+
+
+def gradients(
+    tensors: dict[str, Tensor], capture: LayerCapture, dtypes: dict[str, str]
+) -> tuple[float, tuple[Tensor, ...]]:
+    """Mean KL, and its gradients in float64."""
+    leaves = [tensors[name].clone().requires_grad_() for name in ("index_q", "index_k", "index_weights")]
+    at = tensors["q"].device
+    with torch.enable_grad():
+        loss = indexer_kl(
+            tensors["q"], tensors["k"], *leaves, softmax_scale=capture.softmax_scale,
+            key_start=capture.key_start.to(at), key_end=capture.key_end.to(at),
+            lse=None if "teacher_dtype" in dtypes else tensors["lse"], **dtypes,
+        ).loss  # fmt: skip
+        found = torch.autograd.grad(loss, leaves)
+    return float(loss.detach()), tuple(x.double().cpu() for x in found)
+
+
+def cosine(gradient: Tensor, exact: Tensor) -> float:
+    return float((gradient * exact).sum() / (gradient.norm() * exact.norm()))
+
+
+def summary(records: list[Record]) -> list[str]:
+    """A row for each training: the least cosines of index_q, index_k and the weights, in that order."""
+    rows = [
+        [
+            f"{record['steps']}", f"{record['kl']:.3f}",
+            *(", ".join(f"{record['least_cosine'][name][x]:.3f}" for x in GRADIENTS) for name in VARIANTS),
+        ]
+        for record in records
+    ]  # fmt: skip
+    return table(f"steps | KL, nats | {' | '.join(NAMES.values())}", rows)
+
+
+if __name__ == "__main__":
+    main()
