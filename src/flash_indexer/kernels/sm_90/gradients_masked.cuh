@@ -111,7 +111,6 @@ static __device__ __forceinline__ void gm_group(Ring& ring, float* o0, float* o1
     gm_accumulate<E, 0>(o0, o1, p0, p1, y);
     if (u > 0) {
       tl::wait_wgmma<1>();
-      __syncwarp();
       if (lane == 0) barrier_arrive(before);
     }
     gm_form<IP, 4>(p0, p1, di, mask, factor);
