@@ -1,18 +1,20 @@
 """How the gradients of a trained indexer point: bfloat16's and FP8's beside float64's, as training goes on.
 
-    python benchmarks/directions.py --steps 32 47 200 --commit $(git rev-parse HEAD)
+    python benchmarks/directions.py --steps 1 32 47 200 --commit $(git rev-parse HEAD)
 
 For each number of steps the embedded model's indexers are trained in float32; one held-out sequence gives every
 layer's tensors. Rounded to bfloat16, as a bfloat16 model has them, they go through `indexer_kl` on --device: as they
-are, with the index in FP8, and with the teacher in FP8 besides. Each gradient is compared with float64's of the tensors
-before they were rounded: the cosine of the angle between them, the least over layers. Appends to
-benchmarks/results/directions.jsonl.
+are, with the index in FP8, and with the teacher in FP8 besides (on a CPU, which computes them in float32). Each
+gradient is compared with float64's of the tensors before they were rounded: the cosine of the angle between them, the
+least over layers; and how long float64's still is, over its length at the first number of steps, the median of the
+layers. Appends to benchmarks/results/directions.jsonl.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import statistics
 import tempfile
 from pathlib import Path
 
@@ -20,7 +22,6 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from flash_indexer.bench.timing import environment
 from flash_indexer.judge.batches import batch_tensors
 from flash_indexer.judge.fp8_check import GRADIENTS
 from flash_indexer.models.capture import LayerCapture
@@ -45,18 +46,19 @@ def main(words: list[str] | None = None) -> None:
     parser.add_argument("--model", default=WarmupSettings.model)
     parser.add_argument("--data", help="training text; default: the standard library's")
     parser.add_argument("--held-out", help="text whose gradients are compared; default: its other half")
-    parser.add_argument("--steps", type=int, nargs="+", default=[32, 47, 200])
+    parser.add_argument("--steps", type=int, nargs="+", default=[1, 32, 47, 200])
     parser.add_argument("--sequence-length", type=int, default=1024)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="of the compared ones")
     parser.add_argument("--commit", default="unknown")
     parser.add_argument("--out", type=Path, default=RESULTS)
     arguments = parser.parse_args(words)
     arguments.out.mkdir(parents=True, exist_ok=True)
+    records = []
     for steps in arguments.steps:
-        record = measure(arguments, steps)
+        records.append(measure(arguments, steps))
         with (arguments.out / "directions.jsonl").open("a", encoding="utf-8") as file:
-            file.write(json.dumps(record) + "\n")
-        print("\n".join(summary([record])), flush=True)
+            file.write(json.dumps(records[-1]) + "\n")
+        print("\n".join(summary(records)), flush=True)
 
 
 def measure(arguments: argparse.Namespace, steps: int) -> Record:
@@ -70,14 +72,16 @@ def measure(arguments: argparse.Namespace, steps: int) -> Record:
         handle, _, run = judging.load_trained(Path(folder) / "run", None, Console(), "directions")
         batch = held_out_batches(run, arguments.held_out, 1)[0]
     found: list[dict[str, dict[str, float]]] = []
-    kl: list[tuple[float, float]] = []
+    kl: list[float] = []
+    lengths: list[dict[str, float]] = []
 
     def compare(capture: LayerCapture) -> None:
         loss, exact = gradients({name: getattr(capture, name).double().cpu() for name in TENSORS}, capture, {})
-        visible = (capture.key_end - capture.key_start).double().cpu()
-        kl.append((loss, float(visible[visible > 0].log().mean())))
+        kl.append(loss)
+        lengths.append(dict(zip(GRADIENTS, map(norm, exact), strict=True)))
         rounded = {name: getattr(capture, name).to(arguments.device) for name in TENSORS}
-        rounded |= {name: x.bfloat16() for name, x in rounded.items() if name not in ("lse", "index_weights")}
+        wide = torch.float32 if rounded["q"].device.type == "cpu" else torch.bfloat16
+        rounded |= {name: x.bfloat16().to(wide) for name, x in rounded.items() if name not in ("lse", "index_weights")}
         found.append({
             name: dict(zip(GRADIENTS, map(cosine, gradients(rounded, capture, dtypes)[1], exact), strict=True))
             for name, dtypes in VARIANTS.items()
@@ -87,11 +91,12 @@ def measure(arguments: argparse.Namespace, steps: int) -> Record:
     with torch.no_grad(), handle.using(compare):
         handle.decoder(input_ids=input_ids, position_ids=position_ids, use_cache=False)
     least = {name: {x: min(layer[name][x] for layer in found) for x in GRADIENTS} for name in VARIANTS}
+    device = torch.cuda.get_device_name() if arguments.device == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     return {
-        **environment(arguments.commit), "device": arguments.device, "model": Path(arguments.model).name,
+        "commit": arguments.commit, "device": device, "torch": torch.__version__, "model": Path(arguments.model).name,
         "steps": steps, "sequence_length": arguments.sequence_length, "layers": len(found),
-        "kl": sum(at[0] for at in kl) / len(kl), "kl_over_log_keys": sum(at[0] for at in kl) / sum(at[1] for at in kl),
-        "least_cosine": least,
+        "kl": statistics.mean(kl), "least_cosine": least,
+        "length": {x: statistics.median(layer[x] for layer in lengths) for x in GRADIENTS},
     }  # fmt: skip
 
 
@@ -111,20 +116,26 @@ def gradients(
     return float(loss.detach()), tuple(x.double().cpu() for x in found)
 
 
+def norm(gradient: Tensor) -> float:
+    return float(gradient.norm())
+
+
 def cosine(gradient: Tensor, exact: Tensor) -> float:
     return float((gradient * exact).sum() / (gradient.norm() * exact.norm()))
 
 
 def summary(records: list[Record]) -> list[str]:
-    """A row for each training: the least cosines of index_q, index_k and the weights, in that order."""
+    """A row for each training: lengths and least cosines of index_q, index_k and the weights, in that order."""
+    first = records[0]["length"]
     rows = [
         [
             f"{record['steps']}", f"{record['kl']:.3f}",
+            ", ".join(f"{record['length'][x] / first[x]:.2g}" for x in GRADIENTS),
             *(", ".join(f"{record['least_cosine'][name][x]:.3f}" for x in GRADIENTS) for name in VARIANTS),
         ]
         for record in records
     ]  # fmt: skip
-    return table(f"steps | KL, nats | {' | '.join(NAMES.values())}", rows)
+    return table(f"steps | KL, nats | lengths | {' | '.join(NAMES.values())}", rows)
 
 
 if __name__ == "__main__":
