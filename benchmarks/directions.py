@@ -5,9 +5,9 @@
 For each number of steps the embedded model's indexers are trained in float32; one held-out sequence gives every
 layer's tensors. Rounded to bfloat16, as a bfloat16 model has them, they go through `indexer_kl` on --device: as they
 are, with the index in FP8, and with the teacher in FP8 besides (on a CPU, which computes them in float32). Each
-gradient is compared with float64's of the tensors before they were rounded: the cosine of the angle between them, the
-least over layers; and how long float64's still is, over its length at the first number of steps, the median of the
-layers. Appends to benchmarks/results/directions.jsonl.
+gradient is compared with float64's of the tensors before they were rounded: the cosine of the angle between them, of
+all layers together, as an optimizer's step takes them, and the least of a layer's. And how long float64's is, over its
+length at the first number of steps. Appends to benchmarks/results/directions.jsonl.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import argparse
 import json
 import statistics
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -71,32 +72,30 @@ def measure(arguments: argparse.Namespace, steps: int) -> Record:
         warm_up(settings, Path(folder) / "run", console=Console())
         handle, _, run = judging.load_trained(Path(folder) / "run", None, Console(), "directions")
         batch = held_out_batches(run, arguments.held_out, 1)[0]
-    found: list[dict[str, dict[str, float]]] = []
     kl: list[float] = []
-    lengths: list[dict[str, float]] = []
+    exact: list[tuple[Tensor, ...]] = []
+    found: dict[str, list[tuple[Tensor, ...]]] = {name: [] for name in VARIANTS}
 
     def compare(capture: LayerCapture) -> None:
-        loss, exact = gradients({name: getattr(capture, name).double().cpu() for name in TENSORS}, capture, {})
+        loss, wide = gradients({name: getattr(capture, name).double().cpu() for name in TENSORS}, capture, {})
         kl.append(loss)
-        lengths.append(dict(zip(GRADIENTS, map(norm, exact), strict=True)))
+        exact.append(wide)
         rounded = {name: getattr(capture, name).to(arguments.device) for name in TENSORS}
-        wide = torch.float32 if rounded["q"].device.type == "cpu" else torch.bfloat16
-        rounded |= {name: x.bfloat16().to(wide) for name, x in rounded.items() if name not in ("lse", "index_weights")}
-        found.append({
-            name: dict(zip(GRADIENTS, map(cosine, gradients(rounded, capture, dtypes)[1], exact), strict=True))
-            for name, dtypes in VARIANTS.items()
-        })  # fmt: skip
+        dtype = torch.float32 if rounded["q"].device.type == "cpu" else torch.bfloat16
+        rounded |= {name: x.bfloat16().to(dtype) for name, x in rounded.items() if name not in ("lse", "index_weights")}
+        for name, dtypes in VARIANTS.items():
+            found[name].append(gradients(rounded, capture, dtypes)[1])
 
     input_ids, position_ids = batch_tensors(batch, next(handle.model.parameters()).device)
     with torch.no_grad(), handle.using(compare):
         handle.decoder(input_ids=input_ids, position_ids=position_ids, use_cache=False)
-    least = {name: {x: min(layer[name][x] for layer in found) for x in GRADIENTS} for name in VARIANTS}
     device = torch.cuda.get_device_name() if arguments.device == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     return {
         "commit": arguments.commit, "device": device, "torch": torch.__version__, "model": Path(arguments.model).name,
-        "steps": steps, "sequence_length": arguments.sequence_length, "layers": len(found),
-        "kl": statistics.mean(kl), "least_cosine": least,
-        "length": {x: statistics.median(layer[x] for layer in lengths) for x in GRADIENTS},
+        "steps": steps, "sequence_length": arguments.sequence_length, "layers": len(kl), "kl": statistics.mean(kl),
+        "cosine": {name: of_each(cosine_of_all, found[name], exact) for name in VARIANTS},
+        "least_cosine": {name: of_each(least_cosine, found[name], exact) for name in VARIANTS},
+        "length": of_each(lambda layers: float(together(layers).norm()), exact),
     }  # fmt: skip
 
 
@@ -116,22 +115,38 @@ def gradients(
     return float(loss.detach()), tuple(x.double().cpu() for x in found)
 
 
-def norm(gradient: Tensor) -> float:
-    return float(gradient.norm())
+def of_each(measured: Callable[..., float], *layers: list[tuple[Tensor, ...]]) -> dict[str, float]:
+    """What is measured of each of GRADIENTS, given its tensor in every layer, once for each list."""
+    return {name: measured(*([layer[n] for layer in each] for each in layers)) for n, name in enumerate(GRADIENTS)}
+
+
+def together(layers: list[Tensor]) -> Tensor:
+    return torch.cat([layer.flatten() for layer in layers])
 
 
 def cosine(gradient: Tensor, exact: Tensor) -> float:
     return float((gradient * exact).sum() / (gradient.norm() * exact.norm()))
 
 
+def cosine_of_all(gradients: list[Tensor], exact: list[Tensor]) -> float:
+    return cosine(together(gradients), together(exact))
+
+
+def least_cosine(gradients: list[Tensor], exact: list[Tensor]) -> float:
+    return min(map(cosine, gradients, exact))
+
+
 def summary(records: list[Record]) -> list[str]:
-    """A row for each training: lengths and least cosines of index_q, index_k and the weights, in that order."""
+    """A row for each training: of index_q, index_k and weights lengths, then cosines, a layer's least in brackets."""
     first = records[0]["length"]
     rows = [
         [
             f"{record['steps']}", f"{record['kl']:.3f}",
             ", ".join(f"{record['length'][x] / first[x]:.2g}" for x in GRADIENTS),
-            *(", ".join(f"{record['least_cosine'][name][x]:.3f}" for x in GRADIENTS) for name in VARIANTS),
+            *(
+                ", ".join(f"{record['cosine'][name][x]:.4f} ({record['least_cosine'][name][x]:.3f})" for x in GRADIENTS)
+                for name in VARIANTS
+            ),
         ]
         for record in records
     ]  # fmt: skip
