@@ -107,7 +107,7 @@ def sanitize(tool: str, seconds: float) -> dict[str, object]:
             return {"clean": False, "summary": f"no verdict within {seconds:.0f} s"}
     summary = " · ".join(re.findall(r"(?:ERROR|RACECHECK) SUMMARY: .*", text) + re.findall(r"\d+ passed.*", text))
     if process.returncode:
-        print(text[-6000:])
+        print(text)
     return {"clean": process.returncode == 0 and "passed" in summary, "summary": summary or text[-300:]}
 
 

@@ -108,7 +108,7 @@ def train(arguments: argparse.Namespace, fraction: float, steps: int) -> Record:
         ]
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
     return {
-        "commit": arguments.commit, "device": device, "torch": torch.__version__, "model": arguments.model,
+        "commit": arguments.commit, "device": device, "torch": torch.__version__, "model": Path(arguments.model).name,
         "sequence_length": arguments.sequence_length, "batch_size": arguments.batch_size, "lr": arguments.lr,
         "queries": fraction, "steps": steps, "seconds_per_step": seconds, "k": arguments.k, "curve": curve,
     }  # fmt: skip

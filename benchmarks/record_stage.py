@@ -7,8 +7,8 @@
 2. warm-up   of WARM_UP's indexers, --warm-up-steps of 16 sequences
 3. rates     short dense runs of each of RATES: all runs have that of the lowest perplexity on the validation text
 4. runs      on the same tokens: dense attention (K = the sequence's length), the indexer's keys and the oracle's at
-             each --topk. At the first one the indexer's run is made at each of INDEXER_RATES, for its indexers drift
-             with the model: the one that is best on the validation text counts, and further --topk have its rate
+             each --topk. The indexer's run is made at each of INDEXER_RATES, for its indexers drift with the model: the
+             one that is best on the validation text counts
 5. held-out  all of them on the held-out text, dense and sparse (`stage.py`)
 6. judgement `flash-indexer evaluate` of the indexers' runs, on --evaluate-sequences: dense, sparse before and after
 
@@ -27,6 +27,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from queue import SimpleQueue
+from typing import Any
 
 import torch
 
@@ -48,9 +49,7 @@ def main() -> None:
     parser.add_argument("--text", type=Path, help="folder of train, validation and held_out.jsonl; default: made")
     parser.add_argument("--length", type=int, default=2048, help="tokens of a sequence")
     parser.add_argument("--warm-up-steps", type=int, default=1200)
-    parser.add_argument(
-        "--topk", type=int, nargs="+", default=[128, 256], help="the indexers' rate is chosen at the first"
-    )
+    parser.add_argument("--topk", type=int, nargs="+", default=[128, 256])
     parser.add_argument("--steps", type=int, default=60, help="of each of the runs")
     parser.add_argument("--rate-steps", type=int, default=40)
     parser.add_argument("--rates", type=Path, help="folder of another record, whose rate of the model is taken")
@@ -106,7 +105,7 @@ class Stage:
         if (self.out / "rates.json").exists():
             return
         if (other := self.options.rates) is not None:
-            self.write_rates(lr=read_rates(other)["lr"])
+            self.write_rates(lr=str(read_rates(other)["lr"]))
             return
         names, file = {lr: f"rate-{lr}" for lr in RATES}, self.out / "validation-dense.json"
         steps, length, first = self.options.rate_steps, self.options.length, INDEXER_RATES[0]
@@ -115,24 +114,20 @@ class Stage:
         self.write_rates(lr=best(file, names, "dense"))
 
     def runs(self) -> None:
-        lr, steps, (first, *others) = read_rates(self.out)["lr"], self.options.steps, self.options.topk
-        names = {rate: f"indexer-{first}-at-{rate}" for rate in INDEXER_RATES}
-        trained = {"dense": self.sparse("dense", self.options.length, "indexer", lr, INDEXER_RATES[0], steps)}
-        trained |= {name: self.sparse(name, first, "indexer", lr, rate, steps) for rate, name in names.items()}
-        trained[f"oracle-{first}"] = self.sparse(f"oracle-{first}", first, "oracle", lr, INDEXER_RATES[0], steps)
+        lr, steps, length = read_rates(self.out)["lr"], self.options.steps, self.options.length
+        names = {k: {rate: f"indexer-{k}-at-{rate}" for rate in INDEXER_RATES} for k in self.options.topk}
+        trained = {"dense": self.sparse("dense", length, "indexer", lr, INDEXER_RATES[0], steps)}
+        for k in self.options.topk:
+            trained[f"oracle-{k}"] = self.sparse(f"oracle-{k}", k, "oracle", lr, INDEXER_RATES[0], steps)
+            trained |= {name: self.sparse(name, k, "indexer", lr, rate, steps) for rate, name in names[k].items()}
         self.together(trained)
-        if not (chosen := self.out / f"indexer-{first}").exists():
-            file = self.out / f"validation-indexer-{first}.json"
-            self.judge_all(list(names.values()), "validation", file)
-            rate = best(file, names, f"indexer {first}")
-            self.write_rates(lr=lr, indexer_lr=rate)
-            chosen.symlink_to(names[rate])
-        rate = read_rates(self.out)["indexer_lr"]
-        self.together({
-            f"{keys}-{topk}": self.sparse(f"{keys}-{topk}", topk, keys, lr, rate, steps)
-            for topk in others
-            for keys in ("indexer", "oracle")
-        })  # fmt: skip
+        file = self.out / "validation-indexers.json"
+        self.judge_all([name for runs in names.values() for name in runs.values()], "validation", file)
+        chosen = {str(k): best(file, runs, f"indexer {k}") for k, runs in names.items()}
+        for k, runs in names.items():
+            if not (run := self.out / f"indexer-{k}").exists():
+                run.symlink_to(runs[chosen[str(k)]])
+        self.write_rates(lr=lr, indexer_lr=chosen)
 
     def held_out(self) -> None:
         names = ["warm", "dense", *(f"{keys}-{k}" for k in self.options.topk for keys in ("indexer", "oracle"))]
@@ -148,7 +143,7 @@ class Stage:
             commands[f"evaluate-{topk}"] = [sys.executable, "-m", "flash_indexer", *words]
         self.together(commands)
 
-    def write_rates(self, **rates: str) -> None:
+    def write_rates(self, **rates: str | dict[str, str]) -> None:
         (self.out / "rates.json").write_text(json.dumps(rates) + "\n", encoding="utf-8")
 
     def common(self) -> list[str]:
@@ -209,9 +204,9 @@ class Stage:
         return code
 
 
-def read_rates(record: Path) -> dict[str, str]:
-    """The model's rate, and the indexers' where it has been chosen."""
-    rates: dict[str, str] = json.loads((record / "rates.json").read_text(encoding="utf-8"))
+def read_rates(record: Path) -> dict[str, Any]:
+    """The model's rate, and the indexers' at each K where they have been chosen."""
+    rates: dict[str, Any] = json.loads((record / "rates.json").read_text(encoding="utf-8"))
     return rates
 
 

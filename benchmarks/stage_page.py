@@ -48,6 +48,8 @@ class AtK(NamedTuple):
     oracle_after: Cost
     crossed: Cost
     """The dense run's model with its own indexers' keys: what training on few keys buys is the difference to this."""
+    ratio_error: float | None
+    """Standard error of `over_oracle`; None in records without one."""
 
     @property
     def over_oracle(self) -> float:
@@ -87,6 +89,7 @@ def costs(found: dict[str, Any]) -> list[AtK]:
             cost(f"indexer-{k}", f"indexer {k}", "dense"),
             cost(f"oracle-{k}", f"oracle {k}", "dense"),
             cost("dense", f"indexer {k}", "dense"),
+            runs[f"indexer-{k}"][f"indexer {k}"].get("over_oracle", {}).get("error"),
         )
         for k in sorted(int(name.removeprefix("indexer-")) for name in runs if name.startswith("indexer-"))
     ]
@@ -100,9 +103,10 @@ def verdict(found: dict[str, Any]) -> list[str]:
     lines = [f"The dense run's perplexity is {dense:.3f}, the untouched model's {untouched:.3f}: {control}."]
     for at in costs(found):
         met = [at.over_oracle <= MOST_OVER_ORACLE, at.of_before < MOST_OF_BEFORE]
+        ratio = f"{at.over_oracle:.2f}" + ("" if at.ratio_error is None else f" ± {at.ratio_error:.2f}")
         lines.append(
             f"K={at.topk}: the indexer's keys cost {at.after} over the dense run, the oracle's {at.oracle_after}: "
-            f"{at.over_oracle:.2f} times as much (bar {MOST_OVER_ORACLE}: {_met(met[0])}). Before the stage they cost "
+            f"{ratio} times as much (bar {MOST_OVER_ORACLE}: {_met(met[0])}). Before the stage they cost "
             f"{at.before}; {at.of_before:.2f} of that is left (bar a third: {_met(met[1])})."
         )
     return lines
@@ -111,6 +115,7 @@ def verdict(found: dict[str, Any]) -> list[str]:
 def page(found: dict[str, Any], record: Path, out: Path, commit: str) -> str:
     """The page; writes its plots beside it."""
     rates = json.loads((record / "rates.json").read_text(encoding="utf-8"))
+    of_indexers = ", ".join(f"{rate} at K={k}" for k, rate in rates["indexer_lr"].items())
     tokens = found["runs"]["dense"]["dense"]["tokens"]
     plot_losses(record, [f"indexer-{at.topk}" for at in costs(found)]).savefig(out / "sparse_loss.png", dpi=140)
     plot_costs(costs(found)).savefig(out / "sparse_costs.png", dpi=140)
@@ -135,7 +140,7 @@ def page(found: dict[str, Any], record: Path, out: Path, commit: str) -> str:
         f"What `flash-indexer evaluate` says of the indexers' runs, layer by layer and with needles: {links}.", "",
         "## Training", "",
         *training(record), "",
-        f"Rates, chosen on validation text: {rates['lr']} for the model, {rates['indexer_lr']} for the indexers.", "",
+        f"Rates, chosen on validation text: {rates['lr']} for the model; for the indexers {of_indexers}.", "",
         "![Loss by step](sparse_loss.png)", "",
         "## To reproduce", "", f"Recorded at commit {commit[:7]}.", "",
         "```bash", "python benchmarks/record_stage.py --out runs/stage",
