@@ -36,7 +36,7 @@ SLICES = {
     "flash_indexer_score": "score", "flash_indexer_rows": "rows", "flash_indexer_gradient_query": "gradient_query",
     "flash_indexer_gradient_key": "gradient_key", "flash_indexer_gradient_reduce": "gradient_reduce",
     "flash_indexer_finish": "finish", "flash_indexer_scale": "scale", "flash_indexer_lse": "lse",
-    "flash_indexer_quantize": "quantize", "flash_indexer_rotate": "rotate",
+    "flash_indexer_quantize": "quantize",
 }  # fmt: skip
 
 SIZES = {
