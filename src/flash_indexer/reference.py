@@ -118,11 +118,15 @@ def indexer_kl(
     key_end: Tensor,
     target: str = "mean",
     token_weight: Tensor | None = None,
+    scored: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """KL[t] = sum_s p[t,s] (log p[t,s] - log_softmax(i[t,:])[s]), with p log p = 0 at p = 0.
 
     Shapes as in `flash_indexer.indexer_kl`. A query that sees nothing has KL 0. "per_head" gives KL [T, H] and a
     token's loss is the mean over heads.
+
+    scored: index_q and index_k as they are rounded: i is theirs, and its gradient that of index_q, index_k and the
+    weights as they are, as if rounding changed scores by a constant.
 
     Returns:
         loss: sum_t token_weight[t] * KL[t]; token_weight None means 1/n for the n queries that see a key.
@@ -130,6 +134,9 @@ def indexer_kl(
     """
     seen = key_end > key_start
     scores = indexer_scores(index_q, index_k, index_weights, key_start, key_end, target)
+    if scored is not None:
+        rounded = indexer_scores(*scored, index_weights, key_start, key_end, target)
+        scores = scores + (rounded - scores).masked_fill(scores == -torch.inf, 0.0).detach()
     p = target_distribution(q, k, softmax_scale, key_start, key_end, target).detach()
     kl = divergence(p, scores, seen)
     if token_weight is None:

@@ -21,7 +21,7 @@ MOST_REGISTERS = {
     "rows": 72, "rows_warp": 96, "sparse_rows": 64, "select": 40, "sparse_index_largest": 64, "sparse_index_table": 64,
     "sparse_index_finish": 64, "sparse_scatter": 64, "gradients_reduce": 128, "finish": 64, "scale": 64,
     "sparse_delta": 64, "sparse_exact_table": 64, "sparse_exact_grid": 64, "sparse_exact_finish": 64,
-    "quantize": 96, "quantize_index": 96, "quantize_keys": 128, "rotate": 64, "bits": 64, "bits_keys": 64,
+    "quantize": 96, "quantize_index": 96, "quantize_keys": 128, "bits": 64, "bits_keys": 64,
     "bits_lists": 64, "bits_numbers": 64, "bits_slots": 64,
 }  # fmt: skip
 MANY = 3  # sizes of a kernel, of which every fourth is inspected by CI where there are more

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from flash_indexer import reference
 from flash_indexer.models.attach import IndexerHandle, LayerCapture, attach
-from flash_indexer.ops.quantization import dequantize, quantize, rotate
+from flash_indexer.ops.quantization import dequantize, quantize
 
 Tiny = Callable[..., PreTrainedModel]
 IDS = torch.randint(0, 61, (1, 33), generator=torch.Generator().manual_seed(2))
@@ -37,17 +37,15 @@ def rounded(x: Tensor, rotation: bool = False) -> Tensor:
 def wanted(c: LayerCapture, index_dtype: str | None, teacher_dtype: str | None) -> tuple[float, list[Tensor]]:
     """Mean KL, and the gradients of index_q, index_k and index_weights, in float64."""
     q, k, index_q, index_k, weights = (x.double() for x in (c.q, c.k, c.index_q, c.index_k, c.index_weights))
-    rotation = index_dtype == "fp8"
     if teacher_dtype is not None:
         q, k = rounded(q), rounded(k)
+    scored = None
     if index_dtype is not None:
-        index_q, index_k = rounded(index_q, rotation), rounded(index_k, rotation)
+        scored = rounded(index_q, index_dtype == "fp8"), rounded(index_k, index_dtype == "fp8")
     leaves = [x.requires_grad_() for x in (index_q, index_k, weights)]
     bounds = dict(softmax_scale=c.softmax_scale, key_start=c.key_start, key_end=c.key_end)
-    loss, _ = reference.indexer_kl(q, k, *leaves, **bounds)
-    loss.backward()
-    gradients = [x.grad for x in leaves]
-    return float(loss.detach()), [*map(rotate, gradients[:2]), gradients[2]] if rotation else gradients
+    loss, _ = reference.indexer_kl(q, k, *leaves, **bounds, scored=scored)
+    return float(loss.detach()), list(torch.autograd.grad(loss, leaves))
 
 
 @pytest.mark.parametrize(("index_dtype", "teacher_dtype"), ARITHMETICS)

@@ -19,7 +19,7 @@ from torch import Tensor
 from flash_indexer import Quantized, indexer_kl, quantize
 from flash_indexer.bench.kl import SIZES, passes, problem
 from flash_indexer.bench.timing import MATMUL, Size, measured, named, time_in_turns
-from flash_indexer.ops.quantization import dequantize, rotate
+from flash_indexer.ops.quantization import dequantize
 
 SUITE, RESULTS = "fp8", "fp8.jsonl"
 NAMES = ("v32_absorbed", "v32_expanded", "mqa64", "gqa32", "smollm2")
@@ -115,11 +115,11 @@ def check_rows(tensors: list[Tensor], others: dict[str, Any]) -> None:
         w = tensors[4][row].double()
         logits = torch.einsum("ghd,sgd->ghs", q.view(G, -1, q.shape[-1]), k).flatten(0, 1) * others["softmax_scale"]
         p = logits.softmax(-1).mean(0)
-        index_logits = iq @ ik.T
-        scores = w @ index_logits.relu()
+        scores = w @ (iq @ ik.T).relu()
         kl = (torch.xlogy(p, p) - p * scores.log_softmax(-1)).sum()
-        unscaled = ((scores.softmax(-1) - p) / T * (index_logits > 0)) @ ik
-        expected = {"d_index_q": rotate(w[:, None] * unscaled), "d_index_weights": (iq * unscaled).sum(-1)}
+        index_q, index_k = tensors[2][row].double(), tensors[3][keys].double()
+        unscaled = ((scores.softmax(-1) - p) / T * (index_q @ index_k.T > 0)) @ index_k
+        expected = {"d_index_q": w[:, None] * unscaled, "d_index_weights": (index_q * unscaled).sum(-1)}
         got = {"d_index_q": d_index_q[row], "d_index_weights": d_weights[row]}
         errors = {n: float((got[n].double() - e).norm() / e.norm()) for n, e in expected.items()}
         errors["kl"] = abs(float(result.kl[row]) - float(kl)) / float(kl)

@@ -37,7 +37,6 @@ SLICES = {
     "flash_indexer_kl_gradients": "kl_gradients", "flash_indexer_gradient_key": "gradient_key",
     "flash_indexer_gradient_reduce": "gradient_reduce", "flash_indexer_finish": "finish",
     "flash_indexer_scale": "scale", "flash_indexer_lse": "lse", "flash_indexer_quantize": "quantize",
-    "flash_indexer_rotate": "rotate",
 }  # fmt: skip
 
 SIZES = {

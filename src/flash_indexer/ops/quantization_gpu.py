@@ -26,7 +26,7 @@ class Rows(NamedTuple):
 
 
 class IndexRows(NamedTuple):
-    """An indexer's rows in e4m3, index_q [T, I, E], index_k [S, E], and rounded to these in bfloat16.
+    """An indexer's rows in e4m3, index_q [T, I, E], index_k [S, E].
 
     half_weights: half of the weights times the scales of index_q, flat [T·I], for scores take the double of a ReLU.
     k_scale: flat, S in whole tiles of 128, 0 past the last key.
@@ -36,8 +36,6 @@ class IndexRows(NamedTuple):
     k: Tensor
     k_scale: Tensor
     half_weights: Tensor
-    rounded_q: Tensor
-    rounded_k: Tensor
 
 
 def wanted(width: int) -> launch.Wanted:
@@ -78,15 +76,12 @@ def quantize_index(index_q: Tensor, index_k: Tensor, weights: Tensor, rotation: 
     """
     E, (rows, keys) = index_k.shape[1], (weights.numel(), index_k.shape[0])
     q, k = (torch.empty(x.shape, dtype=E4M3, device=x.device) for x in (index_q, index_k))
-    out = IndexRows(
-        q, k, weights.new_empty(padded_keys(keys)), weights.new_empty(rows),
-        torch.empty_like(index_q), torch.empty_like(index_k),
-    )  # fmt: skip
+    out = IndexRows(q, k, weights.new_empty(padded_keys(keys)), weights.new_empty(rows))
     if rows and keys:
         name, static = wanted_index(E, rotation)
         launch.load(name, **static)(
-            index_q.view(-1, E), q.view(-1, E), out.rounded_q.view(-1, E), weights.view(-1), out.half_weights,
-            index_k, k, out.rounded_k, out.k_scale, blocks(rows, E) + blocks(padded_keys(keys), E),
+            index_q.view(-1, E), q.view(-1, E), weights.view(-1), out.half_weights,
+            index_k, k, out.k_scale, blocks(rows, E) + blocks(padded_keys(keys), E),
         )  # fmt: skip
     return out
 
@@ -124,19 +119,11 @@ def quantize_keys(k: Tensor, scale: Tensor | None) -> tuple[Tensor, Tensor]:
     return values, scales
 
 
-def rotate_rows(x: Tensor) -> None:
-    """x = its rotation, in place: bfloat16 or float32 [..., E], contiguous."""
-    E = x.shape[-1]
-    rows = x.numel() // E
-    if rows:
-        launch.load("rotate", E=E, wide=int(x.dtype == torch.float32))(x.view(-1, E), rows, blocks(rows, E))
-
-
 def padded_keys(S: int) -> int:
     """Keys in whole tiles."""
     return -(-S // TILE) * TILE
 
 
 def blocks(rows: int, width: int) -> int:
-    """Thread blocks of `quantize` and `rotate`."""
+    """Thread blocks of `quantize`."""
     return -(-rows // quantized_rows(width))

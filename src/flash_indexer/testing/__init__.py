@@ -189,12 +189,18 @@ def random_inputs(
 
 
 def reference_indexer_kl(
-    inputs: Inputs, *, target: str = "mean", token_weight: Tensor | None = None, d_loss: float = 1.0
+    inputs: Inputs,
+    *,
+    target: str = "mean",
+    token_weight: Tensor | None = None,
+    d_loss: float = 1.0,
+    scored: tuple[Tensor, Tensor] | None = None,
 ) -> Result:
     """The truth: `reference.indexer_kl` in float64 on the given values, differentiated by autograd.
 
     Args:
-        inputs: of any dtype. token_weight: [T], None means 1/n. d_loss: the upstream gradient.
+        inputs: of any dtype. token_weight: [T], None means 1/n. d_loss: the upstream gradient. scored: rounded index_q
+            and index_k, whose scores count.
     """
     x = inputs.double()
     leaves = [leaf.clone().requires_grad_() for leaf in (x.index_q, x.index_k, x.index_weights)]
@@ -207,6 +213,7 @@ def reference_indexer_kl(
         key_end=x.key_end,
         target=target,
         token_weight=None if token_weight is None else token_weight.double(),
+        scored=None if scored is None else (scored[0].double(), scored[1].double()),
     )
     p = reference.target_distribution(x.q, x.k, x.softmax_scale, x.key_start, x.key_end, target)
     gradients = torch.autograd.grad(d_loss * loss, leaves)
@@ -220,6 +227,7 @@ def eager_indexer_kl(
     lse: Tensor | None = None,
     token_weight: Tensor | None = None,
     d_loss: float = 1.0,
+    scored: tuple[Tensor, Tensor] | None = None,
 ) -> Result:
     """The baseline: whole matrices in float32, products of low-precision inputs exact, every sum in float32.
 
@@ -229,7 +237,7 @@ def eager_indexer_kl(
 
     Args:
         inputs: bfloat16, float16 or float32 vectors. lse: [T, H], None computes it. token_weight: [T], None means 1/n.
-        d_loss: the upstream gradient.
+        d_loss: the upstream gradient. scored: rounded index_q and index_k, whose scores count.
 
     Returns:
         loss, kl, entropy in float32; gradients in their input's dtype.
@@ -251,7 +259,8 @@ def eager_indexer_kl(
     else:
         p = reference.target_distribution(q, k, inputs.softmax_scale, start, end, target)
     logit = torch.einsum("tie,se->tis", index_q, index_k)
-    scores = w[..., None] * logit.relu()
+    formed = logit if scored is None else torch.einsum("tie,se->tis", scored[0].float(), scored[1].float())
+    scores = w[..., None] * formed.relu()
     if target == "per_head":
         visible, seen_row = visible[:, None], seen[:, None]
     else:

@@ -31,19 +31,22 @@ def rounded(x: Tensor) -> Tensor:
 
 
 def truth(x: Inputs, index_dtype: str | None, teacher_dtype: str | None, target: str) -> tuple[Tensor, ...]:
-    """Loss, KL and gradients in float64; straight through the rounding, and back through the rotation by autograd."""
+    """Loss, KL and gradients in float64, straight through by autograd: at the scores, with "per_head" at the rows."""
     q, k = (rounded(t) if teacher_dtype else t for t in (x.q.double(), x.k.double()))
     leaves = [t.double().clone().requires_grad_() for t in (x.index_q, x.index_k, x.index_weights)]
     index_q, index_k = leaves[:2]
     if index_dtype == "fp8":
         rotation = hadamard(index_q.shape[-1])
         index_q, index_k = index_q @ rotation.T, index_k @ rotation.T
-    if index_dtype:
+    scored = None
+    if index_dtype and target == "per_head":
         index_q, index_k = (t + (rounded(t.detach()) - t).detach() for t in (index_q, index_k))
+    elif index_dtype:
+        scored = rounded(index_q.detach()), rounded(index_k.detach())
     intervals = dict(key_start=x.key_start, key_end=x.key_end)
     loss, kl = reference.indexer_kl(
         q, k, index_q, index_k, leaves[2], softmax_scale=x.softmax_scale, target=target,
-        token_weight=x.token_weight.double(), **intervals,
+        token_weight=x.token_weight.double(), scored=scored, **intervals,
     )  # fmt: skip
     return (loss.detach(), kl, *torch.autograd.grad(loss, leaves))
 
@@ -80,13 +83,25 @@ def test_per_head_and_float32() -> None:
 
 
 def test_gradients_of_rounded_tensors_are_those_of_finite_differences() -> None:
-    """The straight-through gradient is that of the loss in the rounded tensors themselves."""
+    """Of rows that rounding leaves as they are, value and gradient are those without it."""
     x = make_inputs(Shape(((12, 12),), 2, 1, 8, 2, 8), seed=7, dtype=torch.float64)
     once = [rounded(t) for t in (x.index_q, x.index_k)]
     y = replace(x, index_q=once[0], index_k=once[1])
     got = computed(y, index_dtype="fp8_unrotated")
     for ours, plain in zip(got, computed(y), strict=True):
         torch.testing.assert_close(ours, plain, rtol=1e-12, atol=1e-15)  # rounded numbers stay
+
+
+def test_gradients_of_alike_keys_keep_their_direction() -> None:
+    """di sums to zero over keys: what all keys share drops out of d_index_q, but its rounding does not."""
+    x = make_inputs(Shape(((96, 96),), 4, 2, 24, 3, 16), seed=9, dtype=torch.float64)
+    x = replace(x, index_k=0.02 * x.index_k + 1.0, index_q=x.index_q.abs())  # every ReLU is on
+    plain, got = computed(x)[2], computed(x, index_dtype="fp8_unrotated")[2]
+    low = [t.clone().requires_grad_() for t in (rounded(x.index_q), rounded(x.index_k), x.index_weights)]
+    options = dict(softmax_scale=x.softmax_scale, key_start=x.key_start, key_end=x.key_end)
+    of_rounded = torch.autograd.grad(indexer_kl(x.q, x.k, *low, token_weight=x.token_weight, **options).loss, low)[0]  # type: ignore[arg-type]
+    cosines = [float((g * plain).sum() / (g.norm() * plain.norm())) for g in (got, of_rounded)]
+    assert cosines[0] > 0.99 and cosines[1] < 0.6, cosines
 
 
 def test_a_teacher_that_is_handed_over_in_e4m3() -> None:

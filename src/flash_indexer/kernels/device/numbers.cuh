@@ -20,12 +20,6 @@ static __device__ __forceinline__ float relu(float x) {
   asm("max.NaN.f32 %0, %1, 0f00000000;" : "=f"(y) : "f"(x));
   return y;
 }
-// (a, b) = (a + b, a - b): a step of the rotation by the Hadamard matrix
-static __device__ __forceinline__ void add_and_subtract(float& a, float& b) {
-  const float difference = a - b;
-  a += b;
-  b = difference;
-}
 // two bfloat16 in a word, the first in the lower half
 static __device__ __forceinline__ unsigned pack(float low, float high) {
   unsigned v;

@@ -122,40 +122,10 @@ static __device__ __forceinline__ void gd_weights(float* w, const float* W, int 
   w[0] = load_float(W, min(row + thread_row(), n - 1));
   w[1] = load_float(W, min(row + thread_row(1), n - 1));
 }
-// o = its rows times the Hadamard matrix, divided by sqrt(E): sums of pairs at distance 1, then of lanes (2, 4), then of
-// groups of 8 columns
-template <int E>
-static __device__ __forceinline__ void gd_rotate(float* o) {
-  static_assert(E == 128, "the factor at the end");
-#pragma unroll
-  for (int i = 0; i < E / 2; i += 2) add_and_subtract(o[i], o[i + 1]);
-#pragma unroll
-  for (int step = 1; step < 4; step *= 2) {
-    const bool upper = threadIdx.x & step;
-#pragma unroll
-    for (int i = 0; i < E / 2; ++i) {
-      const float other = __shfl_xor_sync(0xffffffffu, o[i], step);
-      o[i] = upper ? other - o[i] : o[i] + other;
-    }
-  }
-#pragma unroll
-  for (int step = 1; step < E / 8; step *= 2)
-#pragma unroll
-    for (int g = 0; g < E / 8; ++g)
-      if (!(g & step))
-#pragma unroll
-        for (int i = 0; i < 4; ++i) add_and_subtract(o[4 * g + i], o[4 * (g + step) + i]);
-#pragma unroll
-  for (int i = 0; i < E / 2; ++i) o[i] *= 0.08838834764831845f;
-}
-// DQ = w * O, its rows rotated with ROTATION, and DW, for heads j < I of tokens t < ntok
-template <int E, int IP, int ROTATION>
+// DQ = w * O and DW, for heads j < I of tokens t < ntok
+template <int E, int IP>
 static __device__ __forceinline__ void gd_store_query(
-    float* o, const float* w, const float* dw, void* DQ, float* DW, int t0, int I, int ntok) {
-  if constexpr (ROTATION) {
-    scale_rows<E>(o, w[0], w[1]);
-    gd_rotate<E>(o);
-  }
+    const float* o, const float* w, const float* dw, void* DQ, float* DW, int t0, int I, int ntok) {
 #pragma unroll
   for (int h = 0; h < 2; ++h) {
     const int r = thread_row(h), t = t0 + r / IP, j = r % IP;
@@ -164,10 +134,7 @@ static __device__ __forceinline__ void gd_store_query(
       unsigned* q = (unsigned*)DQ + row * (E / 2) + (threadIdx.x & 3);
       if ((threadIdx.x & 3) == 0) DW[row] = dw[h];
 #pragma unroll
-      for (int g = 0; g < E / 8; ++g) {
-        const float factor = ROTATION ? 1.0f : w[h];
-        q[4 * g] = pack(o[4 * g + 2 * h] * factor, o[4 * g + 2 * h + 1] * factor);
-      }
+      for (int g = 0; g < E / 8; ++g) q[4 * g] = pack(o[4 * g + 2 * h] * w[h], o[4 * g + 2 * h + 1] * w[h]);
     }
   }
 }

@@ -65,15 +65,14 @@ TOKEN, STEPS, NEXT_TOKEN, NEXT_STEPS, NEXT_TILE = range(5)
 KEY_TILE, SLOT, NEXT_BLOCK, NEXT_BLOCK_END = range(4)
 
 
-def build_query(E, IP, rotation=0, masks=0):
+def build_query(E, IP, masks=0):
     """Gradients of index_q and of the weights, summed over the keys of each query token.
 
         DQ[t,j] = w[t,j] · sum_s di[t,s]·[logit[t,j,s] > 0]·index_k[s]
         DW[t,j] = index_q[t,j] · sum_s di[t,s]·[logit[t,j,s] > 0]·index_k[s]
 
-    E: index head width, 32, 64 or 128. IP: padded number of index heads, 8, 16, 32 or 64. rotation: 1 (E = 128 alone)
-    rotates DQ's rows (`ops.quantization`) before they are rounded. masks: 1 leaves for `gradients_masked`, which forms
-    the gradient of index_k, what it needs. Run-time arguments:
+    E: index head width, 32, 64 or 128. IP: padded number of index heads, 8, 16, 32 or 64. masks: 1 leaves for
+    `gradients_masked`, which forms the gradient of index_k, what it needs. Run-time arguments:
 
         IQ     [n·IP, E] bfloat16     index_q, row (t - q_base)·IP + j, zeros in padded heads
         IK     [S, E] bfloat16        index_k
@@ -150,7 +149,7 @@ def build_query(E, IP, rotation=0, masks=0):
                         )  # fmt: skip
                     release_x(x, v, tx)
                     T.call_extern(
-                        "handle", f"gd_store_query<{E}, {IP}, {rotation}>", O.access_ptr("rw"), w.access_ptr("r"),
+                        "handle", f"gd_store_query<{E}, {IP}>", O.access_ptr("r"), w.access_ptr("r"),
                         dw.access_ptr("r"), T.address_of(DQ[0, 0]), T.address_of(DW[0]), item[TOKEN], I, ntok,
                     )  # fmt: skip
             else:

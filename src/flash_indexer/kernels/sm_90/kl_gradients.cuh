@@ -134,7 +134,7 @@ static __device__ __forceinline__ void kg_multiply(
       if (t >= ntok) break;
       gd_row_products<E>(o[part], dw, x);
       gd_store_scaled<E>(w[part], x, WQ, (t - base) * IP, row + part * 128, nq);
-      gd_store_query<E, IP, 0>(o[part], w[part], dw, DQ, DW, t, I, ntok);
+      gd_store_query<E, IP>(o[part], w[part], dw, DQ, DW, t, I, ntok);
     }
     __syncwarp();
     if ((threadIdx.x & 31) == 0) barrier_arrive(ring.x_empty());

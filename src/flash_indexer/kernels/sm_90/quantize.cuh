@@ -46,9 +46,6 @@ static __device__ __forceinline__ void load_bfloat16(const void* p, float* x) {
 #pragma unroll
   for (int j = 0; j < 4; ++j) x[2 * j] = low_half(words[j]), x[2 * j + 1] = high_half(words[j]);
 }
-static __device__ __forceinline__ void store_bfloat16(void* p, const float* x) {
-  *(uint4*)p = make_uint4(pack(x[0], x[1]), pack(x[2], x[3]), pack(x[4], x[5]), pack(x[6], x[7]));
-}
 // 2^ceil(log2(largest / 448)), at least 2^-100: 448 has the mantissa 1.75 and the exponent 8
 static __device__ __forceinline__ float power_of_two(float largest) {
   const int bits = __float_as_int(largest), exponent = (bits >> 23) - 8 + ((bits & 0x7fffff) > 0x600000);
@@ -59,17 +56,9 @@ static __device__ __forceinline__ unsigned short to_e4m3(float low, float high) 
   asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(v) : "f"(high), "f"(low));
   return v;
 }
-// the two of a half word, times scale, as bfloat16 in a word
-static __device__ __forceinline__ unsigned from_e4m3(unsigned short v, float scale) {
-  unsigned halves;
-  asm("cvt.rn.f16x2.e4m3x2 %0, %1;" : "=r"(halves) : "h"(v));
-  float low, high;
-  asm("{ .reg .f16 a, b; mov.b32 {a, b}, %2; cvt.f32.f16 %0, a; cvt.f32.f16 %1, b; }" : "=f"(low), "=f"(high) : "r"(halves));
-  return pack(low * scale, high * scale);
-}
-// V = row of X in e4m3, with COPY also OUT = V times the scale, which is returned; rows from `rows` on are not written
-template <int D, int ROTATION, int COPY>
-static __device__ __forceinline__ float quantize_row(const void* X, void* V, void* OUT, int row, int rows) {
+// V = row of X in e4m3, whose scale is returned; rows from `rows` on are not written
+template <int D, int ROTATION>
+static __device__ __forceinline__ float quantize_row(const void* X, void* V, int row, int rows) {
   using Lanes = RowLanes<D>;
   const bool inside = row < rows;
   float x[Lanes::VECTORS][8], largest = 0.0f;
@@ -92,10 +81,6 @@ static __device__ __forceinline__ float quantize_row(const void* X, void* V, voi
     for (int j = 0; j < 4; ++j) e[j] = to_e4m3(x[v][2 * j] * inverse, x[v][2 * j + 1] * inverse);
     const long long at = Lanes::at(row, v);
     if (inside) *(uint2*)((unsigned char*)V + at) = make_uint2(e[0] | e[1] << 16, e[2] | e[3] << 16);
-    if constexpr (COPY)
-      if (inside)
-        *(uint4*)((unsigned short*)OUT + at) =
-            make_uint4(from_e4m3(e[0], scale), from_e4m3(e[1], scale), from_e4m3(e[2], scale), from_e4m3(e[3], scale));
   }
   return scale;
 }
@@ -104,24 +89,23 @@ static __device__ __forceinline__ float quantize_row(const void* X, void* V, voi
 template <int D>
 static __device__ __forceinline__ void quantize(const void* X, void* V, float* SC, int rows, int heads, int stride) {
   const int row = RowLanes<D>::row();
-  const float scale = quantize_row<D, 0, 0>(X, V, nullptr, row, rows);
+  const float scale = quantize_row<D, 0>(X, V, row, rows);
   if (RowLanes<D>::lane() == 0 && row < rows) SC[(long long)(row % heads) * stride + row / heads] = scale;
 }
-// The indexer's rows, with their copies: blocks of queries, WS = half of their weights times their scales; then blocks of
-// keys, with their scales, 0 past the last key of a tile
+// The indexer's rows: blocks of queries, WS = half of their weights times their scales; then blocks of keys, with their
+// scales, 0 past the last key of a tile
 template <int D, int ROTATION>
 static __device__ __forceinline__ void quantize_index(
-    const void* Q, void* QV, void* QC, const float* W, float* WS, const void* K, void* KV, void* KC, float* KS, int rows,
-    int keys) {
+    const void* Q, void* QV, const float* W, float* WS, const void* K, void* KV, float* KS, int rows, int keys) {
   using Lanes = RowLanes<D>;
   const int blocks = (rows + Lanes::ROWS - 1) / Lanes::ROWS;
   if ((int)blockIdx.x < blocks) {
     const int row = Lanes::row();
-    const float scale = quantize_row<D, ROTATION, 1>(Q, QV, QC, row, rows);
+    const float scale = quantize_row<D, ROTATION>(Q, QV, row, rows);
     if (Lanes::lane() == 0 && row < rows) WS[row] = W[row] * scale * 0.5f;
   } else {
     const int key = Lanes::row() - blocks * Lanes::ROWS;
-    const float scale = quantize_row<D, ROTATION, 1>(K, KV, KC, key, keys);
+    const float scale = quantize_row<D, ROTATION>(K, KV, key, keys);
     if (Lanes::lane() == 0 && key < (keys + 127) / 128 * 128) KS[key] = key < keys ? scale : 0.0f;
   }
 }
@@ -227,27 +211,5 @@ static __device__ __forceinline__ void quantize_keys(
       if (nan) out = make_uint2(0x7f7f7f7fu, 0x7f7f7f7fu);
       if (inside) *(uint2*)((unsigned char*)V + at + 8 * v * Lanes::LANES) = out;
     }
-  }
-}
-// rows of X rotated, in place; WIDE: float32, else bfloat16
-template <int D, int WIDE>
-static __device__ __forceinline__ void rotate_rows(void* X, int rows) {
-  using Lanes = RowLanes<D>;
-  const int row = Lanes::row();
-  const long long at = Lanes::at(min(row, rows - 1), 0);
-  float x[8];
-  if constexpr (WIDE) {
-    *(float4*)x = *(const float4*)((const float*)X + at);
-    *(float4*)(x + 4) = *(const float4*)((const float*)X + at + 4);
-  } else {
-    load_bfloat16((const unsigned short*)X + at, x);
-  }
-  rotate_row<D>(x);
-  if (row >= rows) return;
-  if constexpr (WIDE) {
-    *(float4*)((float*)X + at) = *(const float4*)x;
-    *(float4*)((float*)X + at + 4) = *(const float4*)(x + 4);
-  } else {
-    store_bfloat16((unsigned short*)X + at, x);
   }
 }

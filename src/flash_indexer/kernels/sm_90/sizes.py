@@ -31,7 +31,6 @@ ROWS_STAGES, ROWS_KEYS = 2, 4096  # of `rows`: stages of a CTA, keys of each
 # of e4m3 rows, twice as many columns a stage, and up to two more arrays for what is left of a row (`macros.Chunks`)
 SCORE_FP8 = {64: (8, 4), 96: (8, 6), 128: (8, 4), 192: (5, 4), 256: (8, 5), 576: (6, 5)}
 UNIFORM_FP8 = (192,)  # of e4m3: widths whose descriptors lie in uniform registers: faster
-ROTATED_QUERIES = ((128, 64),)  # E and padded heads whose d_index_q is rotated where it is made
 SHARED_KEY_SCALES = (192,)  # of e4m3: widths of heads where 128 keys share a scale
 LSE_STAGES = {64: (2, 6), 96: (6, 9), 128: (4, 8), 192: (6, 7), 256: (4, 8), 576: (9, 4)}  # of the Q and K rings
 LSE_FP8 = {64: (2, 6), 96: (2, 6), 128: (2, 8), 192: (2, 6), 256: (4, 8), 576: (6, 5)}
@@ -117,7 +116,7 @@ def sparse_index_bytes(E: int) -> int:
 
 
 def quantized_rows(D: int) -> int:
-    """Rows that a block of `quantize` or `rotate` takes: 4 to 32 lanes hold one."""
+    """Rows that a block of `quantize` takes: 4 to 32 lanes hold one."""
     vectors = D // 8
     return 256 // next(lanes for lanes in (32, 16, 8, 4) if vectors % lanes == 0)
 
@@ -276,12 +275,6 @@ BUILDERS = {
         tuple({"D": 192, "narrow": narrow} for narrow in (0, 1)),
         streamed=False,
     ),
-    "rotate": Kernel(
-        "quantize",
-        "build_rotate",
-        tuple({"E": E, "wide": wide} for E in INDEX_WIDTHS for wide in (0, 1)),
-        streamed=False,
-    ),
     "sparse_index_gradients": Kernel(
         "sparse_index_gradients",
         "build",
@@ -296,13 +289,7 @@ BUILDERS = {
     "gradients_query": Kernel(
         "gradients",
         "build_query",
-        tuple(
-            shape | masks | rotation
-            for shape in INDEX_HEADS
-            for masks in ({}, {"masks": 1})
-            for rotation in ({}, {"rotation": 1})
-            if not rotation or (shape["E"], shape["IP"]) in ROTATED_QUERIES
-        ),
+        tuple(shape | masks for shape in INDEX_HEADS for masks in ({}, {"masks": 1})),
     ),
     "gradients_key": Kernel("gradients", "build_key", INDEX_HEADS),
     "gradients_key_masked": Kernel("gradients_masked", "build", INDEX_HEADS, streamed=False),

@@ -3,9 +3,14 @@
     teacher_dtype="fp8"   q and k stand for q̂ and k̂, their rows rounded to e4m3 with a scale each
     index_dtype="fp8"     index_q and index_k likewise, rotated before ("fp8_unrotated": not)
 
-Everything else is the loss as it is of q̂, k̂ and the rounded index tensors. Their gradients are handed to index_q and
-index_k as if rounding were the identity (the straight-through estimator), rotated back: with R the rotation,
-index_q·index_k = R index_q · R index_k, so d index_q = R^T d(R index_q), and R is its own transpose.
+Everything else is the loss as it is of q̂, k̂ and the rounded index tensors. Its gradient goes straight through at the
+index scores, as if rounding changed their values but not how they depend on anything:
+
+    d θ = sum over t, s of di[t,s] · d i[t,s] / d θ       di of the rounded scores, i of index_q and index_k as they are
+
+With target="per_head", whose kernels form scores and gradients of the same numbers, it goes through at the rounded
+tensors instead, and is rotated back: with R the rotation, index_q·index_k = R index_q · R index_k, so that
+d index_q = R^T d(R index_q), and R is its own transpose.
 """
 
 from __future__ import annotations
@@ -104,7 +109,7 @@ def rotate_back(gradient: Tensor | None, index_dtype: str | None) -> None:
 
 
 def straight_through(sums: Sums, index_dtype: str | None) -> Sums:
-    """Gradients of index_q and index_k from those of the rounded tensors, in place."""
+    """Gradients of index_q and index_k from those of the rounded tensors, in place: of target="per_head"."""
     for gradient in sums.gradients[:2]:
         rotate_back(gradient, index_dtype)
     return sums

@@ -22,13 +22,11 @@ from flash_indexer.kernels.sm_90.sizes import (
     NARROW_STAGES,
     PADDED_HEADS,
     RELU,
-    ROTATED_QUERIES,
     ROWS_CTAS,
     SUM,
 )
 from flash_indexer.ops import launch
 from flash_indexer.ops.kl import gpu_fp8
-from flash_indexer.ops.kl.arithmetic import FP8
 from flash_indexer.ops.kl.plan import Plan, PlanSizes, TileChunk
 from flash_indexer.ops.problem import Problem
 from flash_indexer.ops.worklists import TILE
@@ -40,16 +38,11 @@ _TERMS = 3  # bfloat16 terms that hold a float32 sum of queries exactly enough: 
 
 
 class IndexGradients(NamedTuple):
-    """Outputs of `index_gradients`: index_q's and the weights', and index_k's sum in float32 (None: not wanted).
-
-    rotation: whether index_q's is to be rotated (`ops.quantization`) before it is rounded, which a kernel of
-    `rotates` does.
-    """
+    """Outputs of `index_gradients`: index_q's and the weights', and index_k's sum in float32 (None: not wanted)."""
 
     index_q: Tensor
     index_k: Tensor | None
     weights: Tensor
-    rotation: bool = False
 
 
 class Masks(NamedTuple):
@@ -112,8 +105,7 @@ def prepare(problem: Problem, fused: bool) -> None:
     if fused:
         wanted.append(("kl_gradients", index))
     elif any(needs):
-        rotation = problem.index_dtype == FP8 and rotates(E, I)
-        wanted.append(query_gradient(**index, rotation=rotation, masks=needs[1]))
+        wanted.append(query_gradient(**index, masks=needs[1]))
     if needs[1]:
         wanted += [("gradients_key_masked", index), ("gradients_reduce", dict(E=E))]
     wanted.append(("finish", dict(E=E)))
@@ -241,7 +233,7 @@ def index_gradients(
         if not work.complete:
             scaled.zero_()
     count = items.numel() // 4
-    name, static = query_gradient(E, padded, out.rotation, wants_keys)
+    name, static = query_gradient(E, padded, wants_keys)
     launch.load(name, **static)(
         queries, leaves[1], weights, di, out.index_q.view(-1, E), out.weights.view(-1), items, scaled, masks.first,
         masks.others, I, base, T, count, min(count, launch.processors(di.device)), chunk.begin,
@@ -326,16 +318,9 @@ def score_kernel(D: int) -> str:
     return "score_narrow" if D in NARROW else "score"
 
 
-def rotates(E: int, heads: int) -> bool:
-    """Whether the kernel of index_q's gradient can rotate it."""
-    return (E, padded_heads(heads)) in ROTATED_QUERIES
-
-
-def query_gradient(E: int, IP: int, rotation: bool, masks: bool) -> launch.Wanted:
+def query_gradient(E: int, IP: int, masks: bool) -> launch.Wanted:
     """The kernel of index_q's gradient and of the weights'."""
-    return "gradients_query", dict(E=E, IP=IP) | (dict(rotation=1) if rotation else {}) | (
-        dict(masks=1) if masks else {}
-    )
+    return "gradients_query", dict(E=E, IP=IP) | (dict(masks=1) if masks else {})
 
 
 def padded_heads(heads: int) -> int:

@@ -1,8 +1,7 @@
 """The teacher and the indexer in e4m3 on GPUs with kernels: what is quantised when, and the launches of their scores.
 
-Keys are quantised once a call, the teacher's queries a chunk of rows at a time, or all for their logsumexp. The index
-queries are quantised once, together with their rounded values in bfloat16, from which the gradients are formed by the
-same kernels as ever.
+Keys are quantised once a call, the teacher's queries a chunk of rows at a time, or all for their logsumexp, and the
+index queries once. The gradients are formed of the rows as they are, by the same kernels as ever.
 """
 
 from __future__ import annotations
@@ -47,10 +46,7 @@ def kernels(problem: Problem) -> list[launch.Wanted]:
         if problem.q_scale is None:
             found.append(wanted(D))
     if problem.index_dtype is not None:
-        rotation = problem.index_dtype == FP8
-        found += [("score_narrow_fp8", dict(E=E)), wanted_index(E, rotation)]
-        if rotation and any(problem.needs):
-            found += [("rotate", dict(E=E, wide=wide)) for wide in (0, 1)]
+        found += [("score_narrow_fp8", dict(E=E)), wanted_index(E, problem.index_dtype == FP8)]
     return found
 
 
@@ -126,11 +122,10 @@ class Fp8Teacher:
 
 
 class Fp8Index:
-    """index_q and index_k in e4m3: `scores`, and `leaves`, the same in bfloat16 with the weights, for the gradients."""
+    """index_q and index_k in e4m3: `scores`."""
 
     def __init__(self, leaves: tuple[Tensor, Tensor, Tensor], index_dtype: str | None) -> None:
         self.rows = quantize_index(*leaves, rotation=index_dtype == FP8)
-        self.leaves = self.rows.rounded_q, self.rows.rounded_k, leaves[2]
 
     def scores(self, chunk: TileChunk, out: Tensor, processors: int | None = None) -> None:
         """out[t,s] = sum_j w[t,j] * ReLU(index_q̂[t,j]·index_k̂[s]) in the chunk's tiles; processors: all or fewer."""

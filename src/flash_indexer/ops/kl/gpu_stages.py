@@ -8,12 +8,11 @@ from torch import Tensor
 from flash_indexer.ops import launch
 from flash_indexer.ops.blockwise import compute_dtype
 from flash_indexer.ops.kl import gpu_body, gpu_fused
-from flash_indexer.ops.kl.arithmetic import FP8, with_wide_teacher
+from flash_indexer.ops.kl.arithmetic import with_wide_teacher
 from flash_indexer.ops.kl.gpu_fp8 import Fp8Index, Fp8Teacher, TeacherRows, has_fp8_teacher
 from flash_indexer.ops.kl.plan_shards import ShardPlan, shard_plan
 from flash_indexer.ops.kl.stages import new_sums
 from flash_indexer.ops.problem import Problem, Sums, WaitForKeys
-from flash_indexer.ops.quantization_gpu import rotate_rows
 from flash_indexer.ops.worklists import TILE
 
 
@@ -32,7 +31,7 @@ class GpuStages:
             self._take_teacher(problem)
             index_q, index_k, weights = map(launch.aligned, problem.leaves)
             self.leaves = (index_q, index_k, weights)
-            self.rotated, self.scored = problem.index_dtype == FP8, -1  # the chunk whose index scores are there
+            self.scored = -1  # the chunk whose index scores are there
             self.fp8_index = None if problem.index_dtype is None else Fp8Index(self.leaves, problem.index_dtype)
             self.row_inputs = gpu_body.Rows(
                 problem.key_start.contiguous(), problem.key_end.contiguous(), problem.weight.contiguous()
@@ -85,8 +84,7 @@ class GpuStages:
         if any(self.needs):  # one kernel makes both of the queries' and what that of the keys' begins with
             d_index_q = torch.empty_like(index_q) if d_index_q is None else d_index_q
             d_weights = torch.empty_like(weights) if d_weights is None else d_weights
-            rotation = self.rotated and gpu_body.rotates(index_q.shape[2], index_q.shape[1])
-            self.out = gpu_body.IndexGradients(d_index_q, d_index_k, d_weights, rotation)
+            self.out = gpu_body.IndexGradients(d_index_q, d_index_k, d_weights)
 
     def rows(self, n: int) -> tuple[tuple[int, int], ...]:
         """First row and end of each rank's rows of chunk n."""
@@ -135,30 +133,21 @@ class GpuStages:
             return
         scores, di = self.index_scores[: p.shape[0]], self.di[: p.shape[0]]
         with torch.cuda.device(self.q.device):
-            leaves = self.leaves
             if self.left is not None:
                 left = self.left.of(own.tiles)
-                gpu_body.index_scores(*leaves, own, scores, (*self.row_inputs[:2], left.tops, left.masks))
+                gpu_body.index_scores(*self.leaves, own, scores, (*self.row_inputs[:2], left.tops, left.masks))
                 made = gpu_fused.Outputs(di, self.sums.kl, self.sums.entropy, self.out)
-                gpu_fused.gradients((p, scores), left, leaves, self.plan.own, own, self.row_inputs, made)
+                gpu_fused.gradients((p, scores), left, self.leaves, self.plan.own, own, self.row_inputs, made)
                 return
             if self.fp8_index is None:
-                gpu_body.index_scores(*leaves, own, scores)
-            else:
-                leaves = self.fp8_index.leaves
-                if self.scored != n:
-                    self.fp8_index.scores(own, scores)
+                gpu_body.index_scores(*self.leaves, own, scores)
+            elif self.scored != n:
+                self.fp8_index.scores(own, scores)
             out = di, self.sums.kl, self.sums.entropy
             gpu_body.kl_rows(p, scores, self.plan.own, own, self.row_inputs, out, self.logits)
             if any(self.needs):
-                gpu_body.index_gradients(di, leaves, self.plan.own, own, self.out, (p, scores))
-                if self.rotated and not self.out.rotation and self.sums.d_index_q is not None:
-                    # here, for its rows may be sent to other ranks now
-                    rotate_rows(self.sums.d_index_q[own.begin : own.end])
+                gpu_body.index_gradients(di, self.leaves, self.plan.own, own, self.out, (p, scores))
 
     def end(self) -> Sums:
         """The result, when every chunk is done."""
-        if self.rotated and self.sums.d_index_k is not None:
-            with torch.cuda.device(self.q.device):
-                rotate_rows(self.sums.d_index_k)
         return self.sums
