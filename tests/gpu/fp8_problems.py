@@ -41,11 +41,15 @@ def truth(
     """In float64, of the rounded tensors; gradients straight through at the scores."""
     q, k = (rounded(t) if teacher_dtype else t.double() for t in (x.q, x.k))
     leaves = [t.double().requires_grad_() for t in (x.index_q, x.index_k, x.index_weights)]
-    scored = tuple(rounded(t, index_dtype == "fp8") for t in (x.index_q, x.index_k)) if index_dtype else None
-    loss, kl = reference.indexer_kl(
-        q, k, *leaves, softmax_scale=x.softmax_scale, key_start=x.key_start, key_end=x.key_end, scored=scored,
+    options = dict(
+        softmax_scale=x.softmax_scale, key_start=x.key_start, key_end=x.key_end,
         token_weight=None if weight is None else weight.double(),
     )  # fmt: skip
+    if index_dtype:
+        low = tuple(rounded(t, index_dtype == "fp8") for t in (x.index_q, x.index_k))
+        loss, kl = reference.rounded_indexer_kl(q, k, tuple(leaves), low, **options)
+    else:
+        loss, kl = reference.indexer_kl(q, k, *leaves, **options)
     p = reference.target_distribution(q, k, x.softmax_scale, x.key_start, x.key_end)
     gradients = torch.autograd.grad(d_loss * loss, leaves)
     return Result(loss.detach(), kl, torch.special.entr(p).sum(-1), *gradients)

@@ -39,12 +39,13 @@ def wanted(c: LayerCapture, index_dtype: str | None, teacher_dtype: str | None) 
     q, k, index_q, index_k, weights = (x.double() for x in (c.q, c.k, c.index_q, c.index_k, c.index_weights))
     if teacher_dtype is not None:
         q, k = rounded(q), rounded(k)
-    scored = None
-    if index_dtype is not None:
-        scored = rounded(index_q, index_dtype == "fp8"), rounded(index_k, index_dtype == "fp8")
-    leaves = [x.requires_grad_() for x in (index_q, index_k, weights)]
-    bounds = dict(softmax_scale=c.softmax_scale, key_start=c.key_start, key_end=c.key_end)
-    loss, _ = reference.indexer_kl(q, k, *leaves, **bounds, scored=scored)
+    leaves = index_q.requires_grad_(), index_k.requires_grad_(), weights.requires_grad_()
+    bounds: dict[str, Any] = dict(softmax_scale=c.softmax_scale, key_start=c.key_start, key_end=c.key_end)
+    if index_dtype is None:
+        loss, _ = reference.indexer_kl(q, k, *leaves, **bounds)
+    else:
+        low_q, low_k = (rounded(x.detach(), index_dtype == "fp8") for x in (index_q, index_k))
+        loss, _ = reference.rounded_indexer_kl(q, k, leaves, (low_q, low_k), **bounds)
     return float(loss.detach()), list(torch.autograd.grad(loss, leaves))
 
 

@@ -12,7 +12,7 @@ Shape legend as in `flash_indexer.reference`.
 from __future__ import annotations
 
 from dataclasses import dataclass, fields, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -204,17 +204,16 @@ def reference_indexer_kl(
     """
     x = inputs.double()
     leaves = [leaf.clone().requires_grad_() for leaf in (x.index_q, x.index_k, x.index_weights)]
-    loss, kl = reference.indexer_kl(
-        x.q,
-        x.k,
-        *leaves,
-        softmax_scale=x.softmax_scale,
-        key_start=x.key_start,
-        key_end=x.key_end,
-        target=target,
+    options: dict[str, Any] = dict(
+        softmax_scale=x.softmax_scale, key_start=x.key_start, key_end=x.key_end, target=target,
         token_weight=None if token_weight is None else token_weight.double(),
-        scored=None if scored is None else (scored[0].double(), scored[1].double()),
-    )
+    )  # fmt: skip
+    if scored is None:
+        loss, kl = reference.indexer_kl(x.q, x.k, *leaves, **options)
+    else:
+        index_q, index_k, weights = leaves
+        rounded = scored[0].double(), scored[1].double()
+        loss, kl = reference.rounded_indexer_kl(x.q, x.k, (index_q, index_k, weights), rounded, **options)
     p = reference.target_distribution(x.q, x.k, x.softmax_scale, x.key_start, x.key_end, target)
     gradients = torch.autograd.grad(d_loss * loss, leaves)
     return Result(loss.detach(), kl, torch.special.entr(p).sum(-1), *gradients)

@@ -38,16 +38,17 @@ def truth(x: Inputs, index_dtype: str | None, teacher_dtype: str | None, target:
     if index_dtype == "fp8":
         rotation = hadamard(index_q.shape[-1])
         index_q, index_k = index_q @ rotation.T, index_k @ rotation.T
-    scored = None
-    if index_dtype and target == "per_head":
-        index_q, index_k = (t + (rounded(t.detach()) - t).detach() for t in (index_q, index_k))
-    elif index_dtype:
-        scored = rounded(index_q.detach()), rounded(index_k.detach())
-    intervals = dict(key_start=x.key_start, key_end=x.key_end)
-    loss, kl = reference.indexer_kl(
-        q, k, index_q, index_k, leaves[2], softmax_scale=x.softmax_scale, target=target,
-        token_weight=x.token_weight.double(), scored=scored, **intervals,
+    rows = rounded(index_q.detach()), rounded(index_k.detach())
+    options: dict[str, Any] = dict(
+        softmax_scale=x.softmax_scale, target=target, token_weight=x.token_weight.double(), key_start=x.key_start,
+        key_end=x.key_end,
     )  # fmt: skip
+    if index_dtype and target != "per_head":
+        loss, kl = reference.rounded_indexer_kl(q, k, (index_q, index_k, leaves[2]), rows, **options)
+    else:
+        if index_dtype:
+            index_q, index_k = (t + (low - t).detach() for t, low in zip((index_q, index_k), rows, strict=True))
+        loss, kl = reference.indexer_kl(q, k, index_q, index_k, leaves[2], **options)
     return (loss.detach(), kl, *torch.autograd.grad(loss, leaves))
 
 
