@@ -178,7 +178,7 @@ def test_what_does_not_fit_is_refused(options: dict[str, Any], message: str) -> 
 
 def test_a_width_that_cannot_be_rotated_is_refused_with_the_remedy() -> None:
     x = make_inputs(Shape(((9, 9),), 2, 1, 8, 2, 24), seed=0, dtype=torch.float64)
-    with pytest.raises(ValueError, match="power of two for the last dimension, got 24; quantise without it"):
+    with pytest.raises(ValueError, match="power of two up to 256 for the last dimension, got 24; quantise without it"):
         computed(x, index_dtype="fp8")
     computed(x, index_dtype="fp8_unrotated")
 
