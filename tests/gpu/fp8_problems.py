@@ -40,7 +40,7 @@ def truth(
 ) -> Result:
     """In float64, of the rounded tensors; gradients straight through, rotated back."""
     rotation = index_dtype == "fp8"
-    q, k = (rounded(t) if teacher_dtype else t.double() for t in (x.q, x.k))
+    q, k = (rounded(t, teacher_dtype == "fp8") if teacher_dtype else t.double() for t in (x.q, x.k))
     index = [rounded(t, rotation) if index_dtype else t.double() for t in (x.index_q, x.index_k)]
     leaves = [t.requires_grad_() for t in (*index, x.index_weights.double())]
     fixed = dict(softmax_scale=x.softmax_scale, key_start=x.key_start, key_end=x.key_end)
@@ -82,7 +82,8 @@ def eager(x: Inputs, d: Tensor, e: Tensor, factor: float, *, index_dtype, teache
     start, end, low = x.key_start, x.key_end, torch.bfloat16
     visible, seen = reference.visible_keys(start, end, x.k.shape[0]), end > start
     if teacher_dtype:
-        q, k = (Quantized(y.values[..., d], y.scale) for y in map(on_cpu, (x.q, x.k)))
+        q, k = (on_cpu(y, teacher_dtype == "fp8") for y in (x.q, x.k))
+        q, k = (Quantized(y.values[..., d], y.scale) for y in (q, k))
         logits = products(q, k) * x.softmax_scale
     else:
         logits = reference.teacher_logits(x.q.float(), x.k.float(), x.softmax_scale)

@@ -17,7 +17,7 @@ from flash_indexer.ops.quantization import dequantize, quantize, rotate
 
 Tiny = Callable[..., PreTrainedModel]
 IDS = torch.randint(0, 61, (1, 33), generator=torch.Generator().manual_seed(2))
-ARITHMETICS = [("fp8", None), ("fp8_unrotated", None), (None, "fp8"), ("fp8", "fp8")]
+ARITHMETICS = [("fp8", None), ("fp8_unrotated", None), (None, "fp8"), (None, "fp8_unrotated"), ("fp8", "fp8")]
 
 
 def attached(tiny: Tiny, **options: Any) -> IndexerHandle:
@@ -39,7 +39,7 @@ def wanted(c: LayerCapture, index_dtype: str | None, teacher_dtype: str | None) 
     q, k, index_q, index_k, weights = (x.double() for x in (c.q, c.k, c.index_q, c.index_k, c.index_weights))
     rotation = index_dtype == "fp8"
     if teacher_dtype is not None:
-        q, k = rounded(q), rounded(k)
+        q, k = (rounded(x, teacher_dtype == "fp8") for x in (q, k))
     if index_dtype is not None:
         index_q, index_k = rounded(index_q, rotation), rounded(index_k, rotation)
     leaves = [x.requires_grad_() for x in (index_q, index_k, weights)]
@@ -85,7 +85,7 @@ def test_the_loss_is_that_of_rounded_tensors_and_passes_straight_through(
     ("options", "message"),
     [
         (dict(index_dtype="int8"), "attach: index_dtype must be None or one of 'fp8', 'fp8_unrotated', got 'int8'"),
-        (dict(teacher_dtype="fp8_unrotated"), "attach: teacher_dtype must be None or one of 'fp8', got 'fp8_unro"),
+        (dict(teacher_dtype="fp4"), "attach: teacher_dtype must be None or one of 'fp8', 'fp8_unrotated', got 'fp4'"),
         (
             dict(index_dtype="fp8", head_dim=24),
             'attach: index_dtype="fp8": the rotation needs a power of two',
