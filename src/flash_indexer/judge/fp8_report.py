@@ -103,7 +103,7 @@ def fp8_summary(layers: Sequence[LayerFP8]) -> str:
     changes = {n: sum(layer.variants[n].kl for layer in layers) / kl - 1 if kl else 0.0 for n in names}
     said = ", ".join(f"{100 * changes[name]:+.2f}% with {what} in FP8" for name, what in names.items())
     parts = [f"KL, summed over layers, changes by {said}."]
-    names = {"index": "the index", "teacher": "the teacher", "teacher_unrotated": "it not rotated", "both": "both"}
+    names |= {"teacher_unrotated": "the teacher not rotated"}
     worst = {name: min(layers, key=lambda layer: layer.variants[name].least_cosine) for name in names}
     said = ", ".join(
         f"{layer.variants[name].least_cosine:.4f} with {names[name]} (layer {layer.layer})"
