@@ -190,8 +190,8 @@ def test_table_plot_and_json_have_the_measurements(tmp_path: Path) -> None:
     summary = fp8_summary(layers)
     for words in (
         "changes by +1.00% with the index in FP8, +3.00% with the teacher in FP8, +6.00% with both in FP8. The",
-        "is 0.9990 with the index (layer 0), 0.9970 with the teacher (layer 0), 0.9940 with both (layer 0), 0.9960 with "
-        "the teacher not rotated (layer 0).",
+        "is 0.9990 with the index (layer 0), 0.9970 with the teacher (layer 0), 0.9940 with both (layer 0), 0.9960 "
+        "with the teacher not rotated (layer 0).",
         "Of the top 128 keys, 99.10% are the same in FP8 (the fewest in layer 0: 99.10%), without the rotation 97.03%.",
     ):
         assert words in summary, summary
