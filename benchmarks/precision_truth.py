@@ -161,7 +161,9 @@ def given_lse(x: Inputs, setting: Setting) -> Tensor | None:
 def stand_in(x: Inputs, setting: Setting) -> Inputs:
     """The numbers that the rounded rows stand for, in the inputs' dtype, which holds them exactly."""
     if setting.teacher_dtype is not None:
-        x = replace(x, q=dequantize(quantize(x.q), x.q.dtype), k=dequantize(quantize(x.k), x.k.dtype))
+        rotation = setting.teacher_dtype == FP8
+        q, k = (dequantize(quantize(y, rotation=rotation), y.dtype) for y in (x.q, x.k))
+        x = replace(x, q=q, k=k)
     if setting.index_dtype is not None:
         rotation = setting.index_dtype == FP8
         index = (dequantize(quantize(y, rotation=rotation), y.dtype) for y in (x.index_q, x.index_k))

@@ -39,7 +39,7 @@ def truth(
     x: Inputs, index_dtype: str | None, teacher_dtype: str | None, weight: Tensor | None, d_loss: float
 ) -> Result:
     """In float64, of the rounded tensors; gradients straight through at the scores."""
-    q, k = (rounded(t) if teacher_dtype else t.double() for t in (x.q, x.k))
+    q, k = (rounded(t, teacher_dtype == "fp8") if teacher_dtype else t.double() for t in (x.q, x.k))
     leaves = [t.double().requires_grad_() for t in (x.index_q, x.index_k, x.index_weights)]
     options = dict(
         softmax_scale=x.softmax_scale, key_start=x.key_start, key_end=x.key_end,
@@ -85,7 +85,8 @@ def eager(x: Inputs, d: Tensor, e: Tensor, factor: float, *, index_dtype, teache
     start, end, low = x.key_start, x.key_end, torch.bfloat16
     visible, seen = reference.visible_keys(start, end, x.k.shape[0]), end > start
     if teacher_dtype:
-        q, k = (Quantized(y.values[..., d], y.scale) for y in map(on_cpu, (x.q, x.k)))
+        q, k = (on_cpu(y, teacher_dtype == "fp8") for y in (x.q, x.k))
+        q, k = (Quantized(y.values[..., d], y.scale) for y in (q, k))
         logits = products(q, k) * x.softmax_scale
     else:
         logits = reference.teacher_logits(x.q.float(), x.k.float(), x.softmax_scale)

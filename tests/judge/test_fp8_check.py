@@ -87,12 +87,16 @@ def test_a_layer_is_that_of_the_definition_on_rounded_tensors(
     assert (found.layer, list(found.variants)) == (5, list(VARIANTS))
     assert found.kl == pytest.approx(kl, rel=1e-9)
     H4 = torch.tensor([[1, 1, 1, 1], [1, -1, 1, -1], [1, 1, -1, -1], [1, -1, -1, 1]], dtype=torch.float64) / 2
-    teacher = replace(capture, q=rounded(capture.q, "fp8_unrotated"), k=rounded(capture.k, "fp8_unrotated"))
     bounds = capture.key_start, capture.key_end
-    lse = reference.teacher_lse(teacher.q, teacher.k, capture.softmax_scale, *bounds)
-    for name, (arithmetic, fp8_teacher, model_lse) in VARIANTS.items():
-        variant = teacher if fp8_teacher else capture
-        variant = variant if model_lse else replace(variant, lse=lse)
+    teachers = {None: capture}
+    for kind in ("fp8", "fp8_unrotated"):
+        q, k = (rounded(x, kind) for x in (capture.q, capture.k))
+        teachers[kind] = replace(capture, q=q, k=k)
+    for name, (arithmetic, teacher_dtype, model_lse) in VARIANTS.items():
+        variant = teachers[teacher_dtype]
+        if not model_lse:
+            lse = reference.teacher_lse(variant.q, variant.k, capture.softmax_scale, *bounds)
+            variant = replace(variant, lse=lse)
         low = None
         if arithmetic is not None:
             low = rounded(capture.index_q, arithmetic), rounded(capture.index_k, arithmetic)
@@ -111,7 +115,7 @@ def test_a_layer_is_that_of_the_definition_on_rounded_tensors(
             assert got.cosine == pytest.approx(float(cosine), rel=1e-6), (name, leaf)
             assert got.length == pytest.approx(float(a.norm() / b.norm()), rel=1e-6), (name, leaf)
             assert 0.9 < got.cosine < 1 - 1e-7
-    errors = (probabilities(teacher).sum(-1) - 1).abs().amax(0)
+    errors = (probabilities(teachers["fp8"]).sum(-1) - 1).abs().amax(0)
     torch.testing.assert_close(torch.tensor(found.row_errors).double(), errors, rtol=1e-4, atol=1e-6)
     assert found.row_error == max(found.row_errors) > 1e-3
 
@@ -189,13 +193,14 @@ def test_table_plot_and_json_have_the_measurements(tmp_path: Path) -> None:
     text = console.file.getvalue()
     rows = {line.split()[0]: line.split()[1:] for line in text.splitlines() if line.strip()}
     assert "…" not in text, "in a terminal of 80 columns"
-    shown = ["1.000", "+1.00%", "+3.00%", "+5.00%", "0.9990", "0.9950", "1.020", "99.10%", "0.3%", "0.02"]
+    shown = ["1.000", "+1.00%", "+3.00%", "+6.00%", "0.9990", "0.9940", "1.020", "99.10%", "0.3%", "0.02"]
     assert rows["2"] == shown and rows["3"] == [*shown[:-1], "0.002"]
     assert fp8_table(layers).columns[-1]._cells[1] == "[red]0.02[/red]"
     summary = fp8_summary(layers)
     for words in (
-        "changes by +1.00% with index, rotated in FP8, +3.00% with teacher in FP8, +5.00% with index (rotated) and",
-        "is 0.9990 with index, rotated (layer 0), 0.9950 with index (rotated) and teacher (layer 0).",
+        "changes by +1.00% with the index in FP8, +3.00% with the teacher in FP8, +6.00% with both in FP8. The",
+        "is 0.9990 with the index (layer 0), 0.9970 with the teacher (layer 0), 0.9940 with both (layer 0), 0.9960 "
+        "with the teacher not rotated (layer 0).",
         "Of the top 128 keys, 99.10% are the same in FP8 (the fewest in layer 0: 99.10%), without the rotation 97.03%.",
     ):
         assert words in summary, summary
@@ -205,14 +210,15 @@ def test_table_plot_and_json_have_the_measurements(tmp_path: Path) -> None:
     content = json.loads((path.parent / "fp8.json").read_text())
     assert content["run"] == {"model": "tiny"} and len(content["layers"]) == 3
     assert content["layers"][1] == layers[1].to_dict()
-    assert content["layers"][1]["variants"]["both"]["gradients"]["index_k"] == dict(cosine=0.995, length=1.02)
+    assert content["layers"][1]["variants"]["both"]["gradients"]["index_k"] == dict(cosine=0.994, length=1.02)
 
     kl, gradients, lengths, selection, ties, sums = plot_fp8(layers).axes
     lines = {line.get_label(): line for line in kl.lines}
     assert lines["index, not rotated"].get_ydata() == pytest.approx([2.0] * 3)
-    assert list(lines["teacher"].get_xdata()) == [0, 2, 3]
-    assert gradients.lines[4].get_ydata() == pytest.approx([0.005] * 3)
-    assert lengths.lines[4].get_ydata() == pytest.approx([1.02] * 3)
+    assert list(lines["teacher, rotated"].get_xdata()) == [0, 2, 3]
+    assert lines["teacher, not rotated"].get_ydata() == pytest.approx([4.0] * 3)
+    assert gradients.lines[5].get_ydata() == pytest.approx([0.006] * 3)
+    assert lengths.lines[5].get_ydata() == pytest.approx([1.02] * 3)
     assert "Top 128 keys" in selection.get_title(loc="left") or "Top 128 keys" in selection.get_title()
     assert [line.get_ydata()[0] for line in ties.lines] == pytest.approx([100 / 900, 100 * 3 / 900])
     assert selection.lines[1].get_ydata() == pytest.approx([97.2, 97.0, 96.9])

@@ -17,7 +17,7 @@ from flash_indexer.ops.quantization import dequantize, quantize
 
 Tiny = Callable[..., PreTrainedModel]
 IDS = torch.randint(0, 61, (1, 33), generator=torch.Generator().manual_seed(2))
-ARITHMETICS = [("fp8", None), ("fp8_unrotated", None), (None, "fp8"), ("fp8", "fp8")]
+ARITHMETICS = [("fp8", None), ("fp8_unrotated", None), (None, "fp8"), (None, "fp8_unrotated"), ("fp8", "fp8")]
 
 
 def attached(tiny: Tiny, **options: Any) -> IndexerHandle:
@@ -38,7 +38,7 @@ def wanted(c: LayerCapture, index_dtype: str | None, teacher_dtype: str | None) 
     """Mean KL, and the gradients of index_q, index_k and index_weights, in float64."""
     q, k, index_q, index_k, weights = (x.double() for x in (c.q, c.k, c.index_q, c.index_k, c.index_weights))
     if teacher_dtype is not None:
-        q, k = rounded(q), rounded(k)
+        q, k = (rounded(x, teacher_dtype == "fp8") for x in (q, k))
     leaves = index_q.requires_grad_(), index_k.requires_grad_(), weights.requires_grad_()
     bounds: dict[str, Any] = dict(softmax_scale=c.softmax_scale, key_start=c.key_start, key_end=c.key_end)
     if index_dtype is None:
@@ -84,7 +84,7 @@ def test_the_loss_is_that_of_rounded_tensors_and_passes_straight_through(
     ("options", "message"),
     [
         (dict(index_dtype="int8"), "attach: index_dtype must be None or one of 'fp8', 'fp8_unrotated', got 'int8'"),
-        (dict(teacher_dtype="fp8_unrotated"), "attach: teacher_dtype must be None or one of 'fp8', got 'fp8_unro"),
+        (dict(teacher_dtype="fp4"), "attach: teacher_dtype must be None or one of 'fp8', 'fp8_unrotated', got 'fp4'"),
         (
             dict(index_dtype="fp8", head_dim=24),
             'attach: index_dtype="fp8": the rotation needs a power of two',

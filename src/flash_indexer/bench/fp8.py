@@ -79,10 +79,11 @@ def measure(size: Size) -> dict[str, Any]:
     contestants: dict[str, Callable[[], Any]] = {
         "bf16": step(others),
         "both": step(others | BOTH),
-        "handed_over": step(others | BOTH, quantize(q), quantize(k)),
+        "handed_over": step(others | BOTH, quantize(q, rotation=True), quantize(k, rotation=True)),
         "index": step({**others, "index_dtype": "fp8"}),
         "index_unrotated": step({**others, "index_dtype": "fp8_unrotated"}),
         "teacher": step({**others, "teacher_dtype": "fp8"}),
+        "teacher_unrotated": step({**others, "teacher_dtype": "fp8_unrotated"}),
         "bf16_without_lse": step(alone),
         "both_without_lse": step(alone | BOTH),
         "matmul": lambda: square @ square,
@@ -110,8 +111,8 @@ def check_rows(tensors: list[Tensor], others: dict[str, Any]) -> None:
     T, G = tensors[0].shape[0], tensors[1].shape[1]
     for row in torch.linspace(T // 3, T - 1, SAMPLED_ROWS).long().tolist():
         keys = slice(int(others["key_start"][row]), int(others["key_end"][row]))
-        q, iq = (rounded(tensors[n][row], rotation) for n, rotation in ((0, False), (2, True)))
-        k, ik = (rounded(tensors[n][keys], rotation) for n, rotation in ((1, False), (3, True)))
+        q, iq = (rounded(tensors[n][row]) for n in (0, 2))
+        k, ik = (rounded(tensors[n][keys]) for n in (1, 3))
         w = tensors[4][row].double()
         logits = torch.einsum("ghd,sgd->ghs", q.view(G, -1, q.shape[-1]), k).flatten(0, 1) * others["softmax_scale"]
         p = logits.softmax(-1).mean(0)
@@ -127,6 +128,6 @@ def check_rows(tensors: list[Tensor], others: dict[str, Any]) -> None:
             raise RuntimeError(f"bench: query {row} is wrong, so no speed is reported: relative errors {errors}")
 
 
-def rounded(x: Tensor, rotation: bool) -> Tensor:
-    """In e4m3, as float64, by torch on the CPU."""
-    return dequantize(quantize(x.cpu(), rotation=rotation), torch.float64).to(x.device)
+def rounded(x: Tensor) -> Tensor:
+    """Rotated and in e4m3, as float64, by torch on the CPU."""
+    return dequantize(quantize(x.cpu(), rotation=True), torch.float64).to(x.device)

@@ -38,9 +38,9 @@ class IndexRows(NamedTuple):
     half_weights: Tensor
 
 
-def wanted(width: int) -> launch.Wanted:
+def wanted(width: int, rotation: bool) -> launch.Wanted:
     """The kernel that `quantize_rows` launches."""
-    return "quantize", dict(D=width)
+    return "quantize", dict(D=width, rotation=int(rotation))
 
 
 def wanted_index(width: int, rotation: bool) -> launch.Wanted:
@@ -48,11 +48,12 @@ def wanted_index(width: int, rotation: bool) -> launch.Wanted:
     return "quantize_index", dict(E=width, rotation=int(rotation))
 
 
-def quantize_rows(x: Tensor, *, by_head: bool = False) -> Rows:
+def quantize_rows(x: Tensor, *, rotation: bool = False, by_head: bool = False) -> Rows:
     """Rows of x in e4m3.
 
     Args:
-        x: bfloat16 [T, H, D], contiguous, aligned. by_head: scales [H, keys], those past the last key 0.
+        x: bfloat16 [T, H, D], contiguous, aligned. rotation: whether rows are rotated before. by_head: scales
+            [H, keys], those past the last key 0.
     """
     width, heads = x.shape[-1], x.shape[1] if by_head else 1
     rows = x.numel() // width
@@ -61,7 +62,7 @@ def quantize_rows(x: Tensor, *, by_head: bool = False) -> Rows:
     make = torch.zeros if stride > x.shape[0] else torch.empty
     scale = make(heads * stride if by_head else rows, device=x.device)
     if rows:
-        name, static = wanted(width)
+        name, static = wanted(width, rotation)
         tables = (x.view(-1, width), values.view(-1, width), scale)
         launch.load(name, **static)(*tables, rows, heads, stride, blocks(rows, width))
     return Rows(values, scale)
@@ -94,12 +95,12 @@ def scales_by_head(scale: Tensor) -> Tensor:
     return out.view(-1)
 
 
-def wanted_keys(width: int, narrow: bool) -> launch.Wanted:
-    """The kernel that `quantize_keys` launches; narrow: for keys that are in e4m3."""
-    return "quantize_keys", dict(D=width, narrow=int(narrow))
+def wanted_keys(width: int, narrow: bool, rotation: bool) -> launch.Wanted:
+    """The kernel that `quantize_keys` launches; narrow: for keys that are in e4m3, which are not rotated."""
+    return "quantize_keys", dict(D=width, narrow=int(narrow), rotation=int(rotation and not narrow))
 
 
-def quantize_keys(k: Tensor, scale: Tensor | None) -> tuple[Tensor, Tensor]:
+def quantize_keys(k: Tensor, scale: Tensor | None, *, rotation: bool = False) -> tuple[Tensor, Tensor]:
     """A teacher's keys in e4m3, and their scales by head, flat: [G, keys], keys a multiple of 128.
 
     128 keys of a head share a scale where theirs are near enough, and then all have it with a minus sign: the kernel
@@ -107,13 +108,14 @@ def quantize_keys(k: Tensor, scale: Tensor | None) -> tuple[Tensor, Tensor]:
 
     Args:
         k: [S, G, D], contiguous, aligned; bfloat16 without a scale, e4m3 with one, float32 [S, G].
+        rotation: whether bfloat16 is rotated before; e4m3 is taken as it is.
     """
     S, G, D = k.shape
     stride = padded_keys(S)
     values = torch.empty(k.shape, dtype=E4M3, device=k.device)
     scales = torch.empty(G * stride, device=k.device)
     if k.numel():
-        name, static = wanted_keys(D, scale is not None)
+        name, static = wanted_keys(D, scale is not None, rotation)
         own = scales if scale is None else scale.reshape(-1)
         launch.load(name, **static)(k.view(-1, D), own, values.view(-1, D), scales, S, G, stride, stride // TILE * G)
     return values, scales

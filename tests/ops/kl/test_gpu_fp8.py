@@ -14,10 +14,11 @@ import torch
 from torch import Tensor
 
 from flash_indexer import causal_intervals, quantize
+from flash_indexer.kernels import catalog
 from flash_indexer.kernels.sm_90.sizes import SHARED_KEY_SCALES
 from flash_indexer.ops import Problem, launch
 from flash_indexer.ops.kl import gpu_body, gpu_stages
-from flash_indexer.ops.kl.gpu_fp8 import Fp8Index, Fp8Teacher
+from flash_indexer.ops.kl.gpu_fp8 import Fp8Index, Fp8Teacher, kernels
 from flash_indexer.ops.kl.plan import GradientItems, PlanSizes, TileChunk, make_plan
 from flash_indexer.ops.quantization import Quantized, dequantize
 
@@ -28,16 +29,17 @@ def no_gradients() -> GradientItems:
     raise AssertionError("no gradients are asked for here")
 
 
-def play_quantize(x, values, scale, rows, heads, stride, blocks) -> None:
-    rounded = quantize(x)
+def play_quantize(rotation: int, x, values, scale, rows, heads, stride, blocks) -> None:
+    rounded = quantize(x, rotation=bool(rotation))
     values.copy_(rounded.values)
     r = torch.arange(rows)
     scale[r % heads * stride + r // heads] = rounded.scale
 
 
-def play_quantize_keys(x, own, values, scales, S, G, stride, blocks) -> None:
+def play_quantize_keys(narrow: int, rotation: int, x, own, values, scales, S, G, stride, blocks) -> None:
     assert stride % 128 == 0 and stride >= S and blocks == stride // 128 * G and scales.shape == (G * stride,)
-    v, s = (x, own) if x.dtype == values.dtype else quantize(x)
+    assert narrow == (x.dtype == values.dtype) and not (narrow and rotation), "no such kernel"
+    v, s = (x, own) if narrow else quantize(x, rotation=bool(rotation))
     v, s, table = v.view(S, G, -1), s.view(S, G), scales.view(G, stride)
     for g in range(G):
         for first in range(0, stride, 128):
@@ -123,27 +125,29 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
             return play_score(static["D"])
         if name == "quantize_index":
             return play_quantize_index(static["rotation"])
-        return {
-            "quantize": play_quantize, "quantize_keys": play_quantize_keys, "lse_fp8": play_lse,
-            "score_narrow_fp8": play_score_narrow,
-        }[name]  # fmt: skip
+        if name == "quantize":
+            return partial(play_quantize, static["rotation"])
+        if name == "quantize_keys":
+            return partial(play_quantize_keys, static["narrow"], static["rotation"])
+        return {"lse_fp8": play_lse, "score_narrow_fp8": play_score_narrow}[name]
 
     monkeypatch.setattr(launch, "load", load)
     monkeypatch.setattr(launch, "processors", lambda device: 4)
     return counts
 
 
-def problem(D: int, handed_over: bool, spread: float) -> tuple[Problem, Tensor, Tensor]:
+def problem(D: int, dtype: str, handed_over: bool, spread: float) -> tuple[Problem, Tensor, Tensor]:
     """And q, k in e4m3, as they are quantised a row at a time."""
     torch.manual_seed(0)
     q, k = (torch.randn(n, heads, D).bfloat16() for n, heads in ((T, H), (S, G)))
     k[::7] *= spread
     start, end = causal_intervals(torch.tensor([0, T]))
-    q_rows, k_rows = quantize(q), quantize(k)
+    q_rows, k_rows = (quantize(x, rotation=dtype == "fp8") for x in (q, k))
     if handed_over:
         q, k = q_rows.values, k_rows.values
     unread: Any = torch.zeros(0)
     made = Problem(q, k, unread, unread, unread, None, start, end, unread, SCALE, "mean", 2**29, (False,) * 3)
+    made = made._replace(teacher_dtype=dtype)
     if handed_over:
         made = made._replace(q_scale=q_rows.scale, k_scale=k_rows.scale)
     wide = (dequantize(Quantized(*rows), torch.float32) for rows in (q_rows, k_rows))
@@ -152,9 +156,10 @@ def problem(D: int, handed_over: bool, spread: float) -> tuple[Problem, Tensor, 
 
 @pytest.mark.parametrize("spread", [0.25, 2.0**-9], ids=["near", "apart"])
 @pytest.mark.parametrize("handed_over", [False, True])
-@pytest.mark.parametrize("D", [64, *SHARED_KEY_SCALES])
-def test_the_teacher(D: int, handed_over: bool, spread: float, launches: Counter[str]) -> None:
-    given, q, k = problem(D, handed_over, spread)
+@pytest.mark.parametrize("dtype", ["fp8", "fp8_unrotated"])
+@pytest.mark.parametrize("D", [64, 96, *SHARED_KEY_SCALES])
+def test_the_teacher(D: int, dtype: str, handed_over: bool, spread: float, launches: Counter[str]) -> None:
+    given, q, k = problem(D, dtype, handed_over, spread)
     teacher = Fp8Teacher(given)
     lse = teacher.lse(given.key_start, given.key_end)
     assert teacher.traffic(slice(0, T)) == 0, "it is quantised"
@@ -176,6 +181,31 @@ def test_the_teacher(D: int, handed_over: bool, spread: float, launches: Counter
     shares = D in SHARED_KEY_SCALES
     quantised = {} if handed_over else {"quantize": 1 + (not shares)}  # queries once, for the logsumexp and the scores
     assert launches == {"lse_fp8": 1, "score_fp8": 2} | quantised | ({"quantize_keys": 1} if shares else {})
+
+
+@pytest.mark.parametrize("lse", [None, torch.zeros(0)], ids=["own", "given"])
+@pytest.mark.parametrize("handed_over", [False, True])
+@pytest.mark.parametrize("dtype", ["fp8", "fp8_unrotated"])
+@pytest.mark.parametrize("D", [64, *SHARED_KEY_SCALES])
+def test_every_kernel_of_the_teacher_is_prepared(
+    D: int, dtype: str, handed_over: bool, lse: Tensor | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is loaded is in `kernels`, and what is in `kernels` is in the catalog, so it is compiled beforehand."""
+    given = problem(D, dtype, handed_over, 1.0)[0]._replace(index_q=torch.zeros(T, 3, 64), lse=lse)
+    prepared = [catalog.kernel(name, **static) for name, static in kernels(given)]
+    assert set(prepared) <= set(catalog.every_kernel())
+    loaded = []
+    monkeypatch.setattr(launch, "processors", lambda device: 4)
+    monkeypatch.setattr(
+        launch, "load", lambda name, **static: (loaded.append(catalog.kernel(name, **static)), lambda *_: None)[1]
+    )
+    teacher = Fp8Teacher(given)
+    if lse is None:
+        teacher.lse(given.key_start, given.key_end)
+    teacher.quantised(slice(0, T))
+    assert set(loaded) == {kernel for kernel in prepared if kernel[0] != "score_fp8"}
+    rotated = {dict(static)["rotation"] for name, static in loaded if name.startswith("quantize")}
+    assert rotated == ({int(dtype == "fp8")} if not handed_over else {0} if D in SHARED_KEY_SCALES else set())
 
 
 @pytest.mark.parametrize("rotation", [False, True])

@@ -2,6 +2,7 @@
 #include "../device/memory.cuh"
 #include "../device/numbers.cuh"
 // A row of D numbers lies in LANES lanes, 8 * VECTORS of them each: vector v of lane l begins at column 8 * (v * LANES + l).
+// So vector v of all lanes is block v of the rotation: 8 * LANES is the largest power of two in D, at most 256
 template <int D>
 struct RowLanes {
   static constexpr int ALL = D / 8;
@@ -14,10 +15,11 @@ struct RowLanes {
     return (long long)row * D + 8 * (v * LANES + lane());
   }
 };
-// x = H x / sqrt(D), sums of pairs at distance 1, 2, 4, ...: D / 8 lanes hold a row
+// x = H x / sqrt(columns) of a block of columns, sums of pairs at distance 1, 2, 4, ...: one vector a lane
 template <int D>
 static __device__ __forceinline__ void rotate_row(float* x) {
-  static_assert(RowLanes<D>::VECTORS == 1 && (D & (D - 1)) == 0, "a row is rotated in one vector a lane");
+  constexpr int COLUMNS = 8 * RowLanes<D>::LANES;
+  static_assert(COLUMNS == (D & -D) || (COLUMNS == 256 && D % 256 == 0), "lanes hold a block of the rotation");
 #pragma unroll
   for (int step = 1; step < 8; step *= 2)
 #pragma unroll
@@ -28,7 +30,7 @@ static __device__ __forceinline__ void rotate_row(float* x) {
         x[j + step] = left - right;
       }
 #pragma unroll
-  for (int step = 1; step < D / 8; step *= 2) {
+  for (int step = 1; step < RowLanes<D>::LANES; step *= 2) {
     const bool upper = RowLanes<D>::lane() & step;
 #pragma unroll
     for (int j = 0; j < 8; ++j) {
@@ -36,7 +38,10 @@ static __device__ __forceinline__ void rotate_row(float* x) {
       x[j] = upper ? other - x[j] : x[j] + other;
     }
   }
-  constexpr float root = D == 32 ? 0.17677669529663687f : D == 64 ? 0.125f : D == 128 ? 0.08838834764831845f : 0.0625f;
+  constexpr float root = COLUMNS == 32    ? 0.17677669529663687f
+                         : COLUMNS == 64  ? 0.125f
+                         : COLUMNS == 128 ? 0.08838834764831845f
+                                          : 0.0625f;
 #pragma unroll
   for (int j = 0; j < 8; ++j) x[j] *= root;
 }
@@ -84,12 +89,12 @@ static __device__ __forceinline__ float quantize_row(const void* X, void* V, int
   }
   return scale;
 }
-// V, SC = rows of X in e4m3 and their scales. Row r is token r / heads of head r % heads, and its scale goes to
-// SC[head * stride + token]; heads = 1 keeps the rows' order
-template <int D>
+// V, SC = rows of X (with ROTATION of its rotation) in e4m3 and their scales. Row r is token r / heads of head r % heads,
+// and its scale goes to SC[head * stride + token]; heads = 1 keeps the rows' order
+template <int D, int ROTATION>
 static __device__ __forceinline__ void quantize(const void* X, void* V, float* SC, int rows, int heads, int stride) {
   const int row = RowLanes<D>::row();
-  const float scale = quantize_row<D, 0>(X, V, row, rows);
+  const float scale = quantize_row<D, ROTATION>(X, V, row, rows);
   if (RowLanes<D>::lane() == 0 && row < rows) SC[(long long)(row % heads) * stride + row / heads] = scale;
 }
 // The indexer's rows: blocks of queries, WS = half of their weights times their scales; then blocks of keys, with their
@@ -129,12 +134,12 @@ static __device__ __forceinline__ unsigned shift_e4m3(unsigned v, int shift) {
   asm("cvt.rn.satfinite.e4m3x2.f16x2 %0, %1;" : "=h"(e1) : "r"(high));
   return e0 | e1 << 16;
 }
-// 128 keys of a head by a block: V, SC = those of X [S * G, D], bfloat16, or with NARROW e4m3 with the scales SX. Where the
-// scales of all rows with a number in them lie within 2^SHARED and differ by powers of two, all rows are brought to the
-// largest, which is written with a minus sign for all 128. Block b: tile b / G of head b % G; its scales begin at
-// SC[head * stride + 128 * tile]
+// 128 keys of a head by a block: V, SC = those of X [S * G, D], bfloat16 (with ROTATION of its rotation), or with NARROW
+// e4m3 with the scales SX, taken as it is. Where the scales of all rows with a number in them lie within 2^SHARED and
+// differ by powers of two, all rows are brought to the largest, which is written with a minus sign for all 128. Block b:
+// tile b / G of head b % G; its scales begin at SC[head * stride + 128 * tile]
 static constexpr int SHARED = 4;
-template <int D, int NARROW>
+template <int D, int NARROW, int ROTATION>
 static __device__ __forceinline__ void quantize_keys(
     const void* X, const float* SX, void* V, float* SC, int S, int G, int stride) {
   using Lanes = RowLanes<D>;
@@ -165,6 +170,7 @@ static __device__ __forceinline__ void quantize_keys(
 #pragma unroll
       for (int v = 0; v < Lanes::VECTORS; ++v) {
         load_bfloat16((const unsigned short*)X + at + 8 * v * Lanes::LANES, x[v]);
+        if constexpr (ROTATION) rotate_row<D>(x[v]);
 #pragma unroll
         for (int j = 0; j < 8; ++j) largest = max_or_nan(largest, fabsf(x[v][j]));
       }

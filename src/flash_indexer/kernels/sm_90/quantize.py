@@ -1,10 +1,10 @@
-"""Rows of bfloat16 to e4m3, one power-of-two scale each; the indexer's rotated before if wanted.
+"""Rows of bfloat16 to e4m3, one power-of-two scale each, rotated before if wanted.
 
     SC[r] = 2^ceil(log2(max_d |x[r,d]| / 448)),   V[r] = e4m3(x[r] / SC[r]),   x = X or its Hadamard rotation
 
-4 to 32 lanes hold a row, 8 numbers a vector; the largest is found, and a row rotated, by exchange between lanes, with
-sums of pairs at distance 1, 2, 4, ... as everywhere in this package (`ops.quantization`). Bound by memory: 2 bytes read
-and 1 written a number.
+4 to 32 lanes hold a row, 8 numbers a vector, and a vector of all lanes is a block of the rotation. The largest number
+is found, and a block rotated, by exchange between lanes, with sums of pairs at distance 1, 2, 4, ... as everywhere in
+this package (`ops.quantization`). Bound by memory: 2 bytes read and 1 written a number.
 """
 
 import tilelang
@@ -22,8 +22,8 @@ THREADS = 256
 SOURCE = source(__file__)
 
 
-def build(D):
-    """The kernel for rows of D numbers.
+def build(D, rotation):
+    """The kernel for rows of D numbers; rotation: 0 or 1.
 
     Run-time arguments: X [rows, D] bfloat16, V [rows, D] float8_e4m3fn, SC [...] float32; rows, heads, stride: the
     scale of row r goes to SC[(r % heads)·stride + r // heads]; blocks of 256 threads, `sizes.quantized_rows(D)` rows
@@ -40,8 +40,8 @@ def build(D):
             T.import_source(SOURCE)
             # V, SC = quantize(X)
             T.call_extern(
-                "handle", f"quantize<{D}>", T.address_of(X[0, 0]), T.address_of(V[0, 0]), T.address_of(SC[0]),
-                rows, heads, stride,
+                "handle", f"quantize<{D}, {rotation}>", T.address_of(X[0, 0]), T.address_of(V[0, 0]),
+                T.address_of(SC[0]), rows, heads, stride,
             )  # fmt: skip
 
     return flash_indexer_quantize
@@ -74,7 +74,7 @@ def build_index(E, rotation):
     return flash_indexer_quantize_index
 
 
-def build_keys(D, narrow):
+def build_keys(D, narrow, rotation):
     """The kernel for a teacher's keys, rows of D numbers: as `build`, and then 128 keys of a head share a scale.
 
         c = max over the 128 keys of SC,   V[r] = e4m3(V[r] * SC[r] / c),   SC[r] = -c
@@ -83,7 +83,8 @@ def build_keys(D, narrow):
     which are positive. Rows of zeros and of NaN don't count. What a row loses lies below e4m3's smallest normal number:
     less than 2^-13 of its largest entry, where tensor cores cut off the terms of a sum.
 
-    Run-time arguments: X [S·G, D] bfloat16, or e4m3 (narrow: 1) with scales SX [S·G] float32 (not read otherwise);
+    Run-time arguments: X [S·G, D] bfloat16, or e4m3 (narrow: 1, never rotated) with scales SX [S·G] float32 (not read
+    otherwise);
     V [S·G, D] e4m3; SC [G·stride] float32, stride a multiple of 128, at least S; a block of 256 threads for 128 keys of
     a head.
     """
@@ -99,7 +100,7 @@ def build_keys(D, narrow):
             T.import_source(SOURCE)
             # V, SC = quantize(X), a scale for 128 keys of a head
             T.call_extern(
-                "handle", f"quantize_keys<{D}, {narrow}>", T.address_of(X[0, 0]), T.address_of(SX[0]),
+                "handle", f"quantize_keys<{D}, {narrow}, {rotation}>", T.address_of(X[0, 0]), T.address_of(SX[0]),
                 T.address_of(V[0, 0]), T.address_of(SC[0]), S, G, stride,
             )  # fmt: skip
 

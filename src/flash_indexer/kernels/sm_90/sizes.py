@@ -262,7 +262,12 @@ BUILDERS = {
     "sparse_rows": Kernel("sparse_rows", "build", ({},), streamed=False),
     "rows": Kernel("rows", "build", ({"logits": 0}, {"logits": 1}), streamed=False),
     "rows_warp": Kernel("rows_warp", "build", ({"logits": 0}, {"logits": 1}), streamed=False),
-    "quantize": Kernel("quantize", "build", tuple({"D": D} for D in HEAD_WIDTHS), streamed=False),
+    "quantize": Kernel(
+        "quantize",
+        "build",
+        tuple({"D": D, "rotation": rotation} for D in HEAD_WIDTHS for rotation in (0, 1)),
+        streamed=False,
+    ),
     "quantize_index": Kernel(
         "quantize",
         "build_index",
@@ -272,7 +277,11 @@ BUILDERS = {
     "quantize_keys": Kernel(
         "quantize",
         "build_keys",
-        tuple({"D": 192, "narrow": narrow} for narrow in (0, 1)),
+        tuple(
+            {"D": D, "narrow": narrow, "rotation": rotation}
+            for D in SHARED_KEY_SCALES
+            for narrow, rotation in ((0, 0), (0, 1), (1, 0))
+        ),
         streamed=False,
     ),
     "sparse_index_gradients": Kernel(

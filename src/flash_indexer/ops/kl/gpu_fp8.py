@@ -40,11 +40,11 @@ def kernels(problem: Problem) -> list[launch.Wanted]:
     if has_fp8_teacher(problem):
         found.append(("score_fp8", dict(D=D)))
         if D in SHARED_KEY_SCALES:
-            found.append(wanted_keys(D, problem.k_scale is not None))
+            found.append(wanted_keys(D, problem.k_scale is not None, problem.teacher_dtype == FP8))
         if problem.lse is None:
             found.append(("lse_fp8", dict(D=D)))
         if problem.q_scale is None:
-            found.append(wanted(D))
+            found.append(wanted(D, problem.teacher_dtype == FP8))
     if problem.index_dtype is not None:
         found += [("score_narrow_fp8", dict(E=E)), wanted_index(E, problem.index_dtype == FP8)]
     return found
@@ -52,7 +52,7 @@ def kernels(problem: Problem) -> list[launch.Wanted]:
 
 def has_fp8_teacher(problem: Problem) -> bool:
     """Whether the teacher's scores are formed from e4m3: "sum_logits" sums queries of heads, in a wider dtype."""
-    return problem.teacher_dtype == FP8 and problem.target == "mean"
+    return problem.teacher_dtype is not None and problem.target == "mean"
 
 
 class TeacherRows(NamedTuple):
@@ -65,10 +65,10 @@ class TeacherRows(NamedTuple):
 
 
 class Fp8Teacher:
-    """q and k in e4m3: `scores` and `lse`."""
+    """q and k in e4m3, rotated before unless they are handed over so: `scores` and `lse`."""
 
     def __init__(self, problem: Problem) -> None:
-        self.scale = problem.softmax_scale
+        self.scale, self.rotation = problem.softmax_scale, problem.teacher_dtype == FP8
         self.q, self.q_scale = launch.aligned(problem.q), problem.q_scale
         self.given_keys = launch.aligned(problem.k), problem.k_scale
         self.keys: tuple[Tensor, Tensor] | None = None
@@ -85,13 +85,13 @@ class Fp8Teacher:
         if self.keys is None:
             k, k_scale = self.given_keys
             if k.shape[2] in SHARED_KEY_SCALES:
-                self.keys = quantize_keys(k, k_scale)
+                self.keys = quantize_keys(k, k_scale, rotation=self.rotation)
             elif k_scale is None:
-                self.keys = quantize_rows(k, by_head=True)
+                self.keys = quantize_rows(k, rotation=self.rotation, by_head=True)
             else:
                 self.keys = k, scales_by_head(k_scale)
         if self.q_scale is None:
-            return TeacherRows(*quantize_rows(self.q[rows]), *self.keys)
+            return TeacherRows(*quantize_rows(self.q[rows], rotation=self.rotation), *self.keys)
         return TeacherRows(self.q[rows], self.q_scale[rows].reshape(-1), *self.keys)
 
     def scores(self, rows: TeacherRows, lse: Tensor, chunk: TileChunk, out: Tensor) -> None:

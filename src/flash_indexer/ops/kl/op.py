@@ -82,10 +82,11 @@ def indexer_kl(
             a scale a row (`quantize`); "fp8_unrotated" leaves the rotation out. Gradients go straight through: di
             of the rounded scores, times the derivatives of the scores of index_q and index_k as they are (with
             target="per_head" those with respect to the rounded tensors, rotated back).
-        teacher_dtype: "fp8" takes the teacher's logits from q and k in e4m3, a scale a row and head. q and k may be
-            handed over as `Quantized`. An lse is read as given: the model's own is that of its own logits, so
-            sum_s a[t,h,s] is 1 only as far as these agree (`flash-indexer check --fp8` reports it); lse=None is the
-            rounded logits' own.
+        teacher_dtype: "fp8" takes the teacher's logits from q and k rotated and rounded to e4m3, a scale a row and
+            head, whatever D is (docs/math.md, "Rows in e4m3"); "fp8_unrotated" leaves the rotation out. q and k may be
+            handed over as `Quantized`, and are then taken as they are: rotate both alike or neither. An lse is read as
+            given: the model's own is that of its own logits, so sum_s a[t,h,s] is 1 only as far as these agree
+            (`flash-indexer check --fp8` reports it); lse=None is the rounded logits' own.
 
         softcap: c; the teacher's logits are c * tanh(scale * q·k / c) (Gemma 2's attn_logit_softcapping). Not in the
             kernels: on a GPU the blockwise torch body runs.
