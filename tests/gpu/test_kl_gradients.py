@@ -98,10 +98,11 @@ def lines_of(positive: Tensor) -> Tensor:
     """[128, heads, 128] as `device/mask_words.cuh` says, [8 * heads, MASK_WORDS]."""
     key = torch.arange(TILE, device=positive.device)
     g, q, c = key // 8, key % 8 // 2, key % 2
-    bits = positive.long() << 8 * (2 * (g % 2) + c) + 7 - g // 2
-    words = bits.new_zeros(*positive.shape[:2], 4).index_add_(2, q, bits)
+    bits = positive.long() << 8 * (g % 2) + 7 - g // 2
+    halves = bits.new_zeros(*positive.shape[:2], 8).index_add_(2, 2 * q + c, bits)
+    words = halves[:, ::2] | halves[:, 1::2] << 16  # an even row's below the next one's
     words = torch.where(words >= 2**31, words - 2**32, words).int()
-    return words.view(-1, 2, 4).transpose(1, 2).reshape(-1, MASK_WORDS)
+    return words.reshape(-1, MASK_WORDS)
 
 
 def fill(x: Problem, work: Plan, chunk: TileChunk, left: gpu_fused.Left) -> tuple[Tensor, Tensor]:
