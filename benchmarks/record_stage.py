@@ -35,7 +35,7 @@ from flash_indexer.models.load import load_model
 
 HERE = Path(__file__).parent
 RATES = ("3e-5", "1e-4", "3e-4")
-INDEXER_RATES = ("3e-4", "1e-3")
+INDEXER_RATES = ("1e-4", "3e-4", "1e-3")
 STEPS = ("warm-up", "rates", "runs", "held-out", "judgement")
 WARM_UP = ["--num-heads", "16", "--head-dim", "128", "--lr", "3e-3", "--batch-size", "16"]
 VALIDATION_SEQUENCES = "24"
@@ -48,9 +48,9 @@ def main() -> None:
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--text", type=Path, help="folder of train, validation and held_out.jsonl; default: made")
     parser.add_argument("--length", type=int, default=2048, help="tokens of a sequence")
-    parser.add_argument("--warm-up-steps", type=int, default=900)
+    parser.add_argument("--warm-up-steps", type=int, default=1200)
     parser.add_argument("--topk", type=int, nargs="+", default=[128, 256])
-    parser.add_argument("--steps", type=int, default=200, help="of each of the runs")
+    parser.add_argument("--steps", type=int, default=60, help="of each of the runs")
     parser.add_argument("--rate-steps", type=int, default=40)
     parser.add_argument("--rates", type=Path, help="folder of another record, whose rate of the model is taken")
     parser.add_argument(

@@ -5,7 +5,8 @@
 
 Every run's model is loaded once and judged with dense attention, and at each K with the keys of its indexers and with
 those of largest attention, on the same sequences. Writes means of nats a token, and of every judgement the difference
-to each run's dense attention, token by token, with its standard error (`flash_indexer.judge.comparison`).
+to each run's dense attention, token by token, with its standard error (`flash_indexer.judge.comparison`). Where there
+are runs named dense and oracle-K: how many times as much the indexer's keys cost over the first as the second's do.
 
 With --keep, the losses of each run lie in a folder and are read from there the next time: runs can be judged by a
 process each, and then compared by one more.
@@ -118,8 +119,19 @@ def record(found: dict[str, dict[str, TokenLosses]], arguments: argparse.Namespa
             for other, base in found.items():
                 difference, error = paired_difference(x.nats - base[DENSE].nats, x.sequence)
                 row["over_dense_of"][other] = dict(nats=difference, error=error, cost=math.expm1(difference))
+            keys, _, topk = which.partition(" ")
+            if keys == "indexer" and DENSE in found and f"oracle-{topk}" in found:
+                row["over_oracle"] = ratio(x, found[f"oracle-{topk}"][f"oracle {topk}"], found[DENSE][DENSE])
             content["runs"][name][which] = row
     return content
+
+
+def ratio(x: TokenLosses, oracle: TokenLosses, dense: TokenLosses) -> dict[str, float | None]:
+    """(x - dense) / (oracle - dense) of mean losses, and its standard error, linear in both differences."""
+    indexer_cost, oracle_cost = x.nats - dense.nats, oracle.nats - dense.nats
+    value = float(indexer_cost.mean() / oracle_cost.mean())
+    _, error = paired_difference(indexer_cost - value * oracle_cost, x.sequence)
+    return dict(ratio=value, error=None if error is None else abs(error / float(oracle_cost.mean())))
 
 
 if __name__ == "__main__":

@@ -48,6 +48,8 @@ class AtK(NamedTuple):
     oracle_after: Cost
     crossed: Cost
     """The dense run's model with its own indexers' keys: what training on few keys buys is the difference to this."""
+    ratio_error: float | None
+    """Standard error of `over_oracle`; None in records without one."""
 
     @property
     def over_oracle(self) -> float:
@@ -87,6 +89,7 @@ def costs(found: dict[str, Any]) -> list[AtK]:
             cost(f"indexer-{k}", f"indexer {k}", "dense"),
             cost(f"oracle-{k}", f"oracle {k}", "dense"),
             cost("dense", f"indexer {k}", "dense"),
+            runs[f"indexer-{k}"][f"indexer {k}"].get("over_oracle", {}).get("error"),
         )
         for k in sorted(int(name.removeprefix("indexer-")) for name in runs if name.startswith("indexer-"))
     ]
@@ -100,9 +103,10 @@ def verdict(found: dict[str, Any]) -> list[str]:
     lines = [f"The dense run's perplexity is {dense:.3f}, the untouched model's {untouched:.3f}: {control}."]
     for at in costs(found):
         met = [at.over_oracle <= MOST_OVER_ORACLE, at.of_before < MOST_OF_BEFORE]
+        ratio = f"{at.over_oracle:.2f}" + ("" if at.ratio_error is None else f" ± {at.ratio_error:.2f}")
         lines.append(
             f"K={at.topk}: the indexer's keys cost {at.after} over the dense run, the oracle's {at.oracle_after}: "
-            f"{at.over_oracle:.2f} times as much (bar {MOST_OVER_ORACLE}: {_met(met[0])}). Before the stage they cost "
+            f"{ratio} times as much (bar {MOST_OVER_ORACLE}: {_met(met[0])}). Before the stage they cost "
             f"{at.before}; {at.of_before:.2f} of that is left (bar a third: {_met(met[1])})."
         )
     return lines

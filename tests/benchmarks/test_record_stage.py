@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 
 def row(nats: float, **bases: float) -> dict[str, Any]:
@@ -43,6 +44,33 @@ def test_the_verdict_is_that_of_both_bars(
         math.expm1(indexer - 1.8)
     )
     assert "no control" in page.verdict(found(2.2, 2.1, dense=2.05))[0]
+    assert at.ratio_error is None and "times" in line and "±" not in line.partition("times")[0].rpartition(":")[2]
+    judged = found(indexer, oracle)
+    judged["runs"]["indexer-128"]["indexer 128"]["over_oracle"] = dict(ratio=1.0, error=0.123)
+    assert " ± 0.12 times as much" in page.verdict(judged)[1]
+
+
+def test_the_ratio_has_the_error_of_its_spread_over_sequences(scripts: Path) -> None:
+    """Against the spread of ratios of problems drawn anew."""
+    stage = importlib.import_module("stage")
+    sequence = torch.arange(50).repeat_interleave(20)
+
+    def drawn(seed: int) -> dict[str, float]:
+        random = torch.Generator().manual_seed(seed)
+        dense, each = torch.rand(1000, generator=random, dtype=torch.float64), torch.randn(2, 50, generator=random)
+        oracle = dense + 0.1 + 0.02 * each[0].double().repeat_interleave(20)
+        indexer = dense + 0.13 + 0.02 * (each[0] + each[1]).double().repeat_interleave(20)
+        parts = (stage.TokenLosses(*fields(x, sequence)) for x in (indexer, oracle, dense))
+        return stage.ratio(*parts)
+
+    def fields(nats: torch.Tensor, sequence: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        known = dict(nats=nats, sequence=sequence)
+        return tuple(known.get(name, sequence) for name in stage.TokenLosses._fields)
+
+    found = [drawn(seed) for seed in range(200)]
+    spread = torch.tensor([x["ratio"] for x in found]).std()
+    assert torch.tensor([x["ratio"] for x in found]).mean() == pytest.approx(1.3, abs=0.01)
+    assert torch.tensor([x["error"] for x in found]).mean() == pytest.approx(float(spread), rel=0.15)
 
 
 @pytest.mark.slow
