@@ -63,7 +63,7 @@ def main(words: list[str] | None = None) -> None:
 
 
 def measure(arguments: argparse.Namespace, steps: int) -> Record:
-    """Trains so many steps, then the least cosines over layers."""
+    """Trains so many steps, then compares the gradients of every layer."""
     settings = WarmupSettings(
         model=arguments.model, data=arguments.data, sequence_length=arguments.sequence_length, steps=steps,
         dtype="float32", save_every=steps,

@@ -127,11 +127,17 @@ def record(found: dict[str, dict[str, TokenLosses]], arguments: argparse.Namespa
 
 
 def ratio(x: TokenLosses, oracle: TokenLosses, dense: TokenLosses) -> dict[str, float | None]:
-    """(x - dense) / (oracle - dense) of mean losses, and its standard error, linear in both differences."""
+    """(x - dense) / (oracle - dense) of mean losses, and its standard error, linear in both differences.
+
+    None where the oracle's keys cost nothing, as where K covers the sequence.
+    """
     indexer_cost, oracle_cost = x.nats - dense.nats, oracle.nats - dense.nats
-    value = float(indexer_cost.mean() / oracle_cost.mean())
+    of_oracle = float(oracle_cost.mean())
+    if of_oracle == 0:
+        return dict(ratio=None, error=None)
+    value = float(indexer_cost.mean()) / of_oracle
     _, error = paired_difference(indexer_cost - value * oracle_cost, x.sequence)
-    return dict(ratio=value, error=None if error is None else abs(error / float(oracle_cost.mean())))
+    return dict(ratio=value, error=None if error is None else abs(error / of_oracle))
 
 
 if __name__ == "__main__":

@@ -67,6 +67,8 @@ def test_the_ratio_has_the_error_of_its_spread_over_sequences(scripts: Path) -> 
         known = dict(nats=nats, sequence=sequence)
         return tuple(known.get(name, sequence) for name in stage.TokenLosses._fields)
 
+    whole = stage.TokenLosses(*fields(torch.ones(1000, dtype=torch.float64), sequence))
+    assert stage.ratio(whole, whole, whole) == dict(ratio=None, error=None)
     found = [drawn(seed) for seed in range(200)]
     spread = torch.tensor([x["ratio"] for x in found]).std()
     assert torch.tensor([x["ratio"] for x in found]).mean() == pytest.approx(1.3, abs=0.01)
