@@ -201,7 +201,10 @@ static __device__ __forceinline__ void kg_row_tile(
       const int from = lane.scores + (first + n) * STEP * Ring::ROW;
       p[n] = load_shared_float4(ring.teacher() + from), x[n] = load_shared_float4(ring.index() + from);
     }
-    if (first + HELD == COUNT) barrier_arrive(ring.scores_empty());
+    if (first + HELD == COUNT) {
+      fence_shared();  // the copy engine may write there as soon as all have arrived: not before these loads are done
+      barrier_arrive(ring.scores_empty());
+    }
 #pragma unroll
     for (int n = 0; n < HELD; ++n) {
       const float score[4] = {x[n].x, x[n].y, x[n].z, x[n].w}, share[4] = {p[n].x, p[n].y, p[n].z, p[n].w};
