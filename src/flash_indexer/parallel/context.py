@@ -119,7 +119,7 @@ def context_parallel_indexer_kl(
     lse: Tensor | None = None,
     target: str = "mean",
     token_weight: Tensor | None = None,
-    workspace_bytes: int = 512 * 2**20,
+    workspace_bytes: int = 2**30,
     index_dtype: str | None = None,
     teacher_dtype: str | None = None,
 ) -> IndexerKL:

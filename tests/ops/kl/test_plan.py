@@ -196,6 +196,33 @@ def test_memory_stays_within_the_workspace() -> None:
     assert len(make_plan(key_start, key_end, sizes(S, 2**29), CPU).chunks) == 1
 
 
+def test_runs_of_blocks_fit_and_few_are_more_than_must_be() -> None:
+    random = torch.Generator().manual_seed(0)
+    for n in range(300):
+        blocks = int(torch.randint(1, 60, (), generator=random))
+        counts = torch.randint(0, 1 + n % 40, (blocks,), generator=random)
+        counts *= torch.rand(blocks, generator=random) < 0.9
+        limit = int(torch.randint(1, 90, (), generator=random)) * BYTES_PER_TILE
+        for processors in (1, 7):  # one fills every round
+            runs = kl_plan.cut(torch.zeros_like(counts), counts, sizes(128, -(-limit * 8 // 7), processors=processors))
+            assert [x for run in runs for x in range(*run) if counts[x]] == counts.nonzero()[:, 0].tolist()
+            for begin, stop in runs:
+                assert int(counts[begin:stop].sum()) * BYTES_PER_TILE <= limit or stop == begin + 1
+            fewest, held = 0, limit + 1
+            for tiles in counts[counts > 0].tolist():
+                held += tiles * BYTES_PER_TILE
+                if held > limit:
+                    fewest, held = fewest + 1, tiles * BYTES_PER_TILE
+            assert len(runs) <= (fewest if processors == 1 else 2 * fewest)
+
+
+def test_eight_documents_take_two_runs_where_two_fit() -> None:
+    """Three were taken, for the first of them filled the processors better as a short one: 6% of the whole call."""
+    key_start, key_end, S = intervals([(4096, 4096)] * 8)
+    wanted = PlanSizes(S, 64, 16, True, 2**29, 132, narrow=True, fused=True)
+    assert len(make_plan(key_start, key_end, wanted, CPU).chunks) == 2
+
+
 @pytest.mark.parametrize("heads", [8, 64])
 @pytest.mark.parametrize("which", ["query", "key"])
 def test_work_is_dealt_evenly(which: str, heads: int) -> None:

@@ -45,7 +45,7 @@ def indexer_kl(
     lse: Tensor | None = None,
     target: str = "mean",
     token_weight: Tensor | None = None,
-    workspace_bytes: int = 512 * 2**20,
+    workspace_bytes: int = 2**30,
     index_dtype: str | None = None,
     teacher_dtype: str | None = None,
     softcap: float | None = None,

@@ -6,6 +6,7 @@ chunk's memory is the area it sees, whatever the layout (causal, packed, sliding
 
 from __future__ import annotations
 
+import bisect
 import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -24,6 +25,7 @@ _NARROW_TILES = 3  # that an item of `score_narrow` has at most
 _CACHED_BYTES = 16 * 2**20  # of w·index_q, which the L2 cache holds for good, whatever is read meanwhile
 _QUARTERS = 4  # of a block of 128 tokens
 _PARTS_PER_PROCESSOR = 3  # pieces of d_index_k's work for each multiprocessor: more have more partial sums
+_WORTH_A_RUN = 0.03  # of the time of a run of blocks: what another run takes for itself
 _SHARE_OF_PARTIALS = 8  # at most this fraction of the workspace holds partial sums of d_index_k
 _Count = TypeVar("_Count", int, Tensor)
 
@@ -213,30 +215,42 @@ def _gradients(
 def cut(first: Tensor, end: Tensor, sizes: PlanSizes) -> list[tuple[int, int]]:
     """Runs of blocks whose tiles fit the workspace, one block at least. A run that sees nothing is left out.
 
-    A run shorter than the workspace allows is taken where its items fill the processors' rounds better.
+    A run shorter than the workspace allows is taken where its items fill the processors' rounds better: much better
+    where the rest then takes a run more, for each has kernels that begin and end.
     """
     limit = sizes.workspace_bytes * (_SHARE_OF_PARTIALS - 1) // _SHARE_OF_PARTIALS
     counts = (end - first).tolist()
+    sums = list(itertools.accumulate((n * sizes.tile_bytes + sizes.block_bytes for n in counts), initial=0))
     spans, begin, blocks = [], 0, len(counts)
+    last = _begins(sums, limit)  # of the runs behind the one at hand, were each as long as fits, from the end
     while begin < blocks:
-        stop, held = begin, 0
-        while stop < blocks:
-            held += counts[stop] * sizes.tile_bytes + sizes.block_bytes
-            if held > limit and stop > begin:
-                break
-            stop += 1
+        stop = max(bisect.bisect_right(sums, sums[begin] + limit) - 1, begin + 1)
+        while last and last[-1] <= begin:
+            last.pop()
         if stop < blocks:
-            stop = begin + _even(counts[begin:stop], sizes)
+            least = min(last[-1] if last else stop, stop) - begin
+            stop = begin + _even(counts[begin:stop], least, sizes)
         if any(counts[begin:stop]):
             spans.append((begin, stop))
         begin = stop
     return spans
 
 
-def _even(counts: list[int], sizes: PlanSizes) -> int:
+def _begins(sums: list[int], limit: int) -> list[int]:
+    """First blocks of runs that end with the last block, each as long as fits, the last run's first. sums: of bytes
+    before each block, and of all."""
+    found, stop = [], len(sums) - 1
+    while stop > 0:
+        stop = min(bisect.bisect_left(sums, sums[stop] - limit), stop - 1)
+        found.append(stop)
+    return found
+
+
+def _even(counts: list[int], least: int, sizes: PlanSizes) -> int:
     """The number of blocks, at least half of those given, whose items fill whole rounds of the processors best.
 
-    Scores take about three quarters of the time, each pass over index_q an eighth.
+    least: with fewer the rest takes a run more, which `_WORTH_A_RUN` must make good. Scores take about three quarters
+    of the time, each pass over index_q an eighth.
     """
 
     def filled(items: int) -> float:
@@ -247,7 +261,11 @@ def _even(counts: list[int], sizes: PlanSizes) -> int:
     def share(n: int) -> float:
         return 0.75 * filled(items[n - 1]) + 0.25 * filled(n * sizes.padded_heads)
 
-    return max(range(max(len(counts) // 2, 1), len(counts) + 1), key=lambda n: (round(share(n), 3), n))
+    def best(least: int) -> int:
+        return max(range(max(len(counts) // 2, least, 1), len(counts) + 1), key=lambda n: (round(share(n), 3), n))
+
+    few, any_number = best(least), best(1)
+    return any_number if share(any_number) > share(few) + _WORTH_A_RUN else few
 
 
 def _runs(tiles: _Count) -> _Count:
