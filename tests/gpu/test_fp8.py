@@ -16,7 +16,8 @@ from flash_indexer.kernels.sm_90.sizes import HEAD_WIDTHS, INDEX_WIDTHS, SHARED_
 from flash_indexer.ops import launch
 from flash_indexer.ops.kl import gpu_body
 from flash_indexer.ops.kl.gpu_fp8 import Fp8Index
-from flash_indexer.ops.kl.plan import PlanSizes, plan
+from flash_indexer.ops.kl.plan import plan
+from flash_indexer.ops.kl.plan_sizes import PlanSizes
 from flash_indexer.ops.quantization import Quantized, dequantize
 from flash_indexer.ops.quantization_gpu import quantize_index, quantize_keys, quantize_rows
 from flash_indexer.testing import KERNEL_CLASSES, KernelClass, Result, assert_close

@@ -15,7 +15,8 @@ from torch import Tensor
 from flash_indexer.kernels.sm_90.sizes import MASK_WORDS
 from flash_indexer.ops import launch
 from flash_indexer.ops.kl import gpu_body, gpu_fused
-from flash_indexer.ops.kl.plan import Plan, PlanSizes, TileChunk, make_plan
+from flash_indexer.ops.kl.plan import Plan, TileChunk, make_plan
+from flash_indexer.ops.kl.plan_sizes import PlanSizes
 from flash_indexer.ops.worklists import TILE
 from flash_indexer.testing import Shape, assert_close
 

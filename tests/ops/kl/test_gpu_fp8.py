@@ -19,7 +19,8 @@ from flash_indexer.kernels.sm_90.sizes import SHARED_KEY_SCALES
 from flash_indexer.ops import Problem, launch
 from flash_indexer.ops.kl import gpu_body, gpu_stages
 from flash_indexer.ops.kl.gpu_fp8 import Fp8Index, Fp8Teacher, kernels
-from flash_indexer.ops.kl.plan import GradientItems, PlanSizes, TileChunk, make_plan
+from flash_indexer.ops.kl.plan import GradientItems, TileChunk, make_plan
+from flash_indexer.ops.kl.plan_sizes import PlanSizes
 from flash_indexer.ops.quantization import Quantized, dequantize
 
 T, S, H, G, SCALE = 200, 200, 4, 2, 0.1

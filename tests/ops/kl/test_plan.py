@@ -10,7 +10,8 @@ from flash_indexer.intervals import causal_intervals
 from flash_indexer.kernels.sm_90.sizes import kl_parts
 from flash_indexer.ops.kl import plan as kl_plan
 from flash_indexer.ops.kl.gpu_body import row_kernel
-from flash_indexer.ops.kl.plan import BYTES_PER_TILE, Plan, PlanSizes, TileChunk, make_plan, plan
+from flash_indexer.ops.kl.plan import Plan, TileChunk, make_plan, plan
+from flash_indexer.ops.kl.plan_sizes import BYTES_PER_TILE, PlanSizes, cut
 from flash_indexer.ops.worklists import TILE
 
 CPU = torch.device("cpu")
@@ -204,7 +205,7 @@ def test_runs_of_blocks_fit_and_few_are_more_than_must_be() -> None:
         counts *= torch.rand(blocks, generator=random) < 0.9
         limit = int(torch.randint(1, 90, (), generator=random)) * BYTES_PER_TILE
         for processors in (1, 7):  # one fills every round
-            runs = kl_plan.cut(torch.zeros_like(counts), counts, sizes(128, -(-limit * 8 // 7), processors=processors))
+            runs = cut(torch.zeros_like(counts), counts, sizes(128, -(-limit * 8 // 7), processors=processors))
             assert [x for run in runs for x in range(*run) if counts[x]] == counts.nonzero()[:, 0].tolist()
             for begin, stop in runs:
                 assert int(counts[begin:stop].sum()) * BYTES_PER_TILE <= limit or stop == begin + 1

@@ -22,8 +22,8 @@ from flash_indexer.kernels.sm_90.sizes import kl_parts
 from flash_indexer.ops import Problem, Sums, launch, make_stages, run_stages
 from flash_indexer.ops.bodies import TORCH
 from flash_indexer.ops.kl import gpu_body, gpu_fused
-from flash_indexer.ops.kl.plan import PlanSizes
 from flash_indexer.ops.kl.plan_shards import cut_runs, largest_run, make_shard_plan
+from flash_indexer.ops.kl.plan_sizes import PlanSizes
 from flash_indexer.ops.worklists import TILE, visible_tiles
 from flash_indexer.testing import Inputs, Result, Shape, make_inputs, reference_indexer_kl
 

@@ -27,7 +27,8 @@ from flash_indexer.kernels.sm_90.sizes import (
 )
 from flash_indexer.ops import launch
 from flash_indexer.ops.kl import gpu_fp8
-from flash_indexer.ops.kl.plan import Plan, PlanSizes, TileChunk
+from flash_indexer.ops.kl.plan import Plan, TileChunk
+from flash_indexer.ops.kl.plan_sizes import PlanSizes
 from flash_indexer.ops.problem import Problem
 from flash_indexer.ops.worklists import TILE
 

@@ -6,57 +6,21 @@ chunk's memory is the area it sees, whatever the layout (causal, packed, sliding
 
 from __future__ import annotations
 
-import bisect
-import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property, partial
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from flash_indexer.kernels.sm_90.sizes import kl_parts
+from flash_indexer.ops.kl.plan_sizes import NARROW_TILES, SHARE_OF_PARTIALS, PlanSizes, cut, narrow_runs
 from flash_indexer.ops.worklists import TILE, balance, cached, deal, one_thread, ragged, to_device, visible_tiles
 
-BYTES_PER_TILE = TILE * TILE * (4 + 4 + 2)  # teacher scores, index scores, di
 _SIDE_BY_SIDE = {False: 1, True: 8}  # token blocks whose tiles are computed together; one key head, many
-_NARROW_TILES = 3  # that an item of `score_narrow` has at most
 _CACHED_BYTES = 16 * 2**20  # of w·index_q, which the L2 cache holds for good, whatever is read meanwhile
 _QUARTERS = 4  # of a block of 128 tokens
 _PARTS_PER_PROCESSOR = 3  # pieces of d_index_k's work for each multiprocessor: more have more partial sums
-_WORTH_A_RUN = 0.03  # of the time of a run of blocks: what another run takes for itself
-_SHARE_OF_PARTIALS = 8  # at most this fraction of the workspace holds partial sums of d_index_k
-_Count = TypeVar("_Count", int, Tensor)
-
-
-class PlanSizes(NamedTuple):
-    """What a plan depends on besides the intervals."""
-
-    S: int
-    E: int
-    padded_heads: int
-    grouped: bool
-    workspace_bytes: int
-    processors: int
-    narrow: bool = False  # whether the teacher's scores come from `narrow_items`
-    fused: bool = False  # whether scores leave what `gpu_fused` takes
-
-    @property
-    def tile_bytes(self) -> int:
-        """That a score tile takes: scores and di; masks in bits, and three sums of each row."""
-        return BYTES_PER_TILE + (TILE * TILE // 8 * self.padded_heads + 3 * 4 * TILE if self.fused else 0)
-
-    @property
-    def group_tokens(self) -> int:
-        """Tokens of an item of the kernel that forms index_q's gradient."""
-        parts = kl_parts(self.E) if self.fused else 1
-        return TILE * parts // self.padded_heads
-
-    @property
-    def block_bytes(self) -> int:
-        """That a block of 128 tokens takes besides: w·index_q."""
-        return TILE * self.padded_heads * self.E * 2 if self.fused else 0
 
 
 class GradientItems(NamedTuple):
@@ -212,67 +176,6 @@ def _gradients(
     return GradientItems(a, b, c, slots)
 
 
-def cut(first: Tensor, end: Tensor, sizes: PlanSizes) -> list[tuple[int, int]]:
-    """Runs of blocks whose tiles fit the workspace, one block at least. A run that sees nothing is left out.
-
-    A run shorter than the workspace allows is taken where its items fill the processors' rounds better: much better
-    where the rest then takes a run more, for each has kernels that begin and end.
-    """
-    limit = sizes.workspace_bytes * (_SHARE_OF_PARTIALS - 1) // _SHARE_OF_PARTIALS
-    counts = (end - first).tolist()
-    sums = list(itertools.accumulate((n * sizes.tile_bytes + sizes.block_bytes for n in counts), initial=0))
-    spans, begin, blocks = [], 0, len(counts)
-    last = _begins(sums, limit)  # of the runs behind the one at hand, were each as long as fits, from the end
-    while begin < blocks:
-        stop = max(bisect.bisect_right(sums, sums[begin] + limit) - 1, begin + 1)
-        while last and last[-1] <= begin:
-            last.pop()
-        if stop < blocks:
-            least = min(last[-1] if last else stop, stop) - begin
-            stop = begin + _even(counts[begin:stop], least, sizes)
-        if any(counts[begin:stop]):
-            spans.append((begin, stop))
-        begin = stop
-    return spans
-
-
-def _begins(sums: list[int], limit: int) -> list[int]:
-    """First blocks of runs that end with the last block, each as long as fits, the last run's first. sums: of bytes
-    before each block, and of all."""
-    found, stop = [], len(sums) - 1
-    while stop > 0:
-        stop = min(bisect.bisect_left(sums, sums[stop] - limit), stop - 1)
-        found.append(stop)
-    return found
-
-
-def _even(counts: list[int], least: int, sizes: PlanSizes) -> int:
-    """The number of blocks, at least half of those given, whose items fill whole rounds of the processors best.
-
-    least: with fewer the rest takes a run more, which `_WORTH_A_RUN` must make good. Scores take about three quarters
-    of the time, each pass over index_q an eighth.
-    """
-
-    def filled(items: int) -> float:
-        return items / sizes.processors / max(-(-items // sizes.processors), 1)
-
-    items = list(itertools.accumulate(_runs(n) if sizes.narrow else n for n in counts))
-
-    def share(n: int) -> float:
-        return 0.75 * filled(items[n - 1]) + 0.25 * filled(n * sizes.padded_heads)
-
-    def best(least: int) -> int:
-        return max(range(max(len(counts) // 2, least, 1), len(counts) + 1), key=lambda n: (round(share(n), 3), n))
-
-    few, any_number = best(least), best(1)
-    return any_number if share(any_number) > share(few) + _WORTH_A_RUN else few
-
-
-def _runs(tiles: _Count) -> _Count:
-    """Items of `narrow_items` that a block with so many tiles has: runs of tiles, each for both halves."""
-    return 2 * -(-tiles // _NARROW_TILES)
-
-
 def score_items(blocks: Tensor, begin: int, stop: int, grouped: bool) -> Tensor:
     """(token, key, tile, 0) of every tile of blocks begin .. stop - 1.
 
@@ -293,15 +196,15 @@ def narrow_items(blocks: Tensor, begin: int, stop: int, grouped: bool, processor
     In the order of `score_items`, so that what is under way reads the same queries and keys.
     """
     base, first, end = blocks[begin:stop, 0], blocks[begin:stop, 1], blocks[begin:stop, 2]
-    block, place = ragged(_runs(end - first))
+    block, place = ragged(narrow_runs(end - first))
     half, run = place % 2, place // 2
-    key_tile = first[block] + _NARROW_TILES * run
-    tiles = (end[block] - key_tile).clamp_max(_NARROW_TILES)
+    key_tile = first[block] + NARROW_TILES * run
+    tiles = (end[block] - key_tile).clamp_max(NARROW_TILES)
     token = (begin + block) * TILE + half * (TILE // 2)
     items = torch.stack([token, key_tile * TILE, base[block] + key_tile, tiles], 1)
     side = _SIDE_BY_SIDE[grouped]
     order = torch.argsort((block // side * (1 << 40)) + (run * side + block % side) * 2 + half)
-    cost = tiles[order] + _NARROW_TILES  # a run of one tile is taken to last two thirds as long as one of three
+    cost = tiles[order] + NARROW_TILES  # a run of one tile is taken to last two thirds as long as one of three
     return balance(items[order], cost, processors)
 
 
@@ -334,7 +237,7 @@ def key_items(
     left = torch.searchsorted(e, pairs, right=True)
     right = torch.searchsorted(f, pairs, right=True)
     pairs, left, right = pairs[right > left], left[right > left], right[right > left]
-    most = sizes.workspace_bytes // _SHARE_OF_PARTIALS // (2 * TILE * sizes.E * 4)
+    most = sizes.workspace_bytes // SHARE_OF_PARTIALS // (2 * TILE * sizes.E * 4)
     read = (stop - begin) * TILE * sizes.padded_heads * sizes.E * 2
     neighbours = int(number[-1] - number[0]) == number.shape[0] - 1
     cached = neighbours and read <= _CACHED_BYTES and sizes.processors <= most
