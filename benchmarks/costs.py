@@ -152,7 +152,8 @@ def counted(model: Model, pairs: float, tokens: float, rates: Rates) -> dict[str
     """Seconds of a layer's parts for so many visible pairs and tokens, from flops and bytes alone."""
     record = rates.kernels[model.record]
     H, D, V, I, E = model.H, model.D, model.V, model.I, model.E
-    flops = {"teacher": 2 * H * D, "index": 2 * I * E, "gradient_query": 4 * I * E, "gradient_key": 4 * I * E}
+    flops = {"teacher": 2 * H * D, "index": 2 * I * E}
+    flops |= dict.fromkeys(("gradient_query", "kl_gradients", "gradient_key"), 4 * I * E)
     loss = 0.0
     for name, kernel in record["passes"].items():
         each = flops[name] / (kernel["tflops"] * 1e12) if name in flops else kernel["ms"] / 1e3 / record["pairs"]

@@ -128,12 +128,16 @@ class Problem:
         return dict(zip(("out", "lse"), out, strict=True))
 
     def _loss(self, setting: Setting, wide: bool) -> Values:
-        """Gradients are rotated back where the rows were rotated."""
-        x = stand_in(self.inputs(setting.target), setting)
-        part = x if self.sample.rows is None else rows_of(x, self.sample.rows)
+        """Gradients go straight through at the scores; with "per_head" at the rows, and are rotated back."""
+        original = self.inputs(setting.target)
+        low = stand_in(original, setting)
+        through = setting.index_dtype is not None and setting.target != "per_head"
+        x = replace(low, index_q=original.index_q, index_k=original.index_k) if through else low
+        part, scored = (y if self.sample.rows is None else rows_of(y, self.sample.rows) for y in (x, low))
         options: dict[str, Any] = dict(
-            target=setting.target, token_weight=torch.full_like(part.token_weight, 1 / len(x.q), dtype=torch.float64)
-        )
+            target=setting.target, token_weight=torch.full_like(part.token_weight, 1 / len(x.q), dtype=torch.float64),
+            scored=(scored.index_q, scored.index_k) if through else None,
+        )  # fmt: skip
         if wide:
             values = reference_indexer_kl(part, **options)._asdict()
         else:
@@ -141,8 +145,8 @@ class Problem:
         if self.sample.keys is not None:
             del values["loss"]
             dtype = torch.float64 if wide else torch.float32
-            values["d_index_k"] = key_gradients(x, self.sample.keys, setting.target, dtype)
-        if setting.index_dtype == FP8:
+            values["d_index_k"] = key_gradients(x, low, self.sample.keys, setting.target, dtype)
+        if setting.index_dtype == FP8 and not through:
             for name in ("d_index_q", "d_index_k"):
                 gradient = values[name]
                 values[name] = rotate(gradient if wide else gradient.float()).to(gradient.dtype)
@@ -157,7 +161,9 @@ def given_lse(x: Inputs, setting: Setting) -> Tensor | None:
 def stand_in(x: Inputs, setting: Setting) -> Inputs:
     """The numbers that the rounded rows stand for, in the inputs' dtype, which holds them exactly."""
     if setting.teacher_dtype is not None:
-        x = replace(x, q=dequantize(quantize(x.q), x.q.dtype), k=dequantize(quantize(x.k), x.k.dtype))
+        rotation = setting.teacher_dtype == FP8
+        q, k = (dequantize(quantize(y, rotation=rotation), y.dtype) for y in (x.q, x.k))
+        x = replace(x, q=q, k=k)
     if setting.index_dtype is not None:
         rotation = setting.index_dtype == FP8
         index = (dequantize(quantize(y, rotation=rotation), y.dtype) for y in (x.index_q, x.index_k))
@@ -171,10 +177,10 @@ def rows_of(x: Inputs, rows: Tensor | slice) -> Inputs:
     return replace(x, **{name: getattr(x, name)[rows] for name in names})
 
 
-def key_gradients(x: Inputs, keys: Tensor, target: str, dtype: torch.dtype) -> Tensor:
+def key_gradients(x: Inputs, scored: Inputs, keys: Tensor, target: str, dtype: torch.dtype) -> Tensor:
     """d_index_k[s] = sum_t,j dS[t,j,s] * index_q[t,j] of a few keys s, over all queries, a block of them at a time.
 
-        dS[t,j,s] = (softmax(i[t,:])[s] - p[t,s]) / T * w[t,j] * [index_q[t,j]·index_k[s] > 0]
+        dS[t,j,s] = (softmax(i[t,:])[s] - p[t,s]) / T * w[t,j] * [index_q[t,j]·index_k[s] > 0],   i of `scored`
 
     In float64, or in float32 with dS rounded once to index_q's dtype and the result once, as the eager formula has it.
     """
@@ -182,17 +188,18 @@ def key_gradients(x: Inputs, keys: Tensor, target: str, dtype: torch.dtype) -> T
     total = torch.zeros(len(keys), x.index_k.shape[1], dtype=dtype, device=keys.device)
     step = max(ELEMENTS // (heads * len(x.k)), 1)
     for begin in range(0, len(x.q), step):
-        part = rows_of(x, slice(begin, begin + step))
-        ds = score_gradients(part, keys, target, dtype) / len(x.q)
+        part, low_part = (rows_of(y, slice(begin, begin + step)) for y in (x, scored))
+        ds = score_gradients(part, low_part, keys, target, dtype) / len(x.q)
         if dtype != torch.float64:
             ds = ds.to(low).to(dtype)
         total += torch.einsum("tis,tie->se", ds, part.index_q.to(dtype))
     return total if dtype == torch.float64 else total.to(low)
 
 
-def score_gradients(x: Inputs, keys: Tensor, target: str, dtype: torch.dtype) -> Tensor:
-    """T times dS of x's queries at some keys: [queries, I, keys]."""
+def score_gradients(x: Inputs, scored: Inputs, keys: Tensor, target: str, dtype: torch.dtype) -> Tensor:
+    """T times dS of x's queries at some keys: [queries, I, keys]; index scores are those of `scored`."""
     q, k, index_q, index_k, w = (y.to(dtype) for y in (x.q, x.k, x.index_q, x.index_k, x.index_weights))
+    low_q, low_k = scored.index_q.to(dtype), scored.index_k.to(dtype)
     start, end, seen = x.key_start, x.key_end, slice(0, int(x.key_end[-1]))
     if target == "sum_logits":  # one head as wide as the key heads together
         q = q.unflatten(1, (k.shape[1], -1)).sum(2).flatten(1)[:, None]
@@ -200,8 +207,8 @@ def score_gradients(x: Inputs, keys: Tensor, target: str, dtype: torch.dtype) ->
     lse = reference.teacher_lse(q, k[seen], x.softmax_scale, start, end)
     p = (reference.teacher_logits(q, k[keys], x.softmax_scale) - lse[..., None]).exp()
     logit = torch.einsum("tie,se->tis", index_q, index_k[keys])
-    scores = w[..., None] * logit.relu()
-    normaliser = reference.indexer_scores(index_q, index_k[seen], w, start, end, target).logsumexp(-1)
+    scores = w[..., None] * torch.einsum("tie,se->tis", low_q, low_k[keys]).relu()
+    normaliser = reference.indexer_scores(low_q, low_k[seen], w, start, end, target).logsumexp(-1)
     if target == "per_head":
         di = ((scores - normaliser[..., None]).exp() - p) / q.shape[1]
     else:

@@ -35,9 +35,9 @@ from flash_indexer.models.load import load_model
 
 HERE = Path(__file__).parent
 RATES = ("3e-5", "1e-4", "3e-4")
-INDEXER_RATES = ("1e-4", "3e-4", "1e-3")
+INDEXER_RATES = ("1e-4", "3e-4")
 STEPS = ("warm-up", "rates", "runs", "held-out", "judgement")
-WARM_UP = ["--num-heads", "16", "--head-dim", "128", "--lr", "3e-3", "--batch-size", "16"]
+WARM_UP = ["--num-heads", "32", "--head-dim", "128", "--lr", "6e-3", "--batch-size", "16"]
 VALIDATION_SEQUENCES = "24"
 SCHEDULE = ["--warmup-steps", "10", "--decay", "cosine"]
 
@@ -48,7 +48,7 @@ def main() -> None:
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--text", type=Path, help="folder of train, validation and held_out.jsonl; default: made")
     parser.add_argument("--length", type=int, default=2048, help="tokens of a sequence")
-    parser.add_argument("--warm-up-steps", type=int, default=1200)
+    parser.add_argument("--warm-up-steps", type=int, default=1300)
     parser.add_argument("--topk", type=int, nargs="+", default=[128, 256])
     parser.add_argument("--steps", type=int, default=60, help="of each of the runs")
     parser.add_argument("--rate-steps", type=int, default=40)
@@ -56,7 +56,7 @@ def main() -> None:
     parser.add_argument(
         "--batch-size", type=int, default=8, help="sequences; the host sets the pace, so many cost little"
     )
-    parser.add_argument("--sequences", type=int, default=98, help="held-out ones, of 2,048 tokens")
+    parser.add_argument("--sequences", type=int, default=240, help="held-out ones, of 2,048 tokens")
     parser.add_argument("--evaluate-sequences", type=int, default=24, help="of `evaluate`'s own pages, at most as many")
     parser.add_argument("--needles", type=int, default=10, help="documents of the needle test at each depth")
     parser.add_argument("--jobs", type=int, default=3, help="commands at a time")

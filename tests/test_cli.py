@@ -128,7 +128,10 @@ def test_a_run_in_fp8_is_recorded_judged_and_resumed_as_such(warmup: Any, texts:
     losses = [read_metrics(tmp_path / name / "metrics.jsonl")[-1]["loss"] for name in ("run", "plain")]
     assert losses[0] != losses[1] and losses[0] == pytest.approx(losses[1], rel=0.05)
 
-    for option, value, said in (("--index-dtype", "fp8_unrotated", "fp8"), ("--teacher-dtype", "fp8", "None")):
+    for option, value, said in (
+        ("--index-dtype", "fp8_unrotated", "fp8"),
+        ("--teacher-dtype", "fp8_unrotated", "None"),
+    ):
         folder = out if said == "fp8" else tmp_path / "plain"
         other = warmup("--out", folder, "--resume", "--layers", "1", option, value)
         assert other.exit_code == 1
@@ -369,7 +372,10 @@ def test_resume_with_the_recorded_layers_is_no_conflict(warmup: Any) -> None:
         (["--layers", "zero"], "error warmup: --layers must be like 0,1,5-9, got 'zero'"),
         (["--target", "median"], "error .*target"),
         (["--index-dtype", "int8"], r'error warmup: index_dtype must be none, "fp8" or "fp8_unrotated", got \'int8\''),
-        (["--teacher-dtype", "bf16"], r'error warmup: teacher_dtype must be none or "fp8", got \'bf16\''),
+        (
+            ["--teacher-dtype", "bf16"],
+            r'error warmup: teacher_dtype must be none, "fp8" or "fp8_unrotated", got \'bf16',
+        ),
         (["--index-dtype", "fp8", "--head-dim", "24", "--rope-dim", "8"], "error attach: index_dtype=.* power of two"),
         (["--queries", "2"], "error warmup: queries must be above 0 and at most 1"),
         (["--decay", "linear"], "error warmup: decay must be"),

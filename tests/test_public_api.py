@@ -23,7 +23,7 @@ SIGNATURES = {
     "causal_intervals": "(cu_seqlens_q, cu_seqlens_k=None)",
     "check_intervals": "(key_start, key_end, num_keys)",
     "indexer_kl": f"(q, k, {INDEX_OPERANDS}, *, softmax_scale, key_start, key_end, lse=None, target='mean', "
-    "token_weight=None, workspace_bytes=536870912, index_dtype=None, teacher_dtype=None, softcap=None)",
+    "token_weight=None, workspace_bytes=1073741824, index_dtype=None, teacher_dtype=None, softcap=None)",
     "indexer_scores": f"({INDEX_OPERANDS}, key_start, key_end)",
     "DSAAttention": "(out, lse, loss, kl, selection)",
     "Selection": "(indices, count, scores)",

@@ -62,7 +62,9 @@ def warmup(
     ] = None,
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or auto (bfloat16 on CUDA).")] = "auto",
     index_dtype: Annotated[str | None, typer.Option(help="fp8 or fp8_unrotated: train as it is served.")] = None,
-    teacher_dtype: Annotated[str | None, typer.Option(help="fp8: the teacher from e4m3 queries and keys.")] = None,
+    teacher_dtype: Annotated[
+        str | None, typer.Option(help="fp8 or fp8_unrotated: the teacher's q and k in e4m3.")
+    ] = None,
     indexers: Annotated[str, typer.Option(help="fresh, or own: those that the model has, trained in place.")] = "fresh",
     teachers: Annotated[str, typer.Option(help="Whose attention a shared indexer learns: shared or own.")] = "shared",
     queries: Annotated[float, typer.Option(help="Part of the queries that have a loss, drawn anew every step.")] = 1.0,

@@ -128,13 +128,40 @@ def indexer_kl(
         loss: sum_t token_weight[t] * KL[t]; token_weight None means 1/n for the n queries that see a key.
         kl: [T], or [T, H] for "per_head".
     """
-    seen = key_end > key_start
     scores = indexer_scores(index_q, index_k, index_weights, key_start, key_end, target)
     p = target_distribution(q, k, softmax_scale, key_start, key_end, target).detach()
-    kl = divergence(p, scores, seen)
+    return _weighted(divergence(p, scores, key_end > key_start), key_end > key_start, token_weight)
+
+
+def rounded_indexer_kl(
+    q: Tensor,
+    k: Tensor,
+    index: tuple[Tensor, Tensor, Tensor],
+    rounded: tuple[Tensor, Tensor],
+    *,
+    softmax_scale: float,
+    key_start: Tensor,
+    key_end: Tensor,
+    target: str = "mean",
+    token_weight: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """`indexer_kl` of the scores of rounded index_q and index_k, its gradient straight through at the scores.
+
+    index: index_q, index_k and the weights as they are: the loss's gradient is that of their scores, as if rounding
+    changed these by a constant.
+    """
+    scores = indexer_scores(*index, key_start, key_end, target)
+    constant = indexer_scores(*rounded, index[2], key_start, key_end, target) - scores
+    scores = scores + constant.masked_fill(scores == -torch.inf, 0.0).detach()
+    p = target_distribution(q, k, softmax_scale, key_start, key_end, target).detach()
+    return _weighted(divergence(p, scores, key_end > key_start), key_end > key_start, token_weight)
+
+
+def _weighted(kl: Tensor, seen: Tensor, token_weight: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The loss of KL [T] or [T, H], and KL without its graph."""
     if token_weight is None:
         token_weight = seen.to(kl.dtype) / seen.sum().clamp_min(1)
-    per_token = kl.mean(-1) if target == "per_head" else kl
+    per_token = kl.mean(-1) if kl.ndim > 1 else kl
     return (token_weight * per_token).sum(), kl.detach()
 
 

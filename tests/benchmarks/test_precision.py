@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -12,7 +13,6 @@ import pytest
 import torch
 
 from flash_indexer import reference
-from flash_indexer.ops.quantization import rotate
 from flash_indexer.testing import reference_indexer_kl
 
 
@@ -62,7 +62,7 @@ def test_a_run_records_every_job(precision: ModuleType, records: Path) -> None:
         assert line["tensors"] and line["device"] == "CPU" and line["dtype"] == "float32"
         for name, errors in line["tensors"].items():
             assert ("quantisation" in errors) == quantised
-            if (name, line["case"]) not in (("entropy", "one_hot"), ("kl", "near_uniform")):
+            if (name, line["case"]) not in (("entropy", "one_hot"), ("kl", "near_uniform"), ("loss", "near_uniform")):
                 assert max(errors["ours"] + errors["eager"]) < 1e-3, (line["case"], name)
 
 
@@ -107,10 +107,10 @@ def test_e4m3_is_judged_by_the_numbers_that_rows_stand_for(truth: ModuleType, ma
     x, v = make()
     posed = truth.Problem(x, v)
     rounded = truth.stand_in(x, setting)
-    expected = reference_indexer_kl(rounded)
+    expected = reference_indexer_kl(replace(x, q=rounded.q, k=rounded.k), scored=(rounded.index_q, rounded.index_k))
     got = posed.truth(setting)
     torch.testing.assert_close(got["kl"], expected.kl)
-    torch.testing.assert_close(got["d_index_q"], rotate(expected.d_index_q), rtol=1e-10, atol=1e-14)
+    torch.testing.assert_close(got["d_index_q"], expected.d_index_q, rtol=1e-10, atol=1e-14)
     assert truth.errors(posed.ours(setting)["d_index_q"], got["d_index_q"])[0] < 1e-5
     assert truth.errors(posed.ours(setting)["d_index_q"], posed.truth(truth.Setting())["d_index_q"])[0] > 1e-2
 

@@ -48,6 +48,17 @@ def test_the_latest_record_of_a_size_stands_beside_attention_and_the_least_time(
     assert text.count("| H=64 G=1") == 2, "one row of each table, of the later record"
 
 
+def test_kernels_that_a_call_does_not_have_are_left_out(report: ModuleType, write: Write) -> None:
+    fused = record("smollm2")
+    passes = fused["passes"]
+    passes["kl_gradients"] = passes.pop("gradient_query")
+    del passes["rows"]
+    text = report.page(write(indexer_kl=[fused, record("mqa64")]))
+    rate = "2.00 ms, 700 TFLOP/s"
+    assert f"8K | {rate} | {rate} |  |  | {rate} | {rate} |" in text
+    assert f"8K | {rate} | {rate} | 0.20 ms | {rate} |  | {rate} |" in text
+
+
 def test_the_rows_of_128k_have_their_clocks(report: ModuleType, write: Write) -> None:
     long = record("v32_128k", ours={"p50": 2000.0, "sm_mhz": 1200}, picoseconds_a_pair=3e8)
     text = report.page(write(indexer_kl=[record("v32_absorbed", picoseconds_a_pair=2e8), long]))

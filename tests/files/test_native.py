@@ -99,6 +99,18 @@ def test_a_handle_is_loaded_in_place(saved: tuple[IndexerHandle, Path]) -> None:
         assert torch.equal(other.state_dict()[key], tensor)
 
 
+@pytest.mark.parametrize("arithmetic", [("fp8", "fp8"), ("fp8_unrotated", "fp8_unrotated"), (None, "fp8_unrotated")])
+def test_the_arithmetic_of_the_training_is_kept(arithmetic: tuple[str | None, str], tmp_path: Path) -> None:
+    handle = random_handle(tiny_model(), index_dtype=arithmetic[0], teacher_dtype=arithmetic[1])
+    path = save_native(handle, tmp_path / "indexer", base_name="tiny")
+    handle.remove()
+    fresh = load_native(tiny_model(), path)
+    assert (fresh.index_dtype, fresh.teacher_dtype) == arithmetic
+    edit(path, teacher_dtype="int8")
+    with pytest.raises(ValueError, match="teacher_dtype must be None or one of 'fp8', 'fp8_unrotated', got 'int8'"):
+        load_native(tiny_model(), path)
+
+
 def test_mla_with_q_lora_and_another_target(tmp_path: Path) -> None:
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(DeepseekV3Config(vocab_size=61, **MLA)).eval()

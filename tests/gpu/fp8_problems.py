@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from flash_indexer import quantize, reference
-from flash_indexer.ops.quantization import Quantized, dequantize, rotate
+from flash_indexer.ops.quantization import Quantized, dequantize
 from flash_indexer.testing import Inputs, Result
 
 STEP, BITS, ORDERS = 32, 13, 8
@@ -38,17 +38,20 @@ def products(q: Quantized, k: Quantized) -> Tensor:
 def truth(
     x: Inputs, index_dtype: str | None, teacher_dtype: str | None, weight: Tensor | None, d_loss: float
 ) -> Result:
-    """In float64, of the rounded tensors; gradients straight through, rotated back."""
-    rotation = index_dtype == "fp8"
-    q, k = (rounded(t) if teacher_dtype else t.double() for t in (x.q, x.k))
-    index = [rounded(t, rotation) if index_dtype else t.double() for t in (x.index_q, x.index_k)]
-    leaves = [t.requires_grad_() for t in (*index, x.index_weights.double())]
-    fixed = dict(softmax_scale=x.softmax_scale, key_start=x.key_start, key_end=x.key_end)
-    loss, kl = reference.indexer_kl(q, k, *leaves, **fixed, token_weight=None if weight is None else weight.double())
+    """In float64, of the rounded tensors; gradients straight through at the scores."""
+    q, k = (rounded(t, teacher_dtype == "fp8") if teacher_dtype else t.double() for t in (x.q, x.k))
+    leaves = [t.double().requires_grad_() for t in (x.index_q, x.index_k, x.index_weights)]
+    options = dict(
+        softmax_scale=x.softmax_scale, key_start=x.key_start, key_end=x.key_end,
+        token_weight=None if weight is None else weight.double(),
+    )  # fmt: skip
+    if index_dtype:
+        low = tuple(rounded(t, index_dtype == "fp8") for t in (x.index_q, x.index_k))
+        loss, kl = reference.rounded_indexer_kl(q, k, tuple(leaves), low, **options)
+    else:
+        loss, kl = reference.indexer_kl(q, k, *leaves, **options)
     p = reference.target_distribution(q, k, x.softmax_scale, x.key_start, x.key_end)
-    gradients = list(torch.autograd.grad(d_loss * loss, leaves))
-    if rotation:
-        gradients[:2] = [rotate(g) for g in gradients[:2]]
+    gradients = torch.autograd.grad(d_loss * loss, leaves)
     return Result(loss.detach(), kl, torch.special.entr(p).sum(-1), *gradients)
 
 
@@ -82,7 +85,8 @@ def eager(x: Inputs, d: Tensor, e: Tensor, factor: float, *, index_dtype, teache
     start, end, low = x.key_start, x.key_end, torch.bfloat16
     visible, seen = reference.visible_keys(start, end, x.k.shape[0]), end > start
     if teacher_dtype:
-        q, k = (Quantized(y.values[..., d], y.scale) for y in map(on_cpu, (x.q, x.k)))
+        q, k = (on_cpu(y, teacher_dtype == "fp8") for y in (x.q, x.k))
+        q, k = (Quantized(y.values[..., d], y.scale) for y in (q, k))
         logits = products(q, k) * x.softmax_scale
     else:
         logits = reference.teacher_logits(x.q.float(), x.k.float(), x.softmax_scale)
@@ -90,28 +94,24 @@ def eager(x: Inputs, d: Tensor, e: Tensor, factor: float, *, index_dtype, teache
     total = (hidden - (hidden.logsumexp(-1) if lse is None else lse)[..., None]).exp()
     total = total.masked_fill(~visible[:, None], 0.0).sum(1)
     p = total / total.sum(-1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
-    rotation = index_dtype == "fp8"
+    index_q, index_k = x.index_q.float(), x.index_k.float()
+    logit = torch.einsum("tie,se->tis", index_q, index_k)
     if index_dtype:
-        iq, ik = (on_cpu(y, rotation) for y in (x.index_q, x.index_k[:, None]))
-        index_q, index_k = (dequantize(y, torch.float32) for y in (iq, ik))
+        iq, ik = (on_cpu(y, index_dtype == "fp8") for y in (x.index_q, x.index_k[:, None]))
         formed = products(*(Quantized(y.values[..., e], y.scale) for y in (iq, ik)))
-        index_k = index_k[:, 0]
     else:
-        index_q, index_k = x.index_q.float(), x.index_k.float()
-        formed = torch.einsum("tie,se->tis", index_q, index_k)
+        formed = logit
     w = x.index_weights
     scores = ((factor * w)[..., None] * formed.relu()).sum(1) / factor
     log_softmax = scores.masked_fill(~visible, torch.finfo(torch.float32).min).log_softmax(-1)
     kl = (torch.xlogy(p, p) - p * log_softmax.masked_fill(p == 0, 0.0)).sum(-1) * seen
     weight = seen.float() / seen.sum().clamp_min(1) if weight is None else weight
     di = (log_softmax.exp() - p).masked_fill(~visible, 0.0) * weight[:, None]
-    masked = di[:, None] * (torch.einsum("tie,se->tis", index_q, index_k) > 0)
+    masked = di[:, None] * (logit > 0)
     unscaled = torch.einsum("tis,se->tie", masked.to(low).float(), index_k)
     ds = (masked * w[..., None]).to(low).float()
     d_index_q = d_loss * torch.einsum("tis,se->tie", ds, index_k)
     d_index_k = d_loss * torch.einsum("tis,tie->se", ds, index_q)
-    if rotation:
-        d_index_q, d_index_k = rotate(d_index_q.to(low).float()), rotate(d_index_k)
     d_weights = d_loss * (index_q * unscaled).sum(-1)
     entropy = torch.special.entr(p).sum(-1)
     return Result((weight * kl).sum(), kl, entropy, d_index_q.to(low), d_index_k.to(low), d_weights)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from flash_indexer import indexer_kl
-from flash_indexer.ops.kl.plan import BYTES_PER_TILE
+from flash_indexer.ops.kl.plan_sizes import BYTES_PER_TILE
 from flash_indexer.testing import KernelClass, Result, assert_close, eager_indexer_kl, reference_indexer_kl
 
 pytestmark = pytest.mark.gpu

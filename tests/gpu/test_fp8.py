@@ -12,18 +12,19 @@ import torch
 from fp8_problems import truth, worst_eager
 
 from flash_indexer import causal_intervals, indexer_kl, quantize
-from flash_indexer.kernels.sm_90.sizes import HEAD_WIDTHS, INDEX_WIDTHS
+from flash_indexer.kernels.sm_90.sizes import HEAD_WIDTHS, INDEX_WIDTHS, SHARED_KEY_SCALES
 from flash_indexer.ops import launch
 from flash_indexer.ops.kl import gpu_body
 from flash_indexer.ops.kl.gpu_fp8 import Fp8Index
-from flash_indexer.ops.kl.plan import PlanSizes, plan
-from flash_indexer.ops.quantization import dequantize, rotate
-from flash_indexer.ops.quantization_gpu import quantize_index, quantize_keys, quantize_rows, rotate_rows
+from flash_indexer.ops.kl.plan import plan
+from flash_indexer.ops.kl.plan_sizes import PlanSizes
+from flash_indexer.ops.quantization import Quantized, dequantize
+from flash_indexer.ops.quantization_gpu import quantize_index, quantize_keys, quantize_rows
 from flash_indexer.testing import KERNEL_CLASSES, KernelClass, Result, assert_close
 
 pytestmark = pytest.mark.gpu
 LAYOUTS = ("causal", "documents", "window", "cached_prefix", "fewer_keys", "arbitrary", "short")
-KINDS = (("fp8", "fp8"), ("fp8_unrotated", None), (None, "fp8"))
+KINDS = (("fp8", "fp8"), ("fp8_unrotated", None), (None, "fp8"), (None, "fp8_unrotated"))
 
 
 def rows(n, *shape, seed=0):
@@ -41,13 +42,14 @@ def same_numbers(got, expected):
     assert torch.equal(got[~nan], expected[~nan])
 
 
-@pytest.mark.parametrize("width", HEAD_WIDTHS)
-def test_rows_have_the_bits_that_torch_gives_them(width):
+@pytest.mark.parametrize("rotation", [False, True])
+@pytest.mark.parametrize("width", (*HEAD_WIDTHS, 512))
+def test_rows_have_the_bits_that_torch_gives_them(width, rotation):
     x = rows(1003, 3, width)
-    expected, got = quantize(x.cpu()), quantize_rows(x)
+    expected, got = quantize(x.cpu(), rotation=rotation), quantize_rows(x, rotation=rotation)
     same_numbers(got.values.float().cpu(), expected.values.float())
     same_numbers(got.quantized.scale.cpu(), expected.scale)
-    by_head = quantize_rows(x, by_head=True)
+    by_head = quantize_rows(x, rotation=rotation, by_head=True)
     assert torch.equal(by_head.values.view(torch.uint8), got.values.view(torch.uint8))
     scale = by_head.scale.view(3, 1024)
     same_numbers(scale[:, :1003].T.cpu(), expected.scale)
@@ -61,21 +63,11 @@ def test_an_indexers_rows_have_the_bits_that_torch_gives_them(keys, width, rotat
     index_q, index_k, weights = rows(517, 5, width, seed=1), rows(keys, width, seed=2), torch.randn(517, 5).cuda()
     q, k = (quantize(x.cpu(), rotation=rotation) for x in (index_q, index_k))
     got = quantize_index(index_q, index_k, weights, rotation)
-    for values, rounded, expected in ((got.q, got.rounded_q, q), (got.k, got.rounded_k, k)):
+    for values, expected in ((got.q, q), (got.k, k)):
         same_numbers(values.float().cpu(), expected.values.float())
-        same_numbers(rounded.float().cpu(), dequantize(expected, torch.float32))
     same_numbers(got.half_weights.cpu(), (weights.cpu() * q.scale / 2).view(-1))
     same_numbers(got.k_scale[:keys].cpu(), k.scale)
     assert got.k_scale.shape == (-(-keys // 128) * 128,) and (got.k_scale[keys:] == 0).all()
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-@pytest.mark.parametrize("width", INDEX_WIDTHS)
-def test_the_rotation_in_place(width, dtype):
-    x = torch.randn(333, 3, width, device="cuda").to(dtype)
-    expected = rotate(x.float().cpu()).to(dtype)
-    rotate_rows(x)
-    assert torch.equal(x.cpu(), expected)
 
 
 def keys(S, G, D, seed=0):
@@ -87,12 +79,13 @@ def keys(S, G, D, seed=0):
     return x.bfloat16()
 
 
+@pytest.mark.parametrize("rotation", [False, True])
 @pytest.mark.parametrize("S", [1003, 384, 301])
-@pytest.mark.parametrize("width", [192])
-def test_keys_share_a_scale_where_theirs_are_near(width, S):
+@pytest.mark.parametrize("width", SHARED_KEY_SCALES)
+def test_keys_share_a_scale_where_theirs_are_near(width, S, rotation):
     x, G = keys(S, 3, width), 3
-    expected = quantize(x.cpu())
-    values, scale = quantize_keys(x, None)
+    expected = quantize(x.cpu(), rotation=rotation)
+    values, scale = quantize_keys(x, None, rotation=rotation)
     scale, tiles = scale.view(G, -1).cpu(), -(-S // 128)
     shared = (scale.view(G, tiles, 128) < 0).all(-1)
     assert shared.tolist() == [[(g, n) != (1, 2) for n in range(tiles)] for g in range(G)]
@@ -108,11 +101,13 @@ def test_keys_share_a_scale_where_theirs_are_near(width, S):
     assert 0 < (lost > 0).float().mean() < 0.01
 
 
-@pytest.mark.parametrize("width", [192])
-def test_keys_that_are_handed_over_share_the_same_scales(width):
+@pytest.mark.parametrize("rotation", [False, True])
+@pytest.mark.parametrize("width", SHARED_KEY_SCALES)
+def test_keys_that_are_handed_over_share_the_same_scales(width, rotation):
+    """Which are those of rotated rows where these are handed over: the kernel rotates none of them."""
     x = keys(1003, 3, width, seed=1)
-    expected, row = quantize_keys(x, None), quantize(x)
-    got = quantize_keys(row.values, row.scale)
+    expected, row = quantize_keys(x, None, rotation=rotation), quantize(x, rotation=rotation)
+    got = quantize_keys(row.values, row.scale, rotation=rotation)
     assert torch.equal(got[0].view(torch.uint8), expected[0].view(torch.uint8))
     same_numbers(got[1], expected[1])
     alike = quantize_keys(row.values, torch.full_like(row.scale, 0.3))  # no power of two, but one for all
@@ -207,7 +202,7 @@ def test_sizes_of_real_models(H, G, D, problem):
 
 def test_a_given_lse_is_read(problem):
     x = problem("lse", KernelClass(128, 64, 16), "documents", H=6, G=2)
-    q, k = (dequantize(quantize(t.cpu()), torch.float64).cuda() for t in (x.q, x.k))
+    q, k = (dequantize(quantize(t.cpu(), rotation=True), torch.float64).cuda() for t in (x.q, x.k))
     wide = replace(x, q=q, k=k)
     from flash_indexer.reference import teacher_lse
 
@@ -215,11 +210,15 @@ def test_a_given_lse_is_read(problem):
     judge("lse", replace(x, lse=own), ("fp8", "fp8"), with_lse=True)
 
 
-def test_a_teacher_that_is_handed_over_gives_the_same_bits(problem):
-    x = problem("handed over", KernelClass(192, 64, 32), "documents", H=6, G=3)
-    options = dict(weight=x.token_weight, d_loss=1.0, lse=x.lse, index_dtype="fp8", teacher_dtype="fp8")
+@pytest.mark.parametrize("kind", ["fp8", "fp8_unrotated"])
+@pytest.mark.parametrize("width", [96, 192])
+def test_a_teacher_that_is_handed_over_gives_the_same_bits(width, kind, problem):
+    x = problem("handed over", KernelClass(width, 64, 32), "documents", H=6, G=3)
+    options = dict(weight=x.token_weight, d_loss=1.0, lse=x.lse, index_dtype="fp8", teacher_dtype=kind)
     expected = call(x, **options)
-    given = call(replace(x, q=quantize(x.q), k=quantize(x.k)), **options)
+    q, k = (quantize(t.cpu(), rotation=kind == "fp8") for t in (x.q, x.k))
+    q, k = (Quantized(t.values.cuda(), t.scale.cuda()) for t in (q, k))
+    given = call(replace(x, q=q, k=k), **options)
     for a, b in zip(given, expected, strict=True):
         assert torch.equal(a, b)
 
@@ -255,16 +254,19 @@ def test_index_scores_beside_the_quantising_have_the_same_bits(workspace, filled
         torch.use_deterministic_algorithms(False)
 
 
+@pytest.mark.parametrize("kind", ["fp8", "fp8_unrotated"])
 @pytest.mark.parametrize("target", ["per_head", "sum_logits"])
-def test_other_targets_multiply_the_rounded_tensors(target, problem):
+def test_other_targets_multiply_the_rounded_tensors(target, kind, problem):
     heads = dict(H=4, G=2, I=4) if target == "per_head" else dict(H=6, G=2, I=5)
     x = problem(f"fp8 {target}", KernelClass(64, 64, 8), "documents", **heads)
     options = dict(weight=x.token_weight, d_loss=1.0, target=target)
-    got = call(x, index_dtype="fp8_unrotated", teacher_dtype="fp8", **options)
-    names = ("q", "k", "index_q", "index_k")
-    wide = replace(x, **{n: dequantize(quantize(getattr(x, n).cpu()), torch.bfloat16).cuda() for n in names})
+    got = call(x, index_dtype="fp8_unrotated", teacher_dtype=kind, **options)
+    rotated = {"q": kind == "fp8", "k": kind == "fp8", "index_q": False, "index_k": False}
+    named = {n: quantize(getattr(x, n).cpu(), rotation=rotation) for n, rotation in rotated.items()}
+    wide = replace(x, **{n: dequantize(row, torch.bfloat16).cuda() for n, row in named.items()})
     expected = call(wide, **options)
-    for field in ("kl", "d_index_q", "d_index_k", "d_index_weights"):
+    gradients = ("d_index_q", "d_index_k", "d_index_weights") if target == "per_head" else ()
+    for field in ("kl", *gradients):  # other gradients are of the rows as they are
         assert torch.equal(getattr(got, field), getattr(expected, field)), field
 
 

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from flash_indexer.ops import launch
-from flash_indexer.ops.kl.plan import Plan, PlanSizes, make_plan
+from flash_indexer.ops.kl.plan import Plan, make_plan
+from flash_indexer.ops.kl.plan_sizes import PlanSizes
 from flash_indexer.ops.worklists import TILE
 from flash_indexer.testing import Shape, assert_close
 

@@ -56,8 +56,10 @@ def probabilities(c: LayerCapture) -> Tensor:
     return logits.exp().masked_fill(~visible[:, None], 0.0)
 
 
-def kl_and_gradients(c: LayerCapture, target: str) -> tuple[float, list[Tensor]]:
-    """By autograd through whole matrices, with the capture's own lse."""
+def kl_and_gradients(
+    c: LayerCapture, target: str, low: tuple[Tensor, Tensor] | None = None
+) -> tuple[float, list[Tensor]]:
+    """By autograd through whole matrices, with the capture's own lse; low: the index rows whose scores count."""
     leaves = [x.clone().requires_grad_() for x in (c.index_q, c.index_k, c.index_weights)]
     bounds = c.key_start, c.key_end
     if target == "sum_logits":
@@ -66,7 +68,11 @@ def kl_and_gradients(c: LayerCapture, target: str) -> tuple[float, list[Tensor]]
         p = probabilities(c)
         p = p if target == "per_head" else p.sum(1)
         p = p / p.sum(-1, keepdim=True)
-    log_i = reference.indexer_scores(*leaves, *bounds, target).log_softmax(-1).masked_fill(p == 0, 0.0)
+    scores = reference.indexer_scores(*leaves, *bounds, target)
+    if low is not None:
+        rounded = reference.indexer_scores(*low, leaves[2], *bounds, target)
+        scores = scores + (rounded - scores).nan_to_num().detach()
+    log_i = scores.log_softmax(-1).masked_fill(p == 0, 0.0)
     kl = (torch.xlogy(p, p) - p * log_i).sum(-1).mean()
     kl.backward()
     return float(kl.detach()), [x.grad for x in leaves]
@@ -81,18 +87,25 @@ def test_a_layer_is_that_of_the_definition_on_rounded_tensors(
     assert (found.layer, list(found.variants)) == (5, list(VARIANTS))
     assert found.kl == pytest.approx(kl, rel=1e-9)
     H4 = torch.tensor([[1, 1, 1, 1], [1, -1, 1, -1], [1, 1, -1, -1], [1, -1, -1, 1]], dtype=torch.float64) / 2
-    teacher = replace(capture, q=rounded(capture.q, "fp8_unrotated"), k=rounded(capture.k, "fp8_unrotated"))
     bounds = capture.key_start, capture.key_end
-    lse = reference.teacher_lse(teacher.q, teacher.k, capture.softmax_scale, *bounds)
-    for name, (arithmetic, fp8_teacher, model_lse) in VARIANTS.items():
-        variant = teacher if fp8_teacher else capture
-        variant = variant if model_lse else replace(variant, lse=lse)
+    teachers = {None: capture}
+    for kind in ("fp8", "fp8_unrotated"):
+        q, k = (rounded(x, kind) for x in (capture.q, capture.k))
+        teachers[kind] = replace(capture, q=q, k=k)
+    for name, (arithmetic, teacher_dtype, model_lse) in VARIANTS.items():
+        variant = teachers[teacher_dtype]
+        if not model_lse:
+            lse = reference.teacher_lse(variant.q, variant.k, capture.softmax_scale, *bounds)
+            variant = replace(variant, lse=lse)
+        low = None
         if arithmetic is not None:
-            index_q, index_k = (rounded(x, arithmetic) for x in (capture.index_q, capture.index_k))
-            variant = replace(variant, index_q=index_q, index_k=index_k)
-        kl, gradients = kl_and_gradients(variant, target)
-        if arithmetic == "fp8":
-            gradients[:2] = [x @ H4 for x in gradients[:2]]
+            low = rounded(capture.index_q, arithmetic), rounded(capture.index_k, arithmetic)
+        if target == "per_head" and low is not None:  # straight through at the rows
+            kl, gradients = kl_and_gradients(replace(variant, index_q=low[0], index_k=low[1]), target)
+            if arithmetic == "fp8":
+                gradients[:2] = [x @ H4 for x in gradients[:2]]
+        else:
+            kl, gradients = kl_and_gradients(variant, target, low)
         assert found.variants[name].kl == pytest.approx(kl, rel=1e-6), name
         assert found.change(name) == pytest.approx(kl / found.kl - 1, abs=1e-6)
         assert 1e-6 < abs(kl / found.kl - 1) < 0.1, "the rounding must show"
@@ -102,7 +115,7 @@ def test_a_layer_is_that_of_the_definition_on_rounded_tensors(
             assert got.cosine == pytest.approx(float(cosine), rel=1e-6), (name, leaf)
             assert got.length == pytest.approx(float(a.norm() / b.norm()), rel=1e-6), (name, leaf)
             assert 0.9 < got.cosine < 1 - 1e-7
-    errors = (probabilities(teacher).sum(-1) - 1).abs().amax(0)
+    errors = (probabilities(teachers["fp8"]).sum(-1) - 1).abs().amax(0)
     torch.testing.assert_close(torch.tensor(found.row_errors).double(), errors, rtol=1e-4, atol=1e-6)
     assert found.row_error == max(found.row_errors) > 1e-3
 
@@ -180,13 +193,14 @@ def test_table_plot_and_json_have_the_measurements(tmp_path: Path) -> None:
     text = console.file.getvalue()
     rows = {line.split()[0]: line.split()[1:] for line in text.splitlines() if line.strip()}
     assert "…" not in text, "in a terminal of 80 columns"
-    shown = ["1.000", "+1.00%", "+3.00%", "+5.00%", "0.9990", "0.9950", "1.020", "99.10%", "0.3%", "0.02"]
+    shown = ["1.000", "+1.00%", "+3.00%", "+6.00%", "0.9990", "0.9940", "1.020", "99.10%", "0.3%", "0.02"]
     assert rows["2"] == shown and rows["3"] == [*shown[:-1], "0.002"]
     assert fp8_table(layers).columns[-1]._cells[1] == "[red]0.02[/red]"
     summary = fp8_summary(layers)
     for words in (
-        "changes by +1.00% with index, rotated in FP8, +3.00% with teacher in FP8, +5.00% with index (rotated) and",
-        "is 0.9990 with index, rotated (layer 0), 0.9950 with index (rotated) and teacher (layer 0).",
+        "changes by +1.00% with the index in FP8, +3.00% with the teacher in FP8, +6.00% with both in FP8. The",
+        "is 0.9990 with the index (layer 0), 0.9970 with the teacher (layer 0), 0.9940 with both (layer 0), 0.9960 "
+        "with the teacher not rotated (layer 0).",
         "Of the top 128 keys, 99.10% are the same in FP8 (the fewest in layer 0: 99.10%), without the rotation 97.03%.",
     ):
         assert words in summary, summary
@@ -196,14 +210,15 @@ def test_table_plot_and_json_have_the_measurements(tmp_path: Path) -> None:
     content = json.loads((path.parent / "fp8.json").read_text())
     assert content["run"] == {"model": "tiny"} and len(content["layers"]) == 3
     assert content["layers"][1] == layers[1].to_dict()
-    assert content["layers"][1]["variants"]["both"]["gradients"]["index_k"] == dict(cosine=0.995, length=1.02)
+    assert content["layers"][1]["variants"]["both"]["gradients"]["index_k"] == dict(cosine=0.994, length=1.02)
 
     kl, gradients, lengths, selection, ties, sums = plot_fp8(layers).axes
     lines = {line.get_label(): line for line in kl.lines}
     assert lines["index, not rotated"].get_ydata() == pytest.approx([2.0] * 3)
-    assert list(lines["teacher"].get_xdata()) == [0, 2, 3]
-    assert gradients.lines[4].get_ydata() == pytest.approx([0.005] * 3)
-    assert lengths.lines[4].get_ydata() == pytest.approx([1.02] * 3)
+    assert list(lines["teacher, rotated"].get_xdata()) == [0, 2, 3]
+    assert lines["teacher, not rotated"].get_ydata() == pytest.approx([4.0] * 3)
+    assert gradients.lines[5].get_ydata() == pytest.approx([0.006] * 3)
+    assert lengths.lines[5].get_ydata() == pytest.approx([1.02] * 3)
     assert "Top 128 keys" in selection.get_title(loc="left") or "Top 128 keys" in selection.get_title()
     assert [line.get_ydata()[0] for line in ties.lines] == pytest.approx([100 / 900, 100 * 3 / 900])
     assert selection.lines[1].get_ydata() == pytest.approx([97.2, 97.0, 96.9])

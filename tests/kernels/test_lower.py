@@ -75,7 +75,7 @@ def test_tensor_cores_are_fed_by_the_copy_engine(kernel, source):
     name, static = kernel[0], dict(kernel[1])
     text = source(name, **static)
     body = device_program(text)
-    assert "wgmma_ss<" in text and "wait_wgmma<" in body
+    assert "wgmma_ss<" in text and "wait_wgmma<" in (text if name == "kl_gradients" else body)
     assert "mma_sync" not in body and "ldmatrix" not in body
     declared = set(re.findall(r"(\w+) = reinterpret_cast<Barrier\*>", body))
     assert declared and declared == set(re.findall(r"(\w+)\[\d+\]\.init\(", body)), "every barrier is initialised"
@@ -85,7 +85,8 @@ def test_tensor_cores_are_fed_by_the_copy_engine(kernel, source):
     assert start.count("__syncthreads()") == 1 + cleared, "after the barriers are initialised, and after that"
     assert "__syncthreads()" not in rest, "the rings hold no other"
     assert "tl::tma_load(" in rest and "tl::warpgroup_reg_dealloc<" in rest
-    assert f"__launch_bounds__({512 if name.startswith('score_narrow') else 384}, 1)" in text
+    threads = 512 if name.startswith("score_narrow") else 640 if name == "kl_gradients" else 384
+    assert f"__launch_bounds__({threads}, 1)" in text
 
 
 @each([kernel for kernel in SAMPLES if kernel[0] == MASKED])
@@ -157,6 +158,22 @@ def test_the_gradient_by_masks_has_the_shared_memory_that_it_lays_out(shape, sou
     check = f"MaskedRing<{shape['E']}, {shape['IP']}, {stages}>::BYTES == {stage}"
     compiles(source(MASKED, **shape), (check,), nvcc, tmp_path)
     assert stages >= 4 and stages * stage + 1024 + 20 * stages <= sizes.SHARED_MEMORY + 1024
+
+
+@pytest.mark.parametrize("shape", sizes.INDEX_HEADS, ids=str)
+def test_kl_and_gradients_have_the_registers_and_shared_memory_that_they_ask_for(shape):
+    E, IP, warps = shape["E"], shape["IP"], sizes.KL_ROW_WARPS
+    multiply, rows, copy = sizes.kl_registers(E, warps)
+    threads = sizes.kl_threads(warps)
+    assert all(n % 8 == 0 and 24 <= n <= 240 for n in (multiply, rows, copy))
+    assert 256 * multiply + 32 * warps * rows + 128 * copy <= 65536 // threads // 8 * 8 * threads
+    parts, (stages, score_stages) = sizes.kl_parts(E), sizes.kl_stages(E, IP)
+    tokens = parts * 128 // IP
+    rings = stages * (256 * E + parts * 2048 + tokens * 256) + score_stages * tokens * 1024
+    shares = max(warps // tokens, 1)
+    around = 8 * (3 * stages + 2 * score_stages + 2) + tokens * shares * (32 + 16 * (shares > 1))
+    assert min(stages, score_stages) >= 3
+    assert rings + parts * 256 * E + -(-around // 1024) * 1024 <= sizes.SHARED_MEMORY
 
 
 @pytest.mark.slow

@@ -13,11 +13,11 @@ from transformers import PreTrainedModel
 
 from flash_indexer import reference
 from flash_indexer.models.attach import IndexerHandle, LayerCapture, attach
-from flash_indexer.ops.quantization import dequantize, quantize, rotate
+from flash_indexer.ops.quantization import dequantize, quantize
 
 Tiny = Callable[..., PreTrainedModel]
 IDS = torch.randint(0, 61, (1, 33), generator=torch.Generator().manual_seed(2))
-ARITHMETICS = [("fp8", None), ("fp8_unrotated", None), (None, "fp8"), ("fp8", "fp8")]
+ARITHMETICS = [("fp8", None), ("fp8_unrotated", None), (None, "fp8"), (None, "fp8_unrotated"), ("fp8", "fp8")]
 
 
 def attached(tiny: Tiny, **options: Any) -> IndexerHandle:
@@ -37,17 +37,16 @@ def rounded(x: Tensor, rotation: bool = False) -> Tensor:
 def wanted(c: LayerCapture, index_dtype: str | None, teacher_dtype: str | None) -> tuple[float, list[Tensor]]:
     """Mean KL, and the gradients of index_q, index_k and index_weights, in float64."""
     q, k, index_q, index_k, weights = (x.double() for x in (c.q, c.k, c.index_q, c.index_k, c.index_weights))
-    rotation = index_dtype == "fp8"
     if teacher_dtype is not None:
-        q, k = rounded(q), rounded(k)
-    if index_dtype is not None:
-        index_q, index_k = rounded(index_q, rotation), rounded(index_k, rotation)
-    leaves = [x.requires_grad_() for x in (index_q, index_k, weights)]
-    bounds = dict(softmax_scale=c.softmax_scale, key_start=c.key_start, key_end=c.key_end)
-    loss, _ = reference.indexer_kl(q, k, *leaves, **bounds)
-    loss.backward()
-    gradients = [x.grad for x in leaves]
-    return float(loss.detach()), [*map(rotate, gradients[:2]), gradients[2]] if rotation else gradients
+        q, k = (rounded(x, teacher_dtype == "fp8") for x in (q, k))
+    leaves = index_q.requires_grad_(), index_k.requires_grad_(), weights.requires_grad_()
+    bounds: dict[str, Any] = dict(softmax_scale=c.softmax_scale, key_start=c.key_start, key_end=c.key_end)
+    if index_dtype is None:
+        loss, _ = reference.indexer_kl(q, k, *leaves, **bounds)
+    else:
+        low_q, low_k = (rounded(x.detach(), index_dtype == "fp8") for x in (index_q, index_k))
+        loss, _ = reference.rounded_indexer_kl(q, k, leaves, (low_q, low_k), **bounds)
+    return float(loss.detach()), list(torch.autograd.grad(loss, leaves))
 
 
 @pytest.mark.parametrize(("index_dtype", "teacher_dtype"), ARITHMETICS)
@@ -85,7 +84,7 @@ def test_the_loss_is_that_of_rounded_tensors_and_passes_straight_through(
     ("options", "message"),
     [
         (dict(index_dtype="int8"), "attach: index_dtype must be None or one of 'fp8', 'fp8_unrotated', got 'int8'"),
-        (dict(teacher_dtype="fp8_unrotated"), "attach: teacher_dtype must be None or one of 'fp8', got 'fp8_unro"),
+        (dict(teacher_dtype="fp4"), "attach: teacher_dtype must be None or one of 'fp8', 'fp8_unrotated', got 'fp4'"),
         (
             dict(index_dtype="fp8", head_dim=24),
             'attach: index_dtype="fp8": the rotation needs a power of two',

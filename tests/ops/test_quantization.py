@@ -4,9 +4,19 @@ import math
 
 import pytest
 import torch
+from torch import Tensor
 
 from flash_indexer import reference
-from flash_indexer.ops.quantization import E4M3, SMALLEST_SCALE, Quantized, dequantize, quantize, rotate, scales
+from flash_indexer.ops.quantization import (
+    E4M3,
+    SMALLEST_SCALE,
+    Quantized,
+    check_rotation,
+    dequantize,
+    quantize,
+    rotate,
+    scales,
+)
 
 
 def e4m3_numbers() -> list[float]:
@@ -108,14 +118,31 @@ def test_strided_rows_are_those_of_their_copy() -> None:
     assert torch.equal(quantize(x).values.float(), quantize(x.contiguous()).values.float())
 
 
-@pytest.mark.parametrize("width", [1, 2, 32, 64, 128])
-def test_the_rotation_is_the_hadamard_matrix(width: int) -> None:
-    matrix = torch.ones(1, 1, dtype=torch.float64)
-    while len(matrix) < width:
-        matrix = torch.cat([torch.cat([matrix, matrix], 1), torch.cat([matrix, -matrix], 1)])
+@pytest.mark.parametrize(
+    ("width", "block"),
+    [(1, 1), (3, 1), (24, 8), (32, 32), (64, 64), (96, 32), (128, 128), (192, 64), (256, 256), (512, 256), (576, 64)],
+)
+def test_the_rotation_is_the_hadamard_matrix_over_blocks(width: int, block: int) -> None:
+    signs = [[(-1.0) ** (i & j).bit_count() for j in range(block)] for i in range(block)]
+    matrix = torch.block_diag(*[torch.tensor(signs, dtype=torch.float64) / block**0.5] * (width // block))
     x = torch.randn(10, width, dtype=torch.float64)
-    torch.testing.assert_close(rotate(x), x @ matrix.T / width**0.5, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(rotate(x), x @ matrix.T, rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(rotate(rotate(x)), x, rtol=1e-12, atol=1e-12)
+    got, expected = quantize(x.float(), rotation=True), quantize(rotate(x.float()))
+    assert torch.equal(got.values.float(), expected.values.float()) and torch.equal(got.scale, expected.scale)
+
+
+@pytest.mark.parametrize("width", [64, 256])
+def test_sums_of_pairs_have_one_order(width: int) -> None:
+    """Bit by bit in float32: at distance 1, then 2, then 4, ..., and the root last."""
+    x = torch.randn(5, width)
+    y, step = x.numpy().copy(), 1
+    while step < width:
+        for n in range(width):
+            if not n & step:
+                y[:, n], y[:, n + step] = y[:, n] + y[:, n + step], y[:, n] - y[:, n + step]
+        step *= 2
+    assert torch.equal(rotate(x), torch.from_numpy(y) * width**-0.5)
 
 
 def test_the_rotation_keeps_products_and_spreads_a_large_entry() -> None:
@@ -129,12 +156,42 @@ def test_the_rotation_keeps_products_and_spreads_a_large_entry() -> None:
     assert float((rotated_q @ rotated_k.T - exact).norm()) < 2 * float((plain - exact).norm())
 
 
-@pytest.mark.parametrize("width", [0, 3, 96, 576])
-def test_a_width_that_is_no_power_of_two_is_not_rotated(width: int) -> None:
-    with pytest.raises(ValueError, match=f"power of two for the last dimension, got {width}"):
-        quantize(torch.randn(2, width), rotation=True)
-    with pytest.raises(ValueError, match="pad with zeros"):
-        rotate(torch.randn(2, width))
+def product_error(q: Tensor, k: Tensor, rotation: bool) -> float:
+    """Root mean square over keys of what q·k is off by, less what all keys of a query have in common."""
+    q_hat, k_hat = (dequantize(quantize(x, rotation=rotation), torch.float64) for x in (q, k))
+    lost = q_hat @ k_hat.T - q @ k.T
+    return float((lost - lost.mean(-1, keepdim=True)).square().mean().sqrt())
+
+
+@pytest.mark.parametrize("width", [64, 96, 128, 192, 256, 512, 576])
+def test_products_over_one_large_channel_err_far_less_when_rotated(width: int) -> None:
+    """Unrotated the error of q·k is that of one product; rotated, of a block's many, which average out."""
+    torch.manual_seed(0)
+    q, k = torch.randn(200, width, dtype=torch.float64), torch.randn(300, width, dtype=torch.float64)
+    q[:, 3] *= 30
+    k[:, 3] *= 30
+    assert product_error(q, k, True) < product_error(q, k, False) / 4
+
+
+@pytest.mark.parametrize("width", [64, 128, 192])
+def test_products_err_more_when_rotated_where_keys_alone_have_a_channel_in_common(width: int) -> None:
+    """What it loses unrotated is the same for all keys, and softmax does not see it; rotated it is in every column."""
+    torch.manual_seed(0)
+    q, k = torch.randn(200, width, dtype=torch.float64), torch.randn(300, width, dtype=torch.float64)
+    k[:, 3] = 100.0
+    assert product_error(q, k, True) > 3 * product_error(q, k, False)
+
+
+@pytest.mark.parametrize("width", [0, 3, 96, 512, 576])
+def test_an_indexers_row_is_rotated_whole_or_not_at_all(width: int) -> None:
+    with pytest.raises(ValueError, match=f"power of two up to 256 for the last dimension, got {width}; .* pad with"):
+        check_rotation("op", width, True)
+    check_rotation("op", width, False)
+
+
+@pytest.mark.parametrize("rotation", [False, True])
+def test_rows_without_columns(rotation: bool) -> None:
+    assert quantize(torch.randn(3, 0), rotation=rotation).values.shape == (3, 0)
 
 
 def test_chunks_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:

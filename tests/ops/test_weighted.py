@@ -15,7 +15,8 @@ from flash_indexer import indexer_kl
 from flash_indexer.ops import weighted
 from flash_indexer.ops.blockwise import plan_chunks
 from flash_indexer.ops.kl import torch_body
-from flash_indexer.ops.kl.plan import Plan, PlanSizes, make_plan
+from flash_indexer.ops.kl.plan import Plan, make_plan
+from flash_indexer.ops.kl.plan_sizes import PlanSizes
 from flash_indexer.ops.problem import Problem
 from flash_indexer.testing import (
     Inputs,

@@ -19,7 +19,7 @@ from torch import Tensor
 from flash_indexer import Quantized, indexer_kl, quantize
 from flash_indexer.bench.kl import SIZES, passes, problem
 from flash_indexer.bench.timing import MATMUL, Size, measured, named, time_in_turns
-from flash_indexer.ops.quantization import dequantize, rotate
+from flash_indexer.ops.quantization import dequantize
 
 SUITE, RESULTS = "fp8", "fp8.jsonl"
 NAMES = ("v32_absorbed", "v32_expanded", "mqa64", "gqa32", "smollm2")
@@ -79,10 +79,11 @@ def measure(size: Size) -> dict[str, Any]:
     contestants: dict[str, Callable[[], Any]] = {
         "bf16": step(others),
         "both": step(others | BOTH),
-        "handed_over": step(others | BOTH, quantize(q), quantize(k)),
+        "handed_over": step(others | BOTH, quantize(q, rotation=True), quantize(k, rotation=True)),
         "index": step({**others, "index_dtype": "fp8"}),
         "index_unrotated": step({**others, "index_dtype": "fp8_unrotated"}),
         "teacher": step({**others, "teacher_dtype": "fp8"}),
+        "teacher_unrotated": step({**others, "teacher_dtype": "fp8_unrotated"}),
         "bf16_without_lse": step(alone),
         "both_without_lse": step(alone | BOTH),
         "matmul": lambda: square @ square,
@@ -110,16 +111,16 @@ def check_rows(tensors: list[Tensor], others: dict[str, Any]) -> None:
     T, G = tensors[0].shape[0], tensors[1].shape[1]
     for row in torch.linspace(T // 3, T - 1, SAMPLED_ROWS).long().tolist():
         keys = slice(int(others["key_start"][row]), int(others["key_end"][row]))
-        q, iq = (rounded(tensors[n][row], rotation) for n, rotation in ((0, False), (2, True)))
-        k, ik = (rounded(tensors[n][keys], rotation) for n, rotation in ((1, False), (3, True)))
+        q, iq = (rounded(tensors[n][row]) for n in (0, 2))
+        k, ik = (rounded(tensors[n][keys]) for n in (1, 3))
         w = tensors[4][row].double()
         logits = torch.einsum("ghd,sgd->ghs", q.view(G, -1, q.shape[-1]), k).flatten(0, 1) * others["softmax_scale"]
         p = logits.softmax(-1).mean(0)
-        index_logits = iq @ ik.T
-        scores = w @ index_logits.relu()
+        scores = w @ (iq @ ik.T).relu()
         kl = (torch.xlogy(p, p) - p * scores.log_softmax(-1)).sum()
-        unscaled = ((scores.softmax(-1) - p) / T * (index_logits > 0)) @ ik
-        expected = {"d_index_q": rotate(w[:, None] * unscaled), "d_index_weights": (iq * unscaled).sum(-1)}
+        index_q, index_k = tensors[2][row].double(), tensors[3][keys].double()
+        unscaled = ((scores.softmax(-1) - p) / T * (index_q @ index_k.T > 0)) @ index_k
+        expected = {"d_index_q": w[:, None] * unscaled, "d_index_weights": (index_q * unscaled).sum(-1)}
         got = {"d_index_q": d_index_q[row], "d_index_weights": d_weights[row]}
         errors = {n: float((got[n].double() - e).norm() / e.norm()) for n, e in expected.items()}
         errors["kl"] = abs(float(result.kl[row]) - float(kl)) / float(kl)
@@ -127,6 +128,6 @@ def check_rows(tensors: list[Tensor], others: dict[str, Any]) -> None:
             raise RuntimeError(f"bench: query {row} is wrong, so no speed is reported: relative errors {errors}")
 
 
-def rounded(x: Tensor, rotation: bool) -> Tensor:
-    """In e4m3, as float64, by torch on the CPU."""
-    return dequantize(quantize(x.cpu(), rotation=rotation), torch.float64).to(x.device)
+def rounded(x: Tensor) -> Tensor:
+    """Rotated and in e4m3, as float64, by torch on the CPU."""
+    return dequantize(quantize(x.cpu(), rotation=True), torch.float64).to(x.device)

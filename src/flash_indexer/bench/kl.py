@@ -34,9 +34,9 @@ TOO_LONG = 10**5  # tokens of a document from which no attention is measured bes
 SLICES = {
     "flash_indexer_score_narrow_fp8": "index", "flash_indexer_score_fp8": "teacher",
     "flash_indexer_score": "score", "flash_indexer_rows": "rows", "flash_indexer_gradient_query": "gradient_query",
-    "flash_indexer_gradient_key": "gradient_key", "flash_indexer_gradient_reduce": "gradient_reduce",
-    "flash_indexer_finish": "finish", "flash_indexer_scale": "scale", "flash_indexer_lse": "lse",
-    "flash_indexer_quantize": "quantize", "flash_indexer_rotate": "rotate",
+    "flash_indexer_kl_gradients": "kl_gradients", "flash_indexer_gradient_key": "gradient_key",
+    "flash_indexer_gradient_reduce": "gradient_reduce", "flash_indexer_finish": "finish",
+    "flash_indexer_scale": "scale", "flash_indexer_lse": "lse", "flash_indexer_quantize": "quantize",
 }  # fmt: skip
 
 SIZES = {
@@ -187,8 +187,8 @@ def check_rows(size: Size, tensors: list[Tensor], others: dict[str, Any]) -> Non
 def passes(step: Callable[[], Any], size: Size) -> dict[str, dict[str, float]]:
     """Milliseconds of each kernel in one step, and TFLOP/s of the flops that it does.
 
-    Each gradient is counted with logits of its own, 4IE flops a pair, so that records compare. d_index_k takes masks of
-    the other's and does 2IE.
+    Each gradient is counted with logits of its own, 4IE flops a pair, so that records compare. Those that take masks do
+    2IE.
     """
     step()
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
@@ -198,7 +198,7 @@ def passes(step: Callable[[], Any], size: Size) -> dict[str, dict[str, float]]:
     ordered = sorted(events, key=lambda event: event.time_range.start)
     totals = slices([(event.name, event.device_time / 1e3) for event in ordered])
     per_pair = {"teacher": 2 * size.H * size.D, "index": 2 * size.I * size.E}
-    per_pair |= dict.fromkeys(("gradient_query", "gradient_key"), 4 * size.I * size.E)
+    per_pair |= dict.fromkeys(("gradient_query", "kl_gradients", "gradient_key"), 4 * size.I * size.E)
     rate = {name: flops * size.pairs / totals[name] / 1e9 for name, flops in per_pair.items() if totals.get(name)}
     return {name: {"ms": ms} | ({"tflops": rate[name]} if name in rate else {}) for name, ms in totals.items()}
 

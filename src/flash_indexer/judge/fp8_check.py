@@ -1,11 +1,12 @@
 """What FP8 changes in the training and in the selection of a model's indexers, layer by layer.
 
-    variant             index_q, index_k                    q, k          logsumexp
-    index               e4m3 after the Hadamard rotation    as given      the model's
-    index_unrotated     e4m3                                as given      the model's
-    teacher             as given                            e4m3          of the e4m3 logits
-    teacher_model_lse   as given                            e4m3          the model's
-    both                e4m3 after the Hadamard rotation    e4m3          of the e4m3 logits
+    variant             index_q, index_k    q, k             logsumexp
+    index               rotated, e4m3       as given         the model's
+    index_unrotated     e4m3                as given         the model's
+    teacher             as given            rotated, e4m3    of the e4m3 logits
+    teacher_unrotated   as given            e4m3             of the e4m3 logits
+    teacher_model_lse   as given            rotated, e4m3    the model's
+    both                rotated, e4m3       rotated, e4m3    of the e4m3 logits
 
 Each variant is `flash_indexer.indexer_kl` with these index_dtype, teacher_dtype and lse, beside it without any.
 
@@ -42,6 +43,7 @@ VARIANTS = {
     "index": ("fp8", None, True),
     "index_unrotated": ("fp8_unrotated", None, True),
     "teacher": (None, "fp8", False),
+    "teacher_unrotated": (None, "fp8_unrotated", False),
     "teacher_model_lse": (None, "fp8", True),
     "both": ("fp8", "fp8", False),
 }
@@ -95,7 +97,8 @@ class SelectionAtK:
 class LayerFP8:
     """One layer. kl: without FP8, nats.
 
-    row_errors: for each head max over t of |sum_s a[t,h,s] - 1| with FP8 logits and the model's own logsumexp.
+    row_errors: for each head max over t of |sum_s a[t,h,s] - 1| with logits of rotated FP8 rows and the model's own
+    logsumexp.
     """
 
     layer: int
@@ -168,7 +171,7 @@ def layer_fp8(capture: LayerCapture, target: str, ks: Sequence[int]) -> LayerFP8
         _check_finite(capture.layer, kl_fp8)
         pairs = zip(GRADIENTS, gradients, before, strict=True)
         variants[name] = Variant(kl_fp8, {n: _compared(gradient, base) for n, gradient, base in pairs})
-    q, k = (dequantize(quantize(x), x.dtype) for x in (capture.q, capture.k))
+    q, k = (dequantize(quantize(x, rotation=True), x.dtype) for x in (capture.q, capture.k))
     errors = tuple(head_errors(replace(capture, q=q, k=k)))
     return LayerFP8(capture.layer, kl, variants, _selections(capture, ks), errors)
 

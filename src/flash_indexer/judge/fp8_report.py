@@ -21,17 +21,18 @@ from flash_indexer.judge.verdict import HEADLINE_K
 
 JSON_FILE, PLOT_FILE = "fp8.json", "fp8.png"
 _COLOURS = {
-    "index": "#0072B2", "index_unrotated": "#D55E00", "teacher": "#009E73", "teacher_model_lse": "#CC79A7",
-    "both": "#222222",
+    "index": "#0072B2", "index_unrotated": "#D55E00", "teacher": "#009E73", "teacher_unrotated": "#E69F00",
+    "teacher_model_lse": "#CC79A7", "both": "#222222",
 }  # fmt: skip
 _GREY = "#8C8C8C"
-_MARKERS = dict(zip(_COLOURS, "o^svo", strict=True))
+_MARKERS = dict(zip(_COLOURS, "o^sDvo", strict=True))
 _NAMES = {
     "index": "index, rotated",
     "index_unrotated": "index, not rotated",
-    "teacher": "teacher",
-    "teacher_model_lse": "teacher, the model's own logsumexp",
-    "both": "index (rotated) and teacher",
+    "teacher": "teacher, rotated",
+    "teacher_unrotated": "teacher, not rotated",
+    "teacher_model_lse": "teacher, rotated; the model's own logsumexp",
+    "both": "index and teacher, rotated",
 }
 
 
@@ -98,15 +99,14 @@ def fp8_table(layers: Sequence[LayerFP8]) -> Table:
 def fp8_summary(layers: Sequence[LayerFP8]) -> str:
     """What the layers have in common, in three sentences: KL, gradients, selected keys."""
     kl = sum(layer.kl for layer in layers)
-    changes = {
-        name: sum(layer.variants[name].kl for layer in layers) / kl - 1 if kl else 0.0
-        for name in ("index", "teacher", "both")
-    }
-    said = ", ".join(f"{100 * change:+.2f}% with {_NAMES[name]} in FP8" for name, change in changes.items())
+    names = {"index": "the index", "teacher": "the teacher", "both": "both"}
+    changes = {n: sum(layer.variants[n].kl for layer in layers) / kl - 1 if kl else 0.0 for n in names}
+    said = ", ".join(f"{100 * changes[name]:+.2f}% with {what} in FP8" for name, what in names.items())
     parts = [f"KL, summed over layers, changes by {said}."]
-    worst = {name: min(layers, key=lambda layer: layer.variants[name].least_cosine) for name in ("index", "both")}
+    names |= {"teacher_unrotated": "the teacher not rotated"}
+    worst = {name: min(layers, key=lambda layer: layer.variants[name].least_cosine) for name in names}
     said = ", ".join(
-        f"{layer.variants[name].least_cosine:.4f} with {_NAMES[name]} (layer {layer.layer})"
+        f"{layer.variants[name].least_cosine:.4f} with {names[name]} (layer {layer.layer})"
         for name, layer in worst.items()
     )
     parts.append(f"The least cosine of a gradient to that without FP8 is {said}.")
@@ -153,7 +153,7 @@ def plot_fp8(layers: Sequence[LayerFP8]) -> Figure:
         ax.set_xlabel("layer")
         ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     handles, labels = kl.get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside upper center", ncols=5, title="what is in FP8 (e4m3)")
+    figure.legend(handles, labels, loc="outside upper center", ncols=3, title="what is in FP8 (e4m3)")
     return figure
 
 

@@ -22,7 +22,7 @@ from flash_indexer.judge.capture import WORKSPACE, chunk_scores, chunks
 from flash_indexer.judge.metrics import VISIBLE_PER_K
 from flash_indexer.models.capture import LayerCapture
 from flash_indexer.ops import Selection, top_keys
-from flash_indexer.ops.quantization import dequantize, quantize
+from flash_indexer.ops.quantization import MOST_COLUMNS, dequantize, quantize, rotation_columns
 
 ARITHMETICS = ("bf16", "fp8", "fp8_unrotated")
 NAMES = {
@@ -63,10 +63,10 @@ def check_arithmetic(op: str, arithmetic: str, width: int) -> None:
     """Raises ValueError, in the name of `op`, for an unknown arithmetic or rows of E = width that can't be rotated."""
     if arithmetic not in ARITHMETICS:
         raise ValueError(f"{op}: serve must be one of {', '.join(ARITHMETICS)}, got {arithmetic!r}")
-    if arithmetic == "fp8" and width & (width - 1):
+    if arithmetic == "fp8" and rotation_columns(width) != width:
         raise ValueError(
-            f"{op}: serve 'fp8' rotates rows whose width, the index dim E, must be a power of two, got {width}; use "
-            "'fp8_unrotated'"
+            f"{op}: serve 'fp8' rotates rows whose width, the index dim E, must be a power of two up to "
+            f"{MOST_COLUMNS}, got {width}; use 'fp8_unrotated'"
         )
 
 

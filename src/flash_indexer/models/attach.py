@@ -77,8 +77,8 @@ def attach(
         parallel: how sequence and heads are shared out over processes. With cp > 1 the model is given this process's
             part of input_ids and position_ids (`context_positions` of the flattened batch); with tp > 1 it is sharded.
         index_dtype: "fp8" or "fp8_unrotated" trains the indexers in the arithmetic that they are served in, see
-            `flash_indexer.indexer_kl`. teacher_dtype: "fp8" takes the teacher's probabilities from e4m3 queries and
-            keys, with the logsumexp of these.
+            `flash_indexer.indexer_kl`. teacher_dtype: "fp8" takes the teacher's probabilities from queries and keys
+            that are rotated and rounded to e4m3, with the logsumexp of these; "fp8_unrotated" from rounded ones.
         indexers: "fresh" or "own"; own ones have the sizes and the rope of the model's family.
         teachers: where one layer's own indexer serves the next ones too, "shared": it learns from all of them, the loss
             being the mean of their KLs; "own": from its own layer alone.

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import cache
 from typing import Any
 
 import torch
@@ -52,7 +53,13 @@ def has_head_projections(module: object) -> bool:
 
 def parameter_names(module: nn.Module) -> list[str]:
     """The names of the parameters of a module's forward."""
-    return list(inspect.signature(type(module).forward).parameters)[1:]
+    return _parameter_names(type(module).forward)
+
+
+@cache
+def _parameter_names(forward: Callable[..., Any]) -> list[str]:
+    """Looked up once for a function, as every layer of every step asks; without self."""
+    return list(inspect.signature(forward).parameters)[1:]
 
 
 def call_arguments(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:

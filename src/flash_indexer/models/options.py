@@ -29,12 +29,8 @@ def check_target(target: str, num_heads: int, source: Any, parallel: Parallel | 
 
 def check_arithmetic(index_dtype: str | None, teacher_dtype: str | None, head_dim: int) -> None:
     """Raises ValueError for a dtype that the loss doesn't take, or an index dim that can't be rotated."""
-    for name, value, allowed in (
-        ("index_dtype", index_dtype, ("fp8", "fp8_unrotated")),
-        ("teacher_dtype", teacher_dtype, ("fp8",)),
-    ):
-        if value is None:
-            continue
-        if value not in allowed:
+    allowed = ("fp8", "fp8_unrotated")
+    for name, value in (("index_dtype", index_dtype), ("teacher_dtype", teacher_dtype)):
+        if value is not None and value not in allowed:
             raise ValueError(f"attach: {name} must be None or one of {', '.join(map(repr, allowed))}, got {value!r}")
     check_rotation('attach: index_dtype="fp8"', head_dim, index_dtype == "fp8")

@@ -6,12 +6,15 @@ A power of two divides exactly, so a row's products are those of its values time
 in bfloat16: four significant bits and a power of two. 448 is e4m3's largest number; since the scale is rounded up,
 no value exceeds it, whatever a library does with those that would.
 
-The rotation is the Hadamard matrix over the last dimension, divided by its width's square root: orthogonal, so products
-of rotated rows are those of the rows, and large entries are spread over the row before they are rounded.
+The rotation is the Hadamard matrix over blocks of consecutive columns, divided by a block's square root: orthogonal, so
+products of rotated rows are those of the rows, and large entries are spread over their block before they are rounded. A
+block has as many columns as the largest power of two that divides the row's width, MOST_COLUMNS at most: for a width
+that is a power of two up to that, the whole row.
 
 A row with NaN or infinity has scale NaN, so everything that is made of it is NaN, as it would be in bfloat16.
 
-Source: DeepSeek-V3.2-Exp's inference (2025): rotation of the indexer's queries and keys, e4m3 with scales rounded up.
+Source: DeepSeek-V3.2-Exp's inference (2025): rotation of the indexer's queries and keys, whole rows, e4m3 with scales
+rounded up. In blocks it serves the teacher's rows too, whose widths need not be powers of two.
 """
 
 from __future__ import annotations
@@ -29,6 +32,7 @@ SMALLEST_SCALE = 2.0**_SMALLEST_EXPONENT
 _MANTISSA = 0.875  # 448 = 0.875 * 2^9
 _EXPONENT = 9
 _ELEMENTS = 2**24  # of a chunk of rows: float32 copies of more would be a second tensor
+MOST_COLUMNS = 256  # of a block of the rotation: what 32 lanes of a GPU hold in 8 numbers each
 
 
 class Quantized(NamedTuple):
@@ -57,12 +61,8 @@ def quantize(x: Tensor, *, rotation: bool = False) -> Quantized:
 
     Args:
         x: [..., D], of any floating dtype; read as float32.
-        rotation: whether the Hadamard rotation over D comes first; D must be a power of two then.
-
-    Raises:
-        ValueError: where a row can't be rotated.
+        rotation: whether `rotate` comes first.
     """
-    check_rotation("quantize", x.shape[-1], rotation)
     flat = x.detach().reshape(x.shape[:-1].numel(), x.shape[-1])
     values = torch.empty(flat.shape, dtype=E4M3, device=x.device)
     scale = torch.empty(flat.shape[0], dtype=torch.float32, device=x.device)
@@ -86,30 +86,32 @@ def dequantize(x: Quantized, dtype: torch.dtype) -> Tensor:
 
 
 def rotate(x: Tensor) -> Tensor:
-    """y = H x / sqrt(D) over the last dimension, H the Hadamard matrix in Sylvester's order; y's dtype is x's.
+    """y[..., b] = H x[..., b] / sqrt(B) for each block b of B columns, H the Hadamard matrix in Sylvester's order.
 
-    Its own inverse. Sums of pairs at distance 1, 2, 4, ...: always in this order, so every body has the same bits.
-
-    Raises:
-        ValueError: where D is no power of two.
+    B = `rotation_columns(D)`; y's dtype is x's. Its own inverse. Sums of pairs at distance 1, 2, 4, ...: always in this
+    order, so every body has the same bits.
     """
-    D = x.shape[-1]
-    check_rotation("rotate", D, True)
+    D, B = x.shape[-1], rotation_columns(x.shape[-1])
     y, step = x, 1
-    while step < D:
+    while step < B:
         pairs = y.reshape(*x.shape[:-1], D // (2 * step), 2, step)
         left, right = pairs[..., 0, :], pairs[..., 1, :]
         y = torch.stack((left + right, left - right), dim=-2)
         step *= 2
-    root: float = D**-0.5
+    root: float = B**-0.5
     return y.reshape(x.shape) * root
 
 
+def rotation_columns(width: int) -> int:
+    """Columns of a block of `rotate`: the largest power of two that divides the width, at most MOST_COLUMNS."""
+    return min(width & -width, MOST_COLUMNS) or 1
+
+
 def check_rotation(op: str, width: int, rotation: bool) -> None:
-    """Raises ValueError where rows of this width can't be rotated."""
-    if rotation and (width < 1 or width & (width - 1)):
+    """Raises ValueError where an indexer's rows, which servers rotate whole, have a width that `rotate` splits."""
+    if rotation and (width < 1 or rotation_columns(width) != width):
         raise ValueError(
-            f"{op}: the rotation needs a power of two for the last dimension, got {width}; "
+            f"{op}: the rotation needs a power of two up to {MOST_COLUMNS} for the last dimension, got {width}; "
             "quantise without it, or pad with zeros (products stay the same)"
         )
 

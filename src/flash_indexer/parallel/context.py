@@ -119,7 +119,7 @@ def context_parallel_indexer_kl(
     lse: Tensor | None = None,
     target: str = "mean",
     token_weight: Tensor | None = None,
-    workspace_bytes: int = 512 * 2**20,
+    workspace_bytes: int = 2**30,
     index_dtype: str | None = None,
     teacher_dtype: str | None = None,
 ) -> IndexerKL:
@@ -144,7 +144,7 @@ def context_parallel_indexer_kl(
         layout: "zigzag" or "contiguous".
         target: as in `indexer_kl`; not "per_head" with a tensor group.
         workspace_bytes: as in `indexer_kl`, for each rank. The gathered k and index_k come on top of it.
-        index_dtype, teacher_dtype: as in `indexer_kl`; keys are gathered in their own dtype.
+        index_dtype, teacher_dtype: as in `indexer_kl`; keys are gathered in their own dtype, then rotated and rounded.
 
     The same upstream gradient is expected on every rank. Keys of more than 256 MiB are sent piece by piece in global
     order; a chunk of queries starts as soon as the keys that it sees are there (with lse given; finding it needs all,

@@ -50,7 +50,7 @@ def tensor_parallel_indexer_kl(
     lse: Tensor | None = None,
     target: str = "mean",
     token_weight: Tensor | None = None,
-    workspace_bytes: int = 512 * 2**20,
+    workspace_bytes: int = 2**30,
     index_dtype: str | None = None,
     teacher_dtype: str | None = None,
 ) -> IndexerKL:
@@ -70,7 +70,7 @@ def tensor_parallel_indexer_kl(
         group: the ranks, as a process group or a mesh of one dimension.
         target: "mean" or "sum_logits". "per_head" has nothing to add up: call `indexer_kl` on each rank's heads.
         workspace_bytes: as in `indexer_kl`, for each rank; a chunk has at least one 128-token block a rank on CUDA.
-        index_dtype, teacher_dtype: as in `indexer_kl`.
+        index_dtype, teacher_dtype: as in `indexer_kl`; a row is of one head, so it is rotated and rounded as there.
 
     Returns:
         As `indexer_kl`, complete and the same on every rank: loss, kl [T], entropy [T], and in backward all gradients,

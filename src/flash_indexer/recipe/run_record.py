@@ -27,7 +27,7 @@ CHOICES = {
     "target": ("mean", "per_head", "sum_logits"),
     "dtype": ("auto", "float32", "bfloat16"),
     "index_dtype": (None, "fp8", "fp8_unrotated"),
-    "teacher_dtype": (None, "fp8"),
+    "teacher_dtype": (None, "fp8", "fp8_unrotated"),
     "indexers": ("fresh", "own"),
     "teachers": ("shared", "own"),
 }
@@ -67,7 +67,7 @@ class WarmupSettings:
     index_dtype: str | None = None
     """ "fp8" or "fp8_unrotated": indexers are trained in the arithmetic that they are served in."""
     teacher_dtype: str | None = None
-    """ "fp8": the teacher's probabilities are those of e4m3 queries and keys."""
+    """ "fp8" or "fp8_unrotated": the teacher's probabilities are those of e4m3 queries and keys, rotated or not."""
     indexers: str = "fresh"
     """ "own": those that the model has are trained, of their own sizes, instead of new ones."""
     teachers: str = "shared"

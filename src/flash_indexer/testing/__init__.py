@@ -12,7 +12,7 @@ Shape legend as in `flash_indexer.reference`.
 from __future__ import annotations
 
 from dataclasses import dataclass, fields, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -85,7 +85,7 @@ KERNEL_CLASSES = tuple(
     for sizes in (
         (96, 32, 8), (64, 32, 16), (256, 32, 32), (128, 32, 64),
         (64, 64, 8), (128, 64, 16), (192, 64, 32), (128, 64, 64),
-        (96, 128, 8), (256, 128, 16), (576, 128, 32), (576, 128, 64), (192, 128, 64),
+        (96, 128, 8), (256, 128, 16), (576, 128, 32), (576, 128, 64), (192, 128, 64), (64, 128, 32),
     )
 )  # fmt: skip
 """The classes that the GPU tests cover: every D, and every E with every IP, that the kernels support. (64, 64, 8) is
@@ -189,25 +189,31 @@ def random_inputs(
 
 
 def reference_indexer_kl(
-    inputs: Inputs, *, target: str = "mean", token_weight: Tensor | None = None, d_loss: float = 1.0
+    inputs: Inputs,
+    *,
+    target: str = "mean",
+    token_weight: Tensor | None = None,
+    d_loss: float = 1.0,
+    scored: tuple[Tensor, Tensor] | None = None,
 ) -> Result:
     """The truth: `reference.indexer_kl` in float64 on the given values, differentiated by autograd.
 
     Args:
-        inputs: of any dtype. token_weight: [T], None means 1/n. d_loss: the upstream gradient.
+        inputs: of any dtype. token_weight: [T], None means 1/n. d_loss: the upstream gradient. scored: rounded index_q
+            and index_k, whose scores count.
     """
     x = inputs.double()
     leaves = [leaf.clone().requires_grad_() for leaf in (x.index_q, x.index_k, x.index_weights)]
-    loss, kl = reference.indexer_kl(
-        x.q,
-        x.k,
-        *leaves,
-        softmax_scale=x.softmax_scale,
-        key_start=x.key_start,
-        key_end=x.key_end,
-        target=target,
+    options: dict[str, Any] = dict(
+        softmax_scale=x.softmax_scale, key_start=x.key_start, key_end=x.key_end, target=target,
         token_weight=None if token_weight is None else token_weight.double(),
-    )
+    )  # fmt: skip
+    if scored is None:
+        loss, kl = reference.indexer_kl(x.q, x.k, *leaves, **options)
+    else:
+        index_q, index_k, weights = leaves
+        rounded = scored[0].double(), scored[1].double()
+        loss, kl = reference.rounded_indexer_kl(x.q, x.k, (index_q, index_k, weights), rounded, **options)
     p = reference.target_distribution(x.q, x.k, x.softmax_scale, x.key_start, x.key_end, target)
     gradients = torch.autograd.grad(d_loss * loss, leaves)
     return Result(loss.detach(), kl, torch.special.entr(p).sum(-1), *gradients)
@@ -220,6 +226,7 @@ def eager_indexer_kl(
     lse: Tensor | None = None,
     token_weight: Tensor | None = None,
     d_loss: float = 1.0,
+    scored: tuple[Tensor, Tensor] | None = None,
 ) -> Result:
     """The baseline: whole matrices in float32, products of low-precision inputs exact, every sum in float32.
 
@@ -229,7 +236,7 @@ def eager_indexer_kl(
 
     Args:
         inputs: bfloat16, float16 or float32 vectors. lse: [T, H], None computes it. token_weight: [T], None means 1/n.
-        d_loss: the upstream gradient.
+        d_loss: the upstream gradient. scored: rounded index_q and index_k, whose scores count.
 
     Returns:
         loss, kl, entropy in float32; gradients in their input's dtype.
@@ -251,7 +258,8 @@ def eager_indexer_kl(
     else:
         p = reference.target_distribution(q, k, inputs.softmax_scale, start, end, target)
     logit = torch.einsum("tie,se->tis", index_q, index_k)
-    scores = w[..., None] * logit.relu()
+    formed = logit if scored is None else torch.einsum("tie,se->tis", scored[0].float(), scored[1].float())
+    scores = w[..., None] * formed.relu()
     if target == "per_head":
         visible, seen_row = visible[:, None], seen[:, None]
     else:

@@ -13,7 +13,8 @@ from flash_indexer.ops.quantization import E4M3, Quantized
 from flash_indexer.testing import Inputs, Shape, make_inputs
 
 SHAPE = Shape(((37, 37), (1, 5), (20, 30)), 4, 2, 24, 3, 16)
-KINDS = [("fp8", None), ("fp8_unrotated", None), (None, "fp8"), ("fp8", "fp8")]
+KINDS = [("fp8", None), ("fp8_unrotated", None), (None, "fp8"), (None, "fp8_unrotated"), ("fp8", "fp8")]
+BLOCKS = {24: 8, 576: 64}  # columns that are rotated together, by width
 
 
 def hadamard(width: int) -> Tensor:
@@ -30,21 +31,35 @@ def rounded(x: Tensor) -> Tensor:
     return (x / scale).float().to(E4M3).double() * scale
 
 
+def teacher(x: Inputs, teacher_dtype: str | None) -> tuple[Tensor, Tensor]:
+    """q and k in float64, with "fp8" rotated by the matrix of all blocks, and rounded."""
+    q, k = x.q.double(), x.k.double()
+    if teacher_dtype == "fp8":
+        width = q.shape[-1]
+        rotation = torch.block_diag(*[hadamard(BLOCKS[width])] * (width // BLOCKS[width]))
+        q, k = q @ rotation.T, k @ rotation.T
+    return (rounded(q), rounded(k)) if teacher_dtype else (q, k)
+
+
 def truth(x: Inputs, index_dtype: str | None, teacher_dtype: str | None, target: str) -> tuple[Tensor, ...]:
-    """Loss, KL and gradients in float64; straight through the rounding, and back through the rotation by autograd."""
-    q, k = (rounded(t) if teacher_dtype else t for t in (x.q.double(), x.k.double()))
+    """Loss, KL and gradients in float64, straight through by autograd: at the scores, with "per_head" at the rows."""
+    q, k = teacher(x, teacher_dtype)
     leaves = [t.double().clone().requires_grad_() for t in (x.index_q, x.index_k, x.index_weights)]
     index_q, index_k = leaves[:2]
     if index_dtype == "fp8":
         rotation = hadamard(index_q.shape[-1])
         index_q, index_k = index_q @ rotation.T, index_k @ rotation.T
-    if index_dtype:
-        index_q, index_k = (t + (rounded(t.detach()) - t).detach() for t in (index_q, index_k))
-    intervals = dict(key_start=x.key_start, key_end=x.key_end)
-    loss, kl = reference.indexer_kl(
-        q, k, index_q, index_k, leaves[2], softmax_scale=x.softmax_scale, target=target,
-        token_weight=x.token_weight.double(), **intervals,
+    rows = rounded(index_q.detach()), rounded(index_k.detach())
+    options: dict[str, Any] = dict(
+        softmax_scale=x.softmax_scale, target=target, token_weight=x.token_weight.double(), key_start=x.key_start,
+        key_end=x.key_end,
     )  # fmt: skip
+    if index_dtype and target != "per_head":
+        loss, kl = reference.rounded_indexer_kl(q, k, (index_q, index_k, leaves[2]), rows, **options)
+    else:
+        if index_dtype:
+            index_q, index_k = (t + (low - t).detach() for t, low in zip((index_q, index_k), rows, strict=True))
+        loss, kl = reference.indexer_kl(q, k, index_q, index_k, leaves[2], **options)
     return (loss.detach(), kl, *torch.autograd.grad(loss, leaves))
 
 
@@ -80,7 +95,7 @@ def test_per_head_and_float32() -> None:
 
 
 def test_gradients_of_rounded_tensors_are_those_of_finite_differences() -> None:
-    """The straight-through gradient is that of the loss in the rounded tensors themselves."""
+    """Of rows that rounding leaves as they are, value and gradient are those without it."""
     x = make_inputs(Shape(((12, 12),), 2, 1, 8, 2, 8), seed=7, dtype=torch.float64)
     once = [rounded(t) for t in (x.index_q, x.index_k)]
     y = replace(x, index_q=once[0], index_k=once[1])
@@ -89,11 +104,51 @@ def test_gradients_of_rounded_tensors_are_those_of_finite_differences() -> None:
         torch.testing.assert_close(ours, plain, rtol=1e-12, atol=1e-15)  # rounded numbers stay
 
 
-def test_a_teacher_that_is_handed_over_in_e4m3() -> None:
+def test_gradients_of_alike_keys_keep_their_direction() -> None:
+    """di sums to zero over keys: what all keys share drops out of d_index_q, but its rounding does not."""
+    x = make_inputs(Shape(((96, 96),), 4, 2, 24, 3, 16), seed=9, dtype=torch.float64)
+    x = replace(x, index_k=0.02 * x.index_k + 1.0, index_q=x.index_q.abs())  # every ReLU is on
+    plain, got = computed(x)[2], computed(x, index_dtype="fp8_unrotated")[2]
+    low = [t.clone().requires_grad_() for t in (rounded(x.index_q), rounded(x.index_k), x.index_weights)]
+    options = dict(softmax_scale=x.softmax_scale, key_start=x.key_start, key_end=x.key_end)
+    of_rounded = torch.autograd.grad(indexer_kl(x.q, x.k, *low, token_weight=x.token_weight, **options).loss, low)[0]  # type: ignore[arg-type]
+    cosines = [float((g * plain).sum() / (g.norm() * plain.norm())) for g in (got, of_rounded)]
+    assert cosines[0] > 0.99 and cosines[1] < 0.6, cosines
+
+
+@pytest.mark.parametrize("target", ["mean", "sum_logits"])
+def test_a_teacher_that_is_handed_over_in_e4m3_is_taken_as_it_is(target: str) -> None:
     x = make_inputs(SHAPE, seed=3, dtype=torch.float64)
-    given = computed(x, teacher=(quantize(x.q), quantize(x.k)), teacher_dtype="fp8", index_dtype="fp8")
-    for ours, right in zip(given, computed(x, teacher_dtype="fp8", index_dtype="fp8"), strict=True):
-        assert torch.equal(ours, right)
+    for kind in ("fp8", "fp8_unrotated"):
+        rows = tuple(quantize(t, rotation=kind == "fp8") for t in (x.q, x.k))
+        expected = computed(x, teacher_dtype=kind, index_dtype="fp8", target=target)
+        for given_as in ("fp8", "fp8_unrotated"):
+            given = computed(x, teacher=rows, teacher_dtype=given_as, index_dtype="fp8", target=target)
+            for ours, right in zip(given, expected, strict=True):
+                assert torch.equal(ours, right)
+
+
+def test_a_teacher_of_576_columns_is_rotated_in_blocks_of_64() -> None:
+    """DeepSeek's latents with their rope part, which is a block of its own: columns 512 to 575."""
+    x = make_inputs(Shape(((20, 20),), 2, 1, 576, 2, 16), seed=9, dtype=torch.float64)
+    for kind in ("fp8", "fp8_unrotated"):
+        got = computed(x, teacher_dtype=kind)
+        for ours, right in zip(got, truth(x, None, kind, "mean"), strict=True):
+            torch.testing.assert_close(ours, right, rtol=1e-9, atol=1e-12)
+
+
+def test_a_channel_that_is_large_in_queries_and_keys_costs_less_when_it_is_rotated() -> None:
+    x = make_inputs(Shape(((64, 64),), 4, 2, 64, 3, 16), seed=3, dtype=torch.float64)
+    q, k = x.q.clone(), x.k.clone()
+    q[..., 3] *= 30
+    k[..., 3] *= 30
+    x = replace(x, q=q, k=k, softmax_scale=x.softmax_scale / 30)
+    exact = computed(x)
+    lost = {
+        kind: [float((a - b).norm() / b.norm()) for a, b in zip(computed(x, teacher_dtype=kind), exact, strict=True)]
+        for kind in ("fp8", "fp8_unrotated")
+    }
+    assert all(rotated < plain / 2 for rotated, plain in zip(lost["fp8"][1:], lost["fp8_unrotated"][1:], strict=True))
 
 
 def test_scales_of_a_teacher_that_are_not_powers_of_two() -> None:
@@ -109,7 +164,7 @@ def test_scales_of_a_teacher_that_are_not_powers_of_two() -> None:
 def test_a_given_lse_is_read_as_it_is() -> None:
     """Of the rounded logits: then a sums to 1. The model's own is that of its own logits."""
     x = make_inputs(SHAPE, seed=3, dtype=torch.float64)
-    own = reference.teacher_lse(rounded(x.q), rounded(x.k), x.softmax_scale, x.key_start, x.key_end)
+    own = reference.teacher_lse(*teacher(x, "fp8"), x.softmax_scale, x.key_start, x.key_end)
     same = computed(x, teacher_dtype="fp8", lse=own)
     for ours, right in zip(same, computed(x, teacher_dtype="fp8"), strict=True):
         torch.testing.assert_close(ours, right, rtol=1e-9, atol=1e-12)
@@ -162,8 +217,8 @@ def test_a_compiled_call_is_the_same() -> None:
     ("options", "message"),
     [
         (dict(index_dtype="fp4"), r"index_dtype must be None or one of 'fp8', 'fp8_unrotated', got 'fp4'"),
-        (dict(teacher_dtype="fp8_unrotated"), r"teacher_dtype must be None or one of 'fp8', got 'fp8_unrotated'"),
-        (dict(teacher=0), r"q and k in e4m3 need each other and teacher_dtype='fp8'"),
+        (dict(teacher_dtype="fp4"), r"teacher_dtype must be None or one of 'fp8', 'fp8_unrotated', got 'fp4'"),
+        (dict(teacher=0), r"q and k in e4m3 need each other and teacher_dtype='fp8' or 'fp8_unrotated', got"),
         (dict(teacher=1, teacher_dtype="fp8"), r"q and k in e4m3 need each other"),
     ],
 )
@@ -178,7 +233,7 @@ def test_what_does_not_fit_is_refused(options: dict[str, Any], message: str) -> 
 
 def test_a_width_that_cannot_be_rotated_is_refused_with_the_remedy() -> None:
     x = make_inputs(Shape(((9, 9),), 2, 1, 8, 2, 24), seed=0, dtype=torch.float64)
-    with pytest.raises(ValueError, match="power of two for the last dimension, got 24; quantise without it"):
+    with pytest.raises(ValueError, match="power of two up to 256 for the last dimension, got 24; quantise without it"):
         computed(x, index_dtype="fp8")
     computed(x, index_dtype="fp8_unrotated")
 

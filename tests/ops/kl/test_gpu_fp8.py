@@ -14,11 +14,13 @@ import torch
 from torch import Tensor
 
 from flash_indexer import causal_intervals, quantize
-from flash_indexer.kernels.sm_90.sizes import ROTATED_QUERIES, SHARED_KEY_SCALES
+from flash_indexer.kernels import catalog
+from flash_indexer.kernels.sm_90.sizes import SHARED_KEY_SCALES
 from flash_indexer.ops import Problem, launch
 from flash_indexer.ops.kl import gpu_body, gpu_stages
-from flash_indexer.ops.kl.gpu_fp8 import Fp8Index, Fp8Teacher
-from flash_indexer.ops.kl.plan import GradientItems, PlanSizes, TileChunk, make_plan
+from flash_indexer.ops.kl.gpu_fp8 import Fp8Index, Fp8Teacher, kernels
+from flash_indexer.ops.kl.plan import GradientItems, TileChunk, make_plan
+from flash_indexer.ops.kl.plan_sizes import PlanSizes
 from flash_indexer.ops.quantization import Quantized, dequantize
 
 T, S, H, G, SCALE = 200, 200, 4, 2, 0.1
@@ -28,16 +30,17 @@ def no_gradients() -> GradientItems:
     raise AssertionError("no gradients are asked for here")
 
 
-def play_quantize(x, values, scale, rows, heads, stride, blocks) -> None:
-    rounded = quantize(x)
+def play_quantize(rotation: int, x, values, scale, rows, heads, stride, blocks) -> None:
+    rounded = quantize(x, rotation=bool(rotation))
     values.copy_(rounded.values)
     r = torch.arange(rows)
     scale[r % heads * stride + r // heads] = rounded.scale
 
 
-def play_quantize_keys(x, own, values, scales, S, G, stride, blocks) -> None:
+def play_quantize_keys(narrow: int, rotation: int, x, own, values, scales, S, G, stride, blocks) -> None:
     assert stride % 128 == 0 and stride >= S and blocks == stride // 128 * G and scales.shape == (G * stride,)
-    v, s = (x, own) if x.dtype == values.dtype else quantize(x)
+    assert narrow == (x.dtype == values.dtype) and not (narrow and rotation), "no such kernel"
+    v, s = (x, own) if narrow else quantize(x, rotation=bool(rotation))
     v, s, table = v.view(S, G, -1), s.view(S, G), scales.view(G, stride)
     for g in range(G):
         for first in range(0, stride, 128):
@@ -81,10 +84,9 @@ def play_score(D: int) -> Callable[..., None]:
 
 
 def play_quantize_index(rotation: int) -> Callable[..., None]:
-    def quantize_index(q, q_values, q_rounded, weights, scaled, k, k_values, k_rounded, k_scale, blocks) -> None:
-        for x, values, rounded in ((q, q_values, q_rounded), (k, k_values, k_rounded)):
+    def quantize_index(q, q_values, weights, scaled, k, k_values, k_scale, blocks) -> None:
+        for x, values in ((q, q_values), (k, k_values)):
             values.copy_((row := quantize(x, rotation=bool(rotation))).values)
-            rounded.copy_(dequantize(row, torch.float32))
             if x is q:
                 scaled.copy_(weights * row.scale / 2)
             else:
@@ -124,27 +126,29 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
             return play_score(static["D"])
         if name == "quantize_index":
             return play_quantize_index(static["rotation"])
-        return {
-            "quantize": play_quantize, "quantize_keys": play_quantize_keys, "lse_fp8": play_lse,
-            "score_narrow_fp8": play_score_narrow,
-        }[name]  # fmt: skip
+        if name == "quantize":
+            return partial(play_quantize, static["rotation"])
+        if name == "quantize_keys":
+            return partial(play_quantize_keys, static["narrow"], static["rotation"])
+        return {"lse_fp8": play_lse, "score_narrow_fp8": play_score_narrow}[name]
 
     monkeypatch.setattr(launch, "load", load)
     monkeypatch.setattr(launch, "processors", lambda device: 4)
     return counts
 
 
-def problem(D: int, handed_over: bool, spread: float) -> tuple[Problem, Tensor, Tensor]:
+def problem(D: int, dtype: str, handed_over: bool, spread: float) -> tuple[Problem, Tensor, Tensor]:
     """And q, k in e4m3, as they are quantised a row at a time."""
     torch.manual_seed(0)
     q, k = (torch.randn(n, heads, D).bfloat16() for n, heads in ((T, H), (S, G)))
     k[::7] *= spread
     start, end = causal_intervals(torch.tensor([0, T]))
-    q_rows, k_rows = quantize(q), quantize(k)
+    q_rows, k_rows = (quantize(x, rotation=dtype == "fp8") for x in (q, k))
     if handed_over:
         q, k = q_rows.values, k_rows.values
     unread: Any = torch.zeros(0)
     made = Problem(q, k, unread, unread, unread, None, start, end, unread, SCALE, "mean", 2**29, (False,) * 3)
+    made = made._replace(teacher_dtype=dtype)
     if handed_over:
         made = made._replace(q_scale=q_rows.scale, k_scale=k_rows.scale)
     wide = (dequantize(Quantized(*rows), torch.float32) for rows in (q_rows, k_rows))
@@ -153,9 +157,10 @@ def problem(D: int, handed_over: bool, spread: float) -> tuple[Problem, Tensor, 
 
 @pytest.mark.parametrize("spread", [0.25, 2.0**-9], ids=["near", "apart"])
 @pytest.mark.parametrize("handed_over", [False, True])
-@pytest.mark.parametrize("D", [64, *SHARED_KEY_SCALES])
-def test_the_teacher(D: int, handed_over: bool, spread: float, launches: Counter[str]) -> None:
-    given, q, k = problem(D, handed_over, spread)
+@pytest.mark.parametrize("dtype", ["fp8", "fp8_unrotated"])
+@pytest.mark.parametrize("D", [64, 96, *SHARED_KEY_SCALES])
+def test_the_teacher(D: int, dtype: str, handed_over: bool, spread: float, launches: Counter[str]) -> None:
+    given, q, k = problem(D, dtype, handed_over, spread)
     teacher = Fp8Teacher(given)
     lse = teacher.lse(given.key_start, given.key_end)
     assert teacher.traffic(slice(0, T)) == 0, "it is quantised"
@@ -179,6 +184,31 @@ def test_the_teacher(D: int, handed_over: bool, spread: float, launches: Counter
     assert launches == {"lse_fp8": 1, "score_fp8": 2} | quantised | ({"quantize_keys": 1} if shares else {})
 
 
+@pytest.mark.parametrize("lse", [None, torch.zeros(0)], ids=["own", "given"])
+@pytest.mark.parametrize("handed_over", [False, True])
+@pytest.mark.parametrize("dtype", ["fp8", "fp8_unrotated"])
+@pytest.mark.parametrize("D", [64, *SHARED_KEY_SCALES])
+def test_every_kernel_of_the_teacher_is_prepared(
+    D: int, dtype: str, handed_over: bool, lse: Tensor | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is loaded is in `kernels`, and what is in `kernels` is in the catalog, so it is compiled beforehand."""
+    given = problem(D, dtype, handed_over, 1.0)[0]._replace(index_q=torch.zeros(T, 3, 64), lse=lse)
+    prepared = [catalog.kernel(name, **static) for name, static in kernels(given)]
+    assert set(prepared) <= set(catalog.every_kernel())
+    loaded = []
+    monkeypatch.setattr(launch, "processors", lambda device: 4)
+    monkeypatch.setattr(
+        launch, "load", lambda name, **static: (loaded.append(catalog.kernel(name, **static)), lambda *_: None)[1]
+    )
+    teacher = Fp8Teacher(given)
+    if lse is None:
+        teacher.lse(given.key_start, given.key_end)
+    teacher.quantised(slice(0, T))
+    assert set(loaded) == {kernel for kernel in prepared if kernel[0] != "score_fp8"}
+    rotated = {dict(static)["rotation"] for name, static in loaded if name.startswith("quantize")}
+    assert rotated == ({int(dtype == "fp8")} if not handed_over else {0} if D in SHARED_KEY_SCALES else set())
+
+
 @pytest.mark.parametrize("rotation", [False, True])
 @pytest.mark.parametrize(("E", "I"), [(128, 4), (64, 5), (32, 3)])
 def test_the_indexer(E: int, I: int, rotation: bool, launches: Counter[str]) -> None:
@@ -186,8 +216,6 @@ def test_the_indexer(E: int, I: int, rotation: bool, launches: Counter[str]) -> 
     leaves = torch.randn(T, I, E).bfloat16(), torch.randn(S, E).bfloat16(), torch.randn(T, I)
     index = Fp8Index(leaves, "fp8" if rotation else "fp8_unrotated")
     q, k = (dequantize(quantize(x, rotation=rotation), torch.float32) for x in leaves[:2])
-    assert torch.equal(index.leaves[0].float(), q) and torch.equal(index.leaves[1].float(), k)
-    assert index.leaves[2] is leaves[2]
     expected = torch.einsum("ti,tis->ts", leaves[2], torch.einsum("tie,se->tis", q, k).relu())
     work = make_plan(*causal_intervals(torch.tensor([0, T])), PlanSizes(S, E, 8, False, 2**29, 4), torch.device("cpu"))
     (chunk,) = work.chunks
@@ -240,7 +268,7 @@ def test_a_chunk_is_scored_once(share: int, monkeypatch: pytest.MonkeyPatch) -> 
     stages = object.__new__(gpu_stages.GpuStages)
     stages.plan = SimpleNamespace(shards=[SimpleNamespace(own=chunk, teacher=chunk)], own=None)
     stages.q, stages.lse, stages.leaves, stages.wait_for_keys, stages.row_inputs = none, none, (none,) * 3, None, None
-    stages.scored, stages.logits, stages.needs, stages.rotated = -1, False, (False,) * 3, True
+    stages.scored, stages.logits, stages.needs = -1, False, (False,) * 3
     stages.scores, stages.index_scores, stages.di = [tile], tile.clone(), tile.clone()
     stages.sums = SimpleNamespace(kl=none, entropy=none)
     held = SimpleNamespace(record_stream=lambda stream: done.append("held") if stream is here else None)
@@ -252,36 +280,24 @@ def test_a_chunk_is_scored_once(share: int, monkeypatch: pytest.MonkeyPatch) -> 
     stages.fp8_index = SimpleNamespace(
         share=lambda own, traffic, processors: share if (own, traffic, processors) == (chunk, 7, 4) else 0,
         scores=lambda chunk, out, processors=4: done.append(f"scores by {processors}"),
-        leaves=(none,) * 3,
     )
     stages.index(0, stages.teacher(0))
     forked = ["fork", "scores by 3", "beside", "quantise", "here", "join", "held", "teacher", "rows"]
     assert done == (forked if share == 3 else ["quantise", "teacher", "scores by 4", "rows"])
 
 
-@pytest.mark.parametrize(("E", "heads"), [(128, 64), (128, 33), (128, 32), (64, 64), (32, 3)])
-def test_d_index_q_is_rotated_once(E: int, heads: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """By the kernel that makes it, where that one can, or after it."""
-    by_kernel = gpu_body.rotates(E, heads)
-    assert by_kernel == ((E, 64 if heads > 32 else heads) in ROTATED_QUERIES)
-    for masks in (False, True):
-        kernel = gpu_body.query_gradient(E, 64, by_kernel, masks)
-        choices = ({"rotation": 1} if by_kernel else {}) | ({"masks": 1} if masks else {})
-        assert kernel == ("gradients_query", {"E": E, "IP": 64} | choices)
-    after: list[Tensor] = []
-    monkeypatch.setattr(gpu_stages, "rotate_rows", after.append)
+def test_gradients_are_formed_of_the_rows_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only the scores are of e4m3."""
+    given: list[Any] = []
     monkeypatch.setattr(torch.cuda, "device", lambda _: nullcontext())
-    for name in ("index_gradients", "kl_rows"):
-        monkeypatch.setattr(gpu_body, name, lambda *_: None)
-    d_index_q, none = torch.zeros(200, heads, E), torch.zeros(0)
+    monkeypatch.setattr(gpu_body, "kl_rows", lambda *_: None)
+    monkeypatch.setattr(gpu_body, "index_gradients", lambda di, leaves, *_: given.append(leaves))
+    none = torch.zeros(0)
     stages = object.__new__(gpu_stages.GpuStages)
-    chunk = SimpleNamespace(begin=0, end=128)
-    stages.plan = SimpleNamespace(shards=[SimpleNamespace(own=chunk)], own=None)
+    stages.plan = SimpleNamespace(shards=[SimpleNamespace(own=SimpleNamespace(begin=0, end=128))], own=None)
     stages.index_scores = stages.di = stages.q = none
-    stages.fp8_index = SimpleNamespace(leaves=(none,) * 3, scores=lambda *_: None)
-    stages.leaves, stages.row_inputs, stages.logits, stages.needs, stages.rotated = None, None, False, (True,) * 3, True
-    stages.scored = -1
-    stages.sums = SimpleNamespace(kl=none, entropy=none, d_index_q=d_index_q, d_index_k=None)
-    stages.out = gpu_body.IndexGradients(d_index_q, None, none, by_kernel)
+    stages.fp8_index = SimpleNamespace(scores=lambda *_: given.append("scores"))
+    stages.leaves, stages.row_inputs, stages.logits, stages.needs = (none,) * 3, None, False, (True,) * 3
+    stages.scored, stages.out, stages.sums = -1, None, SimpleNamespace(kl=none, entropy=none)
     stages.index(0, none)
-    assert [x.shape[0] for x in after] == ([] if by_kernel else [128])
+    assert given == ["scores", stages.leaves]

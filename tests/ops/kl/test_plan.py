@@ -7,9 +7,11 @@ import torch
 from torch import Tensor
 
 from flash_indexer.intervals import causal_intervals
+from flash_indexer.kernels.sm_90.sizes import kl_parts
 from flash_indexer.ops.kl import plan as kl_plan
 from flash_indexer.ops.kl.gpu_body import row_kernel
-from flash_indexer.ops.kl.plan import BYTES_PER_TILE, Plan, PlanSizes, TileChunk, make_plan, plan
+from flash_indexer.ops.kl.plan import Plan, TileChunk, make_plan, plan
+from flash_indexer.ops.kl.plan_sizes import BYTES_PER_TILE, PlanSizes, cut
 from flash_indexer.ops.worklists import TILE
 
 CPU = torch.device("cpu")
@@ -101,11 +103,14 @@ def test_runs_of_tiles_fill_the_processors_rounds() -> None:
         assert len(filled) > 3 and all(1 - n / -(-n // 1) < 0.03 for n in filled), (narrow, filled)
 
 
+@pytest.mark.parametrize("fused", [False, True])
 @pytest.mark.parametrize("heads", [8, 16, 32, 64])
-def test_query_items_cover_what_their_tokens_see(layout: tuple[Tensor, Tensor, int], heads: int) -> None:
+def test_query_items_cover_what_their_tokens_see(layout: tuple[Tensor, Tensor, int], heads: int, fused: bool) -> None:
     key_start, key_end, S = layout
-    made = make_plan(key_start, key_end, sizes(S, 10 * BYTES_PER_TILE, heads), CPU)
-    tokens, covered = TILE // heads, torch.zeros(key_start.shape[0], dtype=torch.bool)
+    of = sizes(S, 10 * BYTES_PER_TILE, heads)._replace(fused=fused)
+    made = make_plan(key_start, key_end, of, CPU)
+    tokens = TILE * kl_parts(of.E) // heads if fused else TILE // heads
+    covered = torch.zeros(key_start.shape[0], dtype=torch.bool)
     for chunk in made.chunks:
         for token, first, count, base in rows(chunk.gradients.query):
             assert token % tokens == 0 and count >= 1 and chunk.begin <= token < chunk.end
@@ -182,7 +187,41 @@ def test_memory_stays_within_the_workspace() -> None:
         for chunk in made.chunks:
             held = chunk.tiles * BYTES_PER_TILE + chunk.gradients.slots * TILE * 128 * 4
             assert held <= workspace or chunk.end - chunk.begin <= TILE
+        for heads in (8, 64):
+            wanted = sizes(S, workspace, heads)._replace(fused=True)
+            for chunk in make_plan(key_start, key_end, wanted, CPU).chunks:
+                tokens, pairs = chunk.end - chunk.begin, chunk.tiles * TILE**2
+                held = pairs * (10 + heads // 8) + chunk.tiles * TILE * 12 + tokens * heads * 128 * 2
+                held += chunk.gradients.slots * TILE * 128 * 4
+                assert held <= workspace or tokens <= TILE
     assert len(make_plan(key_start, key_end, sizes(S, 2**29), CPU).chunks) == 1
+
+
+def test_runs_of_blocks_fit_and_few_are_more_than_must_be() -> None:
+    random = torch.Generator().manual_seed(0)
+    for n in range(300):
+        blocks = int(torch.randint(1, 60, (), generator=random))
+        counts = torch.randint(0, 1 + n % 40, (blocks,), generator=random)
+        counts *= torch.rand(blocks, generator=random) < 0.9
+        limit = int(torch.randint(1, 90, (), generator=random)) * BYTES_PER_TILE
+        for processors in (1, 7):  # one fills every round
+            runs = cut(torch.zeros_like(counts), counts, sizes(128, -(-limit * 8 // 7), processors=processors))
+            assert [x for run in runs for x in range(*run) if counts[x]] == counts.nonzero()[:, 0].tolist()
+            for begin, stop in runs:
+                assert int(counts[begin:stop].sum()) * BYTES_PER_TILE <= limit or stop == begin + 1
+            fewest, held = 0, limit + 1
+            for tiles in counts[counts > 0].tolist():
+                held += tiles * BYTES_PER_TILE
+                if held > limit:
+                    fewest, held = fewest + 1, tiles * BYTES_PER_TILE
+            assert len(runs) <= (fewest if processors == 1 else 2 * fewest)
+
+
+def test_eight_documents_take_two_runs_where_two_fit() -> None:
+    """Three were taken, for the first of them filled the processors better as a short one: 6% of the whole call."""
+    key_start, key_end, S = intervals([(4096, 4096)] * 8)
+    wanted = PlanSizes(S, 64, 16, True, 2**29, 132, narrow=True, fused=True)
+    assert len(make_plan(key_start, key_end, wanted, CPU).chunks) == 2
 
 
 @pytest.mark.parametrize("heads", [8, 64])

@@ -18,11 +18,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from flash_indexer.kernels.sm_90.sizes import kl_parts
 from flash_indexer.ops import Problem, Sums, launch, make_stages, run_stages
 from flash_indexer.ops.bodies import TORCH
-from flash_indexer.ops.kl import gpu_body
-from flash_indexer.ops.kl.plan import PlanSizes
+from flash_indexer.ops.kl import gpu_body, gpu_fused
 from flash_indexer.ops.kl.plan_shards import cut_runs, largest_run, make_shard_plan
+from flash_indexer.ops.kl.plan_sizes import PlanSizes
 from flash_indexer.ops.worklists import TILE, visible_tiles
 from flash_indexer.testing import Inputs, Result, Shape, make_inputs, reference_indexer_kl
 
@@ -48,7 +49,8 @@ def players(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     names = ("teacher_scores", "summed_logits", "teacher_lse", "index_scores", "kl_rows", "index_gradients")
     for name in names:
         monkeypatch.setattr(gpu_body, name, globals()[f"play_{name}"])
-    monkeypatch.setattr(gpu_body, "prepare", lambda problem: None)
+    monkeypatch.setattr(gpu_fused, "gradients", play_fused_gradients)
+    monkeypatch.setattr(gpu_body, "prepare", lambda problem, fused: None)
     monkeypatch.setattr(torch.cuda, "device", lambda _: nullcontext())
     properties = SimpleNamespace(multi_processor_count=4)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: properties)
@@ -72,16 +74,47 @@ def play_score(q: Tensor, k: Tensor, chunk: Any, out: Tensor, value: Any) -> Non
         out[tile * TILE :][: scores.shape[0], : scores.shape[1]] = scores
 
 
-def play_teacher_scores(q, k, lse, chunk, out, scale) -> None:
+def play_teacher_scores(q, k, lse, chunk, out, scale, left=()) -> None:
     play_score(q, k, chunk, out, lambda x, here: (x * scale - lse[here, :, None]).exp())
+    if left:
+        key_start, key_end, sums = left
+        for token, key, tile, _ in rows_of(chunk.score):
+            seen, p = seen_of(key_start, key_end, token, key), out[tile * TILE :][:TILE]
+            sums[tile * TILE :][: len(seen)] = torch.where(seen, p[: len(seen)], 0.0).sum(1)
 
 
 def play_summed_logits(q, k, chunk, out, scale) -> None:
     play_score(q, k, chunk, out, lambda x, here: x * scale)
 
 
-def play_index_scores(index_q, index_k, weights, chunk, out) -> None:
+def play_index_scores(index_q, index_k, weights, chunk, out, left=()) -> None:
     play_score(index_q, index_k[:, None], chunk, out, lambda x, here: x.relu() * weights[here, :, None])
+    if left:
+        key_start, key_end, tops, masks = left
+        queries = F.pad(index_q, (0, 0, 0, PADDED - index_q.shape[1], 0, TILE))
+        for token, key, tile, _ in rows_of(chunk.score):
+            seen, x = seen_of(key_start, key_end, token, key), out[tile * TILE :][:TILE]
+            x = torch.where(seen, x[: len(seen)], -torch.inf)
+            top = x.amax(1)
+            total = (x - top.nan_to_num(neginf=0.0)[:, None]).exp().sum(1)
+            tops[tile * TILE :][: len(seen)] = torch.stack([top, total], 1)
+            keys = F.pad(index_k, (0, 0, 0, TILE))[key : key + TILE]
+            positive = torch.einsum("tie,se->tis", queries[token : token + TILE], keys) > 0
+            masks.view(-1, 8 * PADDED, masks.shape[1])[tile] = words(positive)
+
+
+def seen_of(key_start: Tensor, key_end: Tensor, token: int, key: int) -> Tensor:
+    """Which keys of a tile its tokens see; of a last block those that there are."""
+    here, s = slice(token, token + TILE), key + torch.arange(TILE)
+    return (s >= key_start[here, None]) & (s < key_end[here, None])
+
+
+def words(positive: Tensor) -> Tensor:
+    """Masks of a tile [128, PADDED, 128] in bits, as `device/mask_words.cuh` says: 16 rows (token, head) a line."""
+    bits = positive.view(TILE * PADDED // 2, 2, 8, 2, 4, 2).long()  # of rows, and g / 2, g % 2, q, c of key 8g + 2q + c
+    row, half, place = torch.arange(2)[:, None, None], torch.arange(8)[:, None], torch.arange(2)  # R % 2, g / 2, g % 2
+    found = (bits << (16 * row + 8 * place + 7 - half)[..., None, None]).sum((1, 2, 3))  # R / 2, q, c
+    return torch.where(found < 2**31, found, found - 2**32).int().view(-1, 64)
 
 
 def play_teacher_lse(q, k, key_start, key_end, scale) -> Tensor:
@@ -111,17 +144,26 @@ def play_kl_rows(p, scores, work, chunk, rows, out, logits) -> None:
             di[at] = values.view(-1, TILE)
 
 
-def play_index_gradients(di, leaves, work, chunk, out, scores) -> None:
-    """Both kernels share masks, set where nothing is written, and w·index_q; rows past the last token are there too."""
+def play_index_gradients(di, leaves, work, chunk, out, scores, parts=1) -> None:
+    """Both kernels share masks, set where nothing is written, and w·index_q; rows past the last token are there too.
+
+    parts: times 128 rows (token, head) of an item; w·index_q of 128 rows that hold no token is not written.
+    """
     assert all(x.shape == di.shape for x in scores), "the masks' memory"
     for x in scores:
         x.fill_(torch.nan)  # it is overwritten
     index_q, index_k, weights = (F.pad(x, (0,) * 2 * (x.dim() - 1) + (0, TILE)) for x in leaves)
-    (T, I, E), tokens = leaves[0].shape, TILE // PADDED
+    (T, I, E), tokens = leaves[0].shape, TILE // PADDED  # of 128 rows
     tiles = di.view(-1, TILE, TILE)
     masks = torch.ones(len(tiles), TILE, I, TILE, dtype=torch.bool)
     scaled = (torch.empty if work.complete else torch.zeros)(len(index_q), I, E, dtype=di.dtype)
-    for token, first, count, base in rows_of(chunk.gradients.query):
+    items = [
+        (token + part * tokens, *item)
+        for (token, *item), part in itertools.product(rows_of(chunk.gradients.query), range(parts))
+    ]
+    for token, first, count, base in items:
+        if token >= T:
+            continue
         rows, here = slice(token % TILE, token % TILE + tokens), slice(token, token + tokens)
         unscaled = torch.zeros(tokens, I, E, dtype=di.dtype)
         for n in range(first, first + count):
@@ -157,6 +199,40 @@ def play_index_gradients(di, leaves, work, chunk, out, scores) -> None:
             rows = out.index_k[key_tile * TILE :][:TILE]
             for slot in range(begin, end):
                 rows += partials[slot * TILE : (slot + 1) * TILE][: rows.shape[0]]
+
+
+def play_fused_gradients(scores, left, leaves, work, chunk, rows, out) -> None:
+    """As the two others, but that di of tokens in no item is not written, and of what the scores left all is read."""
+    p, x = scores
+    assert p.shape == x.shape == out.di.shape and len(left.sums) == len(left.tops) == len(p)
+    for t in range(chunk.begin, chunk.end):
+        base, first, end, _ = work.blocks.view(-1, 4)[t // TILE].tolist()
+        at = torch.tensor([(base + n) * TILE + t % TILE for n in range(first, end)], dtype=torch.int64)
+        low, high = (int(y[t]) - first * TILE for y in rows[:2])
+        if high > low:
+            torch.testing.assert_close(left.sums[at].sum(), p[at].flatten()[low:high].sum())
+            tops = left.tops[at]
+            torch.testing.assert_close(
+                (tops[:, 0] + tops[:, 1].log()).logsumexp(0), x[at].flatten()[low:high].logsumexp(0)
+            )
+    written = out.di.new_zeros(out.di.shape, dtype=torch.bool).view(-1, TILE, TILE)
+    queries = F.pad(leaves[0], (0, 0, 0, PADDED - leaves[0].shape[1], 0, TILE))
+    keys = F.pad(leaves[1], (0, 0, 0, TILE))
+    lines, parts = left.masks.view(-1, 8 * PADDED, left.masks.shape[1]), kl_parts(leaves[0].shape[2])
+    for token, key_tile, count, base in rows_of(chunk.gradients.query):
+        block, line = token // TILE * TILE, token % TILE // 2
+        for n in range(key_tile, key_tile + count):
+            positive = torch.einsum("tie,se->tis", queries[block : block + TILE], keys[n * TILE : n * TILE + TILE]) > 0
+            here = slice(line, line + 8 * parts)
+            assert torch.equal(lines[base + n, here], words(positive)[here])
+        _, first, end, _ = work.blocks.view(-1, 4)[token // TILE].tolist()
+        written[base + first : base + end, token % TILE : token % TILE + parts * TILE // PADDED] = True
+    if not work.complete:
+        out.di.zero_()
+    before = out.di.clone()
+    play_kl_rows(p, x, work, chunk, rows, (out.di, out.kl, out.entropy), False)
+    out.di.copy_(torch.where(written.view(-1, TILE), out.di, before))
+    play_index_gradients(out.di, leaves, work, chunk, out.gradients, scores, parts)
 
 
 def masked(mask: Tensor, di: Tensor) -> Tensor:
@@ -215,6 +291,35 @@ def test_the_ranks_together_are_one(body: str, name: str, world: int) -> None:
     truth = reference_indexer_kl(x, token_weight=x.token_weight)
     for field, value, expected in zip(Result._fields[1:], got, truth[1:], strict=True):
         torch.testing.assert_close(value, expected, rtol=1e-10, atol=1e-12, msg=lambda m, f=field: f"{f}: {m}")
+
+
+@pytest.mark.parametrize("needs", [(True,) * 3, (False, True, False), (True, False, False)])
+@pytest.mark.parametrize("name", SHAPES)
+@pytest.mark.usefixtures("players")
+def test_scores_leave_what_the_gradients_take(
+    name: str, needs: tuple[bool, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Heads that are narrow enough, one process and one chunk, and one of each block of tokens."""
+    for unused in ("kl_rows", "index_gradients"):
+        monkeypatch.delattr(gpu_body, unused)
+    monkeypatch.setattr(gpu_body, "row_kernel", lambda work: "rows_warp")
+    x = make_inputs(replace(SHAPES[name], D=64), seed=8, dtype=torch.float64)
+    truth = reference_indexer_kl(x, token_weight=x.token_weight)
+    for workspace in (2**29, 1):
+        (got,) = drive(x, 1, "sm_90", needs, workspace=workspace)
+        for value, expected in zip(got, truth[1:], strict=True):
+            if value is not None:
+                torch.testing.assert_close(value, expected, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.usefixtures("players")
+def test_few_long_rows_have_kernels_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(gpu_fused, "gradients")
+    x = make_inputs(Shape(((5, 700),), **(HEADS | dict(D=64))), seed=8, dtype=torch.float64)
+    (got,) = drive(x, 1, "sm_90")
+    truth = reference_indexer_kl(x, token_weight=x.token_weight)
+    for value, expected in zip(got, truth[1:], strict=True):
+        torch.testing.assert_close(value, expected, rtol=1e-10, atol=1e-12)
 
 
 @pytest.mark.parametrize("processors", [4, 132])

@@ -14,6 +14,10 @@ static __device__ __forceinline__ float quad_max(float x) {
   x = fmaxf(x, __shfl_xor_sync(0xffffffffu, x, 1));
   return fmaxf(x, __shfl_xor_sync(0xffffffffu, x, 2));
 }
+static __device__ __forceinline__ float quad_max_or_nan(float x) {
+  x = max_or_nan(x, __shfl_xor_sync(0xffffffffu, x, 1));
+  return max_or_nan(x, __shfl_xor_sync(0xffffffffu, x, 2));
+}
 static __device__ __forceinline__ float quad_sum(float x) {
   x += __shfl_xor_sync(0xffffffffu, x, 1);
   return x + __shfl_xor_sync(0xffffffffu, x, 2);

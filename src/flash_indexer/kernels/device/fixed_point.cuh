@@ -21,9 +21,3 @@ static __device__ __forceinline__ void add_bulk(int* to, int from, int bytes) {
                "r"(bytes)
                : "memory");
 }
-static __device__ __forceinline__ void commit_bulk() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }
-// the additions of this thread have read what they add
-static __device__ __forceinline__ void wait_bulk_read() {
-  asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory");
-}
-static __device__ __forceinline__ void wait_bulk() { asm volatile("cp.async.bulk.wait_group 0;" ::: "memory"); }

@@ -47,6 +47,11 @@ static __device__ __forceinline__ float4 load_shared_float4(int address) {
                : "r"(address));
   return v;
 }
+static __device__ __forceinline__ int2 load_shared_int2(int address) {
+  int2 v;
+  asm volatile("ld.shared.v2.s32 {%0, %1}, [%2];" : "=r"(v.x), "=r"(v.y) : "r"(address));
+  return v;
+}
 static __device__ __forceinline__ int4 load_shared_int4(int address) {
   int4 v;
   asm volatile("ld.shared.v4.s32 {%0, %1, %2, %3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "r"(address));
@@ -88,8 +93,26 @@ static __device__ __forceinline__ void store_shared_bfloat16(int address, float 
   asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(v) : "f"(x));
   asm volatile("st.shared.u16 [%0], %1;" ::"r"(address), "h"(v) : "memory");
 }
+// four 8 x 8 matrices of 16 bits, of which lane 8m + i gives the address of row i of the m-th one: transposed, so that lane l has
+// column l / 4 of rows 2 (l % 4) and the next one. Where the rows of one are the same, that is an element in both halves
+static __device__ __forceinline__ void load_shared_matrices_transposed(unsigned* v, int address) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(v[0]), "=r"(v[1]), "=r"(v[2]), "=r"(v[3])
+               : "r"(address));
+}
 // stores to shared memory become visible to the copy engine and to tensor cores
 static __device__ __forceinline__ void fence_shared() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+// so many bytes of shared memory to global memory, by the copy engine; such copies, also those that add, are waited for by the
+// thread that asked for them
+static __device__ __forceinline__ void store_bulk(void* to, int from, int bytes) {
+  asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;" ::"l"(to), "r"(from), "r"(bytes) : "memory");
+}
+static __device__ __forceinline__ void commit_bulk() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }
+// they have read what they copy
+static __device__ __forceinline__ void wait_bulk_read() {
+  asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory");
+}
+static __device__ __forceinline__ void wait_bulk() { asm volatile("cp.async.bulk.wait_group 0;" ::: "memory"); }
 // keeps what is made of it from being hoisted out of a loop, to where registers run out
 static __device__ __forceinline__ int opaque(int x) {
   asm volatile("" : "+r"(x));

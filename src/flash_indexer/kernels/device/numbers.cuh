@@ -20,12 +20,6 @@ static __device__ __forceinline__ float relu(float x) {
   asm("max.NaN.f32 %0, %1, 0f00000000;" : "=f"(y) : "f"(x));
   return y;
 }
-// (a, b) = (a + b, a - b): a step of the rotation by the Hadamard matrix
-static __device__ __forceinline__ void add_and_subtract(float& a, float& b) {
-  const float difference = a - b;
-  a += b;
-  b = difference;
-}
 // two bfloat16 in a word, the first in the lower half
 static __device__ __forceinline__ unsigned pack(float low, float high) {
   unsigned v;
@@ -46,14 +40,9 @@ static __device__ __forceinline__ unsigned mask_signs(float lo, float hi) {
   asm("prmt.b32 %0, %1, %2, 0xffbb;" : "=r"(m) : "r"(__float_as_uint(lo)), "r"(__float_as_uint(hi)));
   return m;
 }
-// 0xffff in the lower half where byte `n` of low has its top bit, in the upper half for that byte of high; n is a constant
-static __device__ __forceinline__ unsigned spread_signs(unsigned low, unsigned high, int n) {
+// 0xffff in the lower half where byte n of x has its top bit, in the upper half for byte n + 2; n is a constant
+static __device__ __forceinline__ unsigned spread_signs(unsigned x, int n) {
   unsigned m;
-  asm("prmt.b32 %0, %1, %2, %3;" : "=r"(m) : "r"(low), "r"(high), "r"(0xcc88 + 0x1111 * n));
+  asm("prmt.b32 %0, %1, %1, %2;" : "=r"(m) : "r"(x), "r"(n ? 0xbb99 : 0xaa88));
   return m;
-}
-// nibbles 0, 4, 1, 5, 2, 6, 3, 7 of x, the lowest first
-static __device__ __forceinline__ unsigned interleave_nibbles(unsigned x) {
-  const unsigned even = x & 0x0f0f0f0fu, odd = x >> 4 & 0x0f0f0f0fu;
-  return __byte_perm(even, odd, 0x5140) + __byte_perm(even, odd, 0x7362) * 16;
 }

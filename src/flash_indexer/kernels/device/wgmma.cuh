@@ -56,19 +56,19 @@ static __device__ __forceinline__ void wg_e4m3_products(float* d, int a, int b, 
         Narrow::descriptor(a + Narrow::along_row(k)), Narrow::descriptor(b + Narrow::along_row(k)), (uint32_t*)d,
         add || k > 0);
 }
-// d += P B: P [64, N] in registers, B [N, V] from b on
-template <int N, int V>
+// d += P B: P [64, N] in registers, B [N, V] from b on; of them SLICES slices of 16 columns and rows
+template <int N, int V, int FIRST = 0, int SLICES = N / 16>
 static __device__ __forceinline__ void wg_accumulate(float* d, unsigned* p, int b) {
   using namespace tl;
-  warpgroup_fence_operand(p, N / 4);
+  warpgroup_fence_operand(p + 4 * FIRST, 4 * SLICES);
   warpgroup_fence_operand(d, V / 2);
   warpgroup_arrive();
 #pragma unroll
-  for (int k = 0; k < N / 16; ++k)
+  for (int k = FIRST; k < FIRST + SLICES; ++k)
     wgmma_rs<DataType::kBFloat16, DataType::kBFloat16, DataType::kFloat32, 64, V, 16, false, true, 1, 1>(
         p + k * 4, Tile<V, N>::descriptor(b + Tile<V, N>::along_column(k) + (N * Tile<V, N>::ROW >> 4 << 16)),
         (uint32_t*)d, 1);
   warpgroup_commit_batch();
   warpgroup_fence_operand(d, V / 2);
-  warpgroup_fence_operand(p, N / 4);
+  warpgroup_fence_operand(p + 4 * FIRST, 4 * SLICES);
 }

@@ -1,5 +1,6 @@
 #pragma once
 #include "../device/accumulator.cuh"
+#include "../device/mask_words.cuh"
 #include "../device/partial_sums.cuh"
 #include "../device/wgmma.cuh"
 // tiles of 128 rows of index_q from row first to last: none past the end n, at least one; no rows (an empty item): none
@@ -30,29 +31,30 @@ static __device__ __forceinline__ void gd_query(const float* s, unsigned* p, int
     p[2 * g + 1] = define_word(d1, mask_signs(s[4 * g + 2], s[4 * g + 3]));
   }
 }
-// the same, and the masks in bits: two words a thread, put where the threads of `gradients_masked.cuh` that hold the same
-// elements transposed find theirs beside one another. Element (row 16 warp + lane / 4 + 8h, key 8g + 2 (lane % 4) + c),
-// g = 8u + 2n + r, is bit 8 (2u + r) + 4c + n of word h; MASKS holds the first 32 tiles of 128 rows of a block, MORE others
+// the same, and the masks in bits, as `device/mask_words.cuh` says: threads of neighbouring rows, lanes l and l ^ 4, make a word of
+// both rows each. MASKS holds the first 32 tiles of 128 rows of a block, MORE the others
 template <int IP>
 static __device__ __forceinline__ void gd_query_masks(
     const float* s, unsigned* p, int di, void* MASKS, void* MORE, int tile, int place) {
-  const int d = di + thread_row() / IP * 256 + (threadIdx.x & 3) * 4, lane = threadIdx.x & 31;
+  const int d = di + thread_row() / IP * 256 + (threadIdx.x & 3) * 4;
   unsigned bits[2] = {0u, 0u};
 #pragma unroll
   for (int g = 0; g < 16; ++g) {
     const unsigned d0 = load_shared_word(d + g * 16), d1 = IP == 8 ? load_shared_word(d + 256 + g * 16) : d0;
     const unsigned m0 = mask_signs(s[4 * g], s[4 * g + 1]), m1 = mask_signs(s[4 * g + 2], s[4 * g + 3]);
-    const unsigned bit = 0x10001u << (4 * (2 * (g >> 3) + (g & 1)) + (g >> 1 & 3));
+    const unsigned bit = mask_bits(g);
     p[2 * g] = define_word(d0, m0);
     p[2 * g + 1] = define_word(d1, m1);
     bits[0] |= m0 & bit;
     bits[1] |= m1 & bit;
   }
-#pragma unroll
-  for (int h = 0; h < 2; ++h) bits[h] = interleave_nibbles(bits[h]);
   constexpr int HELD = IP < 32 ? IP : 32;
-  uint2* to = (uint2*)(place < 32 ? MASKS : MORE) + ((long long)tile * HELD + place % 32) * 256;
-  to[(threadIdx.x >> 5) * 32 + ((lane & 3) * 4 + (lane >> 3)) * 2 + (lane >> 2 & 1)] = make_uint2(bits[0], bits[1]);
+  unsigned* to = (unsigned*)(place < 32 ? MASKS : MORE) + ((long long)tile * HELD + place % 32) * 512;
+  const int odd = threadIdx.x >> 2 & 1, halves = odd ? 0x3276 : 0x5410;
+#pragma unroll
+  for (int h = 0; h < 2; ++h)
+    to[mask_word(thread_row(h), threadIdx.x & 3, odd)] =
+        __byte_perm(bits[h], __shfl_xor_sync(0xffffffffu, bits[h], 4), halves);
 }
 // p = di * w * [s < 0]: rows keys, columns (token, head); di [128 / IP, 128], w [128]
 template <int IP>
@@ -120,40 +122,10 @@ static __device__ __forceinline__ void gd_weights(float* w, const float* W, int 
   w[0] = load_float(W, min(row + thread_row(), n - 1));
   w[1] = load_float(W, min(row + thread_row(1), n - 1));
 }
-// o = its rows times the Hadamard matrix, divided by sqrt(E): sums of pairs at distance 1, then of lanes (2, 4), then of
-// groups of 8 columns
-template <int E>
-static __device__ __forceinline__ void gd_rotate(float* o) {
-  static_assert(E == 128, "the factor at the end");
-#pragma unroll
-  for (int i = 0; i < E / 2; i += 2) add_and_subtract(o[i], o[i + 1]);
-#pragma unroll
-  for (int step = 1; step < 4; step *= 2) {
-    const bool upper = threadIdx.x & step;
-#pragma unroll
-    for (int i = 0; i < E / 2; ++i) {
-      const float other = __shfl_xor_sync(0xffffffffu, o[i], step);
-      o[i] = upper ? other - o[i] : o[i] + other;
-    }
-  }
-#pragma unroll
-  for (int step = 1; step < E / 8; step *= 2)
-#pragma unroll
-    for (int g = 0; g < E / 8; ++g)
-      if (!(g & step))
-#pragma unroll
-        for (int i = 0; i < 4; ++i) add_and_subtract(o[4 * g + i], o[4 * (g + step) + i]);
-#pragma unroll
-  for (int i = 0; i < E / 2; ++i) o[i] *= 0.08838834764831845f;
-}
-// DQ = w * O, its rows rotated with ROTATION, and DW, for heads j < I of tokens t < ntok
-template <int E, int IP, int ROTATION>
+// DQ = w * O and DW, for heads j < I of tokens t < ntok
+template <int E, int IP>
 static __device__ __forceinline__ void gd_store_query(
-    float* o, const float* w, const float* dw, void* DQ, float* DW, int t0, int I, int ntok) {
-  if constexpr (ROTATION) {
-    scale_rows<E>(o, w[0], w[1]);
-    gd_rotate<E>(o);
-  }
+    const float* o, const float* w, const float* dw, void* DQ, float* DW, int t0, int I, int ntok) {
 #pragma unroll
   for (int h = 0; h < 2; ++h) {
     const int r = thread_row(h), t = t0 + r / IP, j = r % IP;
@@ -162,10 +134,7 @@ static __device__ __forceinline__ void gd_store_query(
       unsigned* q = (unsigned*)DQ + row * (E / 2) + (threadIdx.x & 3);
       if ((threadIdx.x & 3) == 0) DW[row] = dw[h];
 #pragma unroll
-      for (int g = 0; g < E / 8; ++g) {
-        const float factor = ROTATION ? 1.0f : w[h];
-        q[4 * g] = pack(o[4 * g + 2 * h] * factor, o[4 * g + 2 * h + 1] * factor);
-      }
+      for (int g = 0; g < E / 8; ++g) q[4 * g] = pack(o[4 * g + 2 * h] * w[h], o[4 * g + 2 * h + 1] * w[h]);
     }
   }
 }

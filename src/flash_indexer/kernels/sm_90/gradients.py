@@ -65,15 +65,14 @@ TOKEN, STEPS, NEXT_TOKEN, NEXT_STEPS, NEXT_TILE = range(5)
 KEY_TILE, SLOT, NEXT_BLOCK, NEXT_BLOCK_END = range(4)
 
 
-def build_query(E, IP, rotation=0, masks=0):
+def build_query(E, IP, masks=0):
     """Gradients of index_q and of the weights, summed over the keys of each query token.
 
         DQ[t,j] = w[t,j] · sum_s di[t,s]·[logit[t,j,s] > 0]·index_k[s]
         DW[t,j] = index_q[t,j] · sum_s di[t,s]·[logit[t,j,s] > 0]·index_k[s]
 
-    E: index head width, 32, 64 or 128. IP: padded number of index heads, 8, 16, 32 or 64. rotation: 1 (E = 128 alone)
-    rotates DQ's rows (`ops.quantization`) before they are rounded. masks: 1 leaves for `gradients_masked`, which forms
-    the gradient of index_k, what it needs. Run-time arguments:
+    E: index head width, 32, 64 or 128. IP: padded number of index heads, 8, 16, 32 or 64. masks: 1 leaves for
+    `gradients_masked`, which forms the gradient of index_k, what it needs. Run-time arguments:
 
         IQ     [n·IP, E] bfloat16     index_q, row (t - q_base)·IP + j, zeros in padded heads
         IK     [S, E] bfloat16        index_k
@@ -84,7 +83,8 @@ def build_query(E, IP, rotation=0, masks=0):
                                       tiles kt_begin .. kt_begin + n_kt - 1 (n_kt >= 1); di in tile tile_base + kt
         WQ           [n·IP, E] bfloat16   masks: w·index_q, rows from token `base` on, as tiles of 128 rows lie in
                                           shared memory; written for the tokens of the items
-        MASKS, MORE  [2·tiles·128, 128] bfloat16   masks: their bits (`gradients.cuh`), of the items' tiles
+        MASKS, MORE  [n, 64] int32        masks: their words (`device/mask_words.cuh`), of the items' tiles; a tile's
+                                          first 4,096 rows (token, head), and the others (IP = 64)
         I, q_base, ntok, nitems, grid, base int32   CTA c of `grid` <= nitems takes the items c, c + grid, ...
     """
     STAGES, TOKENS = Y_STAGES[E], 128 // IP
@@ -96,8 +96,8 @@ def build_query(E, IP, rotation=0, masks=0):
     def flash_indexer_gradient_query(
         IQ: T.Tensor((nq, E), "bfloat16"), IK: T.Tensor((nk, E), "bfloat16"), W: T.Tensor((nq,), "float32"),
         DI: T.Tensor((nt, 128), "bfloat16"), DQ: T.Tensor((no, E), "bfloat16"), DW: T.Tensor((no,), "float32"),
-        ITEMS: T.Tensor((ni,), "int32"), WQ: T.Tensor((nw, E), "bfloat16"), MASKS: T.Tensor((nm, 128), "bfloat16"),
-        MORE: T.Tensor((nr, 128), "bfloat16"), I: T.int32, q_base: T.int32, ntok: T.int32, nitems: T.int32,
+        ITEMS: T.Tensor((ni,), "int32"), WQ: T.Tensor((nw, E), "bfloat16"), MASKS: T.Tensor((nm, 64), "int32"),
+        MORE: T.Tensor((nr, 64), "int32"), I: T.int32, q_base: T.int32, ntok: T.int32, nitems: T.int32,
         grid: T.int32, base: T.int32,
     ):  # fmt: skip
         with T.Kernel(grid, threads=384) as bx:
@@ -149,7 +149,7 @@ def build_query(E, IP, rotation=0, masks=0):
                         )  # fmt: skip
                     release_x(x, v, tx)
                     T.call_extern(
-                        "handle", f"gd_store_query<{E}, {IP}, {rotation}>", O.access_ptr("rw"), w.access_ptr("r"),
+                        "handle", f"gd_store_query<{E}, {IP}>", O.access_ptr("r"), w.access_ptr("r"),
                         dw.access_ptr("r"), T.address_of(DQ[0, 0]), T.address_of(DW[0]), item[TOKEN], I, ntok,
                     )  # fmt: skip
             else:

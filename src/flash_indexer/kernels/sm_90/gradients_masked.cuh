@@ -2,9 +2,9 @@
 #include "../device/accumulator.cuh"
 #include "../device/cluster.cuh"
 #include "../device/items.cuh"
+#include "../device/mask_words.cuh"
 #include "../device/wgmma.cuh"
-// A stage of the ring: the tile of w·index_q, then di and the mask of two key tiles. A mask of 128 rows x 128 keys is a
-// word pair for each thread that made it (`gradients.cuh`): of warp m of those, 16 rows, 256 bytes.
+// A stage of the ring: the tile of w·index_q, then di and the mask words of 128 rows for two key tiles
 template <int E, int IP, int STAGES>
 struct MaskedRing {
   static constexpr int TILE_BYTES = 256 * E, DI_BYTES = 128 / IP * 256, MASK_BYTES = 2048;
@@ -29,42 +29,46 @@ static __device__ __forceinline__ int gm_steps(int quarter, int quarter_end, int
 template <int IP>
 struct MaskedSlice {
   static constexpr int TOKENS = IP == 8 ? 2 : 1;
-  int4 bits;
+  unsigned bits[2];  // of rows 2 (lane % 4), + 1, and of those 8 rows on
   unsigned value[TOKENS][4];
-  // di and mask: addresses of the thread's first; k a constant, after which the slice before has the token's di already
+  // di: the address that the lane gives for the first token's; mask: of its first word; k a constant, after which the slice
+  // before has the token's di already
   __device__ __forceinline__ void load(int k, int first, int di, int mask, const MaskedSlice& before) {
-    bits = load_shared_int4(mask + k * 256);
+#pragma unroll
+    for (int half = 0; half < 2; ++half) bits[half] = load_shared_word(mask + k * 256 + half * 128);
 #pragma unroll
     for (int t = 0; t < TOKENS; ++t)
+      if (k == first || k * 16 % IP == 0) {
+        load_shared_matrices_transposed(value[t], di + (k * 16 / IP + t) * 256);
+      } else {
 #pragma unroll
-      for (int i = 0; i < 4; ++i)
-        value[t][i] = k == first || k * 16 % IP == 0
-                          ? load_shared_half(di + (k * 16 / IP + t) * 256 + (i >> 1) * 128 + (i & 1) * 16) * 0x10001u
-                          : before.value[t][i];
+        for (int i = 0; i < 4; ++i) value[t][i] = before.value[t][i];
+      }
   }
 };
 // p = di * mask of rows 16 FIRST .. 16 (FIRST + 4) - 1, transposed: rows keys, columns (token, head); p0 of the
-// warpgroup's first 64 keys, p1 of the others. factor: brings the thread's bits to the top of each byte; 0: none is set.
-// What a slice is made of is loaded before the one before it is formed
+// warpgroup's first 64 keys, p1 of the others. factor: brings the bits of p0's keys to the top of each byte; 0: none is set.
+// A row of di is all eight rows of a matrix, of which a lane then has its key's element twice. What a slice is made of is
+// loaded before the one before it is formed
 template <int IP, int FIRST>
 static __device__ __forceinline__ void gm_form(unsigned* p0, unsigned* p1, int di, int mask, unsigned factor) {
-  const int lane = threadIdx.x & 31;
-  di += warpgroup_row() * 2, mask += ((lane >> 3) * 4 + (lane & 3)) * 16;
+  const int lane = threadIdx.x & 31, matrix = lane >> 3;
+  di += (threadIdx.x >> 5 & 3) * 32 + (matrix >> 1) * 128 + (matrix & 1) * 16;
+  mask += 4 * mask_word(2 * (lane & 3), lane >> 3, lane >> 2 & 1);
   MaskedSlice<IP> slice, coming;
   coming.load(FIRST, FIRST, di, mask, coming);
 #pragma unroll
   for (int k = FIRST; k < FIRST + 4; ++k) {
     slice = coming;
     if (k < FIRST + 3) coming.load(k + 1, FIRST, di, mask, slice);
-    const unsigned low[2] = {(unsigned)slice.bits.x * factor, (unsigned)slice.bits.y * factor};
-    const unsigned high[2] = {(unsigned)slice.bits.z * factor, (unsigned)slice.bits.w * factor};
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
+      const unsigned first = slice.bits[half] * factor, second = slice.bits[half] * (factor * 16);
       const unsigned* value = slice.value[IP == 8 ? half : 0];
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
-        p0[4 * k + 2 * half + h] = define_word(value[h], spread_signs(low[half], high[half], h));
-        p1[4 * k + 2 * half + h] = define_word(value[2 + h], spread_signs(low[half], high[half], 2 + h));
+        p0[4 * k + 2 * half + h] = define_word(value[h], spread_signs(first, h));
+        p1[4 * k + 2 * half + h] = define_word(value[2 + h], spread_signs(second, h));
       }
     }
   }
@@ -97,7 +101,7 @@ static __device__ __forceinline__ void gm_accumulate(float* o0, float* o1, unsig
 template <int E, int IP, int COUNT, class Ring>
 static __device__ __forceinline__ void gm_group(Ring& ring, float* o0, float* o1, unsigned* p0, unsigned* p1) {
   const int v = threadIdx.x >> 7, lane = threadIdx.x & 31;
-  const unsigned shift = 1u << (7 - (lane & 4) - (threadIdx.x >> 5 & 3));
+  const unsigned shift = 1u << (threadIdx.x >> 5 & 3);
 #pragma unroll
   for (int u = 0; u < COUNT; ++u) {
     const int before = ring.empty();
@@ -111,6 +115,7 @@ static __device__ __forceinline__ void gm_group(Ring& ring, float* o0, float* o1
     gm_accumulate<E, 0>(o0, o1, p0, p1, y);
     if (u > 0) {
       tl::wait_wgmma<1>();
+      __syncwarp();
       if (lane == 0) barrier_arrive(before);
     }
     gm_form<IP, 4>(p0, p1, di, mask, factor);
@@ -167,10 +172,9 @@ static __device__ __forceinline__ void gm_sum(
 // the warp that copies: lane 0 Y, lanes 1 and 2 di of both key tiles, lanes 3 and 4 their masks
 template <int E, int IP, int STAGES>
 static __device__ __forceinline__ void gm_feed(
-    const void* WQ, const void* DI, const void* MASKS, const void* MORE, const int* BLOCKS, const int* ITEMS, int base,
-    int ntok, int nitems, int grid, int ring_, int barriers) {
+    const void* WQ, const void* DI, const void* MASKS, const void* MORE, int pitch, const int* BLOCKS, const int* ITEMS,
+    int base, int ntok, int nitems, int grid, int ring_, int barriers) {
   using Ring = MaskedRing<E, IP, STAGES>;
-  constexpr int HELD = IP < 32 ? IP : 32;  // masks of a score tile that one of the two arrays holds
   Ring ring = {ring_, barriers, 0, 1};
   const int lane = threadIdx.x & 31, v = (lane - 1) & 1;
   const int bytes = lane == 0 ? Ring::TILE_BYTES : lane < 3 ? Ring::DI_BYTES : Ring::MASK_BYTES;
@@ -184,7 +188,7 @@ static __device__ __forceinline__ void gm_feed(
       const int first = 2 * item.x;
       const int bits = (first >= seen.y && first < seen.z) | (first + 1 >= seen.y && first + 1 < seen.z) << 1;
       const bool copies = lane == 0 || (lane < 5 && (bits >> v & 1));
-      const long long score_tile = seen.x + first + v, masks = score_tile * (HELD * Ring::MASK_BYTES);
+      const long long score_tile = seen.x + first + v, masks = score_tile * pitch * Ring::MASK_BYTES;
       const char* from = lane == 0  ? (const char*)WQ + (long long)(block - (base >> 7)) * (IP * Ring::TILE_BYTES)
                          : lane < 3 ? (const char*)DI + score_tile * 32768
                                     : (const char*)MASKS + masks;

@@ -2,6 +2,7 @@
 #include "../device/memory.cuh"
 #include "../device/numbers.cuh"
 // A row of D numbers lies in LANES lanes, 8 * VECTORS of them each: vector v of lane l begins at column 8 * (v * LANES + l).
+// So vector v of all lanes is block v of the rotation: 8 * LANES is the largest power of two in D, at most 256
 template <int D>
 struct RowLanes {
   static constexpr int ALL = D / 8;
@@ -14,10 +15,11 @@ struct RowLanes {
     return (long long)row * D + 8 * (v * LANES + lane());
   }
 };
-// x = H x / sqrt(D), sums of pairs at distance 1, 2, 4, ...: D / 8 lanes hold a row
+// x = H x / sqrt(columns) of a block of columns, sums of pairs at distance 1, 2, 4, ...: one vector a lane
 template <int D>
 static __device__ __forceinline__ void rotate_row(float* x) {
-  static_assert(RowLanes<D>::VECTORS == 1 && (D & (D - 1)) == 0, "a row is rotated in one vector a lane");
+  constexpr int COLUMNS = 8 * RowLanes<D>::LANES;
+  static_assert(COLUMNS == (D & -D) || (COLUMNS == 256 && D % 256 == 0), "lanes hold a block of the rotation");
 #pragma unroll
   for (int step = 1; step < 8; step *= 2)
 #pragma unroll
@@ -28,7 +30,7 @@ static __device__ __forceinline__ void rotate_row(float* x) {
         x[j + step] = left - right;
       }
 #pragma unroll
-  for (int step = 1; step < D / 8; step *= 2) {
+  for (int step = 1; step < RowLanes<D>::LANES; step *= 2) {
     const bool upper = RowLanes<D>::lane() & step;
 #pragma unroll
     for (int j = 0; j < 8; ++j) {
@@ -36,7 +38,10 @@ static __device__ __forceinline__ void rotate_row(float* x) {
       x[j] = upper ? other - x[j] : x[j] + other;
     }
   }
-  constexpr float root = D == 32 ? 0.17677669529663687f : D == 64 ? 0.125f : D == 128 ? 0.08838834764831845f : 0.0625f;
+  constexpr float root = COLUMNS == 32    ? 0.17677669529663687f
+                         : COLUMNS == 64  ? 0.125f
+                         : COLUMNS == 128 ? 0.08838834764831845f
+                                          : 0.0625f;
 #pragma unroll
   for (int j = 0; j < 8; ++j) x[j] *= root;
 }
@@ -45,9 +50,6 @@ static __device__ __forceinline__ void load_bfloat16(const void* p, float* x) {
   const unsigned words[4] = {raw.x, raw.y, raw.z, raw.w};
 #pragma unroll
   for (int j = 0; j < 4; ++j) x[2 * j] = low_half(words[j]), x[2 * j + 1] = high_half(words[j]);
-}
-static __device__ __forceinline__ void store_bfloat16(void* p, const float* x) {
-  *(uint4*)p = make_uint4(pack(x[0], x[1]), pack(x[2], x[3]), pack(x[4], x[5]), pack(x[6], x[7]));
 }
 // 2^ceil(log2(largest / 448)), at least 2^-100: 448 has the mantissa 1.75 and the exponent 8
 static __device__ __forceinline__ float power_of_two(float largest) {
@@ -59,17 +61,9 @@ static __device__ __forceinline__ unsigned short to_e4m3(float low, float high) 
   asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(v) : "f"(high), "f"(low));
   return v;
 }
-// the two of a half word, times scale, as bfloat16 in a word
-static __device__ __forceinline__ unsigned from_e4m3(unsigned short v, float scale) {
-  unsigned halves;
-  asm("cvt.rn.f16x2.e4m3x2 %0, %1;" : "=r"(halves) : "h"(v));
-  float low, high;
-  asm("{ .reg .f16 a, b; mov.b32 {a, b}, %2; cvt.f32.f16 %0, a; cvt.f32.f16 %1, b; }" : "=f"(low), "=f"(high) : "r"(halves));
-  return pack(low * scale, high * scale);
-}
-// V = row of X in e4m3, with COPY also OUT = V times the scale, which is returned; rows from `rows` on are not written
-template <int D, int ROTATION, int COPY>
-static __device__ __forceinline__ float quantize_row(const void* X, void* V, void* OUT, int row, int rows) {
+// V = row of X in e4m3, whose scale is returned; rows from `rows` on are not written
+template <int D, int ROTATION>
+static __device__ __forceinline__ float quantize_row(const void* X, void* V, int row, int rows) {
   using Lanes = RowLanes<D>;
   const bool inside = row < rows;
   float x[Lanes::VECTORS][8], largest = 0.0f;
@@ -92,36 +86,31 @@ static __device__ __forceinline__ float quantize_row(const void* X, void* V, voi
     for (int j = 0; j < 4; ++j) e[j] = to_e4m3(x[v][2 * j] * inverse, x[v][2 * j + 1] * inverse);
     const long long at = Lanes::at(row, v);
     if (inside) *(uint2*)((unsigned char*)V + at) = make_uint2(e[0] | e[1] << 16, e[2] | e[3] << 16);
-    if constexpr (COPY)
-      if (inside)
-        *(uint4*)((unsigned short*)OUT + at) =
-            make_uint4(from_e4m3(e[0], scale), from_e4m3(e[1], scale), from_e4m3(e[2], scale), from_e4m3(e[3], scale));
   }
   return scale;
 }
-// V, SC = rows of X in e4m3 and their scales. Row r is token r / heads of head r % heads, and its scale goes to
-// SC[head * stride + token]; heads = 1 keeps the rows' order
-template <int D>
+// V, SC = rows of X (with ROTATION of its rotation) in e4m3 and their scales. Row r is token r / heads of head r % heads,
+// and its scale goes to SC[head * stride + token]; heads = 1 keeps the rows' order
+template <int D, int ROTATION>
 static __device__ __forceinline__ void quantize(const void* X, void* V, float* SC, int rows, int heads, int stride) {
   const int row = RowLanes<D>::row();
-  const float scale = quantize_row<D, 0, 0>(X, V, nullptr, row, rows);
+  const float scale = quantize_row<D, ROTATION>(X, V, row, rows);
   if (RowLanes<D>::lane() == 0 && row < rows) SC[(long long)(row % heads) * stride + row / heads] = scale;
 }
-// The indexer's rows, with their copies: blocks of queries, WS = half of their weights times their scales; then blocks of
-// keys, with their scales, 0 past the last key of a tile
+// The indexer's rows: blocks of queries, WS = half of their weights times their scales; then blocks of keys, with their
+// scales, 0 past the last key of a tile
 template <int D, int ROTATION>
 static __device__ __forceinline__ void quantize_index(
-    const void* Q, void* QV, void* QC, const float* W, float* WS, const void* K, void* KV, void* KC, float* KS, int rows,
-    int keys) {
+    const void* Q, void* QV, const float* W, float* WS, const void* K, void* KV, float* KS, int rows, int keys) {
   using Lanes = RowLanes<D>;
   const int blocks = (rows + Lanes::ROWS - 1) / Lanes::ROWS;
   if ((int)blockIdx.x < blocks) {
     const int row = Lanes::row();
-    const float scale = quantize_row<D, ROTATION, 1>(Q, QV, QC, row, rows);
+    const float scale = quantize_row<D, ROTATION>(Q, QV, row, rows);
     if (Lanes::lane() == 0 && row < rows) WS[row] = W[row] * scale * 0.5f;
   } else {
     const int key = Lanes::row() - blocks * Lanes::ROWS;
-    const float scale = quantize_row<D, ROTATION, 1>(K, KV, KC, key, keys);
+    const float scale = quantize_row<D, ROTATION>(K, KV, key, keys);
     if (Lanes::lane() == 0 && key < (keys + 127) / 128 * 128) KS[key] = key < keys ? scale : 0.0f;
   }
 }
@@ -145,12 +134,12 @@ static __device__ __forceinline__ unsigned shift_e4m3(unsigned v, int shift) {
   asm("cvt.rn.satfinite.e4m3x2.f16x2 %0, %1;" : "=h"(e1) : "r"(high));
   return e0 | e1 << 16;
 }
-// 128 keys of a head by a block: V, SC = those of X [S * G, D], bfloat16, or with NARROW e4m3 with the scales SX. Where the
-// scales of all rows with a number in them lie within 2^SHARED and differ by powers of two, all rows are brought to the
-// largest, which is written with a minus sign for all 128. Block b: tile b / G of head b % G; its scales begin at
-// SC[head * stride + 128 * tile]
+// 128 keys of a head by a block: V, SC = those of X [S * G, D], bfloat16 (with ROTATION of its rotation), or with NARROW
+// e4m3 with the scales SX, taken as it is. Where the scales of all rows with a number in them lie within 2^SHARED and
+// differ by powers of two, all rows are brought to the largest, which is written with a minus sign for all 128. Block b:
+// tile b / G of head b % G; its scales begin at SC[head * stride + 128 * tile]
 static constexpr int SHARED = 4;
-template <int D, int NARROW>
+template <int D, int NARROW, int ROTATION>
 static __device__ __forceinline__ void quantize_keys(
     const void* X, const float* SX, void* V, float* SC, int S, int G, int stride) {
   using Lanes = RowLanes<D>;
@@ -181,6 +170,7 @@ static __device__ __forceinline__ void quantize_keys(
 #pragma unroll
       for (int v = 0; v < Lanes::VECTORS; ++v) {
         load_bfloat16((const unsigned short*)X + at + 8 * v * Lanes::LANES, x[v]);
+        if constexpr (ROTATION) rotate_row<D>(x[v]);
 #pragma unroll
         for (int j = 0; j < 8; ++j) largest = max_or_nan(largest, fabsf(x[v][j]));
       }
@@ -227,27 +217,5 @@ static __device__ __forceinline__ void quantize_keys(
       if (nan) out = make_uint2(0x7f7f7f7fu, 0x7f7f7f7fu);
       if (inside) *(uint2*)((unsigned char*)V + at + 8 * v * Lanes::LANES) = out;
     }
-  }
-}
-// rows of X rotated, in place; WIDE: float32, else bfloat16
-template <int D, int WIDE>
-static __device__ __forceinline__ void rotate_rows(void* X, int rows) {
-  using Lanes = RowLanes<D>;
-  const int row = Lanes::row();
-  const long long at = Lanes::at(min(row, rows - 1), 0);
-  float x[8];
-  if constexpr (WIDE) {
-    *(float4*)x = *(const float4*)((const float*)X + at);
-    *(float4*)(x + 4) = *(const float4*)((const float*)X + at + 4);
-  } else {
-    load_bfloat16((const unsigned short*)X + at, x);
-  }
-  rotate_row<D>(x);
-  if (row >= rows) return;
-  if constexpr (WIDE) {
-    *(float4*)((float*)X + at) = *(const float4*)x;
-    *(float4*)((float*)X + at + 4) = *(const float4*)(x + 4);
-  } else {
-    store_bfloat16((unsigned short*)X + at, x);
   }
 }

@@ -64,11 +64,41 @@ struct RowSums {
     z = LOGITS ? fmaf(z, rows_exp(mp - safep), sump) : z + sump;
     m = top, mp = topp;
   }
+  // the sums of other elements
+  __device__ __forceinline__ void merge(const RowSums& other) {
+    const float top = max_or_nan(m, other.m), topp = LOGITS ? max_or_nan(mp, other.mp) : 0.0f;
+    const float safe = rows_warp_finite(top), safep = rows_warp_finite(topp);
+    l = fmaf(l, rows_exp(m - safe), other.l * rows_exp(other.m - safe));
+    z = LOGITS ? fmaf(z, rows_exp(mp - safep), other.z * rows_exp(other.mp - safep)) : z + other.z;
+    m = top, mp = topp;
+  }
   // of all lanes, in every lane
   __device__ __forceinline__ void combine() {
     const float top = rows_warp_finite(rows_warp_max(m)), topp = LOGITS ? rows_warp_finite(rows_warp_max(mp)) : 0.0f;
     const float2 sums = rows_warp_sum(l * rows_exp(m - top), LOGITS ? z * rows_exp(mp - topp) : z);
     m = top, mp = topp, l = sums.x, z = sums.y;
+  }
+};
+// What a row's sums say of a pair: its share of KL and entropy, and its di
+template <bool LOGITS>
+struct RowTotals {
+  float m, mp, z, scale, log_sum;
+  __device__ __forceinline__ RowTotals(float m_, float z_, float scale_, float log_sum_)
+      : m(m_), mp(0.0f), z(z_), scale(scale_), log_sum(log_sum_) {}
+  // a teacher whose every probability is 0, because of an lse that is not its own, has no distribution
+  __device__ __forceinline__ explicit RowTotals(const RowSums<LOGITS>& sums) {
+    m = sums.m, mp = sums.mp, z = sums.z >= 1.17549435e-38f ? sums.z : INFINITY - INFINITY;
+    scale = __frcp_rn(z), log_sum = rows_log(sums.l);
+  }
+  __device__ __forceinline__ float pair(float p, float x, float w, float& kl, float& ent) const {
+    const float score = x - m, share = LOGITS ? rows_exp(p - mp) : p;
+    const float q = fmaf(fmaf(-share * scale, z, share), scale, share * scale), log_q = rows_log(q);
+    const float log_softmax = score - log_sum;
+    const bool counts = !(q <= 1.2e-38f);  // NaN does
+    kl = fmaf(q, counts ? log_q - log_softmax : 0.0f, kl);
+    ent = fmaf(-q, log_q, ent);  // of zero the logarithm is finite here
+    // by the special function unit: the result is rounded to bfloat16
+    return (exp2_approximate(log_softmax * LOG2E) - q) * w;
   }
 };
 // KL, entropy and di of row t, by one warp. A piece is loaded while the one before is worked on
@@ -90,9 +120,7 @@ static __device__ __forceinline__ void rows_warp_row(
   }
   const int end = c;
   sums.combine();
-  // a teacher whose every probability is 0, because of an lse that is not its own, has no distribution
-  const float Z = sums.z >= 1.17549435e-38f ? sums.z : INFINITY - INFINITY, scale = __frcp_rn(Z);
-  const float inverse = __frcp_rn(sums.l), log_sum = rows_log(sums.l);
+  const RowTotals<LOGITS> totals(sums);
   float kl = 0.0f, ent = 0.0f;
   unsigned short* di = DI + row.begin;
   auto store = [&](int c, uint2 two) {
@@ -108,14 +136,7 @@ static __device__ __forceinline__ void rows_warp_row(
     const bool whole = c >= row.low && c + 256 <= row.high;
     float d[8];
 #pragma unroll
-    for (int n = 0; n < 8; ++n) {
-      const float score = piece.x[n] - sums.m, share = LOGITS ? rows_exp(piece.p[n] - sums.mp) : piece.p[n];
-      const float q = fmaf(fmaf(-share * scale, Z, share), scale, share * scale), log_q = rows_log(q);
-      const bool counts = !(q <= 1.2e-38f);  // NaN does
-      kl += counts ? q * (log_q - (score - log_sum)) : 0.0f;
-      ent -= counts ? q * log_q : 0.0f;
-      d[n] = fmaf(rows_exp(score), inverse, -q) * w;
-    }
+    for (int n = 0; n < 8; ++n) d[n] = totals.pair(piece.p[n], piece.x[n], w, kl, ent);
     if (!whole)
 #pragma unroll
       for (int n = 0; n < 8; ++n)

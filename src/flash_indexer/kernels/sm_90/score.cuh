@@ -80,14 +80,15 @@ static __device__ __forceinline__ void sc_scale(float* a, int scales) {
     a[4 * g + 3] *= k.y;
   }
 }
-// `row` of OUT is the thread's first; the accumulator is cleared for the next tile
+// `row` of OUT is the thread's first; with CLEAR the accumulator is cleared for the next tile
+template <bool CLEAR = true>
 static __device__ __forceinline__ void sc_store_rows(float* a, float* out, int row) {
   float* o = out + (long long)row * 128 + (threadIdx.x & 3) * 2;
 #pragma unroll
   for (int g = 0; g < 16; ++g) {
     *(float2*)(o + 8 * g) = make_float2(a[4 * g], a[4 * g + 1]);
     *(float2*)(o + 8 * 128 + 8 * g) = make_float2(a[4 * g + 2], a[4 * g + 3]);
-    a[4 * g] = a[4 * g + 1] = a[4 * g + 2] = a[4 * g + 3] = 0.0f;
+    if (CLEAR) a[4 * g] = a[4 * g + 1] = a[4 * g + 2] = a[4 * g + 3] = 0.0f;
   }
 }
 // the tile's rows of OUT begin at row0

@@ -31,13 +31,14 @@ ROWS_STAGES, ROWS_KEYS = 2, 4096  # of `rows`: stages of a CTA, keys of each
 # of e4m3 rows, twice as many columns a stage, and up to two more arrays for what is left of a row (`macros.Chunks`)
 SCORE_FP8 = {64: (8, 4), 96: (8, 6), 128: (8, 4), 192: (5, 4), 256: (8, 5), 576: (6, 5)}
 UNIFORM_FP8 = (192,)  # of e4m3: widths whose descriptors lie in uniform registers: faster
-ROTATED_QUERIES = ((128, 64),)  # E and padded heads whose d_index_q is rotated where it is made
 SHARED_KEY_SCALES = (192,)  # of e4m3: widths of heads where 128 keys share a scale
 LSE_STAGES = {64: (2, 6), 96: (6, 9), 128: (4, 8), 192: (6, 7), 256: (4, 8), 576: (9, 4)}  # of the Q and K rings
 LSE_FP8 = {64: (2, 6), 96: (2, 6), 128: (2, 8), 192: (2, 6), 256: (4, 8), 576: (6, 5)}
 GATHERED_INDEX_WIDTHS = (64, 128)  # of the indexer at the selected keys
 INDEX_TABLE_KEYS = 16384  # keys of a table of `sparse_index_table`
 SELECT_ROW, SELECT_ORDERED = 16384, 4096  # of `select`: keys of a row that it holds; slots that it puts in order
+MASK_WORDS = 64  # of 16 rows x 128 keys of masks in bits
+KL_ROW_WARPS = 8  # of `kl_gradients`: warps that make KL and di
 MASKED_REGISTERS = (232, 40)  # of `gradients_masked`: of a thread that computes, of the others
 X_STAGES, Y_STAGES = 2, {32: 10, 64: 8, 128: 4}  # of `gradients`; Y by E: about as many bytes in flight
 
@@ -79,6 +80,34 @@ def masked_stages(E: int, IP: int) -> int:
     return min((SHARED_MEMORY - 1024) // masked_stage(E, IP), 8)
 
 
+def kl_threads(warps: int) -> int:
+    """Threads of `kl_gradients`: two warpgroups that multiply, those of the warps of rows, one that copies."""
+    return 256 + warps * 32 + 128
+
+
+def kl_parts(E: int) -> int:
+    """Times 128 rows (token, head) of an item of `kl_gradients`: index_k is read from the L2 cache once for all."""
+    return 2 if E <= 64 else 1
+
+
+def kl_registers(E: int, warps: int) -> tuple[int, int, int]:
+    """Of a thread of each role: what those that multiply and copy leave is for the warps of rows."""
+    threads = kl_threads(warps)
+    multiplies, copies = {64: 120, 128: 144}[E * kl_parts(E)], 24
+    left = 65536 // threads // 8 * 8 * threads - 256 * multiplies - 128 * copies
+    return multiplies, min(left // (threads - 384) // 8 * 8, 168), copies
+
+
+def kl_stages(E: int, IP: int) -> tuple[int, int]:
+    """Stages of its two rings: a tile of index_k with masks and di of an item's rows; both scores of its tokens."""
+    parts = kl_parts(E)
+    tokens = parts * 128 // IP
+    left = SHARED_MEMORY - parts * 256 * E - 2048
+    keys, scores = 256 * E + parts * 2048 + tokens * 256, tokens * 1024
+    stages = min(left // (keys + scores), 6)
+    return stages, min((left - stages * keys) // scores, 8)
+
+
 def sparse_index_bytes(E: int) -> int:
     """Shared memory of `sparse_index_gradients`: keys, tokens, sums, weights, numbers of keys, barriers."""
     stages, tokens = 3 if E == 128 else 4, 2
@@ -87,7 +116,7 @@ def sparse_index_bytes(E: int) -> int:
 
 
 def quantized_rows(D: int) -> int:
-    """Rows that a block of `quantize` or `rotate` takes: 4 to 32 lanes hold one."""
+    """Rows that a block of `quantize` takes: 4 to 32 lanes hold one."""
     vectors = D // 8
     return 256 // next(lanes for lanes in (32, 16, 8, 4) if vectors % lanes == 0)
 
@@ -221,6 +250,8 @@ BUILDERS = {
         (
             *({"D": D, "mode": mode} for D in HEAD_WIDTHS if D in NARROW_STAGES for mode in (EXP, SUM)),
             *({"D": E, "mode": RELU} for E in INDEX_WIDTHS),
+            *({"D": D, "mode": EXP, "left": 1} for D in HEAD_WIDTHS if D in NARROW_STAGES),
+            *({"D": E, "mode": RELU, "left": 1} for E in INDEX_WIDTHS),
         ),
     ),
     "score_narrow_fp8": Kernel("score_narrow", "build_fp8", INDEX),
@@ -231,7 +262,12 @@ BUILDERS = {
     "sparse_rows": Kernel("sparse_rows", "build", ({},), streamed=False),
     "rows": Kernel("rows", "build", ({"logits": 0}, {"logits": 1}), streamed=False),
     "rows_warp": Kernel("rows_warp", "build", ({"logits": 0}, {"logits": 1}), streamed=False),
-    "quantize": Kernel("quantize", "build", tuple({"D": D} for D in HEAD_WIDTHS), streamed=False),
+    "quantize": Kernel(
+        "quantize",
+        "build",
+        tuple({"D": D, "rotation": rotation} for D in HEAD_WIDTHS for rotation in (0, 1)),
+        streamed=False,
+    ),
     "quantize_index": Kernel(
         "quantize",
         "build_index",
@@ -241,13 +277,11 @@ BUILDERS = {
     "quantize_keys": Kernel(
         "quantize",
         "build_keys",
-        tuple({"D": 192, "narrow": narrow} for narrow in (0, 1)),
-        streamed=False,
-    ),
-    "rotate": Kernel(
-        "quantize",
-        "build_rotate",
-        tuple({"E": E, "wide": wide} for E in INDEX_WIDTHS for wide in (0, 1)),
+        tuple(
+            {"D": D, "narrow": narrow, "rotation": rotation}
+            for D in SHARED_KEY_SCALES
+            for narrow, rotation in ((0, 0), (0, 1), (1, 0))
+        ),
         streamed=False,
     ),
     "sparse_index_gradients": Kernel(
@@ -264,16 +298,11 @@ BUILDERS = {
     "gradients_query": Kernel(
         "gradients",
         "build_query",
-        tuple(
-            shape | masks | rotation
-            for shape in INDEX_HEADS
-            for masks in ({}, {"masks": 1})
-            for rotation in ({}, {"rotation": 1})
-            if not rotation or (shape["E"], shape["IP"]) in ROTATED_QUERIES
-        ),
+        tuple(shape | masks for shape in INDEX_HEADS for masks in ({}, {"masks": 1})),
     ),
     "gradients_key": Kernel("gradients", "build_key", INDEX_HEADS),
     "gradients_key_masked": Kernel("gradients_masked", "build", INDEX_HEADS, streamed=False),
+    "kl_gradients": Kernel("kl_gradients", "build", INDEX_HEADS),
     "gradients_reduce": Kernel("gradients_reduce", "build", INDEX, streamed=False),
     "finish": Kernel("finish", "build_finish", INDEX, streamed=False),
     "scale": Kernel("finish", "build_scale", ({},), streamed=False),

@@ -1,11 +1,19 @@
 """The loss in e4m3: what the arguments say, and the same loss by products in a wider dtype.
 
-    teacher_dtype="fp8"   q and k stand for q̂ and k̂, their rows rounded to e4m3 with a scale each
-    index_dtype="fp8"     index_q and index_k likewise, rotated before ("fp8_unrotated": not)
+    teacher_dtype="fp8"   q and k stand for q̂ and k̂, their rows rotated and rounded to e4m3 with a scale each
+    index_dtype="fp8"     index_q and index_k likewise
 
-Everything else is the loss as it is of q̂, k̂ and the rounded index tensors. Their gradients are handed to index_q and
-index_k as if rounding were the identity (the straight-through estimator), rotated back: with R the rotation,
-index_q·index_k = R index_q · R index_k, so d index_q = R^T d(R index_q), and R is its own transpose.
+"fp8_unrotated" leaves the rotation out of either, and q and k that are handed over in e4m3 are taken as they are: both
+rotated or neither, for R q · R k = q · k with the rotation R.
+
+Everything else is the loss as it is of q̂, k̂ and the rounded index tensors. Its gradient goes straight through at the
+index scores, as if rounding changed their values but not how they depend on anything:
+
+    d θ = sum over t, s of di[t,s] · d i[t,s] / d θ       di of the rounded scores, i of index_q and index_k as they are
+
+With target="per_head", whose kernels form scores and gradients of the same numbers, it goes through at the rounded
+tensors instead, and is rotated back: with R the rotation, index_q·index_k = R index_q · R index_k, so that
+d index_q = R^T d(R index_q), and R is its own transpose.
 """
 
 from __future__ import annotations
@@ -17,7 +25,7 @@ from flash_indexer.ops.problem import Problem, Sums
 from flash_indexer.ops.quantization import E4M3, Quantized, check_rotation, dequantize, quantize, rotate
 
 FP8, UNROTATED = "fp8", "fp8_unrotated"
-INDEX_DTYPES, TEACHER_DTYPES = (FP8, UNROTATED), (FP8,)
+INDEX_DTYPES = TEACHER_DTYPES = (FP8, UNROTATED)
 
 
 def parts(op: str, name: str, x: Tensor | Quantized) -> tuple[Tensor, Tensor | None]:
@@ -57,10 +65,10 @@ def check_arithmetic(
     if isinstance(index_q, Tensor) and index_q.ndim:
         check_rotation(f'{op}: index_dtype="fp8"', index_q.shape[-1], index_dtype == FP8)
     e4m3 = [isinstance(x, Tensor) and x.dtype == E4M3 for x in (q, k)]
-    if any(e4m3) and not (all(e4m3) and teacher_dtype == FP8):
+    if any(e4m3) and not (all(e4m3) and teacher_dtype is not None):
         raise ValueError(
-            f"{op}: q and k in e4m3 need each other and teacher_dtype={FP8!r}, got q {_dtype(q)}, k {_dtype(k)}, "
-            f"teacher_dtype={teacher_dtype!r}; quantise both, or neither"
+            f"{op}: q and k in e4m3 need each other and teacher_dtype={FP8!r} or {UNROTATED!r}, got q {_dtype(q)}, "
+            f"k {_dtype(k)}, teacher_dtype={teacher_dtype!r}; quantise both, or neither"
         )
 
 
@@ -76,11 +84,15 @@ def _dtype(x: object) -> str:
 
 
 def with_wide_teacher(problem: Problem) -> Problem:
-    """The problem with q̂ and k̂ in index_q's dtype, and no teacher_dtype: their products in that dtype."""
+    """The problem with q̂ and k̂ in index_q's dtype, and no teacher_dtype: their products in that dtype.
+
+    They are rotated, but those that are handed over in e4m3 are as they were handed over.
+    """
     if problem.teacher_dtype is None:
         return problem
+    rotation = problem.teacher_dtype == FP8
     q, k = (
-        dequantize(quantize(x) if scale is None else Quantized(x, scale), problem.index_q.dtype)
+        dequantize(quantize(x, rotation=rotation) if scale is None else Quantized(x, scale), problem.index_q.dtype)
         for x, scale in ((problem.q, problem.q_scale), (problem.k, problem.k_scale))
     )
     return problem._replace(q=q, k=k, q_scale=None, k_scale=None, teacher_dtype=None)
@@ -104,7 +116,7 @@ def rotate_back(gradient: Tensor | None, index_dtype: str | None) -> None:
 
 
 def straight_through(sums: Sums, index_dtype: str | None) -> Sums:
-    """Gradients of index_q and index_k from those of the rounded tensors, in place."""
+    """Gradients of index_q and index_k from those of the rounded tensors, in place: of target="per_head"."""
     for gradient in sums.gradients[:2]:
         rotate_back(gradient, index_dtype)
     return sums

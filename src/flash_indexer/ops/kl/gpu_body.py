@@ -16,19 +16,19 @@ from flash_indexer.kernels.sm_90.sizes import (
     EXP,
     HEAD_WIDTHS,
     INDEX_WIDTHS,
+    MASK_WORDS,
     MAX_HEADS,
     MAX_INDEX_HEADS,
     NARROW_STAGES,
     PADDED_HEADS,
     RELU,
-    ROTATED_QUERIES,
     ROWS_CTAS,
     SUM,
 )
 from flash_indexer.ops import launch
 from flash_indexer.ops.kl import gpu_fp8
-from flash_indexer.ops.kl.arithmetic import FP8
-from flash_indexer.ops.kl.plan import Plan, PlanSizes, TileChunk
+from flash_indexer.ops.kl.plan import Plan, TileChunk
+from flash_indexer.ops.kl.plan_sizes import PlanSizes
 from flash_indexer.ops.problem import Problem
 from flash_indexer.ops.worklists import TILE
 
@@ -39,16 +39,24 @@ _TERMS = 3  # bfloat16 terms that hold a float32 sum of queries exactly enough: 
 
 
 class IndexGradients(NamedTuple):
-    """Outputs of `index_gradients`: index_q's and the weights', and index_k's sum in float32 (None: not wanted).
-
-    rotation: whether index_q's is to be rotated (`ops.quantization`) before it is rounded, which a kernel of
-    `rotates` does.
-    """
+    """Outputs of `index_gradients`: index_q's and the weights', and index_k's sum in float32 (None: not wanted)."""
 
     index_q: Tensor
     index_k: Tensor | None
     weights: Tensor
-    rotation: bool = False
+
+
+class Masks(NamedTuple):
+    """[logit > 0] in bits, [n, MASK_WORDS] int32 (`device/mask_words.cuh`), as `gradients_masked` takes them.
+
+    first: of a score tile's first 4,096 rows (token, head). others: of the other ones, with more than 32 heads.
+    pitch: 128-row masks from a tile's first to the next tile's, in both.
+    """
+
+    first: Tensor
+    others: Tensor
+    pitch: int
+    padded_heads: int
 
 
 class Rows(NamedTuple):
@@ -75,28 +83,30 @@ def refusal(q: Tensor, index_q: Tensor) -> str | None:
     return None
 
 
-def plan_sizes(problem: Problem) -> PlanSizes:
+def plan_sizes(problem: Problem, fused: bool) -> PlanSizes:
     """What the plan depends on besides the intervals."""
     (S, G, D), (I, E) = problem.k.shape, problem.index_q.shape[1:]
     processors, narrow = launch.processors(problem.q.device), D in NARROW
-    return PlanSizes(S, E, padded_heads(I), G > 1, problem.workspace_bytes, processors, narrow)
+    return PlanSizes(S, E, padded_heads(I), G > 1, problem.workspace_bytes, processors, narrow, fused)
 
 
-def prepare(problem: Problem) -> None:
+def prepare(problem: Problem, fused: bool) -> None:
     """Has every kernel of the call and of its backward compiled, those that are missing side by side."""
     D, (I, E), needs = problem.q.shape[2], problem.index_q.shape[1:], problem.needs
     mean, index = problem.target == "mean", dict(E=E, IP=padded_heads(I))
-    wanted: list[launch.Wanted] = [(name, dict(logits=int(not mean))) for name in ROWS_CTAS]
+    left = dict(left=1) if fused else {}
+    wanted: list[launch.Wanted] = [] if fused else [(name, dict(logits=int(not mean))) for name in ROWS_CTAS]
     wanted += gpu_fp8.kernels(problem)
     if not gpu_fp8.has_fp8_teacher(problem):
-        wanted.append((score_kernel(D), dict(D=D, mode=EXP if mean else SUM)))
+        wanted.append((score_kernel(D), dict(D=D, mode=EXP if mean else SUM) | left))
         if mean and problem.lse is None:
             wanted.append(("lse", dict(D=D)))
     if problem.index_dtype is None:
-        wanted.append((score_kernel(E), dict(D=E, mode=RELU)))
-    if any(needs):
-        rotation = problem.index_dtype == FP8 and rotates(E, I)
-        wanted.append(query_gradient(**index, rotation=rotation, masks=needs[1]))
+        wanted.append((score_kernel(E), dict(D=E, mode=RELU) | left))
+    if fused:
+        wanted.append(("kl_gradients", index))
+    elif any(needs):
+        wanted.append(query_gradient(**index, masks=needs[1]))
     if needs[1]:
         wanted += [("gradients_key_masked", index), ("gradients_reduce", dict(E=E))]
     wanted.append(("finish", dict(E=E)))
@@ -117,16 +127,23 @@ def teacher_lse(q: Tensor, k: Tensor, key_start: Tensor, key_end: Tensor, softma
 
 
 def teacher_scores(
-    q: Tensor, k: Tensor, lse: Tensor | None, chunk: TileChunk, out: Tensor, softmax_scale: float
+    q: Tensor,
+    k: Tensor,
+    lse: Tensor | None,
+    chunk: TileChunk,
+    out: Tensor,
+    softmax_scale: float,
+    left: tuple[Tensor, ...] = (),
 ) -> None:
     """out[t,s] = sum_h exp(scale * q[t,h]·k[s,g(h)] - lse[t,h]) in the chunk's tiles, unmasked and not normalised.
 
     Args:
         q: [T, H, D], k: [S, G, D] bfloat16. lse: [T, H] float32. out: float32 [tiles * 128, 128].
+        left: key_start, key_end and what `score_narrow` then leaves of each tile: sums of rows.
     """
     if lse is None:
         raise ValueError("teacher_scores: lse must be [T, H], got None; take it from teacher_lse")
-    _score(EXP, q, k, lse, chunk, out, softmax_scale)
+    _score(EXP, q, k, lse, chunk, out, softmax_scale, left=left)
 
 
 def summed_logits(q: Tensor, k: Tensor, chunk: TileChunk, out: Tensor, softmax_scale: float) -> None:
@@ -144,9 +161,19 @@ def summed_logits(q: Tensor, k: Tensor, chunk: TileChunk, out: Tensor, softmax_s
     _score(SUM, terms.flatten(1, 2), k, unread, chunk, out, softmax_scale, first_row=chunk.begin)
 
 
-def index_scores(index_q: Tensor, index_k: Tensor, index_weights: Tensor, chunk: TileChunk, out: Tensor) -> None:
-    """out[t,s] = sum_j w[t,j] * ReLU(index_q[t,j]·index_k[s]) in the chunk's tiles, unmasked."""
-    _score(RELU, index_q, index_k[:, None], index_weights, chunk, out, 1.0)
+def index_scores(
+    index_q: Tensor,
+    index_k: Tensor,
+    index_weights: Tensor,
+    chunk: TileChunk,
+    out: Tensor,
+    left: tuple[Tensor, ...] = (),
+) -> None:
+    """out[t,s] = sum_j w[t,j] * ReLU(index_q[t,j]·index_k[s]) in the chunk's tiles, unmasked.
+
+    left: key_start, key_end and what `score_narrow` then leaves of each tile: maxima and sums of rows, masks.
+    """
+    _score(RELU, index_q, index_k[:, None], index_weights, chunk, out, 1.0, left=left)
 
 
 def kl_rows(
@@ -196,37 +223,52 @@ def index_gradients(
         scores: float32 of di's shape, both overwritten: they take the masks [logit > 0] from the kernel of index_q's
             gradient to that of index_k's, which therefore always has the other's work done.
     """
-    index_q, index_k, index_weights = leaves
-    T, I, E = index_q.shape
-    padded, base = padded_heads(I), 0
-    queries, weights = index_q, index_weights
-    if padded != I:
-        rows, base = slice(chunk.begin, chunk.end), chunk.begin
-        queries, weights = F.pad(index_q[rows], (0, 0, 0, padded - I)), F.pad(index_weights[rows], (0, padded - I))
-    queries, weights, ctas = queries.view(-1, E), weights.view(-1), launch.processors(di.device)
-    items, wants_keys = chunk.gradients, out.index_k is not None
-    scaled, masks, more = queries, di, di  # not looked at where index_k's gradient is not wanted
+    (T, I, E), padded = leaves[0].shape, padded_heads(leaves[0].shape[1])
+    queries, weights, base = padded_queries(leaves[0], leaves[2], chunk)
+    items, wants_keys = chunk.gradients.query, out.index_k is not None
+    first, others = (x.view(torch.int32).view(-1, MASK_WORDS) for x in scores)
+    masks = Masks(first, others, min(padded, 32), padded)
+    scaled = queries  # not looked at where index_k's gradient is not wanted
     if wants_keys:
-        masks, more = (x.view(di.dtype).view(-1, TILE) for x in scores)
-        scaled = _place(more.view(-1, E) if padded <= 32 else more[:0].view(-1, E), chunk, padded)
+        scaled = _place(scores[1].view(di.dtype).view(-1, E) if padded <= 32 else di[:0].view(-1, E), chunk, padded)
         if not work.complete:
             scaled.zero_()
-    count = items.query.numel() // 4
-    name, static = query_gradient(E, padded, out.rotation, wants_keys)
+    count = items.numel() // 4
+    name, static = query_gradient(E, padded, wants_keys)
     launch.load(name, **static)(
-        queries, index_k, weights, di, out.index_q.view(-1, E), out.weights.view(-1), items.query, scaled, masks, more,
-        I, base, T, count, min(count, ctas), chunk.begin,
+        queries, leaves[1], weights, di, out.index_q.view(-1, E), out.weights.view(-1), items, scaled, masks.first,
+        masks.others, I, base, T, count, min(count, launch.processors(di.device)), chunk.begin,
     )  # fmt: skip
-    if out.index_k is None:
-        return
-    partials = out.index_k.new_empty(max(items.slots, 1) * TILE, E)
+    if out.index_k is not None:
+        key_gradient(out.index_k, scaled, di, masks, work, chunk, T)
+
+
+def padded_queries(index_q: Tensor, index_weights: Tensor, chunk: TileChunk) -> tuple[Tensor, Tensor, int]:
+    """index_q [n, E] and weights [n] with padded heads, at least of the chunk's rows, and the first row's token."""
+    I, E = index_q.shape[1:]
+    padded, base = padded_heads(I), 0
+    if padded != I:
+        rows, base = slice(chunk.begin, chunk.end), chunk.begin
+        index_q, index_weights = (
+            F.pad(index_q[rows], (0, 0, 0, padded - I)),
+            F.pad(index_weights[rows], (0, padded - I)),
+        )
+    return index_q.view(-1, E), index_weights.view(-1), base
+
+
+def key_gradient(
+    out: Tensor, scaled: Tensor, di: Tensor, masks: Masks, work: Plan, chunk: TileChunk, num_queries: int
+) -> None:
+    """Adds index_k's gradient to out, from w·index_q (`scaled`), di and masks."""
+    items, E = chunk.gradients, out.shape[1]
+    partials = out.new_empty(max(items.slots, 1) * TILE, E)
     count = items.key.numel() // 4
-    launch.load("gradients_key_masked", E=E, IP=padded)(
-        scaled, di, masks, more, out.index_k, partials, work.blocks, items.key, chunk.begin, T, items.slots // 2, count,
-        min(count, ctas),
+    launch.load("gradients_key_masked", E=E, IP=masks.padded_heads)(
+        scaled, di, masks.first, masks.others, out, partials, work.blocks, items.key, chunk.begin, num_queries,
+        items.slots // 2, count, min(count, launch.processors(di.device)), masks.pitch,
     )  # fmt: skip
     if items.slots:
-        launch.load("gradients_reduce", E=E)(out.index_k, partials, items.reduce, items.reduce.numel() // 4)
+        launch.load("gradients_reduce", E=E)(out, partials, items.reduce, items.reduce.numel() // 4)
 
 
 def _place(room: Tensor, chunk: TileChunk, padded: int) -> Tensor:
@@ -251,15 +293,24 @@ def finish(d_index_k: Tensor | None, weight: Tensor, kl: Tensor, index_k: Tensor
 
 
 def _score(
-    mode: int, q: Tensor, k: Tensor, low: Tensor, chunk: TileChunk, out: Tensor, scale: float, first_row: int = 0
+    mode: int,
+    q: Tensor,
+    k: Tensor,
+    low: Tensor,
+    chunk: TileChunk,
+    out: Tensor,
+    scale: float,
+    first_row: int = 0,
+    left: tuple[Tensor, ...] = (),
 ) -> None:
     """low: [rows, H], what is subtracted (lse) or multiplied with (the index weights)."""
     H, D = q.shape[1:]
     items = chunk.narrow if D in NARROW else chunk.score
-    count = items.numel() // 4
-    launch.load(score_kernel(D), D=D, mode=mode)(
-        q.view(q.shape[0], -1), k.view(k.shape[0], -1), low.view(-1), out, items,
-        H, H // k.shape[1], scale, first_row, count, min(count, launch.processors(q.device)),
+    count, static = items.numel() // 4, dict(left=1) if left else {}
+    heads = (padded_heads(H),) if left and mode == RELU else ()
+    launch.load(score_kernel(D), D=D, mode=mode, **static)(
+        q.view(q.shape[0], -1), k.view(k.shape[0], -1), low.view(-1), out, *left, items,
+        H, H // k.shape[1], scale, first_row, count, min(count, launch.processors(q.device)), *heads,
     )  # fmt: skip
 
 
@@ -268,16 +319,9 @@ def score_kernel(D: int) -> str:
     return "score_narrow" if D in NARROW else "score"
 
 
-def rotates(E: int, heads: int) -> bool:
-    """Whether the kernel of index_q's gradient can rotate it."""
-    return (E, padded_heads(heads)) in ROTATED_QUERIES
-
-
-def query_gradient(E: int, IP: int, rotation: bool, masks: bool) -> launch.Wanted:
+def query_gradient(E: int, IP: int, masks: bool) -> launch.Wanted:
     """The kernel of index_q's gradient and of the weights'."""
-    return "gradients_query", dict(E=E, IP=IP) | (dict(rotation=1) if rotation else {}) | (
-        dict(masks=1) if masks else {}
-    )
+    return "gradients_query", dict(E=E, IP=IP) | (dict(masks=1) if masks else {})
 
 
 def padded_heads(heads: int) -> int:

@@ -1,8 +1,7 @@
 """The teacher and the indexer in e4m3 on GPUs with kernels: what is quantised when, and the launches of their scores.
 
-Keys are quantised once a call, the teacher's queries a chunk of rows at a time, or all for their logsumexp. The index
-queries are quantised once, together with their rounded values in bfloat16, from which the gradients are formed by the
-same kernels as ever.
+Keys are quantised once a call, the teacher's queries a chunk of rows at a time, or all for their logsumexp, and the
+index queries once. The gradients are formed of the rows as they are, by the same kernels as ever.
 """
 
 from __future__ import annotations
@@ -41,22 +40,19 @@ def kernels(problem: Problem) -> list[launch.Wanted]:
     if has_fp8_teacher(problem):
         found.append(("score_fp8", dict(D=D)))
         if D in SHARED_KEY_SCALES:
-            found.append(wanted_keys(D, problem.k_scale is not None))
+            found.append(wanted_keys(D, problem.k_scale is not None, problem.teacher_dtype == FP8))
         if problem.lse is None:
             found.append(("lse_fp8", dict(D=D)))
         if problem.q_scale is None:
-            found.append(wanted(D))
+            found.append(wanted(D, problem.teacher_dtype == FP8))
     if problem.index_dtype is not None:
-        rotation = problem.index_dtype == FP8
-        found += [("score_narrow_fp8", dict(E=E)), wanted_index(E, rotation)]
-        if rotation and any(problem.needs):
-            found += [("rotate", dict(E=E, wide=wide)) for wide in (0, 1)]
+        found += [("score_narrow_fp8", dict(E=E)), wanted_index(E, problem.index_dtype == FP8)]
     return found
 
 
 def has_fp8_teacher(problem: Problem) -> bool:
     """Whether the teacher's scores are formed from e4m3: "sum_logits" sums queries of heads, in a wider dtype."""
-    return problem.teacher_dtype == FP8 and problem.target == "mean"
+    return problem.teacher_dtype is not None and problem.target == "mean"
 
 
 class TeacherRows(NamedTuple):
@@ -69,10 +65,10 @@ class TeacherRows(NamedTuple):
 
 
 class Fp8Teacher:
-    """q and k in e4m3: `scores` and `lse`."""
+    """q and k in e4m3, rotated before unless they are handed over so: `scores` and `lse`."""
 
     def __init__(self, problem: Problem) -> None:
-        self.scale = problem.softmax_scale
+        self.scale, self.rotation = problem.softmax_scale, problem.teacher_dtype == FP8
         self.q, self.q_scale = launch.aligned(problem.q), problem.q_scale
         self.given_keys = launch.aligned(problem.k), problem.k_scale
         self.keys: tuple[Tensor, Tensor] | None = None
@@ -89,13 +85,13 @@ class Fp8Teacher:
         if self.keys is None:
             k, k_scale = self.given_keys
             if k.shape[2] in SHARED_KEY_SCALES:
-                self.keys = quantize_keys(k, k_scale)
+                self.keys = quantize_keys(k, k_scale, rotation=self.rotation)
             elif k_scale is None:
-                self.keys = quantize_rows(k, by_head=True)
+                self.keys = quantize_rows(k, rotation=self.rotation, by_head=True)
             else:
                 self.keys = k, scales_by_head(k_scale)
         if self.q_scale is None:
-            return TeacherRows(*quantize_rows(self.q[rows]), *self.keys)
+            return TeacherRows(*quantize_rows(self.q[rows], rotation=self.rotation), *self.keys)
         return TeacherRows(self.q[rows], self.q_scale[rows].reshape(-1), *self.keys)
 
     def scores(self, rows: TeacherRows, lse: Tensor, chunk: TileChunk, out: Tensor) -> None:
@@ -126,11 +122,10 @@ class Fp8Teacher:
 
 
 class Fp8Index:
-    """index_q and index_k in e4m3: `scores`, and `leaves`, the same in bfloat16 with the weights, for the gradients."""
+    """index_q and index_k in e4m3: `scores`."""
 
     def __init__(self, leaves: tuple[Tensor, Tensor, Tensor], index_dtype: str | None) -> None:
         self.rows = quantize_index(*leaves, rotation=index_dtype == FP8)
-        self.leaves = self.rows.rounded_q, self.rows.rounded_k, leaves[2]
 
     def scores(self, chunk: TileChunk, out: Tensor, processors: int | None = None) -> None:
         """out[t,s] = sum_j w[t,j] * ReLU(index_q̂[t,j]·index_k̂[s]) in the chunk's tiles; processors: all or fewer."""

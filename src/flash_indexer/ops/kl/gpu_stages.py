@@ -7,30 +7,31 @@ from torch import Tensor
 
 from flash_indexer.ops import launch
 from flash_indexer.ops.blockwise import compute_dtype
-from flash_indexer.ops.kl import gpu_body
-from flash_indexer.ops.kl.arithmetic import FP8, with_wide_teacher
+from flash_indexer.ops.kl import gpu_body, gpu_fused
+from flash_indexer.ops.kl.arithmetic import with_wide_teacher
 from flash_indexer.ops.kl.gpu_fp8 import Fp8Index, Fp8Teacher, TeacherRows, has_fp8_teacher
 from flash_indexer.ops.kl.plan_shards import ShardPlan, shard_plan
 from flash_indexer.ops.kl.stages import new_sums
 from flash_indexer.ops.problem import Problem, Sums, WaitForKeys
-from flash_indexer.ops.quantization_gpu import rotate_rows
 from flash_indexer.ops.worklists import TILE
 
 
 class GpuStages:
     """See `stages.Stages`. Buffers are made once, for the largest chunk, and used by every chunk."""
 
+    left: gpu_fused.Left | None = None  # what scores leave, where they do
+
     def __init__(self, problem: Problem, rank: int, world: int, wait_for_keys: WaitForKeys | None) -> None:
         self.wait_for_keys, self.scale = wait_for_keys, problem.softmax_scale
         self.logits, self.needs = problem.target == "sum_logits", tuple(problem.needs)
         with torch.cuda.device(problem.q.device):
-            self.plan = shard_plan(problem.key_start, problem.key_end, gpu_body.plan_sizes(problem), rank, world)
+            self.plan, fused = self._planned(problem, rank, world)
             self.chunks = len(self.plan.shards)
-            gpu_body.prepare(problem)
+            gpu_body.prepare(problem, fused)
             self._take_teacher(problem)
             index_q, index_k, weights = map(launch.aligned, problem.leaves)
             self.leaves = (index_q, index_k, weights)
-            self.rotated, self.scored = problem.index_dtype == FP8, -1  # the chunk whose index scores are there
+            self.scored = -1  # the chunk whose index scores are there
             self.fp8_index = None if problem.index_dtype is None else Fp8Index(self.leaves, problem.index_dtype)
             self.row_inputs = gpu_body.Rows(
                 problem.key_start.contiguous(), problem.key_end.contiguous(), problem.weight.contiguous()
@@ -40,6 +41,18 @@ class GpuStages:
                 self._find_lse()
             self.sums = new_sums(problem, every_row_is_written=world == 1 and self.plan.own.complete)
             self._allocate(self.plan, 1 if world == 1 else 2)
+            if fused:
+                self.left = gpu_fused.new_left(self.plan.own, index_q)
+
+    @staticmethod
+    def _planned(problem: Problem, rank: int, world: int) -> tuple[ShardPlan, bool]:
+        """The plan, and whether KL and gradients are fused: not where rows are few and long, so that items are few."""
+        for fused in (True, False) if gpu_fused.takes(problem, world) else (False,):
+            sizes = gpu_body.plan_sizes(problem, fused)
+            plan = shard_plan(problem.key_start, problem.key_end, sizes, rank, world)
+            if gpu_body.row_kernel(plan.own) == "rows_warp":
+                break
+        return plan, fused
 
     def _take_teacher(self, problem: Problem) -> None:
         """Its queries and keys as the scores read them; e4m3 keys are made of all that there are."""
@@ -71,8 +84,7 @@ class GpuStages:
         if any(self.needs):  # one kernel makes both of the queries' and what that of the keys' begins with
             d_index_q = torch.empty_like(index_q) if d_index_q is None else d_index_q
             d_weights = torch.empty_like(weights) if d_weights is None else d_weights
-            rotation = self.rotated and gpu_body.rotates(index_q.shape[2], index_q.shape[1])
-            self.out = gpu_body.IndexGradients(d_index_q, d_index_k, d_weights, rotation)
+            self.out = gpu_body.IndexGradients(d_index_q, d_index_k, d_weights)
 
     def rows(self, n: int) -> tuple[tuple[int, int], ...]:
         """First row and end of each rank's rows of chunk n."""
@@ -90,7 +102,8 @@ class GpuStages:
             elif self.logits:
                 gpu_body.summed_logits(self.q, self.k, chunk, out, self.scale)
             else:
-                gpu_body.teacher_scores(self.q, self.k, self.lse, chunk, out, self.scale)
+                left = () if self.left is None else (*self.row_inputs[:2], self.left.sums)
+                gpu_body.teacher_scores(self.q, self.k, self.lse, chunk, out, self.scale, left)
         return out
 
     def _quantised(self, teacher: Fp8Teacher, n: int) -> TeacherRows:
@@ -120,24 +133,21 @@ class GpuStages:
             return
         scores, di = self.index_scores[: p.shape[0]], self.di[: p.shape[0]]
         with torch.cuda.device(self.q.device):
-            leaves = self.leaves
+            if self.left is not None:
+                left = self.left.of(own.tiles)
+                gpu_body.index_scores(*self.leaves, own, scores, (*self.row_inputs[:2], left.tops, left.masks))
+                made = gpu_fused.Outputs(di, self.sums.kl, self.sums.entropy, self.out)
+                gpu_fused.gradients((p, scores), left, self.leaves, self.plan.own, own, self.row_inputs, made)
+                return
             if self.fp8_index is None:
-                gpu_body.index_scores(*leaves, own, scores)
-            else:
-                leaves = self.fp8_index.leaves
-                if self.scored != n:
-                    self.fp8_index.scores(own, scores)
+                gpu_body.index_scores(*self.leaves, own, scores)
+            elif self.scored != n:
+                self.fp8_index.scores(own, scores)
             out = di, self.sums.kl, self.sums.entropy
             gpu_body.kl_rows(p, scores, self.plan.own, own, self.row_inputs, out, self.logits)
             if any(self.needs):
-                gpu_body.index_gradients(di, leaves, self.plan.own, own, self.out, (p, scores))
-                if self.rotated and not self.out.rotation and self.sums.d_index_q is not None:
-                    # here, for its rows may be sent to other ranks now
-                    rotate_rows(self.sums.d_index_q[own.begin : own.end])
+                gpu_body.index_gradients(di, self.leaves, self.plan.own, own, self.out, (p, scores))
 
     def end(self) -> Sums:
         """The result, when every chunk is done."""
-        if self.rotated and self.sums.d_index_k is not None:
-            with torch.cuda.device(self.q.device):
-                rotate_rows(self.sums.d_index_k)
         return self.sums

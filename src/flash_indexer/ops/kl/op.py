@@ -45,7 +45,7 @@ def indexer_kl(
     lse: Tensor | None = None,
     target: str = "mean",
     token_weight: Tensor | None = None,
-    workspace_bytes: int = 512 * 2**20,
+    workspace_bytes: int = 2**30,
     index_dtype: str | None = None,
     teacher_dtype: str | None = None,
     softcap: float | None = None,
@@ -79,20 +79,22 @@ def indexer_kl(
             are read once for each tensor, as those of the intervals are, so make it once for all layers.
         workspace_bytes: bound on the memory for score tiles; query rows are processed in chunks that fit.
         index_dtype: "fp8" computes the loss of index_q and index_k as they are served, rotated and rounded to e4m3 with
-            a scale a row (`quantize`); "fp8_unrotated" leaves the rotation out. Gradients go straight through: those
-            with respect to the rounded tensors, rotated back.
-        teacher_dtype: "fp8" takes the teacher's logits from q and k in e4m3, a scale a row and head. q and k may be
-            handed over as `Quantized`. An lse is read as given: the model's own is that of its own logits, so
-            sum_s a[t,h,s] is 1 only as far as these agree (`flash-indexer check --fp8` reports it); lse=None is the
-            rounded logits' own.
+            a scale a row (`quantize`); "fp8_unrotated" leaves the rotation out. Gradients go straight through: di
+            of the rounded scores, times the derivatives of the scores of index_q and index_k as they are (with
+            target="per_head" those with respect to the rounded tensors, rotated back).
+        teacher_dtype: "fp8" takes the teacher's logits from q and k rotated and rounded to e4m3, a scale a row and
+            head, whatever D is (docs/math.md, "Rows in e4m3"); "fp8_unrotated" leaves the rotation out. q and k may be
+            handed over as `Quantized`, and are then taken as they are: rotate both alike or neither. An lse is read as
+            given: the model's own is that of its own logits, so sum_s a[t,h,s] is 1 only as far as these agree
+            (`flash-indexer check --fp8` reports it); lse=None is the rounded logits' own.
 
         softcap: c; the teacher's logits are c * tanh(scale * q·k / c) (Gemma 2's attn_logit_softcapping). Not in the
             kernels: on a GPU the blockwise torch body runs.
 
     Products in e4m3 run on the tensor cores with target="mean" ("sum_logits": the indexer's alone) where the kernels
     run, at up to twice bfloat16's rate; elsewhere the rounded tensors are multiplied in the wider dtype, the same up to
-    the order of sums. Memory beside the workspace: index_q and index_k once more and a half, k's and a chunk of q's
-    e4m3, all of q's with lse=None.
+    the order of sums. Memory beside the workspace: the e4m3 of index_q, index_k, k and a chunk of q, of all of q
+    with lse=None.
 
     Dtypes: on CUDA q, k, index_q, index_k bfloat16 and the rest float32; on the CPU float32 or float64 throughout.
     Kernels run on GPUs of compute capability 9.0 with tilelang installed, where D is 64, 96, 128, 192, 256 or 576, E is

@@ -6,37 +6,21 @@ chunk's memory is the area it sees, whatever the layout (causal, packed, sliding
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property, partial
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from flash_indexer.ops.kl.plan_sizes import NARROW_TILES, SHARE_OF_PARTIALS, PlanSizes, cut, narrow_runs
 from flash_indexer.ops.worklists import TILE, balance, cached, deal, one_thread, ragged, to_device, visible_tiles
 
-BYTES_PER_TILE = TILE * TILE * (4 + 4 + 2)  # teacher scores, index scores, di
 _SIDE_BY_SIDE = {False: 1, True: 8}  # token blocks whose tiles are computed together; one key head, many
-_NARROW_TILES = 3  # that an item of `score_narrow` has at most
 _CACHED_BYTES = 16 * 2**20  # of w·index_q, which the L2 cache holds for good, whatever is read meanwhile
 _QUARTERS = 4  # of a block of 128 tokens
 _PARTS_PER_PROCESSOR = 3  # pieces of d_index_k's work for each multiprocessor: more have more partial sums
-_SHARE_OF_PARTIALS = 8  # at most this fraction of the workspace holds partial sums of d_index_k
-_Count = TypeVar("_Count", int, Tensor)
-
-
-class PlanSizes(NamedTuple):
-    """What a plan depends on besides the intervals."""
-
-    S: int
-    E: int
-    padded_heads: int
-    grouped: bool
-    workspace_bytes: int
-    processors: int
-    narrow: bool = False  # whether the teacher's scores come from `narrow_items`
 
 
 class GradientItems(NamedTuple):
@@ -139,7 +123,7 @@ def plan_spans(
         count = end[begin:stop] - first[begin:stop]
         base[begin:stop] = count.cumsum(0) - count - first[begin:stop]
     blocks = torch.stack([base, first, end, torch.zeros_like(base)], 1)
-    groups = token_groups(key_start, key_end, TILE // sizes.padded_heads)
+    groups = token_groups(key_start, key_end, sizes.group_tokens)
     T = key_start.shape[0]
     chunks = tuple(
         TileChunk(
@@ -192,49 +176,6 @@ def _gradients(
     return GradientItems(a, b, c, slots)
 
 
-def cut(first: Tensor, end: Tensor, sizes: PlanSizes) -> list[tuple[int, int]]:
-    """Runs of blocks whose tiles fit the workspace, one block at least. A run that sees nothing is left out.
-
-    A run shorter than the workspace allows is taken where its items fill the processors' rounds better.
-    """
-    limit = max(sizes.workspace_bytes * (_SHARE_OF_PARTIALS - 1) // _SHARE_OF_PARTIALS // BYTES_PER_TILE, 1)
-    counts = (end - first).tolist()
-    spans, begin, blocks = [], 0, len(counts)
-    while begin < blocks:
-        stop, area = begin, 0
-        while stop < blocks and (stop == begin or area + counts[stop] <= limit):
-            area += counts[stop]
-            stop += 1
-        if stop < blocks:
-            stop = begin + _even(counts[begin:stop], sizes)
-        if any(counts[begin:stop]):
-            spans.append((begin, stop))
-        begin = stop
-    return spans
-
-
-def _even(counts: list[int], sizes: PlanSizes) -> int:
-    """The number of blocks, at least half of those given, whose items fill whole rounds of the processors best.
-
-    Scores take about three quarters of the time, each pass over index_q an eighth.
-    """
-
-    def filled(items: int) -> float:
-        return items / sizes.processors / max(-(-items // sizes.processors), 1)
-
-    items = list(itertools.accumulate(_runs(n) if sizes.narrow else n for n in counts))
-
-    def share(n: int) -> float:
-        return 0.75 * filled(items[n - 1]) + 0.25 * filled(n * sizes.padded_heads)
-
-    return max(range(max(len(counts) // 2, 1), len(counts) + 1), key=lambda n: (round(share(n), 3), n))
-
-
-def _runs(tiles: _Count) -> _Count:
-    """Items of `narrow_items` that a block with so many tiles has: runs of tiles, each for both halves."""
-    return 2 * -(-tiles // _NARROW_TILES)
-
-
 def score_items(blocks: Tensor, begin: int, stop: int, grouped: bool) -> Tensor:
     """(token, key, tile, 0) of every tile of blocks begin .. stop - 1.
 
@@ -255,15 +196,15 @@ def narrow_items(blocks: Tensor, begin: int, stop: int, grouped: bool, processor
     In the order of `score_items`, so that what is under way reads the same queries and keys.
     """
     base, first, end = blocks[begin:stop, 0], blocks[begin:stop, 1], blocks[begin:stop, 2]
-    block, place = ragged(_runs(end - first))
+    block, place = ragged(narrow_runs(end - first))
     half, run = place % 2, place // 2
-    key_tile = first[block] + _NARROW_TILES * run
-    tiles = (end[block] - key_tile).clamp_max(_NARROW_TILES)
+    key_tile = first[block] + NARROW_TILES * run
+    tiles = (end[block] - key_tile).clamp_max(NARROW_TILES)
     token = (begin + block) * TILE + half * (TILE // 2)
     items = torch.stack([token, key_tile * TILE, base[block] + key_tile, tiles], 1)
     side = _SIDE_BY_SIDE[grouped]
     order = torch.argsort((block // side * (1 << 40)) + (run * side + block % side) * 2 + half)
-    cost = tiles[order] + _NARROW_TILES  # a run of one tile is taken to last two thirds as long as one of three
+    cost = tiles[order] + NARROW_TILES  # a run of one tile is taken to last two thirds as long as one of three
     return balance(items[order], cost, processors)
 
 
@@ -296,7 +237,7 @@ def key_items(
     left = torch.searchsorted(e, pairs, right=True)
     right = torch.searchsorted(f, pairs, right=True)
     pairs, left, right = pairs[right > left], left[right > left], right[right > left]
-    most = sizes.workspace_bytes // _SHARE_OF_PARTIALS // (2 * TILE * sizes.E * 4)
+    most = sizes.workspace_bytes // SHARE_OF_PARTIALS // (2 * TILE * sizes.E * 4)
     read = (stop - begin) * TILE * sizes.padded_heads * sizes.E * 2
     neighbours = int(number[-1] - number[0]) == number.shape[0] - 1
     cached = neighbours and read <= _CACHED_BYTES and sizes.processors <= most

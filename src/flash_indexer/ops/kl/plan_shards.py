@@ -16,12 +16,12 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from flash_indexer.ops.kl.plan import GradientItems, Plan, PlanSizes, TileChunk, narrow, plan, plan_spans, score_items
+from flash_indexer.ops.kl.plan import GradientItems, Plan, TileChunk, narrow, plan, plan_spans, score_items
+from flash_indexer.ops.kl.plan_sizes import SHARE_OF_PARTIALS, PlanSizes
 from flash_indexer.ops.worklists import TILE, cached, to_device, visible_tiles
 
 _BYTES_OF_SUMS = TILE * TILE * 4 * 2  # a tile's teacher scores, of the chunk under way and of the next
 _BYTES_OF_OWN = TILE * TILE * (4 * 2 + 4 + 2)  # the scattered sums likewise, index scores, di
-_SHARE_OF_PARTIALS = 8  # as in ops.kl.plan
 
 
 @dataclass(frozen=True)
@@ -102,7 +102,7 @@ def cut_runs(counts: list[int], sizes: PlanSizes, world: int) -> list[tuple[int,
     chunk that sees nothing is left out.
     """
     bytes_per_tile = _BYTES_OF_SUMS + -(-_BYTES_OF_OWN // world)
-    limit = sizes.workspace_bytes * (_SHARE_OF_PARTIALS - 1) // _SHARE_OF_PARTIALS // bytes_per_tile
+    limit = sizes.workspace_bytes * (SHARE_OF_PARTIALS - 1) // SHARE_OF_PARTIALS // bytes_per_tile
     chunks, begin, blocks = [], 0, len(counts)
     while begin < blocks:
         stop, area = begin, 0

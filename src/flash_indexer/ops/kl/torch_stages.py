@@ -23,7 +23,11 @@ class TorchStages:
 
     def __init__(self, problem: Problem, rank: int, world: int, wait_for_keys: WaitForKeys | None) -> None:
         check_intervals(problem.key_start, problem.key_end, problem.k.shape[0])
-        self.index_dtype = problem.index_dtype
+        # rows whose gradients are formed, where they aren't those of the scores (`arithmetic`)
+        per_head = problem.target == "per_head"
+        through = problem.index_dtype is not None and not per_head
+        self.unrounded = (problem.index_q, problem.index_k) if through else None
+        self.index_dtype = problem.index_dtype if per_head else None
         if problem.teacher_dtype is not None and wait_for_keys is not None:
             wait_for_keys(problem.k.shape[0])
         problem = with_wide_index(with_wide_teacher(problem))
@@ -112,6 +116,9 @@ class TorchStages:
         place = (rows, heads.start) if per_head else rows
         sums.kl[place], sums.entropy[place] = kl, entropy
         if any(x.needs):
+            if self.unrounded is not None:  # p is read no more
+                iq, ik = self.unrounded[0][rows], self.unrounded[1][keys]
+                torch_body.index_scores(iq, ik, iw, starts, ends, out=p, relu=relu)
             torch_body.index_gradients(
                 di, relu, iq, ik, iw,
                 d_index_q=sums.d_index_q[rows, index_heads] if sums.d_index_q is not None else None,

@@ -142,10 +142,10 @@ def _rows(
         index_q, weights = F.pad(index_q, (0, 0, 0, IP - I)), F.pad(weights, (0, IP - I))
     queries, weights = index_q.reshape(-1, E), weights.reshape(-1)
     if d_index_q is not None and d_weights is not None:
-        count = work.query.numel() // 4
+        count, unread = work.query.numel() // 4, tiles.view(torch.int32)
         launch.load("gradients_query", E=E, IP=IP)(
-            queries, index_k, weights, tiles, d_index_q.view(-1, E), d_weights.view(-1), work.query, queries, tiles,
-            tiles, I, 0, T, count, min(count, ctas), 0,
+            queries, index_k, weights, tiles, d_index_q.view(-1, E), d_weights.view(-1), work.query, queries, unread,
+            unread, I, 0, T, count, min(count, ctas), 0,
         )  # fmt: skip
     if d_index_k is not None:
         count = work.key.numel() // 4
