@@ -57,11 +57,12 @@ def setting_of(record: Record) -> Setting:
 
 
 def devices(results: Path = RESULTS) -> list[Records]:
-    """GPUs first."""
+    """Of GPUs the one that was measured last: older records may be of another arithmetic. Then the CPU."""
     groups: dict[str, list[Record]] = {}
     for record in lines_of(results / "precision.jsonl"):
-        groups.setdefault(record["device"], []).append(record)
-    return [Records(groups[name]) for name in sorted(groups, key=lambda name: name == "CPU")]
+        groups[record["device"]] = [*groups.pop(record["device"], []), record]
+    gpus = [name for name in groups if name != "CPU"][-1:]
+    return [Records(groups[name]) for name in (*gpus, "CPU") if name in groups]
 
 
 def section(results: Path = RESULTS) -> str:

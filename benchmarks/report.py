@@ -28,7 +28,8 @@ TITLES = {
 }
 PASSES = {
     "teacher": "teacher scores", "index": "index scores", "rows": "KL rows",
-    "gradient_query": "d_index_q, d_index_w", "kl_gradients": "these three in one", "gradient_key": "d_index_k",
+    "gradient_query": "d_index_q, d_index_w", "kl_gradients": "KL rows and d_index_q in one",
+    "gradient_key": "d_index_k",
 }  # fmt: skip
 
 
