@@ -118,6 +118,6 @@ def test_from_text_to_page(
     page.main()
     text = (tmp_path / "docs" / "sparse.md").read_text()
     assert f"validation text: {rates['lr']} for the model; for the indexers {rates['indexer_lr']['8']} at K=8" in text
-    assert "16 index heads of 128, 3 steps of 16 sequences of 32 tokens" in text
+    assert "32 index heads of 128, 3 steps of 16 sequences of 32 tokens" in text
     assert (tmp_path / "docs" / "sparse_k8" / "comparison.md").read_text().startswith("#")
     assert "K=8: the indexer's keys cost" in text and (tmp_path / "docs" / "sparse_costs.png").stat().st_size > 1000
