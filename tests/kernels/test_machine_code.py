@@ -128,6 +128,7 @@ def test_machine_code(kernel, machine):
     assert code.count("QGMMA" if name.endswith("_fp8") else "HGMMA") == products(name, static)
     if name == "kl_gradients":  # of 640 threads; tiles that are wholly seen and others, of a warp's tokens
         assert code.registers == 96 and code.count("USETMAXREG") == 3 and code.count("UTMALDG") > 0
+        assert code.count("FENCE.VIEW.ASYNC") == 3  # of barriers; where scores go back, of two kinds of tiles
         tokens = sizes.kl_parts(static["E"]) * 128 // static["IP"]
         assert code.count("MUFU.EX2") == 2 * 4 * max(tokens // sizes.KL_ROW_WARPS, 1)
         return
