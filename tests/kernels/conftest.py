@@ -22,6 +22,10 @@ from flash_indexer.kernels import catalog
 
 collect_ignore_glob = ["*"] if importlib.util.find_spec("tilelang") is None else []  # it is for Linux alone
 OPCODE = re.compile(r"^\s+/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_]*(?:\.[A-Z0-9_]+)*)", re.MULTILINE)
+# text and the second half of the code of an instruction, whose first half ends its line; or a label
+INSTRUCTION = re.compile(
+    r"^\s+/\*[0-9a-f]+\*/\s+(.*?);?\s+/\* 0x[0-9a-f]{16} \*/\n\s+/\* 0x([0-9a-f]{16}) \*/|^\.L_x_\d+:()()", re.MULTILINE
+)
 
 
 @dataclass(frozen=True)
@@ -34,6 +38,34 @@ class Machine:
     complaints: tuple[str, ...]
     opcodes: Counter[str]
     listing: str
+
+    def loads_under_way(self) -> list[str]:
+        """Arrivals that are issued while loads of shared memory are under way, as far as a basic block shows it.
+
+        A load sets one of six scoreboards when its data is there, or leaves that to a later one, for they return in
+        order; an instruction's control code says which scoreboards it waits for. An arrival by itself waits for none.
+        """
+        found, pending, sets, done = [], [], {}, 0
+        for number, (text, code, *_) in enumerate(INSTRUCTION.findall(self.listing), 1):
+            if not code:  # a label
+                pending, sets = [], {}
+                continue
+            control = int(code, 16) >> 41
+            for board in range(6):
+                if control >> 11 + board & 1 and board in sets:
+                    done = max(done, sets.pop(board))
+            pending = [load for load in pending if load > done]
+            if "FENCE.VIEW.ASYNC" in text or "BAR.SYNC" in text:
+                pending = []
+            if "SYNCS.ARRIVE" in text and pending:
+                found.append(text.strip())
+            board = control >> 5 & 7
+            sets.pop(board, None)
+            if re.search(r"\bLDSM?\b", text) and "RZ, [RZ]" not in text:
+                pending.append(number)
+                if board != 7:
+                    sets[board] = number
+        return found
 
     def count(self, prefix: str) -> int:
         return sum(n for opcode, n in self.opcodes.items() if opcode.startswith(prefix))
@@ -62,7 +94,9 @@ def assemble(name: str, static: tuple[tuple[str, int], ...]) -> Machine:
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         text = done.stdout + done.stderr
         assert done.returncode == 0, text[-4000:]
-        listing = subprocess.run([find_nvdisasm(), "-c", str(cubin)], capture_output=True, text=True, check=True).stdout
+        listing = subprocess.run(
+            [find_nvdisasm(), "-c", "-hex", str(cubin)], capture_output=True, text=True, check=True
+        ).stdout
     return Machine(
         registers=int(re.findall(r"Used (\d+) registers", text)[-1]),
         spilled=sum(map(int, re.findall(r"(\d+) bytes spill", text))),

@@ -30,6 +30,7 @@ from flash_indexer.kernels.sm_90.macros import (
     pass_turn,
     place,
     release,
+    release_read,
     shared_address,
     wait_for_turn,
 )
@@ -123,7 +124,7 @@ def build(D, N):
                     pass_turn(tx)
                     T.warpgroup_fence_operand(S, num_regs=N // 2)
                     softmax(S, sums, v, words, scale)
-                    release(keys.empty, v[K_STAGE], tx)
+                    release_read(keys.empty, v[K_STAGE], tx)
                     next_tile(P, S, v)
                     for _ in T.serial(here.count - 1):
                         logits(Qs, keys, S, v, tx)
@@ -132,7 +133,7 @@ def build(D, N):
                         T.wait_wgmma(1)
                         T.warpgroup_fence_operand(S, num_regs=N // 2)
                         softmax(S, sums, v, words, scale)
-                        release(keys.empty, v[K_STAGE], tx)
+                        release_read(keys.empty, v[K_STAGE], tx)
                         T.wait_wgmma(0)
                         T.warpgroup_fence_operand(O, num_regs=D // 2)
                         release(values.empty, v[V_BEFORE], tx)

@@ -111,6 +111,13 @@ def release(barrier, i, tx):
 
 
 @T.macro
+def release_read(barrier, i, tx):
+    """`release` of what lanes have read by loads, which may still be under way: an arrival doesn't wait for them."""
+    T.call_extern("handle", "fence_shared")
+    release(barrier, i, tx)
+
+
+@T.macro
 def commit(stage):
     """The copies into a stage, (full, i), have been asked for: one arrival of the warp that feeds.
 

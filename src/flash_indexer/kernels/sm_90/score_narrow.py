@@ -45,7 +45,7 @@ from flash_indexer.kernels.sm_90.macros import (
     arrive,
     count_items,
     number,
-    release,
+    release_read,
     shared_address,
     turn,
 )
@@ -253,7 +253,7 @@ def _build(D, mode, stages, fp8, leaves=0):
     def end_group(k, v, A, at, tiles, tx):
         if FP8:
             T.call_extern("handle", "sc_scale", A.access_ptr("rw"), at[SCALES] + v[K_STAGE] * 512)
-            release(k.empty, v[K_STAGE], tx)
+            release_read(k.empty, v[K_STAGE], tx)
         else:
             arrive(k.empty, v[K_STAGE], tx)
         next_group(v, tiles)

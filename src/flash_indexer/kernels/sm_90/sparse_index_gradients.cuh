@@ -73,7 +73,9 @@ struct Work {
   __device__ __forceinline__ int scale_at(int n, int i) const { return number_at(n, 2 * KEYS + i); }
   __device__ __forceinline__ int low_di_at(int n, int i) const { return number_at(n, 3 * KEYS) + 2 * i; }
   __device__ __forceinline__ int count_of(int t) const { return min(max(load_int(x.count, t), 0), x.width); }
+  // the loads of what goes back may still be under way, and an arrival doesn't wait for them
   __device__ __forceinline__ void release(int barrier) const {
+    fence_shared();
     __syncwarp();
     if (lane == 0) barrier_arrive(barrier);
   }
