@@ -23,19 +23,20 @@ static __device__ __forceinline__ float quad_sum(float x) {
   return x + __shfl_xor_sync(0xffffffffu, x, 2);
 }
 // s = outside where a key is none of limits[2h] .. limits[2h+1] - 1; `key` is that of the tile's first column
+template <int N, int H>
+static __device__ __forceinline__ void mask_row(float* s, const int* limits, int key, float outside) {
+  const int low = limits[2 * H] - key - (threadIdx.x & 3) * 2;
+  const unsigned size = limits[2 * H + 1] - limits[2 * H];
+#pragma unroll
+  for (int g = 0; g < N / 8; ++g)
+#pragma unroll
+    for (int c = 0; c < 2; ++c)
+      s[4 * g + 2 * H + c] = (unsigned)(8 * g + c - low) < size ? s[4 * g + 2 * H + c] : outside;
+}
 template <int N>
 static __device__ __forceinline__ void mask_keys(float* s, const int* limits, int key, float outside) {
-  key += (threadIdx.x & 3) * 2;
-#pragma unroll
-  for (int h = 0; h < 2; ++h) {
-    const int low = limits[2 * h] - key;
-    const unsigned size = limits[2 * h + 1] - limits[2 * h];
-#pragma unroll
-    for (int g = 0; g < N / 8; ++g)
-#pragma unroll
-      for (int c = 0; c < 2; ++c)
-        s[4 * g + 2 * h + c] = (unsigned)(8 * g + c - low) < size ? s[4 * g + 2 * h + c] : outside;
-  }
+  mask_row<N, 0>(s, limits, key, outside);
+  mask_row<N, 1>(s, limits, key, outside);
 }
 // The registers of the A operand must be defined by a real, ordered instruction after the wait for the product that
 // reads what was in them, or ptxas serialises the products (C7513): here the conversion,

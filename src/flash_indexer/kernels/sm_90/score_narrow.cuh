@@ -71,52 +71,46 @@ static __device__ __forceinline__ void nr_store_masks(
                  "r"(mask_halves(first[h], second[h], 0)), "r"(mask_halves(first[h], second[h], 1))
                  : "memory");
 }
-// the warp's copies to memory, which its first lane has asked for, have read what they copy
-static __device__ __forceinline__ void nr_stored() {
-  wait_bulk_read();
+// the warp's copies to memory, which its first lane has asked for, have read what they copy. made: a number that work of the
+// meantime ends with, never -1 as an integer, which the compiler doesn't know: it would wait before that work
+static __device__ __forceinline__ void nr_stored(float made) {
+  if (__float_as_int(made) != -1) wait_bulk_read();
   __syncwarp();
 }
-// sc_store_rows by way of shared memory, BYTES for each warp from `at` on: copies of whole runs, which no warp waits for.
-// Groups of 8 columns change places by row, so that rows are written to different banks
-template <int BYTES, bool CLEAR>
-static __device__ __forceinline__ void nr_store(float* a, float* out, int row, int at) {
-  constexpr int PARTS = 8192 / BYTES;  // of the warp's 16 rows of 512 bytes
+// OUT of the thread's row `row` + 8 H by way of shared memory, BYTES for each warp from `at` on: copies of whole runs, which no
+// warp waits for; where the warp's 16 rows of 512 bytes are two runs, the second waits for the first to be read. Groups of 8
+// columns change places by row, so that rows are written to different banks
+template <int BYTES, int H>
+static __device__ __forceinline__ void nr_store(const float* a, float* out, int row, int at, float made) {
+  constexpr int PARTS = 8192 / BYTES;
   static_assert(PARTS == 1 || PARTS == 2);
   const int lane = threadIdx.x & 31, r = lane >> 2, region = at + ((threadIdx.x >> 5) & 3) * BYTES;
-  float* to = out + (long long)(row - r) * 128;
+  const int line = region + (PARTS == 1 ? 4096 * H : 0) + 512 * r + 8 * (lane & 3);
+  if (H == 1 && PARTS == 2) nr_stored(made);
 #pragma unroll
-  for (int h = 0; h < 2; ++h) {
-    const int line = region + (PARTS == 1 ? 4096 * h : 0) + 512 * r + 8 * (lane & 3);
+  for (int g = 0; g < 16; g += 4) {
+    float x[4][2];
 #pragma unroll
-    for (int g = 0; g < 16; g += 4) {
-      float x[4][2];
+    for (int j = 0; j < 4; ++j)
 #pragma unroll
-      for (int j = 0; j < 4; ++j)
+      for (int c = 0; c < 2; ++c) x[j][c] = a[4 * (g + j) + 2 * H + c];
 #pragma unroll
-        for (int c = 0; c < 2; ++c) x[j][c] = a[4 * (g + j) + 2 * h + c];
+    for (int c = 0; c < 2; ++c) {
+      float y[4];
 #pragma unroll
-      for (int c = 0; c < 2; ++c) {
-        float y[4];
+      for (int j = 0; j < 4; ++j) y[j] = r & 1 ? x[j ^ 1][c] : x[j][c];
 #pragma unroll
-        for (int j = 0; j < 4; ++j) y[j] = r & 1 ? x[j ^ 1][c] : x[j][c];
-#pragma unroll
-        for (int j = 0; j < 4; ++j) x[j][c] = r & 2 ? y[j ^ 2] : y[j];
-      }
-#pragma unroll
-      for (int j = 0; j < 4; ++j) store_shared(line + 32 * g + 32 * (j ^ (r & 3)), x[j][0], x[j][1]);
+      for (int j = 0; j < 4; ++j) x[j][c] = r & 2 ? y[j ^ 2] : y[j];
     }
-    if (h == 0 && PARTS == 1) continue;
-    fence_shared();
-    __syncwarp();
-    if (lane == 0) {
-      store_bulk(to + (PARTS == 2 ? 1024 * h : 0), region, BYTES);
-      commit_bulk();
-    }
-    if (h == 0) nr_stored();
+#pragma unroll
+    for (int j = 0; j < 4; ++j) store_shared(line + 32 * g + 32 * (j ^ (r & 3)), x[j][0], x[j][1]);
   }
-  if (CLEAR) {
-#pragma unroll
-    for (int i = 0; i < 64; ++i) a[i] = 0.0f;
+  if (H == 0 && PARTS == 1) return;
+  fence_shared();
+  __syncwarp();
+  if (lane == 0) {
+    store_bulk(out + (row - r + (PARTS == 2 ? 8 * H : 0)) * 128LL, region, BYTES);
+    commit_bulk();
   }
 }
 // the keys that the thread's two rows see; `token` is the warpgroup's first
@@ -127,34 +121,31 @@ static __device__ __forceinline__ void nr_limits(int* limits, const int* KS, con
     limits[2 * h] = load_int(KS, t), limits[2 * h + 1] = load_int(KE, t);
   }
 }
-// LEFT of the thread's rows, `row` and row + 8, over the keys that their tokens see: sums (MODE 0), or maxima and sums of
-// exponentials (MODE 1); `key` is the tile's first. The accumulator is cleared for the next tile
-template <int MODE>
-static __device__ __forceinline__ void nr_leave(float* a, float* LEFT, const int* limits, int row, int key) {
-  if (max(limits[0], limits[2]) > key || min(limits[1], limits[3]) < key + 128)
-    mask_keys<128>(a, limits, key, MODE == 0 ? 0.0f : -INFINITY);
+// LEFT of the thread's row `row` + 8 H over the keys that its token sees: the sum (MODE 0), or maximum and sum of exponentials
+// (MODE 1); `key` is the tile's first. The row's part of the accumulator is cleared for the next tile. Returns the sum
+template <int MODE, int H>
+static __device__ __forceinline__ float nr_leave(float* a, float* LEFT, const int* limits, int row, int key) {
+  if (limits[2 * H] > key || limits[2 * H + 1] < key + 128) mask_row<128, H>(a, limits, key, MODE == 0 ? 0.0f : -INFINITY);
+  float top = -INFINITY, sums[2] = {0.0f, 0.0f};
+  if (MODE == 1) {
 #pragma unroll
-  for (int h = 0; h < 2; ++h) {
-    float top = -INFINITY, sums[2] = {0.0f, 0.0f};
-    if (MODE == 1) {
+    for (int g = 0; g < 16; ++g) top = max_or_nan(top, max_or_nan(a[4 * g + 2 * H], a[4 * g + 2 * H + 1]));
+    top = quad_max_or_nan(top);
+  }
+  const float base = top == -INFINITY ? 0.0f : top;
 #pragma unroll
-      for (int g = 0; g < 16; ++g) top = max_or_nan(top, max_or_nan(a[4 * g + 2 * h], a[4 * g + 2 * h + 1]));
-      top = quad_max_or_nan(top);
+  for (int g = 0; g < 16; ++g)
+#pragma unroll
+    for (int c = 0; c < 2; ++c) {
+      const float x = a[4 * g + 2 * H + c];
+      sums[c] += MODE == 0 ? x : exp2_approximate((x - base) * LOG2E);
     }
-    const float base = top == -INFINITY ? 0.0f : top;
-#pragma unroll
-    for (int g = 0; g < 16; ++g)
-#pragma unroll
-      for (int c = 0; c < 2; ++c) {
-        const float x = a[4 * g + 2 * h + c];
-        sums[c] += MODE == 0 ? x : rows_exp(x - base);
-      }
-    const float sum = quad_sum(sums[0] + sums[1]);
-    if ((threadIdx.x & 3) == 0) {
-      if (MODE == 0) LEFT[row + 8 * h] = sum;
-      if (MODE == 1) *(float2*)(LEFT + 2LL * (row + 8 * h)) = make_float2(top, sum);
-    }
+  const float sum = quad_sum(sums[0] + sums[1]);
+  if ((threadIdx.x & 3) == 0) {
+    if (MODE == 0) LEFT[row + 8 * H] = sum;
+    if (MODE == 1) *(float2*)(LEFT + 2LL * (row + 8 * H)) = make_float2(top, sum);
   }
 #pragma unroll
-  for (int i = 0; i < 64; ++i) a[i] = 0.0f;
+  for (int g = 0; g < 16; ++g) a[4 * g + 2 * H] = a[4 * g + 2 * H + 1] = 0.0f;
+  return sum;
 }

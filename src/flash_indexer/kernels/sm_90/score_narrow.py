@@ -193,9 +193,10 @@ def _build(D, mode, stages, fp8, leaves=0):
         w[SECOND] = T.call_extern("int32", "nr_row", w[TOKEN] - qbase + 8, tq - 1) * H
         load_low(L, low, 0, w[FIRST], w[SECOND], 0)
 
-    # OUT[t] = A[t], and what is left of the tile. What the next item begins with is asked for meanwhile
+    # OUT[t] = A[t], and what is left of the tile, a row of the thread after the other: what is left of one is formed
+    # while its scores are copied. What the next item begins with is asked for meanwhile
     @T.macro
-    def store(A, tensors, left, low, w, item, sizes, at, tx):
+    def store(A, tensors, left, low, w, item, sizes, at, made, tx):
         L, OUT, ITEMS = tensors
         H, _, _, qbase, nitems, grid = sizes
         limits = T.alloc_local((4,), "int32")
@@ -212,22 +213,29 @@ def _build(D, mode, stages, fp8, leaves=0):
                 w[TOKEN], qbase + tq - 1,
             )  # fmt: skip
         take(ITEMS, w, item + grid, nitems)
+        made[0] = 0.0
         if BY_KEYS:
             T.sync_threads(10 + tx // 128, 128)
-            T.call_extern(
-                "handle", f"nr_store<{64 * D}, {int(not leaves)}>", A.access_ptr("rw"), T.address_of(OUT[0, 0]), row,
-                at[KEYS] * 16,
-            )  # fmt: skip
         else:
             T.call_extern(
                 "handle", f"sc_store_rows<{int(not leaves)}>", A.access_ptr("rw"), T.address_of(OUT[0, 0]), row
             )
-        begin_rows(L, low, w, H, qbase)
-        if leaves:
-            T.call_extern(
-                "handle", f"nr_leave<{mode}>", A.access_ptr("rw"), beginning(left[2]), limits.access_ptr("r"),
-                row, key,
-            )  # fmt: skip
+        for h in (0, 1):
+            if BY_KEYS:
+                T.call_extern(
+                    "handle", f"nr_store<{64 * D}, {h}>", A.access_ptr("r"), T.address_of(OUT[0, 0]), row,
+                    at[KEYS] * 16, made[0],
+                )  # fmt: skip
+            if h == 0:
+                begin_rows(L, low, w, H, qbase)
+            if leaves:
+                made[0] = T.call_extern(
+                    "float32", f"nr_leave<{mode}, {h}>", A.access_ptr("rw"), beginning(left[2]), limits.access_ptr("r"),
+                    row, key,
+                )  # fmt: skip
+        if BY_KEYS and not leaves:
+            for i in T.unroll(64):
+                A[i] = 0.0
 
     @T.macro
     def await_keys(k, v, tx):
@@ -276,6 +284,7 @@ def _build(D, mode, stages, fp8, leaves=0):
         tiles = T.alloc_var("int32")
         head = T.alloc_var("int32")
         masks = T.alloc_var("int64")
+        made = T.alloc_local((1,), "float32")  # what the work beside the copies of a tile ends with
         v[Q_STAGE] = 0
         v[Q_PARITY] = 0
         v[K_STAGE] = tx // 128
@@ -326,9 +335,9 @@ def _build(D, mode, stages, fp8, leaves=0):
                             head = head + 1
                         if not BY_KEYS or group < H // HG - 1:
                             end_group(k, v, A, at, tiles, tx)
-                store(A, tensors, left, low, w, bx + it * grid, sizes, at, tx)
+                store(A, tensors, left, low, w, bx + it * grid, sizes, at, made, tx)
                 if BY_KEYS:
-                    T.call_extern("handle", "nr_stored")
+                    T.call_extern("handle", "nr_stored", made[0])
                     end_group(k, v, A, at, tiles, tx)
             else:
                 for _ in T.serial(stages_of(H)):
