@@ -42,6 +42,7 @@ EXACT = {f"red.relaxed.gpu.global.add.{word}" for word in ("u64", "s32")}  # of 
 TABLES = {f"red.{space}.{op}.u32" for space in ("shared", "relaxed.gpu.global") for op in ("add", "max")}
 ADDING = {
     "head_gradients_once": FLOATS,
+    "gradients_key_masked": {"red.relaxed.gpu.global.add.v2.f32"},  # to each number one thread of a launch
     "sparse_gradients_mla": FLOATS | EXACT,
     "sparse_delta": {"red.relaxed.gpu.global.max.u32"},
     **dict.fromkeys(("sparse_exact_table", "sparse_exact_grid", "sparse_exact_finish"), EXACT | {"red.shared.add.u32"}),

@@ -81,6 +81,7 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     monkeypatch.setattr(launch, "prepare", prepare)
     monkeypatch.setattr(launch, "processors", lambda device: 4)
     monkeypatch.setattr(torch.cuda, "device", lambda _: nullcontext())
+    monkeypatch.setattr(launch, "side_stream", lambda device: None)
     return names
 
 

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -45,11 +46,19 @@ SHAPES = {
 
 @pytest.fixture
 def players(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """GpuStages on the CPU: torch in the kernels' place, and NaN in every tensor that torch.empty makes."""
+    """GpuStages on the CPU: torch in the kernels' place, and NaN in every tensor that torch.empty makes.
+
+    What is launched on the side stream is done when the other one waits for it.
+    """
     names = ("teacher_scores", "summed_logits", "teacher_lse", "index_scores", "kl_rows", "index_gradients")
     for name in names:
         monkeypatch.setattr(gpu_body, name, globals()[f"play_{name}"])
     monkeypatch.setattr(gpu_fused, "gradients", play_fused_gradients)
+    streams = Streams()
+    monkeypatch.setattr(launch, "side_stream", lambda device: streams.side)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: streams.here)
+    monkeypatch.setattr(torch.cuda, "stream", streams.on)
+    monkeypatch.setattr(gpu_body, "teacher_scores", streams.later(play_teacher_scores))
     monkeypatch.setattr(gpu_body, "prepare", lambda problem, fused: None)
     monkeypatch.setattr(torch.cuda, "device", lambda _: nullcontext())
     properties = SimpleNamespace(multi_processor_count=4)
@@ -58,6 +67,41 @@ def players(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     assert torch.utils.deterministic.fill_uninitialized_memory and torch.empty(3).isnan().all()
     yield
     torch.use_deterministic_algorithms(False)
+
+
+class Streams:
+    """The current stream and the side stream, of which the first waits for the second and the other way around."""
+
+    def __init__(self) -> None:
+        self.side, self.here = (SimpleNamespace(wait_stream=wait) for wait in (self.fork, self.join))
+        self.current, self.forked = self.here, False
+        self.waiting: list[Any] = []
+
+    def fork(self, other: Any) -> None:
+        assert other is self.here and not self.waiting
+        self.forked = True
+
+    def join(self, other: Any) -> None:
+        assert other is self.side
+        while self.waiting:
+            self.waiting.pop(0)()
+        self.forked = False
+
+    @contextmanager
+    def on(self, stream: Any) -> Iterator[None]:
+        before, self.current = self.current, stream or self.current
+        yield
+        self.current = before
+
+    def later(self, play: Any) -> Any:
+        def launched(*arguments: Any) -> None:
+            if self.current is self.here:
+                play(*arguments)
+                return
+            assert self.forked, "it would not wait for what it reads"
+            self.waiting.append(partial(play, *arguments))
+
+        return launched
 
 
 def rows_of(items: Tensor) -> list[list[int]]:
@@ -193,8 +237,10 @@ def play_index_gradients(di, leaves, work, chunk, out, scores, parts=1) -> None:
                 if slot >= 0:
                     place = slot + v * (chunk.gradients.slots // 2)
                     partials[place * TILE : (place + 1) * TILE] = total
-                else:
+                elif chunk.adds:
                     rows += total[: rows.shape[0]]
+                else:
+                    rows.copy_(total[: rows.shape[0]])
         for key_tile, begin, end, _ in rows_of(chunk.gradients.reduce):
             rows = out.index_k[key_tile * TILE :][:TILE]
             for slot in range(begin, end):

@@ -100,7 +100,7 @@ static __device__ __forceinline__ void gm_accumulate(float* o0, float* o1, unsig
 // two groups of products of each of `COUNT` steps, of which at most two are under way; none at the end
 template <int E, int IP, int COUNT, class Ring>
 static __device__ __forceinline__ void gm_group(Ring& ring, float* o0, float* o1, unsigned* p0, unsigned* p1) {
-  const int v = threadIdx.x >> 7, lane = threadIdx.x & 31;
+  const int v = threadIdx.x >> 7;
   const unsigned shift = 1u << (threadIdx.x >> 5 & 3);
 #pragma unroll
   for (int u = 0; u < COUNT; ++u) {
@@ -115,8 +115,7 @@ static __device__ __forceinline__ void gm_group(Ring& ring, float* o0, float* o1
     gm_accumulate<E, 0>(o0, o1, p0, p1, y);
     if (u > 0) {
       tl::wait_wgmma<1>();
-      __syncwarp();
-      if (lane == 0) barrier_arrive(before);
+      barrier_arrive(before);
     }
     gm_form<IP, 4>(p0, p1, di, mask, factor);
     gm_accumulate<E, 4>(o0, o1, p0, p1, y);
@@ -124,15 +123,14 @@ static __device__ __forceinline__ void gm_group(Ring& ring, float* o0, float* o1
   tl::wait_wgmma<0>();
   tl::warpgroup_fence_operand(o0, E / 2);
   tl::warpgroup_fence_operand(o1, E / 2);
-  __syncwarp();
-  if (lane == 0) barrier_arrive(ring.empty());
+  barrier_arrive(ring.empty());
   ring.next();
 }
-// 64 rows of the pair of key tiles, from `first` on. slot < 0: SUM[pair * 256 + r] += o[r], rows below S; otherwise
-// PART[slot * 128 + r % 128] = o[r], with the slots of a pair's second tiles behind all those of the first ones
+// 64 rows of the pair of key tiles, from `first` on. slot < 0: SUM[pair * 256 + r] += o[r], or = where not `adds`, rows below S;
+// otherwise PART[slot * 128 + r % 128] = o[r], with the slots of a pair's second tiles behind all those of the first ones
 template <int E>
 static __device__ __forceinline__ void gm_store(
-    const float* o, float* SUM, float* PART, int pair, int slot, int slots, int first, int S) {
+    const float* o, float* SUM, float* PART, int pair, int slot, int slots, int first, int S, bool adds) {
 #pragma unroll
   for (int h = 0; h < 2; ++h) {
     const int r = first + warpgroup_row() + 8 * h;
@@ -142,15 +140,18 @@ static __device__ __forceinline__ void gm_store(
     if (!part && row >= S) continue;
 #pragma unroll
     for (int g = 0; g < E / 8; ++g) {
-      const float2 old = part ? make_float2(0.0f, 0.0f) : p[4 * g];
-      p[4 * g] = make_float2(old.x + o[4 * g + 2 * h], old.y + o[4 * g + 2 * h + 1]);
+      const float x = o[4 * g + 2 * h], y = o[4 * g + 2 * h + 1];
+      if (part || !adds)
+        p[4 * g] = make_float2(x, y);
+      else  // by the memory, which no thread waits for; no other one adds to the same in this launch
+        asm volatile("red.relaxed.gpu.global.add.v2.f32 [%0], {%1, %2};" ::"l"(p + 4 * g), "f"(x), "f"(y) : "memory");
     }
   }
 }
 // d_index_k of pairs of key tiles, warpgroup v the v-th one of the pair
 template <int E, int IP, int STAGES>
 static __device__ __forceinline__ void gm_sum(
-    float* SUM, float* PART, const int* ITEMS, int ntok, int nitems, int grid, int slots, int S, int ring_,
+    float* SUM, float* PART, const int* ITEMS, int ntok, int nitems, int grid, int slots, int S, bool adds, int ring_,
     int barriers) {
   MaskedRing<E, IP, STAGES> ring = {ring_, barriers, 0, 0};
   float o0[E / 2], o1[E / 2];
@@ -165,8 +166,8 @@ static __device__ __forceinline__ void gm_sum(
     for (int i = 0; i < n / 2; ++i) gm_group<E, IP, 2>(ring, o0, o1, p0, p1);
     if (n & 1) gm_group<E, IP, 1>(ring, o0, o1, p0, p1);
     const int first = (threadIdx.x >> 7) * 128;
-    gm_store<E>(o0, SUM, PART, item.x, item.w, slots, first, S);
-    gm_store<E>(o1, SUM, PART, item.x, item.w, slots, first + 64, S);
+    gm_store<E>(o0, SUM, PART, item.x, item.w, slots, first, S, adds);
+    gm_store<E>(o1, SUM, PART, item.x, item.w, slots, first + 64, S, adds);
   }
 }
 // the warp that copies: lane 0 Y, lanes 1 and 2 di of both key tiles, lanes 3 and 4 their masks
@@ -211,7 +212,7 @@ template <int STAGES>
 static __device__ __forceinline__ void gm_begin(int barriers) {
   if (threadIdx.x < STAGES) {
     barrier_init(barriers + 8 * threadIdx.x, 1);
-    barrier_init(barriers + 8 * (STAGES + threadIdx.x), 8);
+    barrier_init(barriers + 8 * (STAGES + threadIdx.x), 256);  // every thread hands a stage back for itself
     barriers_ready();
   }
   __syncthreads();

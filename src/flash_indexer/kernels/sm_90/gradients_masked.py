@@ -36,13 +36,13 @@ def build(E, IP):
         MASKS, MORE  [n, 64] int32           masks of the score tiles (`device/mask_words.cuh`), a tile's first 4,096
                                              rows (token, head) and the others (IP = 64); of each `pitch` times 128
                                              rows from a tile to the next one
-        DK           [S, E] float32          d_index_k, added to
+        DK           [S, E] float32          d_index_k, added to, or written (adds 0)
         PART         [2·slots·128, E] float32    partial sums, written
         BLOCKS       as in `gradients.build_key`
         ITEMS        [4·nitems] int32        (pair, begin, end, slot): key tiles 2·pair and 2·pair + 1, tokens of the
                                              quarters of blocks begin .. end - 1. slot < 0: added to DK; otherwise the
                                              first tile's sum is PART's `slot`, the second tile's `slots + slot`
-        base, ntok, slots, nitems, grid, pitch int32
+        base, ntok, slots, nitems, grid, pitch, adds int32
     """
     STAGES = masked_stages(E, IP)
     nw, nt, nk, np = T.dynamic("nw"), T.dynamic("nt"), T.dynamic("nk"), T.dynamic("np")
@@ -53,7 +53,7 @@ def build(E, IP):
         WQ: T.Tensor((nw, E), "bfloat16"), DI: T.Tensor((nt, 128), "bfloat16"), MASKS: T.Tensor((nm, 64), "int32"),
         MORE: T.Tensor((nr, 64), "int32"), DK: T.Tensor((nk, E), "float32"), PART: T.Tensor((np, E), "float32"),
         BLOCKS: T.Tensor((nb,), "int32"), ITEMS: T.Tensor((ni,), "int32"), base: T.int32, ntok: T.int32,
-        slots: T.int32, nitems: T.int32, grid: T.int32, pitch: T.int32,
+        slots: T.int32, nitems: T.int32, grid: T.int32, pitch: T.int32, adds: T.int32,
     ):  # fmt: skip
         with T.Kernel(grid, threads=384):
             T.import_source(SOURCE)
@@ -70,7 +70,7 @@ def build(E, IP):
                 T.set_max_nreg(MASKED_REGISTERS[0], 1)
                 T.call_extern(
                     "handle", f"gm_sum<{E}, {IP}, {STAGES}>", T.address_of(DK[0, 0]), T.address_of(PART[0, 0]),
-                    T.address_of(ITEMS[0]), ntok, nitems, grid, slots, nk, begin, barriers,
+                    T.address_of(ITEMS[0]), ntok, nitems, grid, slots, nk, adds, begin, barriers,
                 )  # fmt: skip
             else:
                 T.set_max_nreg(MASKED_REGISTERS[1], 0)

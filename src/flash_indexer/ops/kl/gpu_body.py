@@ -259,13 +259,13 @@ def padded_queries(index_q: Tensor, index_weights: Tensor, chunk: TileChunk) -> 
 def key_gradient(
     out: Tensor, scaled: Tensor, di: Tensor, masks: Masks, work: Plan, chunk: TileChunk, num_queries: int
 ) -> None:
-    """Adds index_k's gradient to out, from w·index_q (`scaled`), di and masks."""
+    """Adds index_k's gradient to out, or writes it (`TileChunk.adds`), from w·index_q (`scaled`), di and masks."""
     items, E = chunk.gradients, out.shape[1]
     partials = out.new_empty(max(items.slots, 1) * TILE, E)
     count = items.key.numel() // 4
     launch.load("gradients_key_masked", E=E, IP=masks.padded_heads)(
         scaled, di, masks.first, masks.others, out, partials, work.blocks, items.key, chunk.begin, num_queries,
-        items.slots // 2, count, min(count, launch.processors(di.device)), masks.pitch,
+        items.slots // 2, count, min(count, launch.processors(di.device)), masks.pitch, int(chunk.adds),
     )  # fmt: skip
     if items.slots:
         launch.load("gradients_reduce", E=E)(out, partials, items.reduce, items.reduce.numel() // 4)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
 from torch import Tensor
 
@@ -20,6 +22,7 @@ class GpuStages:
     """See `stages.Stages`. Buffers are made once, for the largest chunk, and used by every chunk."""
 
     left: gpu_fused.Left | None = None  # what scores leave, where they do
+    side: torch.cuda.Stream | None = None  # of the teacher's scores: index scores take what multiprocessors they leave
 
     def __init__(self, problem: Problem, rank: int, world: int, wait_for_keys: WaitForKeys | None) -> None:
         self.wait_for_keys, self.scale = wait_for_keys, problem.softmax_scale
@@ -39,10 +42,13 @@ class GpuStages:
             self.lse = None if problem.lse is None else problem.lse.contiguous()
             if not self.logits and self.lse is None and self.chunks:
                 self._find_lse()
-            self.sums = new_sums(problem, every_row_is_written=world == 1 and self.plan.own.complete)
+            own = self.plan.own
+            self.sums = new_sums(problem, world == 1 and own.complete, own.writes_keys)
             self._allocate(self.plan, 1 if world == 1 else 2)
             if fused:
                 self.left = gpu_fused.new_left(self.plan.own, index_q)
+            if world == 1 and not self.logits and self.fp8_teacher is None and self.fp8_index is None:
+                self.side = launch.side_stream(problem.q.device)
 
     @staticmethod
     def _planned(problem: Problem, rank: int, world: int) -> tuple[ShardPlan, bool]:
@@ -103,7 +109,8 @@ class GpuStages:
                 gpu_body.summed_logits(self.q, self.k, chunk, out, self.scale)
             else:
                 left = () if self.left is None else (*self.row_inputs[:2], self.left.sums)
-                gpu_body.teacher_scores(self.q, self.k, self.lse, chunk, out, self.scale, left)
+                with self._beside():
+                    gpu_body.teacher_scores(self.q, self.k, self.lse, chunk, out, self.scale, left)
         return out
 
     def _quantised(self, teacher: Fp8Teacher, n: int) -> TeacherRows:
@@ -136,6 +143,7 @@ class GpuStages:
             if self.left is not None:
                 left = self.left.of(own.tiles)
                 gpu_body.index_scores(*self.leaves, own, scores, (*self.row_inputs[:2], left.tops, left.masks))
+                self._join()
                 made = gpu_fused.Outputs(di, self.sums.kl, self.sums.entropy, self.out)
                 gpu_fused.gradients((p, scores), left, self.leaves, self.plan.own, own, self.row_inputs, made)
                 return
@@ -143,10 +151,23 @@ class GpuStages:
                 gpu_body.index_scores(*self.leaves, own, scores)
             elif self.scored != n:
                 self.fp8_index.scores(own, scores)
+            self._join()
             out = di, self.sums.kl, self.sums.entropy
             gpu_body.kl_rows(p, scores, self.plan.own, own, self.row_inputs, out, self.logits)
             if any(self.needs):
                 gpu_body.index_gradients(di, self.leaves, self.plan.own, own, self.out, (p, scores))
+
+    def _beside(self) -> AbstractContextManager[object]:
+        """The side stream, where there is one, behind what has been launched; else the current stream."""
+        if self.side is None:
+            return nullcontext()
+        self.side.wait_stream(torch.cuda.current_stream())
+        return torch.cuda.stream(self.side)
+
+    def _join(self) -> None:
+        """The current stream goes on when the teacher's scores are there."""
+        if self.side is not None:
+            torch.cuda.current_stream().wait_stream(self.side)
 
     def end(self) -> Sums:
         """The result, when every chunk is done."""

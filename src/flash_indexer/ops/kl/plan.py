@@ -41,7 +41,8 @@ class TileChunk:
 
     Of the keys, those before `keys` are read, in whole tiles. Items are flat int32 tensors with four numbers each; item
     n belongs to the CTA n % grid. They are made once for all layers, when they are first asked for: while the GPU is at
-    the chunk before, and those of gradients while it forms the scores.
+    the chunk before, and those of gradients while it forms the scores. adds: d_index_k's items without a slot add to
+    the sum; the first chunk's write it where they are of all keys, so that it needs no zeros beforehand.
     """
 
     begin: int
@@ -51,6 +52,7 @@ class TileChunk:
     make_score: Callable[[], Tensor]
     make_narrow: Callable[[], Tensor]
     make_gradients: Callable[[], GradientItems]
+    adds: bool = True
 
     @cached_property
     @one_thread()
@@ -98,6 +100,11 @@ class Plan:
         """Of all chunks."""
         return sum(chunk.tiles for chunk in self.chunks)
 
+    @property
+    def writes_keys(self) -> bool:
+        """Whether d_index_k is written and not only added to."""
+        return bool(self.chunks) and not self.chunks[0].adds
+
 
 def plan(key_start: Tensor, key_end: Tensor, sizes: PlanSizes) -> Plan:
     """The plan of these intervals: cached, or made after reading (and checking) their contents.
@@ -134,8 +141,9 @@ def plan_spans(
             partial(_score, blocks, begin, stop, sizes, device),
             partial(narrow, blocks, begin, stop, sizes, device),
             partial(_gradients, blocks, groups, begin, stop, sizes, device),
+            adds=n > 0 or not _of_all_keys(first[begin:stop], end[begin:stop], sizes.S),
         )
-        for begin, stop in spans
+        for n, (begin, stop) in enumerate(spans)
     )
     on_device = to_device(blocks.reshape(-1).to(torch.int32), device)
     return Plan(chunks, on_device, T > 0 and bool((groups.end > groups.first).all()))
@@ -216,6 +224,13 @@ def query_items(groups: Groups, blocks: Tensor, begin: int, stop: int, processor
     chosen, count = chosen[count > 0], count[count > 0]
     base = blocks[chosen * tokens // TILE, 0]
     return balance(torch.stack([chosen * tokens, groups.first[chosen], count, base], 1), count, processors)
+
+
+def _of_all_keys(first: Tensor, end: Tensor, keys: int) -> bool:
+    """Whether the blocks, whose intervals don't decrease, see every pair of key tiles."""
+    f, e = (first // 2)[end > first], ((end + 1) // 2)[end > first]
+    reached = f.numel() > 0 and int(f[0]) == 0 and int(e[-1]) == -(-keys // (2 * TILE))
+    return reached and bool((f[1:] <= e[:-1]).all())
 
 
 def key_items(

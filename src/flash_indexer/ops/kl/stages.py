@@ -69,9 +69,10 @@ def run_stages(
         return stages.end()
 
 
-def new_sums(problem: Problem, every_row_is_written: bool = False) -> Sums:
-    """Zeros for this rank to write its rows to; not filled, but for what adds up, where it writes every row."""
+def new_sums(problem: Problem, every_row_is_written: bool = False, every_key_is_written: bool = False) -> Sums:
+    """Zeros for this rank to write its rows to and to add to; not filled where it writes every row, or key."""
     make: Callable[..., Tensor] = torch.empty if every_row_is_written else torch.zeros
+    make_keys: Callable[..., Tensor] = torch.empty if every_key_is_written else torch.zeros
     q, index_q, index_k, weights, needs = problem.q, *problem.leaves, problem.needs
     wide, shape = compute_dtype(q), q.shape[:2] if problem.target == "per_head" else q.shape[:1]
     kl, entropy = (make(shape, dtype=wide, device=q.device) for _ in range(2))
@@ -79,6 +80,6 @@ def new_sums(problem: Problem, every_row_is_written: bool = False) -> Sums:
         kl,
         entropy,
         make(index_q.shape, dtype=index_q.dtype, device=q.device) if needs[0] else None,
-        torch.zeros(index_k.shape, dtype=wide, device=q.device) if needs[1] else None,
+        make_keys(index_k.shape, dtype=wide, device=q.device) if needs[1] else None,
         make(weights.shape, dtype=weights.dtype, device=q.device) if needs[2] else None,
     )
