@@ -305,13 +305,18 @@ def _score(
 ) -> None:
     """low: [rows, H], what is subtracted (lse) or multiplied with (the index weights)."""
     H, D = q.shape[1:]
-    items = chunk.narrow if D in NARROW else chunk.score
+    items = score_items(chunk, D)
     count, static = items.numel() // 4, dict(left=1) if left else {}
     heads = (padded_heads(H),) if left and mode == RELU else ()
     launch.load(score_kernel(D), D=D, mode=mode, **static)(
         q.view(q.shape[0], -1), k.view(k.shape[0], -1), low.view(-1), out, *left, items,
         H, H // k.shape[1], scale, first_row, count, min(count, launch.processors(q.device)), *heads,
     )  # fmt: skip
+
+
+def score_items(chunk: TileChunk, D: int) -> Tensor:
+    """The chunk's items for scores of heads of D columns, made on the current stream when they are first asked for."""
+    return chunk.narrow if D in NARROW else chunk.score
 
 
 def score_kernel(D: int) -> str:

@@ -12,6 +12,7 @@ from flash_indexer.ops.blockwise import compute_dtype
 from flash_indexer.ops.kl import gpu_body, gpu_fused
 from flash_indexer.ops.kl.arithmetic import with_wide_teacher
 from flash_indexer.ops.kl.gpu_fp8 import Fp8Index, Fp8Teacher, TeacherRows, has_fp8_teacher
+from flash_indexer.ops.kl.plan import TileChunk
 from flash_indexer.ops.kl.plan_shards import ShardPlan, shard_plan
 from flash_indexer.ops.kl.stages import new_sums
 from flash_indexer.ops.problem import Problem, Sums, WaitForKeys
@@ -109,7 +110,7 @@ class GpuStages:
                 gpu_body.summed_logits(self.q, self.k, chunk, out, self.scale)
             else:
                 left = () if self.left is None else (*self.row_inputs[:2], self.left.sums)
-                with self._beside():
+                with self._beside(chunk):
                     gpu_body.teacher_scores(self.q, self.k, self.lse, chunk, out, self.scale, left)
         return out
 
@@ -157,10 +158,14 @@ class GpuStages:
             if any(self.needs):
                 gpu_body.index_gradients(di, self.leaves, self.plan.own, own, self.out, (p, scores))
 
-    def _beside(self) -> AbstractContextManager[object]:
-        """The side stream, where there is one, behind what has been launched; else the current stream."""
+    def _beside(self, chunk: TileChunk) -> AbstractContextManager[object]:
+        """The side stream, where there is one, behind what has been launched; else the current stream.
+
+        The chunk's list is made before: index scores, which don't wait for the side stream, have the same.
+        """
         if self.side is None:
             return nullcontext()
+        gpu_body.score_items(chunk, self.q.shape[2])
         self.side.wait_stream(torch.cuda.current_stream())
         return torch.cuda.stream(self.side)
 
