@@ -50,7 +50,7 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=2048, help="tokens of a sequence")
     parser.add_argument("--warm-up-steps", type=int, default=1200)
     parser.add_argument("--topk", type=int, nargs="+", default=[128, 256])
-    parser.add_argument("--steps", type=int, default=100, help="of each of the runs")
+    parser.add_argument("--steps", type=int, default=60, help="of each of the runs")
     parser.add_argument("--rate-steps", type=int, default=40)
     parser.add_argument("--rates", type=Path, help="folder of another record, whose rate of the model is taken")
     parser.add_argument(

@@ -171,6 +171,11 @@ def each_pass(records: dict[str, Record]) -> list[str]:
                 rate = f", {kernel['tflops']:.0f} TFLOP/s" if "tflops" in kernel else ""
                 cells.append(f"{kernel['ms']:,.2f} ms{rate}")
             rows.append(cells)
+    beside = [
+        "Where a row's times are more than its call, scores of the teacher and of the indexer shared the",
+        "multiprocessors in the profile: these two hold what one waited for the other.",
+    ]
+    shared = any(sum(k["ms"] for k in r["passes"].values()) > r["ours"]["p50"] for r in records.values())
     return [
         "",
         "## Each kernel",
@@ -178,6 +183,7 @@ def each_pass(records: dict[str, Record]) -> list[str]:
         "One profiled call of the same problems. [How each kernel gets there](kernels.md). Rates of gradients count",
         "logits of their own, 4IE flops a pair, so that records compare; d_index_k takes masks of them, and so does",
         "the kernel of KL rows, d_index_q and d_index_w in one, where scores leave them. These do half as many.",
+        *(beside if shared else []),
         "",
         *table(f"size | {' | '.join(PASSES.values())}", rows),
         "",

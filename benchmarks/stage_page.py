@@ -116,6 +116,11 @@ def page(found: dict[str, Any], record: Path, out: Path, commit: str) -> str:
     """The page; writes its plots beside it."""
     rates = json.loads((record / "rates.json").read_text(encoding="utf-8"))
     of_indexers = ", ".join(f"{rate} at K={k}" for k, rate in rates["indexer_lr"].items())
+    given = (
+        "from an earlier comparison on validation text"
+        if not (record / "validation-dense.json").exists()
+        else ("chosen on validation text")
+    )
     tokens = found["runs"]["dense"]["dense"]["tokens"]
     plot_losses(record, [f"indexer-{at.topk}" for at in costs(found)]).savefig(out / "sparse_loss.png", dpi=140)
     plot_costs(costs(found)).savefig(out / "sparse_costs.png", dpi=140)
@@ -140,23 +145,30 @@ def page(found: dict[str, Any], record: Path, out: Path, commit: str) -> str:
         f"What `flash-indexer evaluate` says of the indexers' runs, layer by layer and with needles: {links}.", "",
         "## Training", "",
         *training(record), "",
-        f"Rates, chosen on validation text: {rates['lr']} for the model; for the indexers {of_indexers}.", "",
+        f"Rates: {rates['lr']} for the model, {given}; for the indexers, chosen on validation text, {of_indexers}.", "",
         "![Loss by step](sparse_loss.png)", "",
         "## To reproduce", "", f"Recorded at commit {commit[:7]}.", "",
-        "```bash", "python benchmarks/record_stage.py --out runs/stage",
+        "```bash", f"python benchmarks/record_stage.py --out runs/stage {settings(found, record)}",
         "python benchmarks/stage_page.py --record runs/stage --out docs/smollm2-135m", "```", "",
     ])  # fmt: skip
 
 
+def trained(record: Path, name: str) -> tuple[dict[str, Any], float]:
+    """The settings of a run, its sequences a step among them, and its seconds."""
+    run = json.loads((record / name / "run.json").read_text(encoding="utf-8"))
+    last = (record / name / "metrics.jsonl").read_text(encoding="utf-8").splitlines()[-1]
+    return run["settings"] | {"sequences": run["sequences_per_step"]}, json.loads(last)["seconds"]
+
+
+def settings(found: dict[str, Any], record: Path) -> str:
+    """Options of `record_stage.py` that make such a record."""
+    warm, dense = (trained(record, name)[0]["steps"] for name in ("warm", "dense"))
+    return f"--warm-up-steps {warm} --steps {dense} --sequences {found['sequences']}"
+
+
 def training(record: Path) -> list[str]:
     """What the warm-up and each run trained on, for how long."""
-
-    def of(name: str) -> tuple[dict[str, Any], float]:
-        run = json.loads((record / name / "run.json").read_text(encoding="utf-8"))
-        last = (record / name / "metrics.jsonl").read_text(encoding="utf-8").splitlines()[-1]
-        return run["settings"] | {"sequences": run["sequences_per_step"]}, json.loads(last)["seconds"]
-
-    (warm, warm_time), (dense, dense_time) = of("warm"), of("dense")
+    (warm, warm_time), (dense, dense_time) = (trained(record, name) for name in ("warm", "dense"))
     tokens = dense["steps"] * dense["sequences"] * dense["sequence_length"]
     return [
         f"Warm-up: {warm['num_heads']} index heads of {warm['head_dim']}, {warm['steps']} steps of {warm['sequences']} "

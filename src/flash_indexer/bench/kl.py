@@ -25,6 +25,7 @@ from torch import Tensor
 from flash_indexer import causal_intervals, indexer_kl
 from flash_indexer.bench.baselines import attention_contestants
 from flash_indexer.bench.timing import MATMUL, Size, host_time, measured, memory, named, time_in_turns
+from flash_indexer.ops import launch
 from flash_indexer.ops.kl.gpu_body import teacher_lse
 from flash_indexer.testing import Shape, assert_close, eager_indexer_kl, make_inputs, reference_indexer_kl
 
@@ -188,10 +189,14 @@ def passes(step: Callable[[], Any], size: Size) -> dict[str, dict[str, float]]:
     """Milliseconds of each kernel in one step, and TFLOP/s of the flops that it does.
 
     Each gradient is counted with logits of its own, 4IE flops a pair, so that records compare. Those that take masks do
-    2IE.
+    2IE. The step runs on the side stream itself, so that kernels which share the multiprocessors elsewhere come one
+    after the other.
     """
     step()
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
+    torch.cuda.synchronize()
+    device = torch.device("cuda", torch.cuda.current_device())
+    profile = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA])
+    with torch.cuda.stream(launch.side_stream(device)), profile as profiler:
         step()
         torch.cuda.synchronize()
     events = (event for event in profiler.events() or () if event.device_type.name == "CUDA")
