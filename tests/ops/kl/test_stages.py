@@ -99,8 +99,8 @@ class Streams:
                 play(*arguments)
                 return
             assert self.forked, "it would not wait for what it reads"
-            made = "narrow" if arguments[0].shape[2] in gpu_body.NARROW else "score"
-            assert made in vars(arguments[3]), "the list would be made on a stream that index scores don't wait for"
+            made = {"narrow" if width in gpu_body.NARROW else "score" for width in (arguments[0].shape[2], HEADS["E"])}
+            assert made <= vars(arguments[3]).keys(), "a list would be made while two streams are under way"
             self.waiting.append(partial(play, *arguments))
 
         return launched

@@ -161,11 +161,13 @@ class GpuStages:
     def _beside(self, chunk: TileChunk) -> AbstractContextManager[object]:
         """The side stream, where there is one, behind what has been launched; else the current stream.
 
-        The chunk's list is made before: index scores, which don't wait for the side stream, have the same.
+        The chunk's lists are made before: index scores, which don't wait for the side stream, may have the same, and
+        nothing that runs out of memory comes before the streams meet again.
         """
         if self.side is None:
             return nullcontext()
-        gpu_body.score_items(chunk, self.q.shape[2])
+        for width in (self.q.shape[2], self.leaves[0].shape[2]):
+            gpu_body.score_items(chunk, width)
         self.side.wait_stream(torch.cuda.current_stream())
         return torch.cuda.stream(self.side)
 
