@@ -142,13 +142,13 @@ def page(found: dict[str, Any], record: Path, out: Path, commit: str) -> str:
         "with the warm-up's indexers, over its own dense attention. Behind that: over the dense run, which trained on "
         "the same tokens at the same rates. Error bars are paired, over sequences.", "", *table, "",
         "![What few keys cost, before and after](sparse_costs.png)", "",
-        f"What `flash-indexer evaluate` says of the indexers' runs, layer by layer and with needles: {links}.", "",
+        f"What `flash-indexer evaluate` says of the indexers' runs on fewer sequences, with needles: {links}.", "",
         "## Training", "",
         *training(record), "",
         f"Rates: {rates['lr']} for the model, {given}; for the indexers, chosen on validation text, {of_indexers}.", "",
         "![Loss by step](sparse_loss.png)", "",
         "## To reproduce", "", f"Recorded at commit {commit[:7]}.", "",
-        "```bash", f"python benchmarks/record_stage.py --out runs/stage {settings(found, record)}",
+        "```bash", *settings(found, record, rates["lr"], "chosen" not in given),
         "python benchmarks/stage_page.py --record runs/stage --out docs/smollm2-135m", "```", "",
     ])  # fmt: skip
 
@@ -160,10 +160,24 @@ def trained(record: Path, name: str) -> tuple[dict[str, Any], float]:
     return run["settings"] | {"sequences": run["sequences_per_step"]}, json.loads(last)["seconds"]
 
 
-def settings(found: dict[str, Any], record: Path) -> str:
-    """Options of `record_stage.py` that make such a record."""
-    warm, dense = (trained(record, name)[0]["steps"] for name in ("warm", "dense"))
-    return f"--warm-up-steps {warm} --steps {dense} --sequences {found['sequences']}"
+def settings(found: dict[str, Any], record: Path, lr: str, given: bool) -> list[str]:
+    """The commands that make such a record; the model's rate is named beforehand or chosen."""
+    (warm, _), (dense, _) = (trained(record, name) for name in ("warm", "dense"))
+    commands = (record / "commands.txt").read_text(encoding="utf-8").splitlines()
+    judged = re.search(r"--sequences (\d+) --needles (\d+)", next(x for x in commands if " evaluate " in x))
+    assert judged is not None
+    words = {
+        "length": dense["sequence_length"], "warm-up-steps": warm["steps"], "steps": dense["steps"],
+        "batch-size": dense["sequences"], "topk": " ".join(str(at.topk) for at in costs(found)),
+        "sequences": found["sequences"], "evaluate-sequences": judged[1], "needles": judged[2],
+    }  # fmt: skip
+    options = " ".join(f"--{name} {value}" for name, value in words.items())
+    if not given:
+        return [f"python benchmarks/record_stage.py --out runs/stage {options}"]
+    return [
+        f"mkdir -p runs/rates && echo '{json.dumps({'lr': lr})}' > runs/rates/rates.json",
+        f"python benchmarks/record_stage.py --out runs/stage --rates runs/rates {options}",
+    ]
 
 
 def training(record: Path) -> list[str]:

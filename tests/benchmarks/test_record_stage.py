@@ -117,9 +117,14 @@ def test_from_text_to_page(
     monkeypatch.setattr(sys, "argv", ["stage_page", "--record", str(out), "--out", str(tmp_path / "docs")])
     page.main()
     text = (tmp_path / "docs" / "sparse.md").read_text()
-    assert f"Rates: {rates['lr']} for the model, from an earlier comparison on validation text; for the indexers" in text
+    assert f"Rates: {rates['lr']} for the model, from an earlier comparison on validation text; for" in text
     assert f"chosen on validation text, {rates['indexer_lr']['8']} at K=8." in text
-    assert "record_stage.py --out runs/stage --warm-up-steps 3 --steps" in text
+    assert f"echo '{json.dumps({'lr': rates['lr']})}' > runs/rates/rates.json" in text
+    printed = next(line for line in text.splitlines() if "record_stage.py" in line).split()
+    given = {name: words[words.index(name) + 1] for name in words if name.startswith("--")}
+    for name in ("--length", "--topk", "--steps", "--warm-up-steps", "--batch-size", "--sequences", "--needles"):
+        assert printed[printed.index(name) + 1] == given[name]
+    assert "--rates" in printed
     assert "32 index heads of 128, 3 steps of 16 sequences of 32 tokens" in text
     assert (tmp_path / "docs" / "sparse_k8" / "comparison.md").read_text().startswith("#")
     assert "K=8: the indexer's keys cost" in text and (tmp_path / "docs" / "sparse_costs.png").stat().st_size > 1000

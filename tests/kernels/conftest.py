@@ -67,6 +67,10 @@ class Machine:
                     sets[board] = number
         return found
 
+    def read(self) -> int:
+        """Instructions whose control codes are read."""
+        return sum(code != "" for _, code, *_ in INSTRUCTION.findall(self.listing))
+
     def count(self, prefix: str) -> int:
         return sum(n for opcode, n in self.opcodes.items() if opcode.startswith(prefix))
 

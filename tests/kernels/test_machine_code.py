@@ -122,6 +122,13 @@ def test_an_arrival_depends_on_the_loads_that_it_follows(machine):
     assert len(re.findall(r"SYNCS\.ARRIVE\.TRANS64\.RED\S* RZ, \[R\d+", code)) == 2
 
 
+def test_loads_under_way_are_found(machine):
+    """Where an arrival is known to have some: of another stage than the one that it gives back."""
+    code = machine("gradients_query", E=64, IP=8, masks=1)
+    assert code.read() == sum(code.opcodes.values()) > 1000, "every one is read"
+    assert code.loads_under_way() != []
+
+
 @pytest.mark.parametrize("kernel", sampled())
 def test_machine_code(kernel, machine):
     name, static = kernel[0], dict(kernel[1])

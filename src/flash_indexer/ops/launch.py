@@ -39,7 +39,7 @@ def side_stream(device: torch.device) -> torch.cuda.Stream:
     """A stream for kernels beside those of the current stream.
 
     Whoever launches on it has it wait for the current stream before, also before memory is taken on it, and the current
-    stream for it after.
+    stream for it after. All callers share it: what one of them waits for, those behind it wait for too.
     """
     return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 

@@ -172,6 +172,22 @@ def test_key_items_take_each_tile_once_and_reductions_every_slot(
         assert reduced == slots
 
 
+@pytest.mark.parametrize(
+    ("name", "workspace", "written"),
+    [("causal", 2**29, True), ("packed", 2**29, True), ("window", 2**29, True), ("one", 2**29, True),
+     ("causal", 3 * BYTES_PER_TILE, False), ("blind_start", 2**29, True), ("blind_middle", 2**29, True)],
+)  # fmt: skip
+def test_the_first_chunk_writes_the_keys_gradient_where_it_sees_every_pair_of_tiles(
+    name: str, workspace: int, written: bool
+) -> None:
+    key_start, key_end, S = LAYOUTS[name]
+    made = make_plan(key_start, key_end, sizes(S, workspace), CPU)
+    pairs = {pair for pair, _, _, slot in rows(made.chunks[0].gradients.key) if slot < 0}
+    assert made.writes_keys == written == (pairs == set(range(-(-S // (2 * TILE)))))
+    assert all(chunk.adds for chunk in made.chunks[1:])
+    assert not make_plan(key_start, key_end, sizes(S + 2 * TILE, workspace), CPU).writes_keys, "keys that nobody sees"
+
+
 def test_lists_are_made_when_they_are_asked_for() -> None:
     key_start, key_end, S = intervals([(4000, 4000)])
     chunks = make_plan(key_start, key_end, sizes(S, 2**23), CPU).chunks

@@ -40,7 +40,7 @@ def build(E, IP):
         PART         [2·slots·128, E] float32    partial sums, written
         BLOCKS       as in `gradients.build_key`
         ITEMS        [4·nitems] int32        (pair, begin, end, slot): key tiles 2·pair and 2·pair + 1, tokens of the
-                                             quarters of blocks begin .. end - 1. slot < 0: added to DK; otherwise the
+                                             quarters of blocks begin .. end - 1. slot < 0: DK's rows; otherwise the
                                              first tile's sum is PART's `slot`, the second tile's `slots + slot`
         base, ntok, slots, nitems, grid, pitch, adds int32
     """

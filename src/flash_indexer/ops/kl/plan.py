@@ -239,7 +239,7 @@ def key_items(
     """Items (pair, quarter, end, slot), reductions (key tile, slot, end, 0), and the number of slots.
 
     A pair are the key tiles 2 pair and 2 pair + 1. The blocks that see one of them are a run, which is cut into parts,
-    in quarters of blocks. The first part adds to d_index_k itself (slot -1), every other writes partial sums: the first
+    in quarters of blocks. The first part is d_index_k's own (slot -1), every other writes partial sums: the first
     tile's to a slot of the first half, the second tile's to the same one of the other half. Quarters from `quarters` on
     hold no token and are in no part: one of nothing else would leave its slots unwritten.
     """
