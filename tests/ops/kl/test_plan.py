@@ -13,6 +13,7 @@ from flash_indexer.ops.kl.gpu_body import row_kernel
 from flash_indexer.ops.kl.plan import Plan, TileChunk, make_plan, plan
 from flash_indexer.ops.kl.plan_sizes import BYTES_PER_TILE, PlanSizes, cut
 from flash_indexer.ops.worklists import TILE
+from flash_indexer.recipe.queries import draw_queries
 
 CPU = torch.device("cpu")
 
@@ -186,6 +187,23 @@ def test_the_first_chunk_writes_the_keys_gradient_where_it_sees_every_pair_of_ti
     assert made.writes_keys == written == (pairs == set(range(-(-S // (2 * TILE)))))
     assert all(chunk.adds for chunk in made.chunks[1:])
     assert not make_plan(key_start, key_end, sizes(S + 2 * TILE, workspace), CPU).writes_keys, "keys that nobody sees"
+
+
+@pytest.mark.parametrize("fraction", [1 / 4, 1 / 16])
+def test_a_part_of_the_queries_is_as_small_a_part_of_the_work(fraction: float) -> None:
+    """Of score tiles, and of both gradients, of one long document: its queries are drawn in blocks over all of it."""
+    length = 32768
+
+    def work(tokens: Tensor) -> list[int]:
+        made = make_plan(torch.zeros_like(tokens), tokens + 1, sizes(length, 2**30, processors=132), CPU)
+        lists = [[rows(items) for items in (c.score, c.gradients.query, c.gradients.key)] for c in made.chunks]
+        scores = sum(len(score) for score, _, _ in lists)
+        queries = sum(count for _, query, _ in lists for _, _, count, _ in query)
+        return [scores, queries, sum(end - begin for _, _, key in lists for _, begin, end, _ in key)]
+
+    drawn = draw_queries(length, fraction, seed=0, draw="any")
+    for part, whole in zip(work(drawn), work(torch.arange(length)), strict=True):
+        assert part == pytest.approx(fraction * whole, rel=0.01)
 
 
 def test_lists_are_made_when_they_are_asked_for() -> None:
