@@ -154,8 +154,8 @@ def counted(model: Model, pairs: float, tokens: float, rates: Rates) -> dict[str
     H, D, V, I, E = model.H, model.D, model.V, model.I, model.E
     flops = {"teacher": 2 * H * D, "index": 2 * I * E}
     flops |= dict.fromkeys(("gradient_query", "kl_gradients", "gradient_key"), 4 * I * E)
-    loss, call = 0.0, sum(kernel["ms"] for kernel in record["passes"].values())
-    beside = min(1.0, record["ours"]["p50"] / call)  # in a call two of them run side by side
+    loss, in_turn = 0.0, sum(kernel["ms"] for kernel in record["passes"].values())
+    beside = min(1.0, record["ours"]["p50"] / in_turn)  # in a call two of them run side by side
     for name, kernel in record["passes"].items():
         each = flops[name] / (kernel["tflops"] * 1e12) if name in flops else kernel["ms"] / 1e3 / record["pairs"]
         loss += pairs * each * rates.heat * beside

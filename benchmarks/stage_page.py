@@ -116,11 +116,8 @@ def page(found: dict[str, Any], record: Path, out: Path, commit: str) -> str:
     """The page; writes its plots beside it."""
     rates = json.loads((record / "rates.json").read_text(encoding="utf-8"))
     of_indexers = ", ".join(f"{rate} at K={k}" for k, rate in rates["indexer_lr"].items())
-    given = (
-        "from an earlier comparison on validation text"
-        if not (record / "validation-dense.json").exists()
-        else ("chosen on validation text")
-    )
+    chosen = (record / "validation-dense.json").exists()
+    by = "chosen on validation text" if chosen else "from an earlier comparison on validation text"
     tokens = found["runs"]["dense"]["dense"]["tokens"]
     plot_losses(record, [f"indexer-{at.topk}" for at in costs(found)]).savefig(out / "sparse_loss.png", dpi=140)
     plot_costs(costs(found)).savefig(out / "sparse_costs.png", dpi=140)
@@ -145,10 +142,10 @@ def page(found: dict[str, Any], record: Path, out: Path, commit: str) -> str:
         f"What `flash-indexer evaluate` says of the indexers' runs on fewer sequences, with needles: {links}.", "",
         "## Training", "",
         *training(record), "",
-        f"Rates: {rates['lr']} for the model, {given}; for the indexers, chosen on validation text, {of_indexers}.", "",
+        f"Rates: {rates['lr']} for the model, {by}; for the indexers, chosen on validation text, {of_indexers}.", "",
         "![Loss by step](sparse_loss.png)", "",
         "## To reproduce", "", f"Recorded at commit {commit[:7]}.", "",
-        "```bash", *settings(found, record, rates["lr"], "chosen" not in given),
+        "```bash", *recording(found, record, None if chosen else rates["lr"]),
         "python benchmarks/stage_page.py --record runs/stage --out docs/smollm2-135m", "```", "",
     ])  # fmt: skip
 
@@ -160,8 +157,8 @@ def trained(record: Path, name: str) -> tuple[dict[str, Any], float]:
     return run["settings"] | {"sequences": run["sequences_per_step"]}, json.loads(last)["seconds"]
 
 
-def settings(found: dict[str, Any], record: Path, lr: str, given: bool) -> list[str]:
-    """The commands that make such a record; the model's rate is named beforehand or chosen."""
+def recording(found: dict[str, Any], record: Path, lr: str | None) -> list[str]:
+    """The commands that make such a record; lr: the model's rate, None where they choose it."""
     (warm, _), (dense, _) = (trained(record, name) for name in ("warm", "dense"))
     commands = (record / "commands.txt").read_text(encoding="utf-8").splitlines()
     judged = re.search(r"--sequences (\d+) --needles (\d+)", next(x for x in commands if " evaluate " in x))
@@ -172,7 +169,7 @@ def settings(found: dict[str, Any], record: Path, lr: str, given: bool) -> list[
         "sequences": found["sequences"], "evaluate-sequences": judged[1], "needles": judged[2],
     }  # fmt: skip
     options = " ".join(f"--{name} {value}" for name, value in words.items())
-    if not given:
+    if lr is None:
         return [f"python benchmarks/record_stage.py --out runs/stage {options}"]
     return [
         f"mkdir -p runs/rates && echo '{json.dumps({'lr': lr})}' > runs/rates/rates.json",

@@ -6,8 +6,8 @@
 # there again. Expected: machine code in that order, as the PTX is, so that the sum hides the copy's latency; the wait
 # depends on nothing, and what stands before it on nothing of the copy. Seen: where the work begins behind a branch, the wait
 # (DEPBAR.LE SB0) is the second instruction of it, and 63 of 64 multiply-adds and the store come behind. With a branch on the
-# sum in front of the wait, which the compiler can't foresee, all 64 come before. So code that is written to overlap is a
-# wait of hundreds of cycles and says so nowhere but in the machine code.
+# sum in front of the wait, which the compiler can't foresee, all 64 come before. So what is written to overlap waits first,
+# and only the machine code says so.
 #
 # Exits with 0 while this is so, and with 1 when it changes.
 set -euo pipefail

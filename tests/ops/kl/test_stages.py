@@ -45,7 +45,7 @@ SHAPES = {
 
 
 @pytest.fixture
-def players(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def players(monkeypatch: pytest.MonkeyPatch) -> Iterator[Streams]:
     """GpuStages on the CPU: torch in the kernels' place, and NaN in every tensor that torch.empty makes.
 
     What is launched on the side stream is done when the other one waits for it.
@@ -65,7 +65,7 @@ def players(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: properties)
     torch.use_deterministic_algorithms(True)
     assert torch.utils.deterministic.fill_uninitialized_memory and torch.empty(3).isnan().all()
-    yield
+    yield streams
     torch.use_deterministic_algorithms(False)
 
 
@@ -76,6 +76,7 @@ class Streams:
         self.side, self.here = (SimpleNamespace(wait_stream=wait) for wait in (self.fork, self.join))
         self.current, self.forked = self.here, False
         self.waiting: list[Any] = []
+        self.beside = 0  # launches on the side stream
 
     def fork(self, other: Any) -> None:
         assert other is self.here and not self.waiting
@@ -101,6 +102,7 @@ class Streams:
             assert self.forked, "it would not wait for what it reads"
             made = {"narrow" if width in gpu_body.NARROW else "score" for width in (arguments[0].shape[2], HEADS["E"])}
             assert made <= vars(arguments[3]).keys(), "a list would be made while two streams are under way"
+            self.beside += 1
             self.waiting.append(partial(play, *arguments))
 
         return launched
@@ -339,6 +341,18 @@ def test_the_ranks_together_are_one(body: str, name: str, world: int) -> None:
     truth = reference_indexer_kl(x, token_weight=x.token_weight)
     for field, value, expected in zip(Result._fields[1:], got, truth[1:], strict=True):
         torch.testing.assert_close(value, expected, rtol=1e-10, atol=1e-12, msg=lambda m, f=field: f"{f}: {m}")
+
+
+@pytest.mark.parametrize(
+    ("world", "target", "beside"),
+    [(1, "mean", True), (1, "sum_logits", False), (2, "mean", False)],
+)
+def test_one_process_forms_the_teachers_scores_beside_the_indexers(
+    world: int, target: str, beside: bool, players: Streams
+) -> None:
+    x = make_inputs(SHAPES["causal"], seed=5, dtype=torch.float64)
+    drive(x, world, "sm_90", target=target, workspace=2**20)
+    assert players.beside > 1 if beside else players.beside == 0
 
 
 @pytest.mark.parametrize("needs", [(True,) * 3, (False, True, False), (True, False, False)])

@@ -44,7 +44,9 @@ class GpuStages:
             if not self.logits and self.lse is None and self.chunks:
                 self._find_lse()
             own = self.plan.own
-            self.sums = new_sums(problem, world == 1 and own.complete, own.writes_keys)
+            self.sums = new_sums(
+                problem, every_row_is_written=world == 1 and own.complete, every_key_is_written=own.writes_keys
+            )
             self._allocate(self.plan, 1 if world == 1 else 2)
             if fused:
                 self.left = gpu_fused.new_left(self.plan.own, index_q)
