@@ -10,6 +10,7 @@ import torch
 from transformers import PreTrainedModel
 
 from flash_indexer.models.attach import attach
+from flash_indexer.models.hooks import TAP
 from flash_indexer.models.rope import default_rope_dim, indexer_rotary, rope_parameters
 
 Tiny = Callable[..., PreTrainedModel]
@@ -51,3 +52,18 @@ def test_longrope_of_other_dims_is_refused(tiny: Tiny, rope_dim: int) -> None:
     options: dict[str, Any] = dict(num_heads=2, head_dim=64, rope_dim=rope_dim)
     with pytest.raises(ValueError, match=rf"factors for, got {rope_dim}; possible here: \[2, 4, 6, 8, 12, 24\]"):
         attach(tiny("llama", head_dim=24, rope_parameters=LONG), **options)
+
+
+def test_layers_that_share_a_rope_ask_it_once_in_a_forward(tiny: Tiny) -> None:
+    handle = attach(tiny("llama"), num_heads=2, head_dim=32, rope_dim=8)
+    assert len(handle.layers) > 1
+    asked: list[int] = []
+    rotaries = {handle.attentions[layer].__dict__[TAP].rotary for layer in handle.layers}
+    for rotary in rotaries:
+        rotary.register_forward_hook(lambda *_: asked.append(1))
+    tokens = torch.arange(12)[None]
+    for positions in (tokens, torch.cat([torch.arange(5), torch.arange(7)])[None]):
+        with torch.no_grad():
+            handle.model(tokens, position_ids=positions, use_cache=False)
+        assert len(asked) == len(rotaries) == 1
+        asked.clear()

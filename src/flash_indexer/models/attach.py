@@ -161,7 +161,11 @@ def attach(
         model, modules, target, parallel or Parallel(), found=found, index_dtype=index_dtype,
         teacher_dtype=teacher_dtype,
     )  # fmt: skip
-    install(handle, found, lambda layer, module: LayerTap(handle.attend, layer, rotaries.get(layer)), ATTENTION)
+
+    def tap(layer: int, module: nn.Module) -> LayerTap:
+        return LayerTap(handle.attend, layer, rotaries.get(layer), handle.ropes)
+
+    install(handle, found, tap, ATTENTION)
     return handle if topk is None else sparse_handle(handle, topk)
 
 

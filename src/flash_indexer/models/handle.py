@@ -19,6 +19,7 @@ from flash_indexer.models.layer_mask import LayerMask
 from flash_indexer.models.layers import DecoderLayers
 from flash_indexer.models.own_indexers import OwnIndexer
 from flash_indexer.models.packing import Packing, at_least_float32, causal_attention, packing
+from flash_indexer.models.rope import Ropes
 from flash_indexer.models.shared_indexers import LayerLoss, Operands, SharedOperands
 from flash_indexer.models.teacher import layer_kl
 from flash_indexer.models.verification import Verification
@@ -50,6 +51,7 @@ class IndexerHandle:
             indexers, and why others have none, in one line.
         index_dtype, teacher_dtype: arithmetic of the loss, see `flash_indexer.indexer_kl`.
         observer: called with each layer's capture before the default loss, for logging; None for none.
+        ropes: cos and sin of the indexers' rotary embeddings in the forward under way.
     """
 
     def __init__(
@@ -78,6 +80,7 @@ class IndexerHandle:
         self.parallel = parallel
         self.index_dtype = index_dtype
         self.teacher_dtype = teacher_dtype
+        self.ropes = Ropes()
         self.token_weight: float | None = None
         self.queries: Tensor | None = None
         self.observer: Callable[[LayerCapture], None] | None = None
@@ -88,6 +91,7 @@ class IndexerHandle:
         self._positions: Tensor | None = None
         self._verification = Verification()
         self._weight: dict[int, Tensor] = {}
+        self._log_visible: dict[tuple[Tensor, Tensor], Tensor] = {}
         self._seen: set[int] = set()
         self._runner: threading.Thread | None = None
         self._lock = threading.Lock()
@@ -216,7 +220,8 @@ class IndexerHandle:
         """After the decoder, also where it raised: another thread may run it now."""
         if self._runner is threading.current_thread():
             self._runner = self._packing = self._positions = None
-            self._shared, self._weight = {}, {}
+            self._shared, self._weight, self._log_visible = {}, {}, {}
+            self.ropes.forget()
             self._verification.end()
 
     def end(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
@@ -313,12 +318,18 @@ class IndexerHandle:
             )  # fmt: skip
             if loss.requires_grad:
                 loss.backward()  # type: ignore[no-untyped-call]
-        visible = (capture.key_end - capture.key_start).to(kl.dtype).log()
-        uniform = visible.view(-1, *[1] * (kl.ndim - 1)) - entropy
+        uniform = self._most_entropy(capture, kl.dtype).view(-1, *[1] * (kl.ndim - 1)) - entropy
         operands = capture.index_q, capture.index_k, capture.index_weights
         found = LayerLoss(*(x.mean() if x.numel() else x.sum() for x in (kl, uniform)))
         if (done := shared.add(operands, found)) is not None:
             self._losses[source] = done
+
+    def _most_entropy(self, capture: LayerCapture, dtype: torch.dtype) -> Tensor:
+        """The logarithm of how many keys each query sees, made once for all layers with the same intervals."""
+        seen = capture.key_start, capture.key_end
+        if (known := self._log_visible.get(seen)) is None or known.dtype != dtype:
+            self._log_visible[seen] = known = (capture.key_end - capture.key_start).to(dtype).log()
+        return known
 
     def _weights(self, capture: LayerCapture, teachers: int) -> Tensor:
         """token_weight / teachers for each query, one tensor for all such layers: the operators read it once."""

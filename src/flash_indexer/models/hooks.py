@@ -14,6 +14,7 @@ from flash_indexer.models.capture import AttentionForm
 from flash_indexer.models.documents import PACKED
 from flash_indexer.models.families import FAMILIES, call_arguments
 from flash_indexer.models.layer_mask import LayerMask, layer_mask
+from flash_indexer.models.rope import Ropes
 from flash_indexer.models.shared_indexers import Operands
 
 ATTENTION = "lightning_indexer_teacher"
@@ -44,13 +45,14 @@ class LayerTap:
             mask in the place of the layer's attention; returns [T, H, V].
         layer: the layer's index.
         rotary: the indexer's own rotary embedding; None where it takes the cos and sin that the layer is given.
+        ropes: what the layers' embeddings have made in the forward under way.
     """
 
     always = False
     """Whether it is installed in layers without an attached indexer too."""
 
-    def __init__(self, attend: Attend, layer: int, rotary: nn.Module | None) -> None:
-        self.attend, self.layer, self.rotary = attend, layer, rotary
+    def __init__(self, attend: Attend, layer: int, rotary: nn.Module | None, ropes: Ropes) -> None:
+        self.attend, self.layer, self.rotary, self.ropes = attend, layer, rotary, ropes
         self.hidden: Tensor | None = None
         self.q_residual: Tensor | None = None
         self.rope: tuple[Tensor, Tensor] | None = None
@@ -106,8 +108,7 @@ class LayerTap:
             assert self.rope is not None
             return self.rope
         assert self.hidden is not None
-        cos, sin = self.rotary(self.hidden, positions.to(self.hidden.device))
-        return cos, sin
+        return self.ropes.of(self.rotary, self.hidden, positions)
 
     def forget(self) -> None:
         """Lets go of what was read."""

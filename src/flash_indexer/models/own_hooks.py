@@ -18,6 +18,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from flash_indexer.models.hooks import Attend, LayerTap, attention, uncompiled
 from flash_indexer.models.layer_mask import LayerMask, layer_mask
 from flash_indexer.models.own_indexers import own_indexer
+from flash_indexer.models.rope import Ropes
 from flash_indexer.models.shared_indexers import Operands
 
 OWN_ATTENTION = "lightning_indexer_own_teacher"
@@ -34,7 +35,7 @@ class OwnTap(LayerTap):
     always = True
 
     def __init__(self, attend: Attend, layer: int, trains: bool) -> None:
-        super().__init__(attend, layer, None)
+        super().__init__(attend, layer, None, Ropes())
         self.trains = trains
         self.positions: Tensor | None = None
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
@@ -80,10 +80,28 @@ def indexer_rotary(config: Any, parameters: Mapping[str, Any], rope_dim: int) ->
     return LlamaRotaryEmbedding(LlamaConfig(max_position_embeddings=longest, rope_parameters=resized, **sizes))
 
 
+class Ropes:
+    """cos and sin of rotary embeddings in one forward, made once for the layers that share embedding and positions."""
+
+    def __init__(self) -> None:
+        self._made: dict[tuple[Any, ...], tuple[Tensor, tuple[Tensor, Tensor]]] = {}
+
+    def of(self, rotary: nn.Module, hidden: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """At positions [B, L], in hidden's dtype and on its device."""
+        key = rotary, id(positions), hidden.dtype, hidden.device
+        if key not in self._made:  # the positions are kept too: an id is another's when they go
+            self._made[key] = positions, rotary(hidden, positions.to(hidden.device))
+        return self._made[key][1]
+
+    def forget(self) -> None:
+        """At a forward's end."""
+        self._made.clear()
+
+
 class IndexerRotaries:
     """`indexer_rotary` of a model's layers: the same one for all of the same settings on a device.
 
-    A forward then asks it once (`SparseForward.rope`), not once a layer.
+    A forward then asks it once (`Ropes`), not once a layer.
     """
 
     def __init__(self, config: Any, rope_dim: int) -> None:

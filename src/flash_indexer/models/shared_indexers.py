@@ -63,6 +63,8 @@ class SharedOperands:
         if self._gradients is not None:
             torch.autograd.backward(self.operands, self._gradients)
             self._gradients = None
+        if len(self._losses) == 1:
+            return self._losses[0]
         device = self._losses[0].kl.device
         each = (torch.stack([x.to(device) for x in values]).mean() for values in zip(*self._losses, strict=True))
         return LayerLoss(*each)

@@ -9,11 +9,12 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from flash_indexer.models.documents import document_begins, document_positions
 from flash_indexer.models.families import given_cache
 from flash_indexer.models.packing import Packing, packing
+from flash_indexer.models.rope import Ropes
 from flash_indexer.parallel.context import gather_with_gradient
 from flash_indexer.parallel.mesh import Parallel
 
@@ -47,7 +48,7 @@ class SparseForward:
         self.kl: dict[int, Tensor] = {}
         self.uniform_kl: dict[int, Tensor] = {}
         self.seen: set[int] = set()
-        self._ropes: dict[tuple[Any, ...], tuple[Tensor, tuple[Tensor, Tensor]]] = {}
+        self.ropes = Ropes()
         self.parallel = parallel
         self.packing: Packing | None = None
         if parallel.cp > 1:
@@ -74,16 +75,6 @@ class SparseForward:
     def is_packed(self) -> bool:
         """Whether a row holds several documents, or parts of one, which only position_ids can tell the layers."""
         return self.positions is not None and bool((self.positions.diff(dim=1) != 1).any())
-
-    def rope(self, rotary: nn.Module, hidden: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """cos and sin of a rotary embedding at these positions, made once for the layers that share it."""
-        key = rotary, id(positions), hidden.dtype, hidden.device
-        if key not in self._ropes:
-            self._ropes[key] = (
-                positions,
-                rotary(hidden, positions),
-            )  # the positions too: an id is another's when they go
-        return self._ropes[key][1]
 
     def visible(self, keys: int, window: int | None) -> tuple[Tensor, Tensor]:
         """key_start and key_end, int32 [B * L], over the last `keys` keys of each row, laid end to end.

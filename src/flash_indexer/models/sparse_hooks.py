@@ -75,7 +75,7 @@ class SparseTap:
             return
         positions, forward = kwargs.get("position_ids"), kwargs.get(FORWARD)
         if positions is not None and isinstance(forward, SparseForward):
-            self.rope = forward.rope(self.rotary, self.hidden, positions)
+            self.rope = forward.ropes.of(self.rotary, self.hidden, positions)
             return
         if positions is None:
             past = 0 if self.cache is None else int(self.cache.get_seq_length(self.layer))

@@ -71,13 +71,19 @@ def generation(device: torch.device) -> str:
 
 def no_kernels(device: torch.device) -> str | None:
     """Why no kernel can run on a GPU; None where kernels can."""
-    if not torch.cuda.is_available():  # a compiler's tensors may claim to be on a GPU
+    if not _ask_once(torch.cuda.is_available):  # a compiler's tensors may claim to be on a GPU
         return "there is no GPU"
     capability = _capability(device)
     if torch.version.hip is not None or capability not in GENERATIONS:
         kind = "of ROCm" if torch.version.hip is not None else f"of compute capability {capability[0]}.{capability[1]}"
         return f"the kernels are for GPUs of compute capability 9.0 (H100, H200, GH200), and {device} is {kind}"
     return None if _TILELANG_IS_HERE else "tilelang is not installed (pip install 'flash-indexer[kernels]')"
+
+
+@cache
+def _ask_once(question: Callable[[], bool]) -> bool:
+    """What a machine answers alike at any time: torch reads environment variables each time."""
+    return question()
 
 
 def _capability(device: torch.device) -> tuple[int, int]:

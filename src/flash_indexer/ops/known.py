@@ -1,19 +1,22 @@
 """A loss that knows its gradients: they are computed with it, and backward scales them, in place, so it may run once.
 
-The custom operator of one process registers `save` and `backward`; `known_loss` is the same around a loss that several
-processes have put together.
+The custom operator of one process registers `save` and `backward`, for compilers and for whoever else follows what is
+called. `known_loss` is the same without an operator: around a loss that several processes have put together, and where
+nobody follows (`is_followed`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from flash_indexer.ops import launch
 from flash_indexer.ops.bodies import TORCH
+
+_PLAIN = (Tensor, nn.Parameter)
 
 
 def save(ctx: Any, op: str, body: str, gradients: Sequence[Tensor]) -> None:
@@ -48,6 +51,21 @@ def backward(ctx: Any, d_loss: Tensor) -> list[Tensor]:
     return gradients
 
 
+def is_followed(tensors: Iterable[Tensor | None]) -> bool:
+    """Whether somebody besides autograd follows a call on these tensors, who must then see a custom operator.
+
+    A compiler or tracer, a dispatch mode, a transform of torch.func, tensors without memory or of a kind of their own.
+    Where nobody does, the operator's way through torch is left out, a part of the host's time of a call.
+    """
+    return (
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._are_functorch_transforms_active()
+        or torch._C._get_tracing_state() is not None
+        or any(x is not None and (type(x) not in _PLAIN or x.is_meta) for x in tensors)
+    )
+
+
 def known_loss(
     op: str, body: str, loss: Tensor, gradients: Sequence[Tensor | None], leaves: Sequence[Tensor]
 ) -> Tensor:
@@ -56,19 +74,21 @@ def known_loss(
     Each gradient is rounded to its leaf's dtype once, here.
     """
     rounded = [None if x is None else x.to(leaf.dtype) for x, leaf in zip(gradients, leaves, strict=True)]
-    known: Tensor = _KnownLoss.apply(op, body, loss, rounded, *leaves)  # type: ignore[no-untyped-call]
+    known: Tensor = _KnownLoss.apply(op, body, [loss, *rounded], *leaves)  # type: ignore[no-untyped-call]
     return known
 
 
 class _KnownLoss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, op: str, body: str, loss: Tensor, gradients: list[Tensor | None], *leaves: Tensor) -> Tensor:
+    def forward(ctx: Any, op: str, body: str, known: list[Tensor | None], *leaves: Tensor) -> Tensor | None:
+        """known: the loss and its gradients, in a list, since they are no inputs that autograd would look at."""
+        loss, *gradients = known
         ctx.wanted = [gradient is not None for gradient in gradients]
         absent = [leaf.new_empty(0) for leaf in leaves]  # in each leaf's dtype, as the kernel that scales wants it
         save(ctx, op, body, [none if x is None else x for x, none in zip(gradients, absent, strict=True)])
-        return loss.clone()
+        return None if loss is None else loss.detach()
 
     @staticmethod
     def backward(ctx: Any, d_loss: Tensor) -> tuple[Tensor | None, ...]:
         scaled = backward(ctx, d_loss)
-        return None, None, None, None, *(x if wanted else None for x, wanted in zip(scaled, ctx.wanted, strict=True))
+        return None, None, None, *(x if wanted else None for x, wanted in zip(scaled, ctx.wanted, strict=True))

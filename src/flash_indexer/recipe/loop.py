@@ -153,9 +153,8 @@ class TrainingLoop:
             handle.queries = self._queries(sequences)
             forward(handle, own)
             share = (own["input_ids"].numel() if handle.queries is None else len(handle.queries)) / drawn
-            for column, (_, loss) in enumerate(sorted(handle.losses().items())):
-                means[0, column] += share * loss.kl
-                means[1, column] += share * loss.uniform_kl
+            found = [value.to(sums.device) for _, loss in sorted(handle.losses().items()) for value in loss]
+            means += share * torch.stack(found).view(layers, 2).T
         handle.queries = None
         sum_gradients(handle.indexers.parameters(), replicas=processes.parallel.tp, timeout=processes.settings.timeout)
         sums[2 * layers :] = torch.tensor(stop.told())

@@ -10,6 +10,7 @@ from flash_indexer.ops import bodies
 from flash_indexer.ops.attention import gpu_body, torch_body
 from flash_indexer.ops.blockwise import compute_dtype
 from flash_indexer.ops.checks import check_attention, check_softcap, softcap_refusal
+from flash_indexer.ops.known import is_followed
 
 _NAME = "flash_indexer::attention"
 _WORKSPACE_BYTES = 64 * 2**20
@@ -50,7 +51,8 @@ def attention_forward(
     """
     check_attention("attention_forward", q, k, v, key_start, key_end, softmax_scale)
     check_softcap("attention_forward", softcap)
-    out, lse = attention_op(q, k, v, key_start, key_end, softmax_scale, softcap)
+    tensors, options = (q, k, v, key_start, key_end), (softmax_scale, softcap)
+    out, lse = (attention_op if is_followed(tensors) else _op)(*tensors, *options)
     return out, lse
 
 
