@@ -4,8 +4,9 @@
     python benchmarks/bench_warmup.py --target per_head      each index head from its own attention head
 
 The model has SmolLM2-135M's exact sizes and random weights (30 layers, H=9, G=3, D=64; index heads 8 of 64, or 9), so
-that nothing has to be downloaded. Both runs are the command itself, with the same seed and data; the second has the
-operator's CUDA bodies replaced by the blockwise torch body. Appends one line to benchmarks/results/warmup.jsonl.
+that nothing has to be downloaded. Both runs are the command itself, with the same seed and data; in the second the
+blockwise torch body computes the loss, and the model's attention is the same. Appends one line to
+benchmarks/results/warmup.jsonl.
 """
 
 from __future__ import annotations
@@ -15,9 +16,10 @@ import json
 import random
 import statistics
 import tempfile
-from contextlib import ExitStack
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
+from unittest import mock
 
 import torch
 from tokenizers import Tokenizer
@@ -25,8 +27,9 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
 
-from flash_indexer import cli
+from flash_indexer import IndexerKL, cli, indexer_kl
 from flash_indexer.bench.timing import environment
+from flash_indexer.models import teacher
 from flash_indexer.ops import bodies
 from flash_indexer.ops.bodies import TORCH
 
@@ -79,11 +82,15 @@ def warm_up(path: Path, name: str, steps: int, sequence_length: int, target: str
         "--sequence-length", str(sequence_length), "--steps", str(steps), "--evaluate-sequences", "0",
         "--warmup-steps", "2", "--target", target, "--num-heads", str(HEADS if target == "per_head" else 8),
     ]  # fmt: skip
-    with ExitStack() as body:
-        if name == "torch body":
-            body.enter_context(bodies.use(TORCH))
+    with mock.patch.object(teacher, "indexer_kl", torch_loss if name == "torch body" else indexer_kl):
         cli.app(command, standalone_mode=False)
     return [json.loads(line) for line in (out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
+def torch_loss(*tensors: Any, **options: Any) -> IndexerKL:
+    """`indexer_kl` by the torch body."""
+    with bodies.use(TORCH):
+        return indexer_kl(*tensors, **options)
 
 
 def median_step(rows: list[dict[str, float]]) -> float:

@@ -51,8 +51,8 @@ def summary(results: Path = RESULTS) -> str:
     if record := runs.get("mean"):
         seconds = record["seconds_per_step"]
         rows.append(["How long does a step of the whole warm-up take?",
-                     f"{seconds['kernels']:.2f} s; in plain torch {seconds['torch body']:.2f} s, the same loss to "
-                     f"{record['largest_relative_difference']:.0e}",
+                     f"{seconds['kernels']:.2f} s; its loss in plain torch {seconds['torch body']:.2f} s, "
+                     f"the same loss to {record['largest_relative_difference']:.0e}",
                      f"a model of SmolLM2-135M's sizes, {record['sequence_length']:,} tokens a step"])  # fmt: skip
     if record := pairs.get("v32_64k"):
         rows.append([f"How much faster are {record['ranks']} GPUs than one, collectives included?",
@@ -229,7 +229,7 @@ def warmups(results: Path) -> list[str]:
         "A model of SmolLM2-135M's sizes with random weights: the frozen model's forward, the loss, the gradients and",
         "the optimizer.",
         "",
-        *table("command | with the kernels | with the blockwise torch body | the two losses differ by", rows),
+        *table("command | with the kernels | the loss by the blockwise torch body | the two losses differ by", rows),
     ]
 
 
