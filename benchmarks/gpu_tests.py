@@ -4,8 +4,9 @@
     python benchmarks/gpu_tests.py --sanitize memcheck racecheck -- -x -k "smollm2"
     python benchmarks/gpu_tests.py --trees $(git rev-parse HEAD:src HEAD:tests)       where the copy has no .git
 
-The line names what was tested (the tree hashes of src and tests), where (GPU, versions) and the counts. What follows --
-goes to pytest. Exits with pytest's status, or 1 where a sanitizer found something.
+The line names what was tested (the tree hashes of src and tests), where (GPU, versions) and the counts. Tests that ran
+out of memory, as they may beside others on one GPU, run again one after the other, and that is their verdict. What
+follows -- goes to pytest. Exits with pytest's status, or 1 where a sanitizer found something.
 """
 
 from __future__ import annotations
@@ -20,11 +21,15 @@ import subprocess
 import sys
 import tempfile
 import time
+import tomllib
 import xml.etree.ElementTree
 from concurrent.futures import ThreadPoolExecutor
+from importlib import metadata
 from pathlib import Path
+from xml.etree.ElementTree import Element
 
 import torch
+from packaging.requirements import Requirement
 
 from flash_indexer.bench.timing import environment
 
@@ -35,6 +40,7 @@ SANITIZED = (
     "tests/gpu/test_sparse_once.py", "-k",
     "(test_nothing_beside_the_inputs_is_read and documents) or test_memory_that_held_nan or test_sparse_once",
 )  # fmt: skip
+EXTRAS = ("train", "lora", "kernels")  # of pyproject.toml, which the tests' code imports
 LISTED = 40  # failures kept by name
 TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
 
@@ -49,6 +55,8 @@ def main() -> None:
     arguments, for_pytest = parser.parse_known_args()
     if not torch.cuda.is_available():
         raise SystemExit("gpu_tests: needs a CUDA GPU of compute capability 9.0, got none")
+    if unfit := unfit_packages():
+        raise SystemExit(f"gpu_tests: {'; '.join(unfit)}; install what pyproject.toml asks for")
     counts, status = run_pytest([word for word in for_pytest if word != "--"])
     with ThreadPoolExecutor() as together:
         said = together.map(lambda tool: sanitize(tool, arguments.sanitizer_seconds), arguments.sanitize)
@@ -68,26 +76,60 @@ def main() -> None:
     sys.exit(status or any(not verdict["clean"] for verdict in verdicts.values()))
 
 
+def unfit_packages() -> list[str]:
+    """Installed packages of versions that pyproject.toml rules out: what they break says nothing of ours."""
+    with (ROOT / "pyproject.toml").open("rb") as file:
+        project = tomllib.load(file)["project"]
+    wanted = [*project["dependencies"], *(x for extra in EXTRAS for x in project["optional-dependencies"][extra])]
+    found = []
+    for requirement in map(Requirement, wanted):
+        try:
+            version = metadata.version(requirement.name)
+        except metadata.PackageNotFoundError:
+            continue
+        if not requirement.specifier.contains(version, prereleases=True):
+            found.append(f"{requirement.name} must be {requirement.specifier}, got {version}")
+    return list(dict.fromkeys(found))
+
+
 def run_pytest(arguments: list[str]) -> tuple[dict[str, object], int]:
     started = time.monotonic()
-    with tempfile.TemporaryDirectory() as folder:
-        report = Path(folder, "report.xml")
-        command = [*pytest(), "-q", "-m", "gpu", "--durations=5", f"--junitxml={report}", *arguments]
-        if not any((ROOT / word.split("::")[0]).exists() for word in arguments if not word.startswith("-")):
-            command.append("tests/gpu")
-        status = subprocess.run(command, cwd=ROOT, check=False).returncode
-        suites = list(xml.etree.ElementTree.parse(report).getroot().iter("testsuite")) if report.exists() else []
-    cases = [case for suite in suites for case in suite.iter("testcase")]
-    broken = [c.get("name", "") for c in cases if c.find("failure") is not None or c.find("error") is not None]
-    skipped = sum(case.find("skipped") is not None for case in cases)
+    if not any((ROOT / word.split("::")[0]).exists() for word in arguments if not word.startswith("-")):
+        arguments = [*arguments, "tests/gpu"]
+    cases, status = judged(arguments)
+    again = [name for name, case in cases.items() if any("out of memory" in told for told in faults(case))]
+    if again:
+        print(f"gpu_tests: {len(again)} tests that ran out of memory, one after the other", flush=True)
+        alone, _ = judged(["-p", "no:xdist", *again])
+        cases |= alone
+    broken = [case.get("name", "") for case in cases.values() if faults(case)]
+    skipped = sum(case.find("skipped") is not None for case in cases.values())
     counts = {
         "passed": len(cases) - skipped - len(broken),
         "failed": len(broken),
         "skipped": skipped,
+        "again": len(again),
         "seconds": round(time.monotonic() - started, 1),
         "failures": broken[:LISTED],
     }
-    return counts, status
+    return counts, status if broken or not again else 0
+
+
+def judged(arguments: list[str]) -> tuple[dict[str, Element], int]:
+    """Each test's verdict by the name that pytest takes, and pytest's status."""
+    with tempfile.TemporaryDirectory() as folder:
+        report = Path(folder, "report.xml")
+        command = [*pytest(), "-q", "-m", "gpu", "--durations=5", f"--rootdir={ROOT}", f"--junitxml={report}"]
+        command += ["-o", "junit_family=xunit1", *arguments]  # xunit1 names files
+        status = subprocess.run(command, cwd=ROOT, check=False).returncode
+        cases = list(xml.etree.ElementTree.parse(report).getroot().iter("testcase")) if report.exists() else []
+    return {f"{case.get('file')}::{case.get('name')}": case for case in cases}, status
+
+
+def faults(case: Element) -> list[str]:
+    """What a test failed with."""
+    found = [case.find(kind) for kind in ("failure", "error")]
+    return [f"{fault.get('message')} {fault.text}" for fault in found if fault is not None]
 
 
 def sanitize(tool: str, seconds: float) -> dict[str, object]:
