@@ -42,6 +42,7 @@ SANITIZED = (
 )  # fmt: skip
 EXTRAS = ("train", "lora", "kernels")  # of pyproject.toml, which the tests' code imports
 LISTED = 40  # failures kept by name
+FAILED = 1  # pytest's status where tests failed and nothing else did
 TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
 
 
@@ -98,6 +99,8 @@ def run_pytest(arguments: list[str]) -> tuple[dict[str, object], int]:
         arguments = [*arguments, "tests/gpu"]
     cases, status = judged(arguments)
     again = [name for name, case in cases.items() if any("out of memory" in told for told in faults(case))]
+    if any(word in ("-x", "--exitfirst") or word.startswith("--maxfail") for word in arguments):
+        again = []  # tests behind the first that failed have not run
     if again:
         print(f"gpu_tests: {len(again)} tests that ran out of memory, one after the other", flush=True)
         alone, _ = judged(["-p", "no:xdist", *again])
@@ -112,7 +115,7 @@ def run_pytest(arguments: list[str]) -> tuple[dict[str, object], int]:
         "seconds": round(time.monotonic() - started, 1),
         "failures": broken[:LISTED],
     }
-    return counts, status if broken or not again else 0
+    return counts, 0 if again and not broken and status == FAILED else status
 
 
 def judged(arguments: list[str]) -> tuple[dict[str, Element], int]:

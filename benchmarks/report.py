@@ -52,7 +52,7 @@ def summary(results: Path = RESULTS) -> str:
     if record := runs.get("mean"):
         seconds = record["seconds_per_step"]
         rows.append(["How long does a step of the whole warm-up take?",
-                     f"{seconds['kernels']:.2f} s; its loss in plain torch {seconds['torch body']:.2f} s, "
+                     f"{seconds['kernels']:.2f} s; {seconds['torch body']:.2f} s with its loss in plain torch, "
                      f"the same loss to {record['largest_relative_difference']:.0e}",
                      f"a model of SmolLM2-135M's sizes, {record['sequence_length']:,} tokens a step"])  # fmt: skip
     if record := pairs.get("v32_64k"):
@@ -301,7 +301,7 @@ def gpu_tests(results: Path) -> list[str]:
             "",
             f"{gpus} x {parts[-1]['gpu']} (trees {trees}): {counts}"
             + (f"; compute-sanitizer: {clean}." if clean else ".")
-            + (" The [journal](journal.md) says why." if failed else ""),
+            + (" Failures: [journal](journal.md)." if failed else ""),
         ]
     return ["", "## Tests on GPUs", *lines] if lines else []
 

@@ -310,6 +310,19 @@ def test_head_weights_follow_moves_and_double() -> None:
         torch.set_default_dtype(torch.float32)
 
 
+@pytest.mark.parametrize("rope_dim", [4, 8])
+@pytest.mark.parametrize("interleaved", [False, True])
+def test_first_and_second_derivatives_of_the_rope(interleaved: bool, rope_dim: int) -> None:
+    module = indexer(head_dim=8, rope_dim=rope_dim, rope_interleaved=interleaved).double()
+    x, angles = (torch.randn(3, n, dtype=torch.float64) for n in (8, rope_dim // 2))
+    x.requires_grad_()
+
+    def turned(x: Tensor) -> Tensor:
+        return module.rope(x, angles.cos(), angles.sin())
+
+    assert torch.autograd.gradcheck(turned, x) and torch.autograd.gradgradcheck(turned, x)
+
+
 def test_float32_parameters_train_against_a_bfloat16_model() -> None:
     module, given = indexer(), inputs()
     exact = module(**given)

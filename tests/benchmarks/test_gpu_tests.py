@@ -54,6 +54,9 @@ def test_tests_that_ran_out_of_memory_run_again(gpu_tests: ModuleType, tmp_path:
     (tmp_path / "flag").unlink()
     counts, status = gpu_tests.run_pytest([str(file), "-k", "alone or last"])
     assert (counts["passed"], counts["failed"], counts["again"], status) == (3, 0, 2, 0)
+    (tmp_path / "flag").unlink()
+    counts, status = gpu_tests.run_pytest([str(file), "-x"])  # what comes behind the first has not run
+    assert (counts["failed"], counts["again"]) == (1, 0) and status
 
 
 def test_packages_that_the_project_rules_out_are_named(gpu_tests: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:

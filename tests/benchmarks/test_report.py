@@ -104,7 +104,7 @@ def test_five_numbers_of_five_records(report: ModuleType, write: Write) -> None:
     answers = [line.split(" | ")[1] for line in lines if line.startswith("| ")]
     assert answers[2:] == [
         "0.50 x its time", "1.11 x the time of the same flops in a plain matrix product", "0.50 GiB",
-        "0.25 s; its loss in plain torch 1.00 s, the same loss to 3e-07", "1.97 x",
+        "0.25 s; 1.00 s with its loss in plain torch, the same loss to 3e-07", "1.97 x",
     ]  # fmt: skip
     assert lines[0].startswith("Medians on GPU;")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -12,9 +13,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from flash_indexer import IndexerKL, indexer_kl
-from flash_indexer.ops import attention_forward
+from flash_indexer.ops import attention_forward, quantize
 from flash_indexer.ops.kl import op
 from flash_indexer.ops.known import is_followed, known_loss
+from flash_indexer.ops.worklists import cached
 from flash_indexer.testing import SHAPES, Inputs, make_inputs
 
 
@@ -77,6 +79,36 @@ def test_a_second_backward_of_the_direct_call_is_refused(inputs: Inputs) -> None
     loss.backward(retain_graph=True)  # type: ignore[no-untyped-call]
     with pytest.raises(RuntimeError, match=r"backward already ran and scaled the gradients in place"):
         loss.backward()  # type: ignore[no-untyped-call]
+
+
+def test_a_loss_without_gradients_may_be_added_to(inputs: Inputs) -> None:
+    weight = torch.ones((), dtype=torch.float64, requires_grad=True)
+    loss = call(inputs, [leaf.detach() for leaf in leaves_of(inputs)]).loss
+    loss += weight
+    loss.backward()  # type: ignore[no-untyped-call]
+    assert weight.grad is not None and weight.grad == 1
+
+
+def test_lists_are_made_on_the_cpu_whatever_the_default_device(inputs: Inputs) -> None:
+    want = call(inputs, leaves_of(inputs)).loss
+    intervals = dict(key_start=inputs.key_start.clone(), key_end=inputs.key_end.clone())  # which no list is kept of
+    with torch.device("meta"):
+        assert is_followed([inputs.q])
+        assert torch.equal(call(replace(inputs, **intervals), leaves_of(inputs)).loss, want)
+        kept = cached(intervals["key_start"], intervals["key_end"], 10**6, "a list", lambda start, end: torch.zeros(2))
+    assert kept.device.type == "cpu"
+
+
+def test_intervals_and_scales_of_a_kind_of_their_own_are_seen(inputs: Inputs, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = list[Tensor | None]()
+    monkeypatch.setattr(op.known, "is_followed", lambda tensors: asked.extend(tensors))
+    narrow = replace(inputs, **{name: getattr(inputs, name).float() for name in ("q", "k")})
+    leaves = [leaf.float() for leaf in (inputs.index_q, inputs.index_k, inputs.index_weights)]
+    q, k = (quantize(x) for x in (narrow.q, narrow.k))
+    options = dict(softmax_scale=0.3, key_start=inputs.key_start, key_end=inputs.key_end)
+    indexer_kl(q, k, *leaves, **options, teacher_dtype="fp8_unrotated")
+    wanted = [*q, *k, *leaves, inputs.key_start, inputs.key_end]
+    assert all(any(x is y for y in asked) for x in wanted)
 
 
 def traced(check: Callable[[Tensor], Tensor]) -> object:

@@ -54,12 +54,13 @@ def backward(ctx: Any, d_loss: Tensor) -> list[Tensor]:
 def is_followed(tensors: Iterable[Tensor | None]) -> bool:
     """Whether somebody besides autograd follows a call on these tensors, who must then see a custom operator.
 
-    A compiler or tracer, a dispatch mode, a transform of torch.func, tensors without memory or of a kind of their own.
-    Where nobody does, the operator's way through torch is left out, a part of the host's time of a call.
+    A compiler or tracer, a mode (a default device is one), a transform of torch.func, tensors without memory or of a
+    kind of their own. Where nobody does, the operator and its registered autograd, which cost host time, are left out.
     """
     return (
         torch.compiler.is_compiling()
         or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._len_torch_function_stack() > 0
         or torch._C._are_functorch_transforms_active()
         or torch._C._get_tracing_state() is not None
         or any(x is not None and (type(x) not in _PLAIN or x.is_meta) for x in tensors)
@@ -69,7 +70,7 @@ def is_followed(tensors: Iterable[Tensor | None]) -> bool:
 def known_loss(
     op: str, body: str, loss: Tensor, gradients: Sequence[Tensor | None], leaves: Sequence[Tensor]
 ) -> Tensor:
-    """The loss as a function of the leaves, with these gradients (None: not wanted), which it takes over.
+    """The loss as a function of the leaves, with these gradients (None: not wanted); it takes loss and gradients over.
 
     Each gradient is rounded to its leaf's dtype once, here.
     """

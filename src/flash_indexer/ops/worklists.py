@@ -76,7 +76,8 @@ def cached(
     """
     contents = read(key_start, key_end, num_keys)
     if key not in contents.made:
-        with torch.inference_mode(False), one_thread():  # what is kept is for training as well
+        # what is kept is for training as well; lists are made on the CPU, whatever the default device
+        with torch.inference_mode(False), one_thread(), torch.device("cpu"):
             contents.made[key] = make(*contents.on_host)
     return cast("_Made", contents.made[key])
 

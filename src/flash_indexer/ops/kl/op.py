@@ -134,15 +134,15 @@ def indexer_kl(
         q, k, index_q, index_k, index_weights, lse, key_start, key_end, token_weight, softmax_scale, target,
         workspace_bytes, needs, q_scale, k_scale, index_dtype, teacher_dtype, softcap,
     )  # fmt: skip
-    if known.is_followed(tensors.values()):
+    if known.is_followed(x for x in problem if isinstance(x, Tensor)):
         loss, kl, entropy, *_ = _indexer_kl(*problem)
         return IndexerKL(loss, kl, entropy)
     with torch.no_grad():
         loss, kl, entropy, *gradients = _compute(problem)
-    if any(needs):
-        wanted = [gradient if need else None for gradient, need in zip(gradients, needs, strict=True)]
-        loss = known.known_loss("indexer_kl", body_of(problem), loss, wanted, problem.leaves)
-    return IndexerKL(loss, kl, entropy)
+    if not any(needs):
+        return IndexerKL(loss.detach(), kl, entropy)
+    wanted = [gradient if need else None for gradient, need in zip(gradients, needs, strict=True)]
+    return IndexerKL(known.known_loss("indexer_kl", body_of(problem), loss, wanted, problem.leaves), kl, entropy)
 
 
 def _op(
