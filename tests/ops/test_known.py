@@ -40,9 +40,8 @@ def inputs() -> Inputs:
 
 
 def call(x: Inputs, leaves: list[Tensor]) -> IndexerKL:
-    return indexer_kl(
-        x.q, x.k, *leaves, softmax_scale=x.softmax_scale, key_start=x.key_start, key_end=x.key_end
-    )  # fmt: skip
+    intervals = dict(key_start=x.key_start, key_end=x.key_end)
+    return indexer_kl(x.q, x.k, *leaves, softmax_scale=x.softmax_scale, **intervals)
 
 
 def leaves_of(x: Inputs) -> list[Tensor]:
@@ -63,7 +62,7 @@ def test_the_operator_and_the_direct_call_give_the_same_bits(inputs: Inputs) -> 
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
 
-def test_the_direct_call_leaves_the_dispatcher_out(inputs: Inputs, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_direct_call_leaves_the_operator_out(inputs: Inputs, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(op, "_indexer_kl", lambda *arguments: pytest.fail("the operator was called"))
     leaves = leaves_of(inputs)
     call(inputs, leaves).loss.backward()  # type: ignore[no-untyped-call]

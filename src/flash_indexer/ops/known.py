@@ -75,19 +75,19 @@ def known_loss(
     Each gradient is rounded to its leaf's dtype once, here.
     """
     rounded = [None if x is None else x.to(leaf.dtype) for x, leaf in zip(gradients, leaves, strict=True)]
-    known: Tensor = _KnownLoss.apply(op, body, [loss, *rounded], *leaves)  # type: ignore[no-untyped-call]
+    known: Tensor = _KnownLoss.apply(op, body, (loss, rounded), *leaves)  # type: ignore[no-untyped-call]
     return known
 
 
 class _KnownLoss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, op: str, body: str, known: list[Tensor | None], *leaves: Tensor) -> Tensor | None:
-        """known: the loss and its gradients, in a list, since they are no inputs that autograd would look at."""
-        loss, *gradients = known
+    def forward(ctx: Any, op: str, body: str, known: tuple[Tensor, list[Tensor | None]], *leaves: Tensor) -> Tensor:
+        """known: the loss and its gradients, in a tuple, where autograd doesn't take them for inputs."""
+        loss, gradients = known
         ctx.wanted = [gradient is not None for gradient in gradients]
         absent = [leaf.new_empty(0) for leaf in leaves]  # in each leaf's dtype, as the kernel that scales wants it
         save(ctx, op, body, [none if x is None else x for x, none in zip(gradients, absent, strict=True)])
-        return None if loss is None else loss.detach()
+        return loss.detach()
 
     @staticmethod
     def backward(ctx: Any, d_loss: Tensor) -> tuple[Tensor | None, ...]:
