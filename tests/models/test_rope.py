@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from flash_indexer.models.attach import attach
 from flash_indexer.models.hooks import TAP
-from flash_indexer.models.rope import default_rope_dim, indexer_rotary, rope_parameters
+from flash_indexer.models.rope import Ropes, default_rope_dim, indexer_rotary, rope_parameters
 
 Tiny = Callable[..., PreTrainedModel]
 FACTORS = [1.0, 1.5, 2.0, 2.5, 3.0, 3.5, 4.0, 4.5, 5.0, 5.5, 6.0, 6.5]
@@ -67,3 +67,18 @@ def test_layers_that_share_a_rope_ask_it_once_in_a_forward(tiny: Tiny) -> None:
             handle.model(tokens, position_ids=positions, use_cache=False)
         assert len(asked) == len(rotaries) == 1
         asked.clear()
+
+
+def test_a_forwards_ropes_are_those_of_embedding_and_positions(tiny: Tiny) -> None:
+    config = tiny("llama").config
+    rotaries = [indexer_rotary(config, rope_parameters(config), dim) for dim in (4, 8)]
+    ropes, hidden = Ropes(), torch.zeros(1, 3, 2)
+    places = torch.arange(3)[None], torch.arange(4, 7)[None]
+    for rotary in rotaries:
+        for positions in places:
+            for got, want in zip(ropes.of(rotary, hidden, positions), rotary(hidden, positions), strict=True):
+                assert torch.equal(got, want)
+    assert ropes.of(rotaries[0], hidden, places[0]) is ropes.of(rotaries[0], hidden, places[0])
+    ropes.forget()
+    places[0].add_(1)
+    assert torch.equal(ropes.of(rotaries[0], hidden, places[0])[0], rotaries[0](hidden, places[0])[0])

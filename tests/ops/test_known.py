@@ -162,3 +162,14 @@ def test_the_loss_that_is_handed_over_is_none_of_the_graph() -> None:
     assert loss.item() == 25
     (2 * loss).backward()  # type: ignore[no-untyped-call]
     assert leaf.grad is not None and leaf.grad.tolist() == [14, 16]
+
+
+def test_a_loss_that_is_a_view_made_without_gradients_may_be_added_to() -> None:
+    """As the kernels' is."""
+    leaf = torch.ones(2, requires_grad=True)
+    with torch.no_grad():
+        loss = torch.full((1,), 5.0).view(())
+    total = known_loss("op", "torch", loss, [torch.tensor([7.0, 8.0])], [leaf])
+    total += 3 * leaf.sum()
+    total.backward()  # type: ignore[no-untyped-call]
+    assert total.item() == 11 and leaf.grad is not None and leaf.grad.tolist() == [10, 11]
