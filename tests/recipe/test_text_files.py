@@ -8,9 +8,11 @@ import os
 from pathlib import Path
 
 import datasets
+import pyarrow
 import pytest
 
 from flash_indexer.recipe import text_files
+from flash_indexer.recipe.standard_library import standard_library_documents
 from flash_indexer.recipe.text_files import load_documents
 
 TEXTS = ["one two", "  \n", "trois\nquatre", "", "fünf sechs"]
@@ -36,6 +38,26 @@ def test_rows_come_back_in_order(tmp_path: Path, format: str, column: str) -> No
     documents = load_documents(str(path), column=column)
     assert documents.column_names == ["text"]
     assert list(documents["text"]) == TEXTS
+
+
+@pytest.mark.parametrize("format", ["txt", "jsonl", "parquet", "saved", "the standard library"])
+def test_packages_may_lie_in_any_folder(tmp_path: Path, format: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """pip install --target: dill, which `datasets` asks for fingerprints, takes such a pyarrow for the user's own code
+    and fails to pickle it."""
+    path, rows = tmp_path / f"corpus.{format}", datasets.Dataset.from_dict({"text": TEXTS})
+    if format == "txt":
+        path.write_text(TEXTS[0])
+    elif format == "jsonl":
+        write_jsonl(path, TEXTS)
+    elif format == "parquet":
+        rows.to_parquet(str(path))
+    elif format == "saved":
+        rows.save_to_disk(str(path))
+    monkeypatch.setattr(pyarrow, "__file__", "/packages/pyarrow/__init__.py")
+    if format == "the standard library":
+        assert len(standard_library_documents("heldout")) > 8
+    else:
+        assert list(load_documents(path)["text"]) == (TEXTS if format != "txt" else TEXTS[:1])
 
 
 @pytest.mark.parametrize("suffix", [".txt", ".md", ".py"])

@@ -6,15 +6,17 @@ import gzip
 import io
 import json
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
-from datasets.table import MemoryMappedTable, Table, concat_tables
+from datasets.fingerprint import generate_random_fingerprint
+from datasets.table import InMemoryTable, MemoryMappedTable, Table, concat_tables
 
-__all__ = ["json_texts", "parquet_texts", "saved_table"]
+__all__ = ["dataset_in_memory", "dataset_of", "json_texts", "parquet_texts", "saved_table"]
 
 ROWS_AT_ONCE = 256
 NAMES_SHOWN = 20
@@ -101,6 +103,17 @@ def saved_table(folder: Path, column: str) -> Table:
     if not sum(part.num_rows for part in parts):
         raise no_rows(folder)
     return concat_tables(parts)
+
+
+def dataset_in_memory(columns: Mapping[str, Sequence[str]]) -> datasets.Dataset:
+    """One row for each text of a column. `Dataset.from_dict` would pickle the table for its fingerprint, which fails
+    where pyarrow lies in a folder that is not called site-packages (pip install --target)."""
+    return dataset_of(InMemoryTable.from_pydict(dict(columns)))
+
+
+def dataset_of(table: Table) -> datasets.Dataset:
+    """The table as it is, under a fingerprint drawn at random."""
+    return datasets.Dataset(table, fingerprint=generate_random_fingerprint())
 
 
 def no_rows(path: Path) -> ValueError:

@@ -11,6 +11,8 @@ from typing import Literal
 
 import datasets
 
+from flash_indexer.recipe.rows import dataset_in_memory
+
 __all__ = ["standard_library_documents"]
 
 HELD_OUT_PERCENT = 7
@@ -51,7 +53,7 @@ def standard_library_documents(split: Literal["train", "heldout"]) -> datasets.D
             "sources, or name a text of your own"
         )
     names = sorted(texts)
-    return datasets.Dataset.from_dict({"name": names, "text": [texts[name] for name in names]})
+    return dataset_in_memory({"name": names, "text": [texts[name] for name in names]})
 
 
 def _is_held_out(name: str) -> bool:

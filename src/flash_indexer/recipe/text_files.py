@@ -9,9 +9,17 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import datasets
-from datasets.fingerprint import generate_random_fingerprint
 
-from flash_indexer.recipe.rows import decode, json_texts, no_rows, parquet_texts, saved_table, unreadable
+from flash_indexer.recipe.rows import (
+    dataset_in_memory,
+    dataset_of,
+    decode,
+    json_texts,
+    no_rows,
+    parquet_texts,
+    saved_table,
+    unreadable,
+)
 from flash_indexer.recipe.text_folders import Kind, find_text
 
 __all__ = ["load_documents", "read_documents"]
@@ -68,10 +76,9 @@ def read_documents(
         )
     text = find_text(path, (splits,) if isinstance(splits, str) else splits)
     if text.kind == "text":
-        documents = datasets.Dataset.from_dict({"text": [_read_text(file) for file in text.files]})
+        documents = dataset_in_memory({"text": [_read_text(file) for file in text.files]})
     elif text.kind == "saved":
-        table = saved_table(text.files[0], column)
-        documents = datasets.Dataset(table, fingerprint=generate_random_fingerprint())
+        documents = dataset_of(saved_table(text.files[0], column))
     else:
         documents = _read_rows(path, text.kind, text.files, column)
     if not any(document and not document.isspace() for document in documents["text"]):
