@@ -1,13 +1,18 @@
-"""What a warm-up step costs beside the model's own forward, at the layer shapes of a model with grouped heads.
+"""What a step of `flash-indexer warmup` costs beside the model's own forward, at the layer shapes of a grouped model.
 
     python benchmarks/bench_step.py --length 32768 --commit $(git rev-parse HEAD)
     python benchmarks/bench_step.py --length 131072 --steps 3
     python benchmarks/bench_step.py --documents               packed documents, others in every step
 
 The model has Qwen3-8B's shapes and random weights (4 layers, 32 heads over 8, D=128; 16 index heads of 128), attention
-of its own forward is torch's. A step is a forward with indexers attached, their gradients in it, and AdamW. Times are
-the host's, from one synchronisation to the next: what waits for the host counts. The plain forward has its turns before
-the indexers are attached and after they are taken off. Appends a line for each --queries to results/warmup_step.jsonl.
+of its own forward is torch's. Steps are those of the command itself, one sequence each. Times are the host's, from one
+synchronisation to the next: what waits for the host counts. The plain forward has its turns before and after the runs.
+
+    overhead = step - time in which kernels of ours run - device time of the plain forward without its attention
+
+is what is neither the model's forward nor our kernels: copies, casts, the indexers' projections and optimizer, the
+step's log, waiting. Our kernels are the model's attention too. Appends a line for each --queries to
+results/warmup_step.jsonl.
 """
 
 from __future__ import annotations
@@ -15,21 +20,25 @@ from __future__ import annotations
 import argparse
 import json
 import random
+import tempfile
 import time
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, nullcontext
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel, Qwen3Config
 
+from bench_warmup import write_tokenizer
+from flash_indexer import cli
 from flash_indexer.bench.timing import environment, percentiles
 from flash_indexer.models.attach import IndexerHandle, attach
 from flash_indexer.ops import bodies
-from flash_indexer.recipe.queries import draw_queries
+from flash_indexer.recipe.progress import StepProgress
 
 SHAPES = dict(
     vocab_size=1024, hidden_size=4096, intermediate_size=12288, num_hidden_layers=4, num_attention_heads=32,
@@ -38,7 +47,9 @@ SHAPES = dict(
 INDEXER = dict(num_heads=16, head_dim=128)
 SHORT = 600  # tokens at which the loss is compared with the torch body's
 WARM_UP = 2
-OURS = ("score", "rows", "gradient", "finish", "scale", "lse", "attention")
+OURS = "flash_indexer_"
+KERNELS = ("score", "rows", "kl_gradients", "gradient", "finish", "scale", "lse", "attention")
+ATTENTION = ("flash", "sdpa", "fmha")  # torch's
 
 
 def main(words: list[str] | None = None) -> None:
@@ -49,9 +60,8 @@ def main(words: list[str] | None = None) -> None:
     for record in measure(model, arguments, device):
         with (arguments.out / "warmup_step.jsonl").open("a", encoding="utf-8") as file:
             file.write(json.dumps(record) + "\n")
-        print(
-            {name: record[name] for name in ("length", "queries", "plain", "step", "over_plain", "share")}, flush=True
-        )
+        shown = ("length", "queries", "plain", "step", "over_plain", "overhead", "share")
+        print({name: record[name] for name in shown}, flush=True)
 
 
 def parse(words: list[str] | None) -> argparse.Namespace:
@@ -69,12 +79,13 @@ def parse(words: list[str] | None) -> argparse.Namespace:
 def make_model(shapes: dict[str, int], device: torch.device) -> PreTrainedModel:
     """Random weights, in bfloat16 on a GPU."""
     torch.manual_seed(0)
+    config = Qwen3Config(**shapes, bos_token_id=None, eos_token_id=0)
     with device:  # a CPU would take longer to draw the weights than the GPU to measure
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(Qwen3Config(**shapes), attn_implementation="sdpa")
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa")
     return model.to(device, torch.bfloat16 if device.type == "cuda" else torch.float32).eval()
 
 
-def measure(model: PreTrainedModel, arguments: argparse.Namespace, device: torch.device) -> Any:
+def measure(model: PreTrainedModel, arguments: argparse.Namespace, device: torch.device) -> Iterator[dict[str, Any]]:
     """A record for each fraction of the queries."""
     length, steps = arguments.length, arguments.steps
 
@@ -84,49 +95,160 @@ def measure(model: PreTrainedModel, arguments: argparse.Namespace, device: torch
 
     before = clock(plain, steps, device)
     print(f"plain forward {percentiles(before)}", flush=True)
-    handle = attach(model, **arguments.indexer)
-    check_loss(handle, device)
-    runs = {fraction: train(handle, fraction, arguments, device) for fraction in arguments.queries}
-    handle.remove()
+    forward = [] if device.type == "cpu" else profiled(lambda: plain(steps + WARM_UP))
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder)
+        handle = attach(model, **arguments.indexer)
+        check_loss(handle, device)
+        handle.remove()
+        model.save_pretrained(path / "model")
+        write_tokenizer(path / "model", arguments.shapes["vocab_size"])
+        write_texts(path / "texts.jsonl", arguments)
+        runs = {fraction: train(path, fraction, arguments, device) for fraction in arguments.queries}
     plain_times = percentiles([*before, *clock(plain, steps, device)])
-    for fraction, (times, share) in runs.items():
+    for fraction, (times, kernels) in runs.items():
         step = percentiles(times)
         yield {
             **(environment(arguments.commit) if device.type == "cuda" else {}), "name": "qwen3_8b_shapes",
             "shapes": arguments.shapes, "indexer": arguments.indexer, "length": length, "queries": fraction,
             "documents": arguments.documents, "plain": plain_times, "step": step,
-            "over_plain": step["p50"] / plain_times["p50"], "share": share,
+            "over_plain": step["p50"] / plain_times["p50"],
+            "overhead": overhead(step["p50"], kernels, forward) if kernels else None,
+            "share": shares(kernels) if kernels else None,
         }  # fmt: skip
 
 
 def train(
-    handle: IndexerHandle, fraction: float, arguments: argparse.Namespace, device: torch.device
-) -> tuple[list[float], dict[str, float]]:
-    """Milliseconds of each step, and of one more what its device time went to."""
-    optimizer = torch.optim.AdamW(handle.indexers.parameters(), lr=1e-4)
-    length = arguments.length
-    handle.token_weight = 1 / (length * fraction)
+    path: Path, fraction: float, arguments: argparse.Namespace, device: torch.device
+) -> tuple[list[float], list[Kernel]]:
+    """Milliseconds of each step of the command, and the kernels of one more."""
+    steps, out = arguments.steps + WARM_UP + 2, path / f"run {fraction}"  # the last step is judged and saved
+    indexer = [
+        word for name, value in arguments.indexer.items() for word in (f"--{name.replace('_', '-')}", f"{value}")
+    ]
+    command = [
+        "warmup", "--out", str(out), "--model", str(path / "model"), "--data", str(path / "texts.jsonl"),
+        "--sequence-length", str(arguments.length), "--batch-size", "1", "--steps", str(steps), "--warmup-steps", "2",
+        "--save-every", str(steps), "--evaluate-sequences", "0", "--queries", str(fraction), *indexer,
+    ]  # fmt: skip
+    watch = Watch(steps - 1, device)
+    with watch.following(StepProgress):
+        cli.app(command, standalone_mode=False)
+    print(f"step with {fraction} of the queries {percentiles(watch.times[WARM_UP:])}", flush=True)
+    return watch.times[WARM_UP:], watch.kernels
 
-    def step(n: int) -> None:
-        handle.queries = None if fraction == 1 else draw_queries(length, fraction, seed=0, draw=str(n))
-        with torch.no_grad():
-            handle.decoder(**batch(length, n, arguments.documents, device), use_cache=False)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
 
-    times = clock(step, arguments.steps, device)
-    print(f"step with {fraction} of the queries {percentiles(times)}", flush=True)
-    return times, shares(step, arguments.steps + WARM_UP, device)
+class Watch:
+    """Milliseconds of each step before step `last`, from the end of the one before it, and the kernels of `last`."""
+
+    def __init__(self, last: int, device: torch.device) -> None:
+        self.last, self.device, self.times, self.kernels = last, device, list[float](), list[Kernel]()
+        self._started, self._profiler = time.perf_counter(), torch.profiler.profile(activities=[GPU])
+
+    @contextmanager
+    def following(self, progress: type[StepProgress]) -> Iterator[None]:
+        """Each step's end is when its row is shown."""
+        shown = progress.step
+
+        def step(bar: StepProgress, row: dict[str, Any]) -> None:
+            self._ended(row["step"])
+            shown(bar, row)
+            self._started = time.perf_counter()
+
+        with mock.patch.object(progress, "step", step):
+            yield
+
+    def _ended(self, step: int) -> None:
+        wait(self.device)
+        if step < self.last:
+            self.times.append((time.perf_counter() - self._started) * 1e3)
+        if self.device.type == "cuda" and step == self.last - 1:
+            self._profiler.start()
+        if self.device.type == "cuda" and step == self.last:
+            self._profiler.stop()
+            self.kernels = kernels_of(self._profiler)
 
 
-def batch(length: int, n: int, documents: bool, device: torch.device) -> dict[str, Tensor]:
-    """input_ids and position_ids [1, length] of step n."""
+Kernel = tuple[str, float, float]
+"""Name, and milliseconds at which it began and ended."""
+GPU = torch.profiler.ProfilerActivity.CUDA
+
+
+def profiled(action: Callable[[], None]) -> list[Kernel]:
+    """The kernels of an action."""
+    torch.cuda.synchronize()
+    with torch.profiler.profile(activities=[GPU]) as profiler:
+        action()
+        torch.cuda.synchronize()
+    return kernels_of(profiler)
+
+
+def kernels_of(profiler: torch.profiler.profile) -> list[Kernel]:
+    events = [event for event in profiler.events() or () if event.device_type.name == "CUDA"]
+    return sorted(
+        ((event.name, event.time_range.start / 1e3, event.time_range.end / 1e3) for event in events), key=lambda k: k[1]
+    )
+
+
+def overhead(step: float, kernels: Iterable[Kernel], forward: list[Kernel]) -> dict[str, float]:
+    """See the module's docstring: milliseconds, and the part of the step.
+
+    Raises:
+        RuntimeError: where the plain forward's attention is not to be told from its other kernels.
+    """
+    ours = busy(kernel for kernel in kernels if kernel[0].startswith(OURS))
+    attention = [kernel for kernel in forward if any(word in kernel[0].lower() for word in ATTENTION)]
+    if not attention:
+        raise RuntimeError(f"bench_step: the plain forward must have a kernel named like {ATTENTION}, got none")
+    model = busy(forward) - busy(attention)
+    left = step - ours - model
+    return {"ms": left, "of_step": left / step, "ours": ours, "model": model, "plain_attention": busy(attention)}
+
+
+def shares(kernels: list[Kernel]) -> dict[str, float]:
+    """Milliseconds of device time by kernel of ours, of all else, and of the step in which the device had no work.
+
+    Kernels that run side by side count twice, so that the sum can exceed the step."""
+    found = dict.fromkeys((*KERNELS, "other kernels of ours", "model and others"), 0.0)
+    for name, begin, end in kernels:
+        own = next((kernel for kernel in KERNELS if name.startswith(OURS + kernel)), "other kernels of ours")
+        found[own if name.startswith(OURS) else "model and others"] += end - begin
+    idle = max(end for _, _, end in kernels) - kernels[0][1] - busy(kernels)
+    return {name: round(ms, 3) for name, ms in found.items()} | {"idle": round(idle, 3)}
+
+
+def busy(kernels: Iterable[Kernel]) -> float:
+    """Milliseconds in which at least one of them, in the order of their beginning, runs."""
+    total, reached = 0.0, float("-inf")
+    for _, begin, end in kernels:
+        total += max(0.0, end - max(begin, reached))
+        reached = max(reached, end)
+    return total
+
+
+def document_lengths(length: int, n: int, documents: bool) -> list[int]:
+    """Of sequence n, one document or packed ones."""
     rng, ends = random.Random(n), [0]
     while ends[-1] < length:
         ends.append(min(ends[-1] + (rng.randint(1000, 12000) if documents else length), length))
-    positions = torch.cat([torch.arange(b - a) for a, b in pairwise(ends)])
+    return [b - a for a, b in pairwise(ends)]
+
+
+def batch(length: int, n: int, documents: bool, device: torch.device) -> dict[str, Tensor]:
+    """input_ids and position_ids [1, length] of sequence n."""
+    positions = torch.cat([torch.arange(size) for size in document_lengths(length, n, documents)])
     tokens = torch.randint(0, SHAPES["vocab_size"], (1, length), generator=torch.Generator().manual_seed(n))
     return {"input_ids": tokens.to(device), "position_ids": positions[None].to(device)}
+
+
+def write_texts(path: Path, arguments: argparse.Namespace) -> None:
+    """As many sequences as the command's steps take; a document and the separator behind it fill its tokens."""
+    rng, last = random.Random(0), SHAPES["vocab_size"] - 1
+    with path.open("w", encoding="utf-8") as file:
+        for n in range(arguments.steps + WARM_UP + 2):
+            for size in document_lengths(arguments.length, n, arguments.documents):
+                words = " ".join(f"w{rng.randint(1, last)}" for _ in range(size - 1))
+                file.write(json.dumps({"text": words}) + "\n")
 
 
 def check_loss(handle: IndexerHandle, device: torch.device) -> None:
@@ -152,25 +274,6 @@ def clock(action: Callable[[int], None], steps: int, device: torch.device) -> li
         wait(device)
         times.append((time.perf_counter() - started) * 1e3)
     return times[WARM_UP:]
-
-
-def shares(step: Callable[[int], None], n: int, device: torch.device) -> dict[str, float]:
-    """Milliseconds of device time by kernel of ours, of all else, and of the step in which the device had no work."""
-    if device.type == "cpu":
-        return {}
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
-        step(n)
-        wait(device)
-    found, busy, end = dict.fromkeys((*OURS, "model and others"), 0.0), 0.0, 0.0
-    events = [event for event in profiler.events() or () if event.device_type.name == "CUDA"]
-    events.sort(key=lambda event: event.time_range.start)
-    for event in events:
-        name = next((ours for ours in OURS if event.name.startswith(f"flash_indexer_{ours}")), "model and others")
-        found[name] += event.device_time / 1e3
-        busy += max(0.0, event.time_range.end - max(event.time_range.start, end)) / 1e3
-        end = max(end, event.time_range.end)
-    idle = (end - events[0].time_range.start) / 1e3 - busy
-    return {name: round(ms, 3) for name, ms in found.items()} | {"idle": round(idle, 3)}
 
 
 def wait(device: torch.device) -> None:

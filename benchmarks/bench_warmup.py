@@ -112,7 +112,12 @@ def write_model(path: Path, **changes: int) -> None:
         if name.endswith(("q_proj.weight", "k_proj.weight")):
             torch.nn.init.normal_(parameter, std=0.1)
     model.save_pretrained(path)
-    words = Tokenizer(WordLevel({"<eos>": 0} | {f"w{n}": n for n in range(1, VOCABULARY)}, unk_token="<eos>"))
+    write_tokenizer(path, VOCABULARY)
+
+
+def write_tokenizer(path: Path, vocabulary: int) -> None:
+    """Words w1, w2, ... and the separator <eos>, 0."""
+    words = Tokenizer(WordLevel({"<eos>": 0} | {f"w{n}": n for n in range(1, vocabulary)}, unk_token="<eos>"))
     words.pre_tokenizer = WhitespaceSplit()
     PreTrainedTokenizerFast(tokenizer_object=words, eos_token="<eos>").save_pretrained(path)
 

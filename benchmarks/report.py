@@ -10,7 +10,7 @@ from pathlib import Path
 from report_attention import attention, per_head
 from report_records import Record, cards, latest, lines_of, marked, table
 from report_sparse import sparse
-from report_steps import answers, steps
+from report_steps import answers, steps, warmup_answers, warmup_steps
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -55,6 +55,7 @@ def summary(results: Path = RESULTS) -> str:
                      f"{seconds['kernels']:.2f} s; {seconds['torch body']:.2f} s with its loss in plain torch, "
                      f"the same loss to {record['largest_relative_difference']:.0e}",
                      f"a model of SmolLM2-135M's sizes, {record['sequence_length']:,} tokens a step"])  # fmt: skip
+    rows += warmup_answers(results)
     if record := pairs.get("v32_64k"):
         rows.append([f"How much faster are {record['ranks']} GPUs than one, collectives included?",
                      f"{record['speedup']['context']:.2f} x",
@@ -74,7 +75,8 @@ def page(results: Path = RESULTS) -> str:
     if not records:
         return NOTHING
     lines = loss_and_gradients(records) + long_sequences(records) + each_pass(records) + slow_launches(records)
-    lines += warmups(results) + fp8(results) + sparse(results) + steps(results) + per_head(results) + attention(results)
+    lines += warmups(results) + warmup_steps(results) + fp8(results) + sparse(results) + steps(results)
+    lines += per_head(results) + attention(results)
     return "\n".join(lines + processes(results) + gpu_tests(results))
 
 
@@ -185,7 +187,8 @@ def each_pass(records: dict[str, Record]) -> list[str]:
         "",
         "## Each kernel",
         "",
-        "One profiled call of the same problems. [How each kernel gets there](kernels.md). Rates of gradients count",
+        "Medians of profiled calls of the same problems, at 128K one call. [How each kernel gets there](kernels.md).",
+        "Rates of gradients count",
         "logits of their own, 4IE flops a pair, so that records compare; d_index_k takes masks of them, and so does",
         "the kernel of KL rows, d_index_q and d_index_w in one, where scores leave them. These do half as many.",
         *(beside if shared else []),
@@ -346,7 +349,7 @@ def plot(records: dict[str, Record], path: Path) -> None:
     axes.invert_yaxis()
     axes.tick_params(axis="y", labelsize=8)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(fontsize=8, frameon=False, loc="upper right")
+    figure.legend(fontsize=8, frameon=False, loc="outside upper center", ncols=len(PASSES))
     figure.savefig(path, dpi=150, metadata={"Software": ""})
     pyplot.close(figure)
 

@@ -1,4 +1,4 @@
-"""A table of docs/performance.md: a training step of the sparse stage beside the same model's dense one."""
+"""Tables of docs/performance.md: steps of the warm-up and of the sparse stage beside what a user would run without."""
 
 from __future__ import annotations
 
@@ -10,6 +10,53 @@ MODELS = {
     "gqa": "Qwen3-8B's layer shapes, 4 layers",
     "mla": "DeepSeek-V3.2's attention, 1 layer",
 }
+
+
+def warmup_answers(results: Path) -> list[list[str]]:
+    """A row of README's table: the longest sequences."""
+    found = _warmup_steps(results)
+    longest = {queries: record for (_, queries), record in sorted(found.items())}
+    if 1.0 not in longest:
+        return []
+    part = f"; {longest[0.25]['over_plain']:.2f} x with `--queries 0.25`" if 0.25 in longest else ""
+    return [["What does a step of the warm-up cost, beside the model's own forward?",
+             f"{longest[1.0]['over_plain']:.2f} x its time{part}",
+             f"Qwen3-8B's layer shapes, 4 layers, {longest[1.0]['length'] // 1024}K tokens"]]  # fmt: skip
+
+
+def _warmup_steps(results: Path) -> dict[tuple[int, float], Record]:
+    """The last record of each length and part of the queries, one document a sequence, by the command."""
+    records = lines_of(results / "warmup_step.jsonl")
+    return {(x["length"], x["queries"]): x for x in records if x.get("overhead") and not x["documents"]}
+
+
+def warmup_steps(results: Path) -> list[str]:
+    """The table of `bench_step.py`; nothing without records."""
+    found = _warmup_steps(results)
+    if not found:
+        return []
+    rows = [
+        [
+            f"{length:,} tokens, --queries {queries:g}",
+            f"{record['plain']['p50']:,.0f} ms",
+            f"{record['step']['p50']:,.0f} ms",
+            f"{record['over_plain']:.2f} x",
+            f"{record['overhead']['ours']:,.0f} ms",
+            f"{record['overhead']['model']:,.0f} ms",
+            f"{record['overhead']['of_step']:.1%}",
+        ]
+        for (length, queries), record in sorted(found.items(), key=lambda item: (item[0][0], -item[0][1]))
+    ]
+    return [
+        "",
+        "Steps of the command beside the plain forward (`benchmarks/bench_step.py`): Qwen3-8B's layer shapes, 4 layers",
+        "of random weights, 16 index heads of 128, one document a sequence; medians of the host's time. *Ours*: time",
+        "in which a kernel of ours runs, the model's attention included. *Rest of the forward*: the plain one's device",
+        "time without its attention. *Neither*: what is left of the step, copies, casts, the indexers' projections and",
+        "optimizer, the log, waiting.",
+        "",
+        *table("one sequence a step | plain forward | step | ratio | ours | rest of the forward | neither", rows),
+    ]
 
 
 def answers(results: Path) -> list[list[str]]:

@@ -36,6 +36,15 @@ def test_passes_are_told_apart(teacher: str, index: str, index_first: bool) -> N
     assert bench.slices(chunk * 2) == {"teacher": 12.0, "index": 2.0, "torch": 0.5, "quantize": 1.0}
 
 
+def test_a_pass_is_the_median_of_profiled_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    times = iter([3.0, 90.0, 1.0, 2.0, 4.0])
+    monkeypatch.setattr(bench, "profiled", lambda step: [("flash_indexer_score_kernel", next(times)), ("fill", 1.0)])
+    found = bench.passes(lambda: None, TINY)
+    assert found["teacher"]["ms"] == 3.0 and found["torch"] == {"ms": 1.0}
+    assert found["teacher"]["tflops"] == pytest.approx(2 * TINY.H * TINY.D * TINY.pairs / 3.0 / 1e9)
+    assert next(times, None) is None
+
+
 def problem(size: Size) -> tuple[list[torch.Tensor], dict[str, object]]:
     documents = tuple((n, n) for n in size.documents)
     x = make_inputs(Shape(documents, size.H, size.G, size.D, size.I, size.E), seed=0, dtype=torch.float64)

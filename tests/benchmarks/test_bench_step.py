@@ -10,6 +10,8 @@ from typing import Any
 import pytest
 import torch
 
+from flash_indexer.recipe import loop
+
 TINY = dict(
     vocab_size=1024, hidden_size=64, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
     num_key_value_heads=2, head_dim=16, max_position_embeddings=1024,
@@ -35,6 +37,41 @@ def test_a_record_for_each_fraction(
         assert record["length"] == 300 and record["documents"] == documents and record["shapes"] == TINY
         assert record["step"]["p50"] > 0
         assert record["over_plain"] == pytest.approx(record["step"]["p50"] / record["plain"]["p50"])
+
+
+def test_steps_are_the_commands_and_sequences_are_whole_documents(
+    bench_step: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = []
+    forward = loop.forward
+
+    def seen(handle: Any, batch: dict[str, torch.Tensor]) -> None:
+        found.append((batch["position_ids"].clone(), len(handle.queries)))
+        forward(handle, batch)
+
+    monkeypatch.setattr(loop, "forward", seen)
+    monkeypatch.setattr(bench_step, "SHAPES", TINY)
+    monkeypatch.setattr(bench_step, "INDEXER", dict(num_heads=2, head_dim=32))
+    bench_step.main(["--length", "256", "--steps", "2", "--queries", "0.25", "--out", str(tmp_path)])
+    assert len(found) == 2 + bench_step.WARM_UP + 2
+    for positions, drawn in found:
+        assert torch.equal(positions, torch.arange(256)[None]) and drawn == 64
+
+
+def test_overhead_is_what_is_neither_the_forward_nor_ours(bench_step: Any) -> None:
+    """Ours run for 5 ms, 1 of them side by side; the plain forward without its attention for 4."""
+    forward = [("gemm", 0.0, 3.0), ("pytorch_flash::flash_fwd_kernel", 3.0, 8.0), ("copy", 9.0, 10.0)]
+    step = [
+        ("gemm", 0.0, 3.0), ("flash_indexer_score_kernel", 3.0, 6.0), ("flash_indexer_score_kernel", 5.0, 7.0),
+        ("flash_indexer_kl_gradients_kernel", 7.0, 8.0), ("cast", 8.5, 9.0), ("copy", 9.0, 10.0),
+    ]  # fmt: skip
+    found = bench_step.overhead(11.0, step, forward)
+    assert found == dict(ms=2.0, of_step=2.0 / 11.0, ours=5.0, model=4.0, plain_attention=5.0)
+    shares = bench_step.shares(step)
+    assert shares["score"] == 5.0 and shares["kl_gradients"] == 1.0 and shares["gradient"] == 0.0
+    assert shares["model and others"] == 4.5 and shares["idle"] == 0.5
+    with pytest.raises(RuntimeError, match="plain forward must have a kernel named like"):
+        bench_step.overhead(11.0, step, [("gemm", 0.0, 3.0)])
 
 
 def test_no_speed_of_wrong_losses(bench_step: Any, monkeypatch: pytest.MonkeyPatch) -> None:

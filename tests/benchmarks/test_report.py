@@ -234,3 +234,23 @@ def test_the_memory_of_a_long_layer(report: ModuleType, write: Write, determinis
     assert "forward and backward: 0.51 s at the heads of `v32`." in text
     assert "131,072 tokens" in text and "45.3 GB are allocated, 13.0 GB" in text and order in text
     assert "4,096 queries at a time" in text and "it takes 21.5 s." in text
+
+
+def test_steps_of_the_warm_up_stand_beside_the_plain_forward(report: ModuleType, write: Write) -> None:
+    """The last record of each length and fraction, of one document and by the command."""
+
+    def step(queries: float, ms: float, **changes: object) -> dict[str, Any]:
+        return {
+            "name": "shapes", "gpu": "GPU", "length": 32768, "queries": queries, "documents": False,
+            "plain": {"p50": 100.0}, "step": {"p50": ms}, "over_plain": ms / 100,
+            "overhead": {"ms": 9.0, "of_step": 9 / ms, "ours": 60.0, "model": 50.0},
+        } | changes  # fmt: skip
+
+    records = [step(1.0, 900.0), step(0.25, 120.0), step(1.0, 160.0), step(1.0, 700.0, documents=True)]
+    del (without := step(1.0, 800.0))["overhead"]
+    folder = write(indexer_kl=[record("gqa32")], warmup_step=[*records, without])
+    page = report.page(folder)
+    assert "| 32,768 tokens, --queries 1 | 100 ms | 160 ms | 1.60 x | 60 ms | 50 ms | 5.6% |" in page
+    assert "| 32,768 tokens, --queries 0.25 | 100 ms | 120 ms | 1.20 x | 60 ms | 50 ms | 7.5% |" in page
+    assert page.count("32,768 tokens, --queries") == 2
+    assert "| 1.60 x its time; 1.20 x with `--queries 0.25` | Qwen3-8B's layer shapes" in report.summary(folder)

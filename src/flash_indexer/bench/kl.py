@@ -13,6 +13,8 @@ queries alone, as many pairs as the first size has, are measured beside that in 
 
 from __future__ import annotations
 
+import statistics
+import time
 from collections.abc import Callable
 from dataclasses import asdict
 from functools import partial
@@ -31,6 +33,7 @@ from flash_indexer.testing import Shape, assert_close, eager_indexer_kl, make_in
 
 SAMPLED_ROWS = 6
 ROUNDS, ROUNDS_LONG, LONG = 20, 3, 10**9
+PROFILED, PAUSE = 5, 0.1  # steps; seconds before each
 TOO_LONG = 10**5  # tokens of a document from which no attention is measured beside
 SLICES = {
     "flash_indexer_score_narrow_fp8": "index", "flash_indexer_score_fp8": "teacher",
@@ -187,14 +190,26 @@ def check_rows(size: Size, tensors: list[Tensor], others: dict[str, Any]) -> Non
 
 
 def passes(step: Callable[[], Any], size: Size) -> dict[str, dict[str, float]]:
-    """Milliseconds of each kernel in one step, and TFLOP/s of the flops that it does.
+    """Milliseconds of each kernel in one step, and TFLOP/s of the flops that it does: medians of PROFILED steps, each
+    after a pause that lets the clock rise again; one step of a problem that is timed in few rounds.
 
     Each gradient is counted with logits of its own, 4IE flops a pair, so that records compare. Those that take masks do
     2IE. The step runs on the side stream itself, so that kernels which share the multiprocessors elsewhere come one
     after the other.
     """
     step()
+    steps = [slices(profiled(step)) for _ in range(1 if size.pairs > LONG else PROFILED)]
+    totals = {name: statistics.median(times[name] for times in steps) for name in steps[0]}
+    per_pair = {"teacher": 2 * size.H * size.D, "index": 2 * size.I * size.E}
+    per_pair |= dict.fromkeys(("gradient_query", "kl_gradients", "gradient_key"), 4 * size.I * size.E)
+    rate = {name: flops * size.pairs / totals[name] / 1e9 for name, flops in per_pair.items() if totals.get(name)}
+    return {name: {"ms": ms} | ({"tflops": rate[name]} if name in rate else {}) for name, ms in totals.items()}
+
+
+def profiled(step: Callable[[], Any]) -> list[tuple[str, float]]:
+    """(name, milliseconds) of the kernels of a step, in the order of their beginning."""
     torch.cuda.synchronize()
+    time.sleep(PAUSE)
     device = torch.device("cuda", torch.cuda.current_device())
     profile = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA])
     with torch.cuda.stream(launch.side_stream(device)), profile as profiler:
@@ -202,11 +217,7 @@ def passes(step: Callable[[], Any], size: Size) -> dict[str, dict[str, float]]:
         torch.cuda.synchronize()
     events = (event for event in profiler.events() or () if event.device_type.name == "CUDA")
     ordered = sorted(events, key=lambda event: event.time_range.start)
-    totals = slices([(event.name, event.device_time / 1e3) for event in ordered])
-    per_pair = {"teacher": 2 * size.H * size.D, "index": 2 * size.I * size.E}
-    per_pair |= dict.fromkeys(("gradient_query", "kl_gradients", "gradient_key"), 4 * size.I * size.E)
-    rate = {name: flops * size.pairs / totals[name] / 1e9 for name, flops in per_pair.items() if totals.get(name)}
-    return {name: {"ms": ms} | ({"tflops": rate[name]} if name in rate else {}) for name, ms in totals.items()}
+    return [(event.name, event.device_time / 1e3) for event in ordered]
 
 
 def slices(kernels: list[tuple[str, float]]) -> dict[str, float]:
