@@ -139,20 +139,21 @@ class TrainingLoop:
     def _gradients(self, step: int, stop: StopSignals) -> tuple[Tensor, Tensor, int]:
         """Forwards (and backwards, inside them) of one optimizer step; gradients and means summed over all ranks.
 
+        The means are sums over the queries drawn, over the expected number of these: unbiased, as the gradients are.
+
         Returns:
             mean KL and mean uniform KL per layer, [layers] each; the signal that asked any process to end, or 0.
         """
         handle, processes = self.handle, self.processes
         total, layers = self.per_step * self.settings.sequence_length, len(handle.layers)
         handle.token_weight = 1 / (total * self.settings.queries)
-        drawn = self._drawn_tokens(step)
         sums = torch.zeros(2 * layers + len(NAMES), device=processes.device)
         means = sums[: 2 * layers].view(2, layers)
         for batch, sequences in zip(self._batches(step), self._sequences(step), strict=True):
             own = processes.part(batch)
             handle.queries = self._queries(sequences)
             forward(handle, own)
-            share = (own["input_ids"].numel() if handle.queries is None else len(handle.queries)) / drawn
+            share = (own["input_ids"].numel() if handle.queries is None else len(handle.queries)) * handle.token_weight
             found = [value.to(sums.device) for _, loss in sorted(handle.losses().items()) for value in loss]
             means += share * torch.stack(found).view(layers, 2).T
         handle.queries = None
@@ -206,12 +207,6 @@ class TrainingLoop:
     def _draw(self, number: int) -> Tensor:
         settings = self.settings
         return draw_queries(settings.sequence_length, settings.queries, seed=settings.seed, draw=str(number))
-
-    def _drawn_tokens(self, step: int) -> int:
-        """Tokens of an optimizer step whose loss is computed, over all processes."""
-        if self.settings.queries == 1:
-            return self.per_step * self.settings.sequence_length
-        return sum(len(self._draw(n)) for n in range((step - 1) * self.per_step, step * self.per_step))
 
 
 def sequence_drawn(drawn: int, count: int, seed: int) -> int:

@@ -104,14 +104,16 @@ class IndexerTrainer(Trainer):
         total = float(tokens * self.args.world_size if num_items_in_batch is None else num_items_in_batch)
         self.handle.token_weight = 1 / (total * self.queries)
         self.handle.indexers.train()
-        kl = self._forward(inputs, self._draw(tokens))
+        queries = self._draw(tokens)
+        kl = self._forward(inputs, queries)
         self._check_finite(all_sum(kl.clone()))
         self._micro += 1
         if self.accelerator.sync_gradients:
             self._micro = 0
             sum_gradients(self.handle.indexers.parameters())
             self._check_gradients()
-        share: float = tokens * self.args.world_size / total
+        counted = tokens if queries is None else len(queries) / self.queries
+        share: float = counted * self.args.world_size / total
         return kl.mean() * share
 
     def prediction_step(
