@@ -5,10 +5,11 @@
 1. text      train, validation and held-out documents (`stage_text.py`); the model's weights in a Transformers folder,
              which the twenty processes load in a second instead of twenty
 2. warm-up   of WARM_UP's indexers, --warm-up-steps of 16 sequences
-3. rates     short dense runs of each of RATES: all runs have that of the lowest perplexity on the validation text
-4. runs      on the same tokens: dense attention (K = the sequence's length), the indexer's keys and the oracle's at
-             each --topk. The indexer's run is made at each of INDEXER_RATES, for its indexers drift with the model: the
-             one that is best on the validation text counts
+3. rates     at each of RATES a run with dense attention (K = the sequence's length), one with the indexer's keys and
+             one with the oracle's at the first K, on the same tokens. By the validation text: the rate of the lowest
+             perplexity with the indexer's keys, of those at which these cost at most ENOUGH times what the oracle's do
+4. runs      at that rate, the indexer's and the oracle's keys at each --topk. The indexer's run is made at each of
+             INDEXER_RATES, for its indexers drift with the model: the one that is best on the validation text counts
 5. held-out  all of them on the held-out text, dense and sparse (`stage.py`)
 6. judgement `flash-indexer evaluate` of the indexers' runs, on --evaluate-sequences: dense, sparse before and after
 
@@ -23,7 +24,7 @@ import os
 import shlex
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from queue import SimpleQueue
@@ -34,11 +35,12 @@ import torch
 from flash_indexer.models.load import load_model
 
 HERE = Path(__file__).parent
-RATES = ("3e-5", "1e-4")  # at 3e-4 a model changes faster than its indexers learn: docs/journal.md
+RATES = ("3e-5", "1e-4", "3e-4")
+ENOUGH = 1.2
 INDEXER_RATES = ("1e-4", "3e-4")
 STEPS = ("warm-up", "rates", "runs", "held-out", "judgement")
 WARM_UP = ["--num-heads", "32", "--head-dim", "128", "--lr", "6e-3", "--batch-size", "16"]
-VALIDATION_SEQUENCES = "24"
+VALIDATION_SEQUENCES = "96"
 SCHEDULE = ["--warmup-steps", "10", "--decay", "cosine"]
 
 
@@ -51,7 +53,6 @@ def main() -> None:
     parser.add_argument("--warm-up-steps", type=int, default=1200)
     parser.add_argument("--topk", type=int, nargs="+", default=[128, 256])
     parser.add_argument("--steps", type=int, default=60, help="of each of the runs")
-    parser.add_argument("--rate-steps", type=int, default=40)
     parser.add_argument("--rates", type=Path, help="folder of another record, whose rate of the model is taken")
     parser.add_argument(
         "--batch-size", type=int, default=8, help="sequences; the host sets the pace, so many cost little"
@@ -107,31 +108,45 @@ class Stage:
         if (other := self.options.rates) is not None:
             self.write_rates(lr=str(read_rates(other)["lr"]))
             return
-        names, file = {lr: f"rate-{lr}" for lr in RATES}, self.out / "validation-dense.json"
-        steps, length, first = self.options.rate_steps, self.options.length, INDEXER_RATES[0]
-        self.together({name: self.sparse(name, length, "indexer", lr, first, steps) for lr, name in names.items()})
-        self.judge_all(list(names.values()), "validation", file)
-        self.write_rates(lr=best(file, names, "dense"))
+        k, indexer_lr = self.options.topk[0], INDEXER_RATES[0]
+        runs = {lr: {"dense": f"dense-{lr}", f"oracle-{k}": f"oracle-{k}-{lr}",
+                     f"indexer-{k}": f"indexer-{k}-{lr}-at-{indexer_lr}"} for lr in RATES}  # fmt: skip
+        self.together({name: words for lr in RATES for name, words in self.three(k, lr, indexer_lr).items()})
+        files = {lr: self.out / f"validation-{lr}.json" for lr in RATES}
+        for lr, named in runs.items():
+            self.judge_all(named, "validation", files[lr])
+        self.write_rates(lr=fastest_that_follows(files, k), tried=list(RATES))
+
+    def three(self, k: int, lr: str, indexer_lr: str) -> dict[str, list[str]]:
+        """The commands of a rate's runs at K keys, by their folders."""
+        return {
+            f"dense-{lr}": self.sparse(f"dense-{lr}", self.options.length, "indexer", lr, INDEXER_RATES[0]),
+            f"oracle-{k}-{lr}": self.sparse(f"oracle-{k}-{lr}", k, "oracle", lr, INDEXER_RATES[0]),
+            (name := f"indexer-{k}-{lr}-at-{indexer_lr}"): self.sparse(name, k, "indexer", lr, indexer_lr),
+        }
 
     def runs(self) -> None:
-        lr, steps, length = read_rates(self.out)["lr"], self.options.steps, self.options.length
-        names = {k: {rate: f"indexer-{k}-at-{rate}" for rate in INDEXER_RATES} for k in self.options.topk}
-        trained = {"dense": self.sparse("dense", length, "indexer", lr, INDEXER_RATES[0], steps)}
+        rates = read_rates(self.out)
+        lr = rates["lr"]
+        commands: dict[str, list[str]] = {}
         for k in self.options.topk:
-            trained[f"oracle-{k}"] = self.sparse(f"oracle-{k}", k, "oracle", lr, INDEXER_RATES[0], steps)
-            trained |= {name: self.sparse(name, k, "indexer", lr, rate, steps) for rate, name in names[k].items()}
-        self.together(trained)
+            for rate in INDEXER_RATES:
+                commands |= self.three(k, lr, rate)
+        self.together(commands)
+        names = {k: {rate: f"indexer-{k}-{lr}-at-{rate}" for rate in INDEXER_RATES} for k in self.options.topk}
         file = self.out / "validation-indexers.json"
-        self.judge_all([name for runs in names.values() for name in runs.values()], "validation", file)
+        self.judge_all({name: name for runs in names.values() for name in runs.values()}, "validation", file)
         chosen = {str(k): best(file, runs, f"indexer {k}") for k, runs in names.items()}
-        for k, runs in names.items():
-            if not (run := self.out / f"indexer-{k}").exists():
-                run.symlink_to(runs[chosen[str(k)]])
-        self.write_rates(lr=lr, indexer_lr=chosen)
+        counting = {"dense": f"dense-{lr}"} | {f"oracle-{k}": f"oracle-{k}-{lr}" for k in self.options.topk}
+        counting |= {f"indexer-{k}": runs[chosen[str(k)]] for k, runs in names.items()}
+        for name, folder in counting.items():
+            if not (self.out / name).exists():
+                (self.out / name).symlink_to(folder)
+        self.write_rates(**rates, indexer_lr=chosen)
 
     def held_out(self) -> None:
         names = ["warm", "dense", *(f"{keys}-{k}" for k in self.options.topk for keys in ("indexer", "oracle"))]
-        self.judge_all(names, "held_out", self.out / "held_out.json")
+        self.judge_all({name: name for name in names}, "held_out", self.out / "held_out.json")
 
     def judgement(self) -> None:
         commands = {}
@@ -143,39 +158,41 @@ class Stage:
             commands[f"evaluate-{topk}"] = [sys.executable, "-m", "flash_indexer", *words]
         self.together(commands)
 
-    def write_rates(self, **rates: str | dict[str, str]) -> None:
+    def write_rates(self, **rates: Any) -> None:
         (self.out / "rates.json").write_text(json.dumps(rates) + "\n", encoding="utf-8")
 
     def common(self) -> list[str]:
         data = ["--data", str(self.text / "train.jsonl")]
         return [*data, "--sequence-length", str(self.options.length), "--dtype", self.options.dtype]
 
-    def sparse(self, name: str, topk: int, keys: str, lr: str, indexer_lr: str, steps: int) -> list[str]:
+    def sparse(self, name: str, topk: int, keys: str, lr: str, indexer_lr: str) -> list[str]:
+        steps = str(self.options.steps)
         words = [
             "--init-from", str(self.out / "warm"), *self.common(), "--topk", str(topk), "--keys", keys, "--lr", lr,
-            "--indexer-lr", indexer_lr, "--batch-size", str(self.options.batch_size), "--steps", str(steps), *SCHEDULE,
-            "--save-every", str(steps),
+            "--indexer-lr", indexer_lr, "--batch-size", str(self.options.batch_size), "--steps", steps, *SCHEDULE,
+            "--save-every", steps,
         ]  # fmt: skip
         return command("sparse", self.out / name, words)
 
-    def judge_all(self, names: Sequence[str], text: str, file: Path) -> None:
-        """Into `file`, of that text: a process for each run, which keeps its losses, then one that compares them."""
-        data, each = self.text / f"{text}.jsonl", self.out / "losses"
+    def judge_all(self, runs: Mapping[str, str], text: str, file: Path) -> None:
+        """Into `file`, of that text: a process for each run, which keeps its losses, then one that compares them.
+
+        runs: the folder of each, by the name under which it is compared.
+        """
+        data, kept = self.text / f"{text}.jsonl", self.out / "losses" / file.stem
         sequences = str(self.options.sequences) if text == "held_out" else VALIDATION_SEQUENCES
         self.together({
-            f"{file.stem}-{name}": self.judge([name], data, sequences, each / f"{file.stem}-{name}.json", file)
-            for name in names
+            f"{file.stem}-{name}": self.judge({name: folder}, data, sequences, kept / f"{name}.json", kept)
+            for name, folder in runs.items()
         })  # fmt: skip
-        self.together({file.stem: self.judge(names, data, sequences, file)})
+        self.together({file.stem: self.judge(runs, data, sequences, file, kept)})
 
-    def judge(
-        self, names: Sequence[str], data: Path, sequences: str, file: Path, keep: Path | None = None
-    ) -> list[str]:
-        runs = [word for name in names for word in ("--run", f"{name}={self.out / name}")]
+    def judge(self, runs: Mapping[str, str], data: Path, sequences: str, file: Path, kept: Path) -> list[str]:
+        kept.mkdir(parents=True, exist_ok=True)
+        named = [word for name, folder in runs.items() for word in ("--run", f"{name}={self.out / folder}")]
         topk = ["--topk", *map(str, self.options.topk)]
-        losses = str(self.out / "losses" / (keep or file).stem)
-        words = [*runs, "--data", str(data), "--sequences", sequences, "--length", str(self.options.length)]
-        words += [*topk, "--keep", losses, "--out", str(file)]
+        words = [*named, "--data", str(data), "--sequences", sequences, "--length", str(self.options.length)]
+        words += [*topk, "--keep", str(kept), "--out", str(file)]
         return [sys.executable, str(HERE / "stage.py"), *words]
 
     def together(self, commands: dict[str, list[str]]) -> None:
@@ -205,7 +222,7 @@ class Stage:
 
 
 def read_rates(record: Path) -> dict[str, Any]:
-    """The model's rate, and the indexers' at each K where they have been chosen."""
+    """The model's rate and those it was chosen of, and the indexers' at each K where they have been chosen."""
     rates: dict[str, Any] = json.loads((record / "rates.json").read_text(encoding="utf-8"))
     return rates
 
@@ -214,6 +231,18 @@ def best(file: Path, names: dict[str, str], attention: str) -> str:
     """The rate whose run has the lowest loss with that attention, of those that `file` judges."""
     found = json.loads(file.read_text(encoding="utf-8"))["runs"]
     return min(names, key=lambda rate: found[names[rate]][attention]["nats"])
+
+
+def fastest_that_follows(files: Mapping[str, Path], k: int) -> str:
+    """The rate of the lowest loss with the indexer's keys, of those at which these cost at most ENOUGH times what the
+    oracle's cost over the dense run; where there is none, that of the lowest ratio. files: a judgement of each rate."""
+    found = {
+        rate: json.loads(file.read_text(encoding="utf-8"))["runs"][f"indexer-{k}"][f"indexer {k}"]
+        for rate, file in files.items()
+    }
+    ratios = {rate: row["over_oracle"]["ratio"] or 1.0 for rate, row in found.items()}
+    following = [rate for rate in found if ratios[rate] <= ENOUGH]
+    return min(following, key=lambda rate: found[rate]["nats"]) if following else min(ratios, key=ratios.__getitem__)
 
 
 def command(name: str, out: Path, words: list[str]) -> list[str]:

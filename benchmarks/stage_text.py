@@ -4,8 +4,9 @@
 
 Writes train.jsonl, validation.jsonl and held_out.jsonl. A document is a file of the standard library (Python's licence)
 or of one of PACKAGES (BSD and MIT licences), of LEAST characters or more, without tests. Where it goes depends on its
-name alone: (first 8 bytes of SHA-256(name), big-endian) mod 100 is below 7 for held-out text, as in
-`standard_library_documents`, 7 or 8 for validation, and above for training.
+name alone, on (first 8 bytes of SHA-256(name), big-endian) mod 100, by PARTS. What is below 7, the held-out text of
+`standard_library_documents`, is left out: records of the sparse stage up to 2026-11-28 were judged on it, and what was
+seen there is known to who chose the rates that are tried.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from flash_indexer.recipe.standard_library import standard_library_documents
 
 PACKAGES = ("fontTools", "mpmath", "networkx", "sympy", "torch")
 LEAST, MOST = 8_000, 400_000  # characters; longer files are tables
-PARTS = {"held_out": range(7), "validation": range(7, 9), "train": range(9, 100)}
+PARTS = {"held_out": range(93, 100), "validation": range(7, 9), "train": range(9, 93)}
 
 
 def main() -> None:

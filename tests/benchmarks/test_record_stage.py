@@ -75,6 +75,22 @@ def test_the_ratio_has_the_error_of_its_spread_over_sequences(scripts: Path) -> 
     assert torch.tensor([x["error"] for x in found]).mean() == pytest.approx(float(spread), rel=0.15)
 
 
+@pytest.mark.parametrize(
+    "ratios, chosen",
+    [((1.0, 1.1, 1.3), "1e-4"), ((1.0, 1.1, 1.2), "3e-4"), ((1.5, 1.3, 1.4), "1e-4"), ((None, 1.3, 1.4), "3e-5")],
+)
+def test_the_rate_is_the_best_of_those_at_which_the_indexer_follows(
+    scripts: Path, tmp_path: Path, ratios: tuple[float | None, ...], chosen: str
+) -> None:
+    """The higher the rate, the lower the loss here."""
+    record, files = importlib.import_module("record_stage"), {}
+    for rate, nats, ratio in zip(("3e-5", "1e-4", "3e-4"), (2.0, 1.9, 1.8), ratios, strict=True):
+        files[rate] = tmp_path / f"{rate}.json"
+        judged = {"indexer 128": dict(nats=nats, over_oracle=dict(ratio=ratio, error=0.1))}
+        files[rate].write_text(json.dumps(dict(runs={"indexer-128": judged})))
+    assert record.fastest_that_follows(files, 128) == chosen
+
+
 @pytest.mark.slow
 def test_from_text_to_page(
     scripts: Path, checkpoint: Path, texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -85,10 +101,10 @@ def test_from_text_to_page(
         lines = "".join(json.dumps(dict(text=text)) + "\n" for text in some)
         (tmp_path / f"{part}.jsonl").write_text(lines)
     words = ["--model", str(checkpoint), "--text", str(tmp_path), "--length", "32", "--topk", "8", "--steps", "3"]
-    words += ["--warm-up-steps", "3", "--rate-steps", "1", "--batch-size", "1", "--sequences", "4", "--jobs", "2"]
+    words += ["--warm-up-steps", "3", "--batch-size", "1", "--sequences", "4", "--jobs", "2"]
     words += ["--needles", "0"]
     first, out = tmp_path / "first", tmp_path / "stage"
-    monkeypatch.setattr(record, "RATES", ("1e-4", "1e-2"))
+    monkeypatch.setattr(record, "RATES", ("1e-2",))
     monkeypatch.setattr(record, "INDEXER_RATES", ("1e-3", "1e-2"))
 
     def call(folder: Path, *more: str) -> list[str]:
@@ -96,18 +112,21 @@ def test_from_text_to_page(
         record.main()
         return (folder / "commands.txt").read_text().splitlines()
 
-    assert len(call(first, "--until", "rates")) == 6  # a warm-up, two dense runs, each judged, and both compared
+    assert len(call(first, "--until", "rates")) == 8  # a warm-up; three runs of a rate, each judged; a comparison
+    assert json.loads((first / "rates.json").read_text()) == dict(lr="1e-2", tried=["1e-2"])
     shutil.copytree(first / "warm", out / "warm")  # what another machine needs
-    shutil.copytree(first / "logs", out / "logs", ignore=shutil.ignore_patterns("*.log"))
+    (out / "logs").mkdir()
+    shutil.copy(first / "logs" / "warm.done", out / "logs")
     commands = call(out, "--until", "runs", "--rates", str(first))
     shutil.rmtree(first)
     assert len(commands) == 7 and all(" sparse " in line for line in commands[:4])
     assert len(call(out)) == 13 and call(out)[:7] == commands and len(call(out)) == 13
     rates = json.loads((out / "rates.json").read_text())
     validated = json.loads((out / "validation-indexers.json").read_text())["runs"]
-    nats = {rate: validated[f"indexer-8-at-{rate}"]["indexer 8"]["nats"] for rate in ("1e-3", "1e-2")}
-    assert rates["lr"] in ("1e-4", "1e-2") and rates["indexer_lr"] == {"8": min(nats, key=nats.__getitem__)}
-    assert (out / "indexer-8").resolve().name == f"indexer-8-at-{rates['indexer_lr']['8']}"
+    nats = {rate: validated[f"indexer-8-{rates['lr']}-at-{rate}"]["indexer 8"]["nats"] for rate in ("1e-3", "1e-2")}
+    assert rates["lr"] == "1e-2" and rates["indexer_lr"] == {"8": min(nats, key=nats.__getitem__)}
+    assert (out / "indexer-8").resolve().name == f"indexer-8-{rates['lr']}-at-{rates['indexer_lr']['8']}"
+    assert (out / "dense").resolve().name == f"dense-{rates['lr']}"
     held_out = json.loads((out / "held_out.json").read_text())["runs"]
     assert set(held_out) == {"warm", "dense", "indexer-8", "oracle-8"}
     assert all(set(x) == {"dense", "indexer 8", "oracle 8"} for x in held_out.values())
@@ -118,6 +137,9 @@ def test_from_text_to_page(
     page.main()
     text = (tmp_path / "docs" / "sparse.md").read_text()
     assert f"Rates: {rates['lr']} for the model, from an earlier comparison on validation text; for" in text
+    (out / "rates.json").write_text(json.dumps(rates | dict(tried=["1e-4", "1e-2"])))
+    found = json.loads((out / "held_out.json").read_text())
+    assert f"{rates['lr']} for the model, of 1e-4, 1e-2 the one of the lowest" in page.page(found, out, tmp_path, "c")
     assert f"chosen on validation text, {rates['indexer_lr']['8']} at K=8." in text
     assert f"echo '{json.dumps({'lr': rates['lr']})}' > runs/rates/rates.json" in text
     printed = next(line for line in text.splitlines() if "record_stage.py" in line).split()
