@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +18,12 @@ def queries(scripts: Path) -> Any:
 
 @pytest.mark.slow
 def test_a_record_for_each_training_and_a_plot(queries: Any, checkpoint: Path, texts: Path, tmp_path: Path) -> None:
+    page = tmp_path / "page.md"
+    page.write_text(f"before\n{queries.BEGIN}\n{queries.END}\nafter\n", encoding="utf-8")
     words = [
         "--model", str(checkpoint), "--data", str(texts), "--held-out", str(texts), "--steps", "4", "--points", "2",
         "--sequence-length", "64", "--sequences", "2", "--k", "4", "--out", str(tmp_path), "--picture",
-        str(tmp_path / "plot.png"),
+        str(tmp_path / "plot.png"), "--page", str(page),
     ]  # fmt: skip
     queries.main(words)
     records = [json.loads(line) for line in (tmp_path / "queries.jsonl").read_text().splitlines()]
@@ -40,6 +43,9 @@ def test_a_record_for_each_training_and_a_plot(queries: Any, checkpoint: Path, t
     picture.unlink()
     queries.main([*words, "--plot"])
     assert picture.exists() and len((tmp_path / "queries.jsonl").read_text().splitlines()) == 7
+    written = page.read_text(encoding="utf-8")
+    assert written == f"before\n{queries.BEGIN}\n{queries.section(tmp_path)}\n{queries.END}\nafter\n"
+    assert written.count("\n| 1/8 | ") == 2 and "| all | 4 | " in written
 
 
 def test_the_same_time_is_counted_in_median_steps(queries: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -53,3 +59,42 @@ def test_the_same_time_is_counted_in_median_steps(queries: Any, monkeypatch: pyt
     monkeypatch.setattr(queries, "train", train)
     list(queries.measure(queries.parse(["--steps", "100"])))
     assert trained == [(1.0, 100), (0.5, 100), (0.5, 133), (0.25, 100), (0.25, 160), (0.125, 100), (0.125, 178)]
+
+
+def test_the_page_says_what_the_records_give(queries: Any) -> None:
+    text = queries.PAGE.read_text(encoding="utf-8")
+    made = queries.rewrite(text, queries.section(), queries.BEGIN, queries.END)
+    assert made == text, "run python benchmarks/queries.py --plot"
+
+
+def test_the_recommended_part_follows_from_every_recorded_series(queries: Any) -> None:
+    """What docs/math.md says of an eighth: nearly as much in as many steps, the best of all in as much time."""
+    records = queries.lines_of(queries.RESULTS / "queries.jsonl")
+    series = [list(one) for _, one in groupby(records, key=lambda record: record["commit"])]
+    assert len(series) >= 3
+    for one in series:
+        assert {(record["sequence_length"], record["queries"] == 1 or record["compared"]) for record in one} == {
+            (8192, True), (8192, "steps"), (8192, "time"),
+        }  # fmt: skip
+        ends = {(record["queries"], record["compared"]): record["curve"][-1] for record in one}
+        whole, steps, time = ends[1.0, "steps"], ends[1 / 8, "steps"], ends[1 / 8, "time"]
+        assert steps["kl_over_uniform"] == pytest.approx(whole["kl_over_uniform"], rel=0.02)
+        assert steps["mass"] == pytest.approx(whole["mass"], abs=0.001)
+        assert time["kl_over_uniform"] == min(end["kl_over_uniform"] for end in ends.values())
+        assert time["mass"] == max(end["mass"] for end in ends.values())
+
+
+def test_the_kernels_time_is_beside_that_of_all_queries(queries: Any) -> None:
+    def step(length: int, fraction: float, score: float, *, documents: bool = False) -> dict[str, Any]:
+        return {
+            "gpu": "GPU", "length": length, "queries": fraction, "documents": documents,
+            "shapes": {"num_hidden_layers": 4}, "indexer": {"num_heads": 16, "head_dim": 128},
+            "share": {"score": score, "gradient": score, "attention": 99.0, "idle": 1.0},
+        }  # fmt: skip
+
+    older, others = step(64, 1.0, 7.0), [step(64, 1.0, 1.0, documents=True), step(32, 0.5, 1.0)]
+    records = [older, step(64, 0.25, 1.5), step(64, 1.0, 5.0), *others]
+    lines = [line for line in queries.kernels(records) if line.startswith(("| 64", "| 32"))]
+    assert lines == ["| 64 | all | 10.0 ms | 1.000 |", "| 64 | 1/4 | 3.0 ms | 0.300 |"]
+    assert queries.kernels([]) == []
+    assert [queries.part(x) for x in (1.0, 0.5, 1 / 16, 0.3)] == ["all", "1/2", "1/16", "0.3"]

@@ -19,7 +19,7 @@ from flash_indexer.parallel.mesh import Parallel
 from flash_indexer.recipe import loop, warmup
 from flash_indexer.recipe.data import load_documents, pack
 from flash_indexer.recipe.processes import Processes
-from flash_indexer.recipe.queries import draw_queries
+from flash_indexer.recipe.queries import block_tokens, draw_queries
 from flash_indexer.recipe.run_record import read_metrics, warmup_command
 from flash_indexer.recipe.trainer import IndexerTrainer
 
@@ -67,6 +67,26 @@ def test_the_first_steps_metrics_are_the_drawn_queries(tmp_path: Path, recipe: A
     assert some["tokens"] == whole["tokens"] == 8 * L
     assert some["kl"] != whole["kl"] and some["kl"] == pytest.approx(whole["kl"], rel=0.2)
     assert some["kl_over_uniform"] == pytest.approx(whole["kl_over_uniform"], rel=0.01)
+
+
+def test_the_logged_loss_is_over_the_expected_number_of_queries(
+    tmp_path: Path, recipe: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As the gradients are: over the number drawn it would be biased. 0.3 of a sequence is no whole number of blocks."""
+    original, sums = loop.forward, list[tuple[int, float]]()
+
+    def forward(handle: IndexerHandle, batch: dict[str, Tensor]) -> None:
+        original(handle, batch)
+        assert handle.queries is not None
+        mean = torch.stack([loss.kl for loss in handle.losses().values()]).mean()
+        sums.append((len(handle.queries), float(mean) * len(handle.queries)))
+
+    monkeypatch.setattr(loop, "forward", forward)
+    recipe(tmp_path / "run", queries=0.3, batch_size=1, steps=8)
+    rows = read_metrics(tmp_path / "run" / "metrics.jsonl")
+    assert len({drawn for drawn, _ in sums}) > 1
+    for row, (_, total) in zip(rows, sums, strict=True):
+        assert row["loss"] == pytest.approx(total / (0.3 * L), rel=1e-5)
 
 
 @pytest.mark.slow
@@ -166,24 +186,58 @@ def test_many_processes_train_what_one_does(
         assert (tensor - second[name]).norm() <= 5e-2 * tensor.norm(), name
 
 
-@pytest.mark.parametrize("layout", ["zigzag", "contiguous"])
-@pytest.mark.parametrize("fraction", [1 / 2, 1 / 4, 1 / 8, 1 / 16])
-def test_processes_that_share_a_sequence_get_equal_shares_of_the_draw(layout: str, fraction: float) -> None:
-    """Of 128K tokens on 8 processes; with zigzag they see as many pairs, too, but for where a block lies in its run."""
-    length, cp = 131072, 8
-    tokens = draw_queries(length, fraction, seed=1, draw="0")
-    found, pairs = [], []
+def shares(tokens: Tensor, length: int, cp: int, layout: str) -> list[Tensor]:
+    """The drawn tokens of each of `cp` processes, counted in the whole sequence."""
+    found = []
     for rank in range(cp):
         processes = Processes.__new__(Processes)
         processes.parallel = Parallel(cp=cp, cp_rank=rank, layout=layout)
-        mine = processes.own_tokens(tokens, length)
-        own = context_positions(length, cp, rank, layout=layout)[mine]
-        found.append(own)
-        pairs.append(int(own.sum()))
+        found.append(context_positions(length, cp, rank, layout=layout)[processes.own_tokens(tokens, length)])
     assert torch.equal(torch.cat(found).sort().values, tokens)
-    assert {len(own) for own in found} == {len(tokens) // cp}
-    if layout == "zigzag":
-        assert max(pairs) < 1.05 * min(pairs)
+    return found
+
+
+@pytest.mark.parametrize("layout", ["zigzag", "contiguous"])
+@pytest.mark.parametrize(
+    ("length", "cp", "fraction"),
+    [(131072, 8, 1 / 2), (131072, 8, 1 / 4), (131072, 8, 1 / 8), (131072, 8, 1 / 16),
+     (32768, 8, 1 / 8), (32768, 8, 1 / 16), (8192, 8, 1 / 4), (8192, 4, 1 / 8), (8192, 2, 1 / 16), (2048, 2, 1 / 16)],
+)  # fmt: skip
+def test_processes_that_share_a_sequence_get_equal_shares_where_each_piece_holds_whole_runs(
+    layout: str, length: int, cp: int, fraction: float
+) -> None:
+    """With zigzag they see as many pairs, too, but for where each of the m blocks lies in its run: an m-th at most."""
+    blocks = int(length * fraction) // block_tokens(length, fraction)
+    assert blocks % (2 * cp) == 0
+    pairs = fraction * length * (length + 1) / 2 / cp
+    for draw in range(5):
+        found = shares(draw_queries(length, fraction, seed=1, draw=str(draw)), length, cp, layout)
+        assert {len(own) for own in found} == {length * fraction / cp}
+        if layout == "zigzag":
+            assert all(abs(int((own + 1).sum()) - pairs) < pairs / blocks for own in found)
+
+
+@pytest.mark.parametrize(("layout", "pieces"), [("zigzag", 2), ("contiguous", 1)])
+@pytest.mark.parametrize(
+    ("length", "cp", "fraction"),
+    [(8192, 8, 1 / 8), (8192, 8, 1 / 16), (8192, 2, 0.1), (32768, 4, 0.1), (32768, 8, 0.1), (32768, 4, 0.3),
+     (131072, 8, 0.1), (4096, 8, 1 / 16)],
+)  # fmt: skip
+def test_elsewhere_each_piece_of_a_sequence_has_its_share_but_for_two_blocks(
+    layout: str, pieces: int, length: int, cp: int, fraction: float
+) -> None:
+    for draw in range(20):
+        tokens = draw_queries(length, fraction, seed=1, draw=str(draw))
+        found = shares(tokens, length, cp, layout)
+        furthest = max(abs(len(own) - len(tokens) / cp) for own in found)
+        assert furthest < 2 * pieces * block_tokens(length, fraction)
+
+
+def test_fewer_blocks_than_pieces_leave_a_process_without_queries() -> None:
+    """8 blocks for the 16 pieces of 8 processes, where 4 have 2 blocks each."""
+    draws = [draw_queries(8192, 1 / 8, seed=1, draw=str(draw)) for draw in range(5)]
+    for cp, fewest in ((4, 256), (8, 0)):
+        assert min(len(own) for tokens in draws for own in shares(tokens, 8192, cp, "zigzag")) == fewest
 
 
 OPTIONS: dict[str, Any] = dict(

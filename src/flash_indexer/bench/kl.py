@@ -227,9 +227,9 @@ def slices(kernels: list[tuple[str, float]]) -> dict[str, float]:
     two has scores in e4m3.
     """
     found: dict[str, list[float]] = {"teacher": [], "index": []}
-    for name, time in kernels:
+    for name, ms in kernels:
         short = next((short for long, short in SLICES.items() if name.startswith(long)), "torch")
-        found.setdefault(short, []).append(time)
+        found.setdefault(short, []).append(ms)
     scores = found.pop("score", [])
     if found["index"]:
         found["teacher"] += scores

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Annotated
 
 import typer
 from rich.console import Console
@@ -12,6 +13,15 @@ from rich.console import Console
 from flash_indexer.recipe.progress import print_end, print_error
 
 console = Console()
+
+Queries = Annotated[
+    float,
+    typer.Option(
+        help="Part of the queries that have a loss, drawn anew every step; 0.125 is recommended for sequences of 8,192 "
+        "tokens or more, 0.25 for shorter ones."
+    ),
+]
+"""The type of `warmup --queries`."""
 
 
 def say_that_imports_take_time() -> None:

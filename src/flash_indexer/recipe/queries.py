@@ -7,7 +7,9 @@ drawn would be biased where that number varies.
 
 Tokens are drawn in blocks of neighbours, whose keys are nearly the same ones: one block from each of as many runs of
 equal length as there are blocks to draw, so that early and late queries, which see few and many keys, are drawn alike
-in every step, and the processes that share a sequence get equal shares.
+in every step. Processes that share a sequence get equal shares where each of its pieces (2·cp of zigzag) holds whole
+runs: 1 / fraction is a whole number, and the blocks to draw are a multiple of the pieces. Elsewhere a piece has its
+share but for less than two blocks, so that a process may have no query at all where pieces are more than blocks.
 """
 
 from __future__ import annotations
