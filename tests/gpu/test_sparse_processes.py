@@ -1,4 +1,8 @@
-"""The sparse stage on two GPUs, by NCCL, in every way of sharing it out, against one GPU."""
+"""The sparse stage on two GPUs, by NCCL, in every way of sharing it out, against one GPU.
+
+In bfloat16, by the kernels, as a run has it; and in float64, by the torch bodies, where no rounding decides which key
+is selected, so that what has trained can be compared after many steps. A run on a GPU refuses float64: here it may not.
+"""
 
 from __future__ import annotations
 
@@ -25,66 +29,141 @@ pytestmark = [
 PROGRAM = """
 import io, json, sys
 from pathlib import Path
+import torch
 from rich.console import Console
 from flash_indexer.files.tensors import write_tensors
 from flash_indexer.files.trained import trainable
+from flash_indexer.models.sparse import SparseHandle
+from flash_indexer.ops import bodies, checks
+from flash_indexer.recipe import sparse as stage
 from flash_indexer.recipe.processes import ParallelSettings, leave
-from flash_indexer.recipe.sparse import train_sparsely
 from flash_indexer.recipe.sparse_loop import SparseLoop
 from flash_indexer.recipe.sparse_record import SparseRunSettings
-folder, settings, ways = Path(sys.argv[1]), *map(json.loads, sys.argv[2:])
+folder, (ways, exact_ways) = Path(sys.argv[1]), map(json.loads, sys.argv[2:])
 clip = SparseLoop._clip
 def clip_and_save(self, step):
     if step == 1:
         named = dict(self.handle.indexers.named_parameters()) | trainable(self.handle.model)
-        found = {name: parameter.grad for name, parameter in named.items()}
+        found = {name: parameter.grad for name, parameter in named.items() if parameter.grad is not None}
         write_tensors(Path(f"{self.out}.gradients") if self.processes.is_main else None, found)
     return clip(self, step)
 SparseLoop._clip = clip_and_save
-for name, (parallel, changes) in ways.items():
-    train_sparsely(SparseRunSettings(**(settings | changes)), folder / name, console=Console(file=io.StringIO()),
-                   parallel=ParallelSettings(**parallel, timeout=60.0))
+def run(ways):
+    for name, (parallel, settings) in ways.items():
+        stage.train_sparsely(SparseRunSettings(**settings), folder / name, console=Console(file=io.StringIO()),
+                             parallel=ParallelSettings(**parallel, timeout=60.0))
+run(ways)
+begin, load, attach, prepare = stage.load_start, stage.load_model, stage.attach_start, stage._sparse
+add, leaves = stage.add_adapters, SparseHandle._leaves
+def plain_experts(model):
+    model.set_experts_implementation("eager")  # torch's grouped products know no float64
+    return model
+def begin_plainly(*rest):
+    start, model, tokenizer = begin(*rest)
+    return start, plain_experts(model), tokenizer
+def load_in_float64(name, dtype, indexers):
+    model, tokenizer = load(name, dtype=torch.float64)
+    return plain_experts(model), tokenizer
+def attach_in_float64(model, held, **options):
+    handle = attach(model, held, **options)
+    handle.indexers.double()
+    return handle
+def add_in_float64(model, rank):
+    add(model, rank)
+    model.double()
+def prepare_in_float64(settings, model, *rest):
+    stage.load_model, stage.attach_start, stage.add_adapters = load_in_float64, attach_in_float64, add_in_float64
+    return prepare(settings, model.double(), *rest)
+def leaves_of_any_dtype(self, tap, forward, q):
+    return leaves(self, tap, forward, q.new_empty(0, device="cpu"))
+checks.check_dtypes.__code__ = (lambda op, tensors: None).__code__  # wherever it is imported
+stage.load_start, stage._sparse, SparseHandle._leaves = begin_plainly, prepare_in_float64, leaves_of_any_dtype
+with bodies.use(bodies.TORCH):
+    run(exact_ways)
 leave()
 """
 HANG = 240.0  # seconds after which a process is taken to hang
+STEPS = 20
+Ways = dict[str, tuple[dict[str, Any], dict[str, Any]]]
 ONE_BY_ONE = dict(batch_size=1, accumulation=2)
 TOGETHER = dict(batch_size=2, accumulation=1)
-WAYS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+ALONE: Ways = {"one by one": ({}, ONE_BY_ONE), "together": ({}, TOGETHER)}
+WAYS: Ways = {
     "data parallel": ({}, dict(batch_size=1)),
     "fsdp": (dict(fsdp=True), dict(batch_size=1, activation_checkpointing=True)),
     "cp": (dict(cp=2), TOGETHER),
     "cp and fsdp": (dict(cp=2, fsdp=True), TOGETHER | dict(activation_checkpointing=True)),
 }
+LORA, INDEXERS = dict(lora=4), dict(indexers_alone=True)
+EXACT_ALONE: Ways = {
+    "exact": ({}, ONE_BY_ONE), "exact lora": ({}, ONE_BY_ONE | LORA),
+    "exact indexers": ({}, ONE_BY_ONE | INDEXERS), "exact mla": ({}, ONE_BY_ONE),
+}  # fmt: skip
+EXACT_WAYS: Ways = {f"exact, {name}": way for name, way in WAYS.items()} | {
+    "exact lora, fsdp": (dict(fsdp=True), dict(batch_size=1) | LORA),
+    "exact indexers, cp": (dict(cp=2), TOGETHER | INDEXERS),
+    "exact mla, cp and fsdp": (dict(cp=2, fsdp=True), TOGETHER),
+}
 
 
-def launch(
-    folder: Path, settings: dict[str, Any], ways: dict[str, Any], places: list[dict[str, str]]
-) -> list[subprocess.Popen[str]]:
-    words = [sys.executable, "-c", PROGRAM, str(folder), json.dumps(settings), json.dumps(ways)]
+def launch(folder: Path, every: list[Ways], places: list[dict[str, str]]) -> list[subprocess.Popen[str]]:
+    words = [sys.executable, "-c", PROGRAM, str(folder), *map(json.dumps, every)]
     return [subprocess.Popen(words, env=os.environ | place, stderr=subprocess.PIPE, text=True) for place in places]
+
+
+def started_with(folder: Path, checkpoint: Path, heads: int) -> str:
+    """A folder of fresh indexers for a model."""
+    torch.manual_seed(0)
+    model, _ = load_model(checkpoint, dtype=torch.float32)
+    handle = attach(model, num_heads=heads, head_dim=32)
+    save_native(handle, folder, base_name=str(checkpoint), base_fingerprint=model_fingerprint(model))
+    return str(folder)
 
 
 def gradients(folder: Path, name: str) -> dict[str, Tensor]:
     return {key: value.double() for key, value in load_file(folder / f"{name}.gradients").items()}
 
 
-def far(found: dict[str, Tensor], truth: dict[str, Tensor]) -> float:
-    """The largest distance of a gradient, over its norm."""
+def trained(folder: Path) -> dict[str, Tensor]:
+    files = [folder / "checkpoint" / f"{kind}.safetensors" for kind in ("trained", "indexer")]
+    return {key: value.double() for file in files for key, value in load_file(file).items()}
+
+
+def rows(folder: Path, name: str) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / name / "metrics.jsonl").read_text().splitlines()]
+
+
+def far(found: dict[str, Tensor], truth: dict[str, Tensor], began: dict[str, Tensor] | None = None) -> float:
+    """The largest distance of a tensor, over its norm, or over how far it is from where it began."""
     assert found.keys() == truth.keys()
-    return max(float((found[name] - x).norm() / x.norm().clamp_min(1e-30)) for name, x in truth.items())
+    began = began or {}
+    moved = {name: x - began[name] if name in began else x for name, x in truth.items()}
+    return max(float((found[name] - x).norm() / moved[name].norm().clamp_min(1e-12)) for name, x in truth.items())
 
 
-def test_two_gpus_train_what_one_does(tmp_path: Path, checkpoint: Path, texts: Path, ports: Any) -> None:
+def test_two_gpus_train_what_one_does(
+    tmp_path: Path, checkpoint: Path, mla_checkpoint: Path, texts: Path, ports: Any
+) -> None:
     """Data parallel and FSDP2 run the same products as one GPU sequence by sequence; cp others, in bfloat16."""
-    model, _ = load_model(checkpoint, dtype=torch.float32)
-    handle = attach(model, num_heads=4, head_dim=32)
-    save_native(handle, tmp_path / "warm", base_name=str(checkpoint), base_fingerprint=model_fingerprint(model))
-    settings: dict[str, Any] = dict(
-        init_from=str(tmp_path / "warm"), data=str(texts), topk=24, sequence_length=64, steps=4, save_every=2,
-        lr=1e-3, indexer_lr=1e-3, clip=0.5, dtype="bfloat16",
-    )  # fmt: skip
-    alone = {"one by one": ({}, ONE_BY_ONE), "together": ({}, TOGETHER)}
-    started = [*launch(tmp_path, settings, alone, [{}]), *launch(tmp_path, settings, WAYS, ports.places(2))]
+    models = {name: (mla_checkpoint, 16) if "mla" in name else (checkpoint, 4) for name in EXACT_ALONE | EXACT_WAYS}
+    begins = {path: started_with(tmp_path / f"warm {heads}", path, heads) for path, heads in {*models.values()}}
+    common: dict[str, Any] = dict(
+        data=str(texts), topk=24, sequence_length=64, save_every=2, lr=1e-3, indexer_lr=1e-3, clip=0.5
+    )
+    settings = common | dict(init_from=begins[checkpoint], steps=4, dtype="bfloat16")
+    exact = common | dict(steps=STEPS, save_every=STEPS, dtype="float32")
+
+    def settled(ways: Ways, exact_ways: Ways) -> list[Ways]:
+        return [
+            {name: (parallel, settings | changes) for name, (parallel, changes) in ways.items()},
+            {
+                name: (parallel, exact | dict(init_from=begins[models[name][0]]) | changes)
+                for name, (parallel, changes) in exact_ways.items()
+            },
+        ]
+
+    started = launch(tmp_path, settled(ALONE, EXACT_ALONE), [{}])
+    started += launch(tmp_path, settled(WAYS, EXACT_WAYS), ports.places(2))
     try:
         for process in started:
             _, said = process.communicate(timeout=HANG)
@@ -92,15 +171,25 @@ def test_two_gpus_train_what_one_does(tmp_path: Path, checkpoint: Path, texts: P
     finally:
         for process in started:
             process.kill()
-    truth, other = (gradients(tmp_path, name) for name in alone)
+    truth, other = (gradients(tmp_path, name) for name in ALONE)
     rounding = far(other, truth)
     for name in WAYS:
         distance = far(gradients(tmp_path, name), truth)
         print(f"{name}: gradients {distance:.2e} from one GPU's, which are {rounding:.2e} from its own together")
         assert distance <= (4 * rounding + 2e-2 if "cp" in name else 1e-4), name
-    last = {
-        name: json.loads((tmp_path / name / "metrics.jsonl").read_text().splitlines()[-1]) for name in (*alone, *WAYS)
-    }
+    last = {name: rows(tmp_path, name)[-1] for name in (*ALONE, *WAYS)}
     for name in WAYS:
         assert last[name]["step"] == 4 and last[name]["tokens"] == last["together"]["tokens"]
         assert last[name]["loss"] == pytest.approx(last["together"]["loss"], rel=1e-2), name
+    for name in EXACT_WAYS:
+        path, near, one = models[name][0], 1e-5, name.split(",")[0]
+        first = far(gradients(tmp_path, name), gradients(tmp_path, one))
+        model, _ = load_model(path, dtype=torch.float64)
+        began = {key: value.detach() for key, value in model.named_parameters()}
+        began |= {key: x.double() for key, x in load_file(Path(begins[path]) / "indexer.safetensors").items()}
+        moved = far(trained(tmp_path / name), trained(tmp_path / one), began)
+        print(f"{name}: after {STEPS} steps {moved:.2e} of how far parameters moved; first gradients {first:.2e}")
+        assert first <= near and moved <= near, name
+        assert len(rows(tmp_path, name)) == STEPS
+        for row, same in zip(rows(tmp_path, one), rows(tmp_path, name), strict=True):
+            assert (row["loss"], *row["kl"]) == pytest.approx((same["loss"], *same["kl"]), rel=near), name

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import random
 import signal
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -15,6 +16,7 @@ import torch
 from rich.console import Console
 from safetensors.torch import load_file
 from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer, GptOssConfig
 
 from flash_indexer.models.load import load_model
 from flash_indexer.recipe.processes import ParallelSettings, Processes
@@ -23,12 +25,12 @@ from flash_indexer.recipe.sparse import notes
 from flash_indexer.recipe.sparse_record import SparseRunSettings, read_any_run, sparse_command
 from flash_indexer.recipe.warmup import warm_up
 
-STEPS = 12
+STEPS = 20
 HANG = 240.0  # seconds after which a process is taken to hang
 EXACT = """
 import torch
 from flash_indexer.recipe import sparse as stage
-load, attach, prepare = stage.load_model, stage.attach_start, stage._sparse
+load, attach, prepare, add = stage.load_model, stage.attach_start, stage._sparse, stage.add_adapters
 def load_in_float64(name, dtype, indexers):
     model, tokenizer = load(name, dtype=torch.float64)
     model.set_experts_implementation("eager")  # torch's grouped products know no float64
@@ -37,8 +39,11 @@ def attach_in_float64(model, held, **options):
     handle = attach(model, held, **options)
     handle.indexers.double()
     return handle
+def add_in_float64(model, rank):
+    add(model, rank)
+    model.double()
 def prepare_in_float64(settings, model, *rest):
-    stage.load_model, stage.attach_start = load_in_float64, attach_in_float64
+    stage.load_model, stage.attach_start, stage.add_adapters = load_in_float64, attach_in_float64, add_in_float64
     return prepare(settings, model.double(), *rest)
 stage._sparse = prepare_in_float64
 """
@@ -60,17 +65,18 @@ def clip_and_save(self, step):
     if step == 1:
         named = dict(self.handle.indexers.named_parameters()) | trainable(self.handle.model)
         found = {name: parameter.grad for name, parameter in named.items() if parameter.grad is not None}
-        write_tensors(Path(out + ".gradients") if self.processes.is_main else None, found)
+        write_tensors(Path(f"{self.out}.gradients") if self.processes.is_main else None, found)
     return clip(self, step)
 SparseLoop._clip = clip_and_save
 sys.stderr = open(f"{out}.{environment.get('RANK', 0)}", "a")  # an error that ends the process is read there too
 console = Console(file=sys.stderr, width=500)
 try:
-    handle = stage.train_sparsely(
-        SparseRunSettings(**chosen), out, resume=True, console=console, parallel=ParallelSettings(**parallel)
-    )
-    local = [x.to_local() if hasattr(x, "to_local") else x for x in handle.model.parameters()]
-    Path(f"{out}.held.{environment.get('RANK', 0)}").write_text(str(sum(x.numel() for x in local)))
+    for folder, chosen, parallel in ways:
+        handle = stage.train_sparsely(
+            SparseRunSettings(**chosen), folder, resume=True, console=console, parallel=ParallelSettings(**parallel)
+        )
+        local = [x.to_local() if hasattr(x, "to_local") else x for x in handle.model.parameters()]
+        Path(f"{folder}.held.{environment.get('RANK', 0)}").write_text(str(sum(x.numel() for x in local)))
 except (ValueError, ConnectionError) as error:
     console.print(str(error), markup=False)
     console.file.flush()
@@ -102,6 +108,24 @@ def tied(tmp_path_factory: pytest.TempPathFactory, checkpoint: Path) -> Path:
 
 
 @pytest.fixture(scope="module")
+def with_sinks(tmp_path_factory: pytest.TempPathFactory, checkpoint: Path) -> Path:
+    """A GPT-OSS of 2 layers, whose first has a window. Read only."""
+    path = tmp_path_factory.mktemp("sinks") / "model"
+    config = GptOssConfig(
+        vocab_size=61, hidden_size=48, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=12, num_local_experts=4, num_experts_per_tok=2, sliding_window=9,
+        bos_token_id=None, eos_token_id=60, pad_token_id=None,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config)
+    for name, parameter in model.named_parameters():
+        parameter.data.copy_(torch.randn(parameter.shape) * (2.0 if "sinks" in name else 0.3) + ("norm" in name))
+    model.save_pretrained(path)
+    AutoTokenizer.from_pretrained(checkpoint).save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="module")
 def warmed_up(
     tmp_path_factory: pytest.TempPathFactory, tiny_settings: Callable[..., Any]
 ) -> Callable[[Path], dict[str, Any]]:
@@ -128,6 +152,10 @@ def base(warmed_up: Any, tied: Path, texts: Path) -> dict[str, Any]:
     )  # fmt: skip
 
 
+Way = tuple[Path, dict[str, Any], dict[str, Any]]
+"""The folder of a run, what its settings have in the place of the base's, and how it is shared out."""
+
+
 class Starter:
     """`start(out, count, parallel, code, codes, **settings)`: the processes of one run. `train` waits for them too."""
 
@@ -139,11 +167,17 @@ class Starter:
         codes: Sequence[str] = (), **changes: Any,
     ) -> list[Any]:  # fmt: skip
         """code: runs first on every process. codes: after it, on one each."""
-        chosen, parallel = self.base | changes, parallel or {}
+        return self.several(out, [(out, changes, parallel or {})], count, code=code, codes=codes)
+
+    def several(
+        self, out: Path, ways: Sequence[Way], count: int = 1, *, code: str = EXACT, codes: Sequence[str] = ()
+    ) -> list[Any]:
+        """Processes that run several ways, one after the other."""
         programs = [code + (codes[rank] if rank < len(codes) else "") + RUN for rank in range(count)]
+        chosen = [(str(folder), self.base | changes, parallel) for folder, changes, parallel in ways]
         if count == 1:
-            return [self.runs.start(programs[0], None, out, chosen=chosen, parallel=parallel)]
-        started: list[Any] = self.runs.ranks(count, None, out, codes=programs, chosen=chosen, parallel=parallel)
+            return [self.runs.start(programs[0], None, out, ways=chosen)]
+        started: list[Any] = self.runs.ranks(count, None, out, codes=programs, ways=chosen)
         return started
 
     def train(self, out: Path, count: int = 1, **options: Any) -> Path:
@@ -156,18 +190,32 @@ def start(runs: Any, base: dict[str, Any]) -> Starter:
     return Starter(runs, base)
 
 
+class Alone:
+    """`alone(code, **settings)`: a run of one process, made once; `several(every settings)` are made by one process."""
+
+    def __init__(self, start: Starter, folder: Path) -> None:
+        self.start, self.folder = start, folder
+        self.made: dict[str, Path] = {}
+
+    def __call__(self, code: str = EXACT, **changes: Any) -> Path:
+        (out,) = self.several([changes], code)
+        return out
+
+    def several(self, every: Sequence[dict[str, Any]], code: str = EXACT) -> list[Path]:
+        keys = [json.dumps([code, changes], sort_keys=True) for changes in every]
+        missing = {key: changes for key, changes in zip(keys, every, strict=True) if key not in self.made}
+        ways = [
+            (self.folder / str(number), changes, {}) for number, changes in enumerate(missing.values(), len(self.made))
+        ]
+        if ways:
+            self.start.runs.finish(self.start.several(self.folder / "said", ways, code=code))
+        self.made |= {key: folder for key, (folder, _, _) in zip(missing, ways, strict=True)}
+        return [self.made[key] for key in keys]
+
+
 @pytest.fixture(scope="module")
-def alone(tmp_path_factory: pytest.TempPathFactory, start: Starter) -> Callable[..., Path]:
-    """`alone(code, **settings)`: a run of one process, made once."""
-    made: dict[str, Path] = {}
-
-    def run(code: str = EXACT, **changes: Any) -> Path:
-        key = json.dumps([code, changes], sort_keys=True)
-        if key not in made:
-            made[key] = start.train(tmp_path_factory.mktemp("alone") / "run", code=code, **changes)
-        return made[key]
-
-    return run
+def alone(tmp_path_factory: pytest.TempPathFactory, start: Starter) -> Alone:
+    return Alone(start, tmp_path_factory.mktemp("alone"))
 
 
 def tensors(out: Path, name: str) -> dict[str, Tensor]:
@@ -209,51 +257,64 @@ def assert_same_bits(one: Path, other: Path) -> None:
         assert file.read_bytes() == (other / "checkpoint" / file.name).read_bytes(), file.name
 
 
-@pytest.mark.parametrize(
-    ("count", "parallel", "changes"),
-    [
-        (2, dict(), dict()),
-        pytest.param(2, dict(fsdp=True), dict(), marks=pytest.mark.slow),
-        pytest.param(2, dict(cp=2), dict(), marks=pytest.mark.slow),
-        pytest.param(
-            2, dict(cp=2, layout="contiguous", fsdp=True), dict(activation_checkpointing=True), marks=pytest.mark.slow
-        ),
-        pytest.param(2, dict(cp=2), dict(layers=[1]), marks=pytest.mark.slow),
-        pytest.param(2, dict(fsdp=True), dict(indexers_alone=True), marks=pytest.mark.slow),
-        pytest.param(2, dict(cp=2), dict(indexers_alone=True), marks=pytest.mark.slow),
-        pytest.param(4, dict(), dict(activation_checkpointing=True), marks=pytest.mark.slow),
-        pytest.param(4, dict(cp=2, fsdp=True), dict(), marks=pytest.mark.slow),
-        pytest.param(4, dict(cp=4), dict(), marks=pytest.mark.slow),
-        pytest.param(2, dict(fsdp=True), dict(lora=4), marks=pytest.mark.slow),
-        pytest.param(2, dict(cp=2, fsdp=True), dict(lora=4), marks=pytest.mark.slow),
-    ],
-    ids=lambda x: "-".join(f"{k}={v}" for k, v in x.items()) or "plain" if isinstance(x, dict) else str(x),
-)
+PLAIN: dict[str, Any] = {}
+FSDP, CP, BOTH = dict(fsdp=True), dict(cp=2), dict(cp=2, fsdp=True)
+CONTIGUOUS = dict(cp=2, layout="contiguous")
+AGAIN, ORACLE = dict(activation_checkpointing=True), dict(keys="oracle")
+LORA, ALONE = dict(lora=4), dict(indexers_alone=True)
+GROUPS: dict[str, tuple[int, list[tuple[dict[str, Any], dict[str, Any]]]]] = {
+    "data parallel": (2, [(PLAIN, {})]),
+    "model": (2, [(FSDP, {}), (CP, {}), (BOTH, {})]),
+    "contiguous": (2, [(CONTIGUOUS, AGAIN), (CONTIGUOUS | FSDP, AGAIN)]),
+    "some layers, oracle": (2, [(CP, dict(layers=[1])), (PLAIN, ORACLE), (FSDP, ORACLE)]),
+    "indexers alone": (2, [(way, ALONE) for way in (PLAIN, FSDP, CP, BOTH)]),
+    "adapters": (2, [(PLAIN, LORA), (FSDP, LORA), (CP, LORA | AGAIN), (BOTH, LORA | AGAIN)]),
+    "four": (4, [(PLAIN, AGAIN), (BOTH, {}), (dict(cp=4), {})]),
+}
+"""Processes, and what is run on them by one start of them: how the run is shared out, and its settings."""
+
+
+@pytest.mark.parametrize("group", ["data parallel", *(pytest.param(x, marks=pytest.mark.slow) for x in [*GROUPS][1:])])
 def test_many_processes_train_what_one_does(
-    tmp_path: Path, start: Starter, alone: Any, tied: Path, count: int, parallel: Any, changes: dict[str, Any]
+    tmp_path: Path, start: Starter, alone: Alone, tied: Path, group: str
 ) -> None:
-    """Micro-batches of two sequences at most, so that four processes that share sequences accumulate."""
-    if "lora" in changes:
+    if group == "adapters":
         pytest.importorskip("peft")
-    dp = count // parallel.get("cp", 1)
-    sizes = dict(batch_size=min(2, 4 // dp), accumulation=4 // dp // min(2, 4 // dp))
-    out = start.train(tmp_path / "run", count, parallel=parallel, code=EXACT, **(changes | sizes))
-    settings = {name: x for name, x in changes.items() if name != "activation_checkpointing"}  # which changes no bit
-    assert_same_training(alone(**settings), out, tied, near=1e-3 if "lora" in changes else 1e-5)  # adapters are float32
-    held = [int(Path(f"{out}.held.{rank}").read_text()) for rank in range(count)]
-    whole = int(Path(f"{alone(**settings)}.held.0").read_text())
-    assert sum(held) == whole if parallel.get("fsdp") else held == [whole] * count
-    assert max(held) <= 1.1 * whole / count or not parallel.get("fsdp")
-    assert json.loads((out / "run.json").read_text())["sequences_per_step"] == 4
-    assert (
-        f"--accumulation {4 // sizes['batch_size']}"
-        in sparse_command(read_any_run(out, "evaluate"), "x") + " --accumulation 1"
-    )
+    count, ways = GROUPS[group]
+    assert_all_train_the_same(tmp_path, start, alone, tied, count, ways)
+
+
+def assert_all_train_the_same(
+    folder: Path, start: Starter, alone: Alone, checkpoint: Path, count: int, ways: Any, **common: Any
+) -> None:
+    """common: settings of all ways, and of the runs of one process that they are held to.
+
+    Micro-batches are of two sequences at most, so that two processes which share sequences accumulate.
+    """
+    settled, started = [], []
+    for number, (parallel, changes) in enumerate(ways):
+        dp = count // parallel.get("cp", 1)
+        size = min(2, 4 // dp)
+        sizes = dict(batch_size=size, accumulation=4 // dp // size, save_every=STEPS)
+        settled.append({name: x for name, x in changes.items() if name not in AGAIN} | common)  # which changes no bit
+        started.append((folder / str(number), changes | common | sizes, parallel))
+    truths = alone.several(settled)
+    start.runs.finish(start.several(folder / "said", started, count))
+    for truth, (out, changes, parallel) in zip(truths, started, strict=True):
+        print(parallel, changes)  # what failed, if it does
+        assert_same_training(truth, out, checkpoint)
+        held = [int(Path(f"{out}.held.{rank}").read_text()) for rank in range(count)]
+        whole = int(Path(f"{truth}.held.0").read_text())
+        assert sum(held) == whole if parallel.get("fsdp") else held == [whole] * count
+        assert max(held) <= 1.1 * whole / count or not parallel.get("fsdp")
+        assert json.loads((out / "run.json").read_text())["sequences_per_step"] == 4
+        command = sparse_command(read_any_run(out, "evaluate"), "x") + " --accumulation 1"
+        assert f"--accumulation {4 // changes['batch_size']}" in command
 
 
 @pytest.mark.slow
 def test_a_models_own_indexers_train_likewise(
-    tmp_path: Path, start: Starter, alone: Any, warmed_up: Any, own_checkpoint: Path
+    tmp_path: Path, start: Starter, alone: Alone, warmed_up: Any, own_checkpoint: Path
 ) -> None:
     """Each process holds the whole model, and a part of the sequences."""
     changes = warmed_up(own_checkpoint, indexers="own", num_heads=8, head_dim=64)
@@ -261,24 +322,60 @@ def test_a_models_own_indexers_train_likewise(
     assert_same_training(alone(**changes), out, own_checkpoint)
 
 
-@pytest.mark.parametrize(
-    ("count", "parallel"),
-    [(2, dict(cp=2, fsdp=True)), (4, dict(fsdp=True))],
-    ids=["cp=2-fsdp", "fsdp"],
-)
+MLA: dict[str, tuple[int, list[tuple[dict[str, Any], dict[str, Any]]]]] = {
+    "model": (2, [(PLAIN, {}), (FSDP, {}), (CP, {}), (BOTH, AGAIN)]),
+    "indexers alone": (2, [(way, ALONE) for way in (PLAIN, FSDP, CP, BOTH)]),
+    "adapters": (2, [(way, LORA) for way in (PLAIN, FSDP, CP, BOTH)]),
+    "four": (4, [(FSDP, AGAIN)]),
+}
+
+
+@pytest.mark.parametrize("group", MLA)
 @pytest.mark.slow
 def test_mla_and_experts_train_likewise(
-    tmp_path: Path, start: Starter, alone: Any, warmed_up: Any, mla_checkpoint: Path, count: int, parallel: Any
+    tmp_path: Path, start: Starter, alone: Alone, warmed_up: Any, mla_checkpoint: Path, group: str
 ) -> None:
-    changes = warmed_up(mla_checkpoint, num_heads=16)
-    size = 4 // (count // parallel.get("cp", 1))
-    out = start.train(tmp_path / "run", count, parallel=parallel, code=EXACT, **(changes | dict(batch_size=size)))
-    assert_same_training(alone(**changes), out, mla_checkpoint)
+    if group == "adapters":
+        pytest.importorskip("peft")
+    count, ways = MLA[group]
+    common = warmed_up(mla_checkpoint, num_heads=16)
+    assert_all_train_the_same(tmp_path, start, alone, mla_checkpoint, count, ways, **common)
+
+
+@pytest.mark.slow
+def test_sinks_train_likewise(tmp_path: Path, start: Starter, alone: Alone, warmed_up: Any, with_sinks: Path) -> None:
+    ways = [(PLAIN, {}), (FSDP, {})]
+    assert_all_train_the_same(tmp_path, start, alone, with_sinks, 2, ways, **warmed_up(with_sinks))
+
+
+@pytest.fixture(scope="module")
+def rows_of_one_document(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of 40 documents of 31 words, which an end-of-document token makes 32. Read only."""
+    path, draw = tmp_path_factory.mktemp("even"), random.Random(1)
+    for n in range(40):
+        (path / f"{n:02}.txt").write_text(" ".join(f"w{draw.randrange(60)}" for _ in range(31)), encoding="utf-8")
+    return path
+
+
+@pytest.mark.parametrize("packed", [True, False], ids=["packed", "a document a row"])
+def test_four_micro_batches_make_the_update_of_one(
+    tmp_path: Path, start: Starter, alone: Alone, tied: Path, rows_of_one_document: Path, packed: bool
+) -> None:
+    """Eight sequences, on one process and on two."""
+    common = dict(steps=2) if packed else dict(steps=2, data=str(rows_of_one_document))
+    at_once, by_four = alone.several([common | dict(batch_size=8), common | dict(batch_size=2, accumulation=4)])
+    on_two = tmp_path / "two"
+    start.train(on_two, 2, code=EXACT, **common, batch_size=1, accumulation=4)
+    for out in (by_four, on_two):
+        assert_same_training(at_once, out, tied, steps=2)
+        run = json.loads((out / "run.json").read_text())
+        assert run["sequences_per_step"] == 8
+        assert (run["text"]["documents"] == run["text"]["sequences"] == 16) is not packed
 
 
 @pytest.mark.slow
 def test_windows_and_layers_without_indexers_see_all_processes_keys(
-    tmp_path: Path, start: Starter, alone: Any, warmed_up: Any, window_checkpoint: Path
+    tmp_path: Path, start: Starter, alone: Alone, warmed_up: Any, window_checkpoint: Path
 ) -> None:
     changes = dict(**warmed_up(window_checkpoint), layers=[0, 2])
     out = start.train(tmp_path / "run", 2, parallel=dict(cp=2), code=EXACT, **changes)
@@ -359,7 +456,7 @@ def test_after_a_kill_the_run_goes_on_with_the_same_bits(
     ids=["fsdp to one", "one to cp and fsdp", "fsdp to cp"],
 )
 def test_a_run_goes_on_under_another_number_of_processes(
-    tmp_path: Path, start: Starter, alone: Any, tied: Path, before: Any, after: Any
+    tmp_path: Path, start: Starter, alone: Alone, tied: Path, before: Any, after: Any
 ) -> None:
     """Ended by an error in its eleventh step, with a checkpoint of the eighth."""
     out, codes = tmp_path / "run", [STOP] * 4
