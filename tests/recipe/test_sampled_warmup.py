@@ -72,7 +72,7 @@ def test_the_first_steps_metrics_are_the_drawn_queries(tmp_path: Path, recipe: A
 def test_the_logged_loss_is_over_the_expected_number_of_queries(
     tmp_path: Path, recipe: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As the gradients are: over the number drawn it would be biased. 0.3 of a sequence is no whole number of blocks."""
+    """As the gradients are: over the number drawn it would be biased. 0.3 of a sequence is no whole number of them."""
     original, sums = loop.forward, list[tuple[int, float]]()
 
     def forward(handle: IndexerHandle, batch: dict[str, Tensor]) -> None:
