@@ -142,7 +142,7 @@ class Stage:
         for name, folder in counting.items():
             if not (self.out / name).exists():
                 (self.out / name).symlink_to(folder)
-        self.write_rates(**rates, indexer_lr=chosen)
+        self.write_rates(**(rates | dict(indexer_lr=chosen)))
 
     def held_out(self) -> None:
         names = ["warm", "dense", *(f"{keys}-{k}" for k in self.options.topk for keys in ("indexer", "oracle"))]

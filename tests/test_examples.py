@@ -18,10 +18,11 @@ import torch
 from torch import Tensor
 
 from flash_indexer import causal_intervals, reference
-from flash_indexer.files.native import read_native, save_native
+from flash_indexer.files.native import load_native, read_native, save_native
 from flash_indexer.intervals import key_blocks
 from flash_indexer.models.attach import attach
 from flash_indexer.models.load import load_model
+from flash_indexer.models.sparse import SparseHandle
 from flash_indexer.recipe.run_record import read_metrics
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -61,14 +62,34 @@ def test_the_sparse_example_trains_and_generates(tmp_path: Path, runs: Any, chec
     assert read_native(out).config.layers == (0, 1, 2) and (out / "model" / "config.json").is_file()
 
 
+def test_the_sparse_example_with_a_trainer_leaves_a_sparse_model(
+    tmp_path: Path, runs: Any, checkpoint: Path, texts: Path
+) -> None:
+    model, _ = load_model(checkpoint, dtype=torch.float32)
+    before = {name: x.clone() for name, x in model.state_dict().items()}
+    first = save_native(attach(model, num_heads=2, head_dim=32), tmp_path / "warm", base_name=str(checkpoint))
+    out, printed = tmp_path / "out", tmp_path / "printed"
+    arguments = [f"{ROOT}/examples/sparse_trainer.py", "--model", str(checkpoint), "--indexers", str(first)]
+    arguments += ["--data", str(texts), "--out", str(out), "--topk", "8", "--steps", "12", "--sequence-length", "64"]
+    runs.finish(runs.ranks(1, None, out, codes=[EXAMPLE], arguments=arguments, printed=str(printed)))
+    assert "'kl': " in printed.read_text() and "'train_loss':" in printed.read_text(), printed.read_text()
+    trained, tokenizer = load_model(out, dtype=torch.float32)
+    assert not any(torch.equal(x, before[name]) for name, x in trained.named_parameters())
+    one, other = (read_native(path).state_dict for path in (first, out))
+    assert one.keys() == other.keys() and not any(torch.equal(one[name], other[name]) for name in one)
+    sparse, ids = load_native(trained, out, topk=8), torch.arange(20)[None]
+    assert isinstance(sparse, SparseHandle) and len(tokenizer) == 61
+    assert trained.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=4, do_sample=False).shape[1] > 20
+
+
+FEW = ["--indexers", "x", "--topk", "64", "--sequence-length", "64"]
+
+
 @pytest.mark.parametrize(
     ("name", "options", "said"),
     [
-        (
-            "sparse_loop",
-            ["--indexers", "x", "--topk", "64", "--sequence-length", "64"],
-            "--topk must be below .* 64, got 64",
-        ),
+        ("sparse_loop", FEW, "--topk must be below .* 64, got 64"),
+        ("sparse_trainer", FEW, "--topk must be below .* 64, got 64"),
         ("fsdp2", [], "start this with torchrun"),
     ],
 )

@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from flash_indexer.commands.shell import console, plain_errors, say_that_imports_take_time, was_typed
+from flash_indexer.commands.shell import Queries, console, plain_errors, say_that_imports_take_time, was_typed
 from flash_indexer.commands.sparse import app as sparse_app
 
 app = typer.Typer(
@@ -67,7 +67,7 @@ def warmup(
     ] = None,
     indexers: Annotated[str, typer.Option(help="fresh, or own: those that the model has, trained in place.")] = "fresh",
     teachers: Annotated[str, typer.Option(help="Whose attention a shared indexer learns: shared or own.")] = "shared",
-    queries: Annotated[float, typer.Option(help="Part of the queries that have a loss, drawn anew every step.")] = 1.0,
+    queries: Queries = 1.0,
     save_every: Annotated[int, typer.Option(help="Steps between checkpoints.")] = 50,
     evaluate_sequences: Annotated[int, typer.Option(help="Held-out sequences to judge on at the end; 0: none.")] = 4,
     cp: Annotated[int, typer.Option("--cp", help="Processes that share each sequence (context parallel).")] = 1,
@@ -140,7 +140,7 @@ def evaluate(
         int | None, typer.Option(help="Default: as in training; 1024 for a native folder, which records none.")
     ] = None,
     min_visible: Annotated[int, typer.Option(help="Masses at k count queries that see so many keys, 4k at least.")] = 0,
-    perplexity_k: Annotated[list[int] | None, typer.Option(help="Keys per query for sparse perplexity.")] = None,
+    perplexity_k: Annotated[list[int] | None, typer.Option(help="Keys of sparse perplexity, mass and ties.")] = None,
     serve: Annotated[
         Literal["bf16", "fp8", "fp8_unrotated"] | None,
         typer.Option(help="Index scores as servers form them, beside the model's; default: as they were trained."),
@@ -257,6 +257,7 @@ def export(
         from flash_indexer.recipe import judging
         from flash_indexer.recipe.judgement import note_judgement, tied_rows
         from flash_indexer.recipe.run_folder import indexer_folder
+        from flash_indexer.recipe.sparse_start import TOPK
 
         if topk is not None and format in ("native", "own"):
             raise ValueError(f"export: --topk belongs to --format deepseek_v32, got {topk} with {format}; leave it out")
@@ -277,8 +278,11 @@ def export(
             judging.print_path(console, "exported", path)
             return
         options: dict[str, Any] = {} if format == "native" else dict(tokenizer=tokenizer)
-        if format == "deepseek_v32" and (topk is not None or "topk" in run):
-            options |= dict(index_topk=topk or run["topk"], tied_rows=tied_rows(run_folder))
+        ties = None
+        if format == "deepseek_v32":
+            index_topk = topk or run.get("topk", TOPK)
+            ties = tied_rows(run_folder, handle, index_topk)
+            options |= dict(index_topk=index_topk, tied_rows=ties.share)
         trained = "topk" in run  # the model, which then is no longer the one that is recorded
         native = None if trained else read_native(indexer_folder(run_folder))
         recorded = model_fingerprint(handle.model) if native is None else native.config.base_fingerprint
@@ -286,7 +290,7 @@ def export(
             handle, path, format=format, base_name=run["model"], base_fingerprint=recorded, overwrite=overwrite,
             **options,
         )  # fmt: skip
-        note_judgement(run_folder, handle, path, console)
+        note_judgement(run_folder, handle, path, console, ties)
         judging.print_path(console, "exported", path)
 
 

@@ -78,6 +78,7 @@ def test_files_and_fields(saved: tuple[IndexerHandle, Path]) -> None:
         base_num_layers=3, base_fingerprint="f00d", layers=[0, 2], num_heads=4, head_dim=32, rope_dim=16,
         rope_interleaved=False, q_lora_rank=None, target="mean", base_dtype="float32",
         judged=None, index_dtype=None, teacher_dtype=None, indexers="fresh", teachers="shared",
+            base_vocab_size=61, base_tokenizer_fingerprint=None,
     )  # fmt: skip
 
 

@@ -106,7 +106,9 @@ def test_steps_only_grow_and_the_text_stays(tmp_path: Path, recipe: Any, texts: 
         file.write_text("w1 " + file.read_text())
     before = (out / "run.json").read_text()
     for to in (None, 9):
-        with pytest.raises(ValueError, match="data_fingerprint must be .* resume with the same model and data"):
+        with pytest.raises(
+            ValueError, match="data_fingerprint must be .* resume with the same model, tokenizer and data"
+        ):
             recipe(out, resume=True, to=to)
     assert (out / "run.json").read_text() == before and len(metrics(out)) == 6
 

@@ -212,6 +212,33 @@ def test_adapters_train_in_place_of_the_parameters(tmp_path: Path, run: Run, che
         torch.testing.assert_close(found.model(ids).logits, handle.model.eval()(ids).logits, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("frozen", [dict(indexers_alone=True), dict(lora=4)], ids=["indexers alone", "adapters"])
+@pytest.mark.parametrize(
+    ("fault", "message"),
+    [
+        (lambda weight: weight.data[0].add_(1.0), "sparse: frozen parameters of the model changed during training"),
+        (
+            lambda weight: setattr(weight, "grad", weight + 1),
+            r"sparse: frozen parameters got gradients: \['model.layers",
+        ),
+    ],
+    ids=["changed", "with a gradient"],
+)
+def test_what_is_frozen_is_audited(
+    tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch, frozen: Any, fault: Any, message: str
+) -> None:
+    pytest.importorskip("peft")
+    function = SparseLoop._set_rates
+
+    def faulty(self: SparseLoop, *arguments: Any) -> list[float]:
+        fault(self.handle.model.get_parameter("model.layers.1.mlp.up_proj.weight"))
+        return function(self, *arguments)
+
+    monkeypatch.setattr(SparseLoop, "_set_rates", faulty)
+    with pytest.raises(RuntimeError, match=message):
+        run(tmp_path / "run", steps=1, **frozen)
+
+
 @pytest.mark.parametrize(
     ("changes", "later"),
     [
@@ -315,7 +342,7 @@ def test_what_does_not_fit_is_refused_before_anything_trains(
     model.resize_token_embeddings(50, mean_resizing=False)
     model.save_pretrained(tmp_path / "small")
     tokenizer.save_pretrained(tmp_path / "small")
-    with pytest.raises(ValueError, match="indexers of the model .*small: .*another base model: fingerprint"):
+    with pytest.raises(ValueError, match=r"model .*small: .* vocabulary of 61 tokens \(vocab_size\), this one has 50"):
         run(out, model=str(tmp_path / "small"))
     run(tmp_path / "subset", steps=1, layers=(0, 2), indexers_alone=True)
     with pytest.raises(ValueError, match=r"--layers must be layers that have an indexer, got \[1\]"):

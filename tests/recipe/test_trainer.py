@@ -14,7 +14,7 @@ from transformers import DataCollatorWithFlattening, TrainerCallback, TrainerSta
 
 from flash_indexer.files.native import read_native
 from flash_indexer.models.attach import IndexerHandle, attach
-from flash_indexer.models.load import load_model
+from flash_indexer.models.load import load_model, tokenizer_fingerprint
 from flash_indexer.parallel.mesh import Parallel
 from flash_indexer.recipe import trainer as trainer_module
 from flash_indexer.recipe.data import PackedDataset, load_documents, pack
@@ -30,7 +30,7 @@ os.environ.update(environment)
 import torch
 from transformers import TrainingArguments
 from flash_indexer.recipe.data import load_documents, pack
-from flash_indexer.models.load import load_model
+from flash_indexer.models.load import load_model, tokenizer_fingerprint
 from flash_indexer.recipe.trainer import IndexerTrainer
 from flash_indexer.models.attach import attach
 model, tokenizer = load_model(checkpoint, dtype=torch.float32)
@@ -112,6 +112,14 @@ def test_a_checkpoint_is_native_and_resumes(tmp_path: Path, checkpoint: Path, da
     trainer = IndexerTrainer(again, args=arguments, train_dataset=data)
     trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
     assert all(torch.equal(x, again.state_dict()[name]) for name, x in whole.state_dict().items())
+
+
+def test_the_tokenizer_that_it_is_given_is_recorded(tmp_path: Path, checkpoint: Path, data: PackedDataset) -> None:
+    _, tokenizer = load_model(checkpoint, dtype=torch.float32)
+    for known, given in ((None, {}), (tokenizer_fingerprint(tokenizer), dict(processing_class=tokenizer))):
+        arguments = TrainingArguments(str(tmp_path), **OPTIONS)
+        IndexerTrainer(handle_of(checkpoint), args=arguments, train_dataset=data, **given).save_model()
+        assert read_native(tmp_path).config.base_tokenizer_fingerprint == known
 
 
 def test_evaluation_leaves_no_gradient(tmp_path: Path, checkpoint: Path, data: PackedDataset) -> None:

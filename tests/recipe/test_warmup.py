@@ -261,7 +261,7 @@ def test_resuming_with_another_model_or_other_data_is_refused(
     before = weights(out)
     for file in data.iterdir():
         file.write_text("w1 " + file.read_text())
-    with pytest.raises(ValueError, match="data_fingerprint must be .* resume with the same model and data"):
+    with pytest.raises(ValueError, match="data_fingerprint must be .* resume with the same model, tokenizer and data"):
         train(out, resume=True)
     shutil.copytree(texts, data, dirs_exist_ok=True)
     other = AutoModelForCausalLM.from_pretrained(model)

@@ -11,12 +11,13 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from flash_indexer.files.atomic import atomic_directory, readable_directory
 from flash_indexer.files.native_config import CONFIG_FILE, FORMAT, NativeConfig, parse, read_config, write_config
 from flash_indexer.indexer import LightningIndexer
 from flash_indexer.models.attach import IndexerHandle, attach
+from flash_indexer.models.load import tokenizer_fingerprint
 from flash_indexer.models.own_sparse import make_sparse
 from flash_indexer.models.sparse_checks import check_topk
 from flash_indexer.parallel.mesh import Parallel
@@ -133,17 +134,19 @@ def load_native(
     Args:
         handle_or_model: a handle with the checkpoint's layers and sizes, or a model without indexers.
         path: the checkpoint's directory.
-        base_fingerprint: `model_fingerprint(model)`; compared where given and where the checkpoint records one.
+        base_fingerprint: `model_fingerprint(model)`; where given it is compared, and the size of the vocabulary before
+            it, with what the checkpoint records.
         topk: the model then attends to so many keys, see `attach`; None: it stays dense. A handle is what it is.
         parallel: as for `attach`, of a model.
 
     Returns:
-        The handle. Where anything fails, a model given stays as it was, and so do a handle's weights.
+        The handle, with the tokenizer_fingerprint that the checkpoint records. Where anything fails, a model given
+        stays as it was, and so do a handle's weights.
 
     Raises:
         TypeError: `handle_or_model` is neither, such as a wrapper around a model.
         FileNotFoundError, ValueError: read_native's.
-        ValueError: the base model, the layers or a size differ; all differences are listed.
+        ValueError: the base model, its vocabulary, the layers or a size differ; all differences are listed.
     """
     is_model = isinstance(handle_or_model, PreTrainedModel)
     if not is_model and not isinstance(handle_or_model, IndexerHandle):
@@ -182,9 +185,25 @@ def load_native(
         if is_model:
             handle.remove()
         raise
+    handle.tokenizer_fingerprint = config.base_tokenizer_fingerprint or handle.tokenizer_fingerprint
     if topk is None:
         return handle
     return make_sparse(handle, topk)
+
+
+def check_tokenizer(config: NativeConfig, tokenizer: PreTrainedTokenizerBase, *, name: str, command: str) -> None:
+    """Raises ValueError where the indexers' config records another tokenizer than the model `name` has.
+
+    Args:
+        command: what the message begins with.
+    """
+    recorded, found = config.base_tokenizer_fingerprint, tokenizer_fingerprint(tokenizer)
+    if recorded not in (None, found):
+        raise ValueError(
+            f"{command}: the tokenizer of {name} must be the one that the indexers were trained with, whose vocabulary "
+            f"has the fingerprint {recorded}, got {found}: the same text has other token ids; use the tokenizer of "
+            f"{config.base_name}, or train indexers with this one"
+        )
 
 
 def describe(handle: IndexerHandle, *, base_name: str, base_fingerprint: str | None = None) -> NativeConfig:
@@ -216,6 +235,8 @@ def describe(handle: IndexerHandle, *, base_name: str, base_fingerprint: str | N
         teacher_dtype=handle.teacher_dtype,
         indexers="own" if handle.trains_own else "fresh",
         teachers=handle.teachers,
+        base_vocab_size=getattr(base, "vocab_size", None),
+        base_tokenizer_fingerprint=handle.tokenizer_fingerprint,
     )
 
 
@@ -265,6 +286,13 @@ def _compare_base(
         ("hidden_size", config.base_hidden_size, base.hidden_size),
         ("num_hidden_layers", config.base_num_layers, base.num_hidden_layers),
     ]
+    same_sizes = all(was == now for _, was, now in pairs)
+    vocabulary = getattr(base, "vocab_size", None)
+    if same_sizes and fingerprint is not None and config.base_vocab_size not in (None, vocabulary):
+        raise ValueError(
+            f"load_native: {os.fspath(path)} was trained on a model with a vocabulary of {config.base_vocab_size} "
+            f"tokens (vocab_size), this one has {vocabulary}; load {config.base_name!r}"
+        )
     if fingerprint is not None and config.base_fingerprint is not None:
         pairs.append(("fingerprint", config.base_fingerprint, fingerprint))
     if wrong := [f"{name} {was!r}, the model has {now!r}" for name, was, now in pairs if was != now]:

@@ -19,8 +19,8 @@ _OURS = "flash-indexer/"
 class NativeConfig:
     """What `indexer_config.json` says, apart from `format` and `version`.
 
-    The fields base_* tell which model the indexers belong to (base_fingerprint None: not recorded), judged how good
-    they were and in which arithmetic (None: not recorded); the others are `attach`'s and LightningIndexer's.
+    The fields base_* tell which model and tokenizer the indexers belong to (None: not recorded), judged how good they
+    were and in which arithmetic (None: not recorded); the others are `attach`'s and LightningIndexer's.
     """
 
     base_name: str
@@ -41,6 +41,8 @@ class NativeConfig:
     teacher_dtype: str | None = None
     indexers: str = "fresh"
     teachers: str = "shared"
+    base_vocab_size: int | None = None
+    base_tokenizer_fingerprint: str | None = None
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """The shape of every tensor, by its key `model.layers.N.self_attn.indexer.*`; own indexers may have more."""

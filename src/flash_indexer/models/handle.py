@@ -51,6 +51,8 @@ class IndexerHandle:
             indexers, and why others have none, in one line.
         index_dtype, teacher_dtype: arithmetic of the loss, see `flash_indexer.indexer_kl`.
         observer: called with each layer's capture before the default loss, for logging; None for none.
+        tokenizer_fingerprint: of the tokenizer whose tokens the indexers learn on, as
+            `flash_indexer.models.load.tokenizer_fingerprint` gives it; written with the indexers. None: not known.
         ropes: cos and sin of the indexers' rotary embeddings in the forward under way.
     """
 
@@ -84,6 +86,7 @@ class IndexerHandle:
         self.token_weight: float | None = None
         self.queries: Tensor | None = None
         self.observer: Callable[[LayerCapture], None] | None = None
+        self.tokenizer_fingerprint: str | None = None
         self._shared: dict[int, SharedOperands] = {}
         self._losses: dict[int, LayerLoss] = {}
         self._consumer: Consumer | None = None

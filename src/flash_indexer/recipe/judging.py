@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerBase
 
 from flash_indexer.files.atomic import readable_directory
 from flash_indexer.files.judged import indexer_fingerprint
-from flash_indexer.files.native import load_native, read_native
+from flash_indexer.files.native import check_tokenizer, load_native, read_native
 from flash_indexer.files.trained import MODEL_FOLDER, add_trained, read_sparse_config
 from flash_indexer.judge.evaluation import evaluate
 from flash_indexer.judge.report import write_report
@@ -29,6 +29,8 @@ from flash_indexer.recipe.run_folder import indexer_folder
 from flash_indexer.recipe.run_record import METRICS_FILE, WarmupSettings, read_metrics, warmup_command
 from flash_indexer.recipe.sparse_record import read_any_run, sparse_command
 
+KS = (64, 128, 256, 512)
+"""Numbers of keys at which every report measures masses and ties."""
 INDEXERS = "indexer_fingerprint"
 """What the settings in a report call the weights that it judges."""
 LONGER_STEPS, LONGER_TOKENS, LONGER_RATIO = 360, 737_280, 0.055
@@ -44,7 +46,8 @@ def load_trained(
     A native folder records no sequence length: the settings then hold the default one, and `console` is told.
 
     Args:
-        model: instead of the one that the folder names. command: what an error of the run's record begins with.
+        model: instead of the one that the folder names; its tokenizer must be the same. command: what an error of the
+            run's record begins with.
     """
     source = indexer_folder(folder)
     config = read_native(source).config
@@ -60,6 +63,7 @@ def load_trained(
         add_trained(base, held.parent, sparse)
     fingerprint = model_fingerprint(base) if sparse is None else None
     handle = load_native(base, source, base_fingerprint=fingerprint)
+    check_tokenizer(config, tokenizer, name=name, command=command)
     return handle, tokenizer, {"sequence_length": WarmupSettings.sequence_length, **run, "model": name}
 
 
@@ -81,6 +85,7 @@ def judge_and_report(
     Args:
         folder: of the run or the native indexer, whose metrics the report shows. report: the folder to write.
         run: settings to print. command: what was called, beside what trained.
+        perplexity_ks: keys a query in the sparse passes; masses and ties are measured at them as well as at KS.
     """
     rows = sum(batch["input_ids"].shape[0] for batch in batches)
     length = batches[0]["input_ids"].shape[1] if batches else 0
@@ -92,8 +97,9 @@ def judge_and_report(
             bar.update(task, completed=done, total=total)
 
         judged = evaluate(
-            handle, batches, min_visible=min_visible, perplexity_ks=perplexity_ks, serve=serve, progress=advance
-        )
+            handle, batches, ks=(*{*KS, *perplexity_ks},), min_visible=min_visible, perplexity_ks=perplexity_ks,
+            serve=serve, progress=advance,
+        )  # fmt: skip
     is_sparse = "topk" in run
     trained = [(sparse_command if is_sparse else warmup_command)(run, folder)] if "steps" in run else []
     run = {

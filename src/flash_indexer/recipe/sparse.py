@@ -25,6 +25,7 @@ from transformers import PreTrainedModel
 
 from flash_indexer.files.checkpoint import write_json
 from flash_indexer.files.native import load_native
+from flash_indexer.files.trained import trainable
 from flash_indexer.models.adapters import add_adapters
 from flash_indexer.models.attach import IndexerHandle
 from flash_indexer.models.layers import spans
@@ -133,8 +134,8 @@ def train_sparsely(
             say(note)
         try:
             loop = _prepare(settings, out, record, processes, console)
-            alone = settings.indexers_alone
-            before = model_fingerprint(loop.handle.model, without=loop.handle.indexers) if alone else None
+            has_frozen = settings.indexers_alone or settings.lora is not None
+            before = _frozen_fingerprint(loop.handle) if has_frozen else None
             optimizer, done = loop.load()
         except KeyboardInterrupt as error:
             raise KeyboardInterrupt(f"sparse: interrupted before a step was computed: {out} is as it was") from error
@@ -196,8 +197,8 @@ def _prepare(
             vocab_size=rows, progress=processes.is_main,
         )  # fmt: skip
         facts = dict(
-            base_fingerprint=start.fingerprint, init_fingerprint=start.init_fingerprint,
-            data_fingerprint=data.fingerprint,
+            base_fingerprint=start.fingerprint, tokenizer_fingerprint=start.tokenizer_fingerprint,
+            init_fingerprint=start.init_fingerprint, data_fingerprint=data.fingerprint,
         )  # fmt: skip
         if record is not None:
             _check_same(record, facts)
@@ -305,23 +306,33 @@ def _sparse(
     dense = attach_start(model, start.indexers, layers=layers, parallel=processes.parallel)
     handle = make_sparse(dense, keys_of(settings, model, start))
     handle.deterministic, handle.keys = settings.deterministic, settings.keys
+    handle.tokenizer_fingerprint = start.tokenizer_fingerprint
     return handle, loss
 
 
 def _check_same(record: dict[str, Any], facts: dict[str, Any]) -> None:
-    """A resumed run must see the model, the indexers and the data it began with."""
+    """A resumed run must see the model, the tokenizer, the indexers and the data it began with.
+
+    A record of before there was one of the tokenizer says nothing of it.
+    """
     for name, value in facts.items():
-        if record[name] != value:
+        if (before := record.get(name, value)) != value:
             raise ValueError(
-                f"sparse: {name} must be {record[name]} as when the run began, got {value}; resume with the same "
-                "model, indexers and data, or start a new run in another --out"
+                f"sparse: {name} must be {before} as when the run began, got {value}; resume with the same model, "
+                "tokenizer, indexers and data, or start a new run in another --out"
             )
 
 
+def _frozen_fingerprint(handle: SparseHandle) -> str:
+    """Of what of the model doesn't train; with FSDP2 of this process's shards."""
+    trained = [*handle.indexers.parameters(), *trainable(handle.model).values()]
+    return model_fingerprint(handle.model, without=torch.nn.ParameterList(trained))
+
+
 def _audit(handle: SparseHandle, before: str | None) -> None:
-    """Frozen means frozen."""
+    """Frozen means frozen: no gradient, and the fingerprint of before the training where there is one."""
     model = handle.model
     if with_gradient := [name for name, p in model.named_parameters() if not p.requires_grad and p.grad is not None]:
         raise RuntimeError(f"sparse: frozen parameters got gradients: {with_gradient[:3]}")
-    if before is not None and model_fingerprint(model, without=handle.indexers) != before:
-        raise RuntimeError("sparse: the frozen model's parameters changed during training")
+    if before is not None and _frozen_fingerprint(handle) != before:
+        raise RuntimeError("sparse: frozen parameters of the model changed during training")

@@ -11,10 +11,17 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from flash_indexer.files.atomic import readable_directory
-from flash_indexer.files.native import WEIGHTS_FILE, NativeCheckpoint, describe, load_native, read_native
+from flash_indexer.files.native import (
+    WEIGHTS_FILE,
+    NativeCheckpoint,
+    check_tokenizer,
+    describe,
+    load_native,
+    read_native,
+)
 from flash_indexer.files.trained import MODEL_FOLDER, has_trained
 from flash_indexer.models.attach import IndexerHandle, attach
-from flash_indexer.models.load import load_model, model_fingerprint
+from flash_indexer.models.load import load_model, model_fingerprint, tokenizer_fingerprint
 from flash_indexer.parallel.mesh import Parallel
 from flash_indexer.recipe.processes import ParallelSettings
 from flash_indexer.recipe.run_folder import indexer_folder
@@ -27,7 +34,7 @@ TOPK = 2048
 class Start(NamedTuple):
     """What a run begins with: the model's name and fingerprint, the indexers, their folder and its fingerprint.
 
-    folder: None where the indexers are a model's own, as its checkpoint holds them.
+    folder: None where the indexers are a model's own, as its checkpoint holds them. tokenizer_fingerprint: the model's.
     """
 
     name: str
@@ -35,6 +42,7 @@ class Start(NamedTuple):
     indexers: NativeCheckpoint
     folder: Path | None
     init_fingerprint: str
+    tokenizer_fingerprint: str
 
     @property
     def trains_own(self) -> bool:
@@ -48,8 +56,8 @@ def load_start(
     """The model as it was warmed up, and what its indexers are.
 
     Raises:
-        ValueError, FileNotFoundError: init_from holds no indexers, or those of another model or of a model that trained
-            with them; a model's own are to be shared out over processes.
+        ValueError, FileNotFoundError: init_from holds no indexers, or those of another model or tokenizer, or of a
+            model that trained with them; a model's own are to be shared out over processes.
     """
     folder, held = held_indexers(settings.init_from)
     if (held is None or held.config.indexers == "own") and (parallel.cp > 1 or parallel.fsdp):
@@ -75,8 +83,9 @@ def load_start(
         load_native(model, folder, base_fingerprint=fingerprint).remove()
     except ValueError as error:
         raise ValueError(f"sparse: --init-from must hold indexers of the model {name}: {error}") from error
+    check_tokenizer(held.config, tokenizer, name=name, command="sparse")
     init = sha256((folder / WEIGHTS_FILE).read_bytes()).hexdigest()
-    return Start(name, fingerprint, held, folder, init), model, tokenizer
+    return Start(name, fingerprint, held, folder, init, tokenizer_fingerprint(tokenizer)), model, tokenizer
 
 
 def held_indexers(init_from: str, name: str = "sparse: --init-from") -> tuple[Path, NativeCheckpoint | None]:
@@ -122,7 +131,7 @@ def _own_start(
     config = describe(handle, base_name=name, base_fingerprint=fingerprint)
     held = NativeCheckpoint(config, {key: value.cpu().clone() for key, value in handle.state_dict().items()})
     handle.remove()
-    return Start(name, fingerprint, held, None, fingerprint), model, tokenizer
+    return Start(name, fingerprint, held, None, fingerprint, tokenizer_fingerprint(tokenizer)), model, tokenizer
 
 
 def attach_start(

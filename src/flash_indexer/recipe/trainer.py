@@ -10,11 +10,12 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from transformers import DataCollatorWithFlattening, Trainer
+from transformers import DataCollatorWithFlattening, PreTrainedTokenizerBase, Trainer
 
 from flash_indexer.files.native import load_native, write_native
 from flash_indexer.models.attach import IndexerHandle
 from flash_indexer.models.documents import DOCUMENT_INPUTS
+from flash_indexer.models.load import tokenizer_fingerprint
 from flash_indexer.parallel.gradients import all_sum, sum_gradients, unusable_gradient
 from flash_indexer.recipe.data import PackedDataset, check_token_ids, embedding_rows
 from flash_indexer.recipe.queries import check_fraction, draw_queries
@@ -39,6 +40,7 @@ class IndexerTrainer(Trainer):
 
     Args:
         handle: what `attach` returned. options: those of `transformers.Trainer` but for model and model_init.
+            A processing_class that is a tokenizer is recorded with the indexers, and another one refused later.
         queries: the part of a batch's tokens that the loss is taken of, drawn anew for every batch and step from
             args.seed, an unbiased estimate of that of all tokens; as `--queries` of the command line. Evaluation takes
             all.
@@ -61,6 +63,8 @@ class IndexerTrainer(Trainer):
                 check_token_ids(data.largest_token_id, embedding_rows(handle.model))
         self.handle, self.queries, self._micro = handle, queries, 0
         super().__init__(model=handle.model, **options)
+        if isinstance(self.processing_class, PreTrainedTokenizerBase):
+            handle.tokenizer_fingerprint = tokenizer_fingerprint(self.processing_class)
         packs = self.data_collator
         if isinstance(packs, DataCollatorWithFlattening) and not (
             packs.return_position_ids or packs.return_seq_idx or packs.return_flash_attn_kwargs

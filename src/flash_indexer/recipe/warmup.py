@@ -26,7 +26,7 @@ from flash_indexer.files.atomic import readable_directory
 from flash_indexer.files.checkpoint import write_json
 from flash_indexer.files.native import WEIGHTS_FILE, load_native, read_native
 from flash_indexer.models.attach import IndexerHandle, attach
-from flash_indexer.models.load import load_model, model_fingerprint
+from flash_indexer.models.load import load_model, model_fingerprint, tokenizer_fingerprint
 from flash_indexer.models.sharding import shard_model
 from flash_indexer.recipe.data import (
     PackedDataset,
@@ -168,10 +168,11 @@ def _prepare(
         settings = replace(settings, **_sizes_of(handle))
         weights = model_fingerprint(model, without=handle.indexers)
     say(handle.description)
-    facts = dict(base_fingerprint=before)
+    facts = dict(base_fingerprint=before, tokenizer_fingerprint=tokenizer_fingerprint(tokenizer))
     if settings.init_from is not None and not readable_directory(out / CHECKPOINT).exists():
         with processes.refusing_together():
             facts["init_fingerprint"] = _begin_with(handle, Path(settings.init_from), before, say)
+    handle.tokenizer_fingerprint = facts["tokenizer_fingerprint"]
     say("compiling or loading the GPU kernels" if processes.device.type == "cuda" else "trying a short sequence")
     _try_short_sequence(handle, settings, processes)
     say("reading the text")
@@ -249,12 +250,15 @@ def _steps_in(handle: IndexerHandle, data: PackedDataset, settings: WarmupSettin
 
 
 def _check_same(record: dict[str, Any], facts: dict[str, Any]) -> None:
-    """A resumed run must see the model and the data it began with."""
+    """A resumed run must see the model, the tokenizer and the data it began with.
+
+    A record of before there was one of the tokenizer says nothing of it.
+    """
     for name, value in facts.items():
-        if record[name] != value:
+        if (before := record.get(name, value)) != value:
             raise ValueError(
-                f"warmup: {name} must be {record[name]} as when the run began, got {value}; "
-                "resume with the same model and data, or start a new run in another --out"
+                f"warmup: {name} must be {before} as when the run began, got {value}; resume with the same model, "
+                "tokenizer and data, or start a new run in another --out"
             )
 
 
