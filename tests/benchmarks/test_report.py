@@ -243,14 +243,26 @@ def test_steps_of_the_warm_up_stand_beside_the_plain_forward(report: ModuleType,
         return {
             "name": "shapes", "gpu": "GPU", "length": 32768, "queries": queries, "documents": False,
             "plain": {"p50": 100.0}, "step": {"p50": ms}, "over_plain": ms / 100,
-            "overhead": {"ms": 9.0, "of_step": 9 / ms, "ours": 60.0, "model": 50.0},
+            "overhead": {"ms": 9.0, "of_step": 9 / ms, "ours": 60.0, "model": 50.0, "plain_attention": 46.0},
         } | changes  # fmt: skip
 
     records = [step(1.0, 900.0), step(0.25, 120.0), step(1.0, 160.0), step(1.0, 700.0, documents=True)]
     del (without := step(1.0, 800.0))["overhead"]
     folder = write(indexer_kl=[record("gqa32")], warmup_step=[*records, without])
     page = report.page(folder)
-    assert "| 32,768 tokens, --queries 1 | 100 ms | 160 ms | 1.60 x | 60 ms | 50 ms | 5.6% |" in page
-    assert "| 32,768 tokens, --queries 0.25 | 100 ms | 120 ms | 1.20 x | 60 ms | 50 ms | 7.5% |" in page
+    assert "| 32,768 tokens, --queries 1 | 100 ms | 160 ms | 1.60 x | 60 ms | 50 ms | 5.6% | 4 of 9 ms |" in page
+    assert "| 32,768 tokens, --queries 0.25 | 100 ms | 120 ms | 1.20 x | 60 ms | 50 ms | 7.5% | 4 of 9 ms |" in page
     assert page.count("32,768 tokens, --queries") == 2
     assert "| 1.60 x its time; 1.20 x with `--queries 0.25` | Qwen3-8B's layer shapes" in report.summary(folder)
+
+
+def test_an_earlier_build_stands_beside_this_one_on_the_same_card(report: ModuleType, write: Write) -> None:
+    slow = dict.fromkeys(("p20", "p50", "p80"), 20.0)
+    earlier = [
+        record("gqa32", ours=slow, commit=report.EARLIER + "5", gpu="other"), record("gqa32", commit="f" * 7),
+        record("gqa32", ours=slow, commit=report.EARLIER + "5"), record("gqa32", commit="a" * 7),
+    ]  # fmt: skip
+    text = report.page(write(indexer_kl=[record("mqa64", commit="b" * 7), *earlier]))
+    row = "| H=32 G=8 D=128 I=16 E=64, 8 documents of 4K | 20.00 ms | 10.00 ms | 0.50 x |"
+    assert row in text and text.count(row.partition(" | ")[0]) == 3
+    assert "## Beside" not in report.page(write(indexer_kl=[earlier[0], earlier[3]]))
