@@ -380,8 +380,8 @@ def test_what_can_not_be_sparse_is_refused_and_left_as_it_was(tiny: Tiny) -> Non
     model = tiny("llama")
     with pytest.raises(ValueError, match="with topk, target must be \"mean\", got 'sum_logits'"):
         attach(model, target="sum_logits", topk=4)
-    with pytest.raises(ValueError, match="with topk, tp must be 1, got 2: a sparse model's heads are not shared out"):
-        attach(model, parallel=Parallel(tp=2), topk=4)
+    with pytest.raises(ValueError, match="attach: tp must divide num_attention_heads = 6, got tp=4; possible here: "):
+        attach(model, parallel=Parallel(tp=4), topk=4)
     handle = sparsely(model)
     with pytest.raises(ValueError, match="has indexers attached already"):
         attach(model)

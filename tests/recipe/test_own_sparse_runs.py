@@ -244,8 +244,9 @@ def test_indexers_keep_their_bits_beside_a_model_in_bfloat16(tmp_path: Path, run
 @pytest.mark.parametrize(
     ("parallel", "message"),
     [
-        (dict(cp=2), "--cp and --fsdp must be left out where a model's own indexers train, got cp=2, fsdp=False"),
-        (dict(fsdp=True), "--cp and --fsdp must be left out where a model's own indexers train, got cp=1, fsdp=True"),
+        (dict(cp=2), "must be left out where a model's own indexers train, got cp=2, tp=1, fsdp=False"),
+        (dict(tp=2), "must be left out where a model's own indexers train, got cp=1, tp=2, fsdp=False"),
+        (dict(fsdp=True), "must be left out where a model's own indexers train, got cp=1, tp=1, fsdp=True"),
     ],
 )
 def test_a_model_that_is_shared_out_is_refused(

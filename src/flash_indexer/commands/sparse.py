@@ -58,7 +58,7 @@ def sparse(
     ] = "auto",
     save_every: Annotated[int, typer.Option(help="Steps between checkpoints.")] = 50,
     cp: Annotated[int, typer.Option("--cp", help="Processes that share each sequence (context parallel).")] = 1,
-    tp: Annotated[int, typer.Option("--tp", hidden=True)] = 1,
+    tp: Annotated[int, typer.Option("--tp", help="Processes that share the heads of attention.")] = 1,
     cp_layout: Annotated[str, typer.Option(help="zigzag (balanced) or contiguous.")] = "zigzag",
     fsdp: Annotated[
         bool, typer.Option("--fsdp", help="Shard parameters, gradients and AdamW's state over the processes (FSDP2).")
@@ -67,7 +67,8 @@ def sparse(
 ) -> None:
     """Train a model sparsely, each query on K selected keys, and its indexers with it.
 
-    Under torchrun the processes share the data, with --cp each sequence, with --fsdp the model.
+    Under torchrun the processes share the data, with --cp each sequence, with --tp attention's heads, with --fsdp the
+    model.
     """
     with plain_errors():
         from flash_indexer.recipe.run_record import parse_layers

@@ -75,7 +75,8 @@ def attach(
         target: see `flash_indexer.indexer_kl`. layers: indices of the layers to attach; None means all whose
             attention can be a teacher and sees all keys, or where none sees all, all that can.
         parallel: how sequence and heads are shared out over processes. With cp > 1 the model is given this process's
-            part of input_ids and position_ids (`context_positions` of the flattened batch); with tp > 1 it is sharded.
+            part of input_ids and position_ids (`context_positions` of the flattened batch); with tp > 1 it is sharded,
+            but with topk, where it is whole and the layers share attention's heads out.
         index_dtype: "fp8" or "fp8_unrotated" trains the indexers in the arithmetic that they are served in, see
             `flash_indexer.indexer_kl`. teacher_dtype: "fp8" takes the teacher's probabilities from queries and keys
             that are rotated and rounded to e4m3, with the logsumexp of these; "fp8_unrotated" from rounded ones.

@@ -55,7 +55,7 @@ def shard_model(model: PreTrainedModel, parallel: Parallel, *, fsdp: bool) -> No
     if parallel.tp > 1:
         config = model.config.get_text_config()
         _check_parts(blocks, parallel.tp)
-        _check_heads(config, parallel.tp)
+        check_heads("shard_model", config, parallel.tp)
         assert parallel.mesh is not None
         for block in blocks:
             parallelize_module(block, parallel.mesh["tp"], _plan(block, _has_one_key(config)))
@@ -98,14 +98,15 @@ def _beside_tp(mesh: DeviceMesh) -> DeviceMesh:
     return mesh["dp", "cp"]._flatten("dp_cp")
 
 
-def _check_heads(config: Any, tp: int) -> None:
+def check_heads(op: str, config: Any, tp: int) -> None:
+    """Raises ValueError where tp processes can't share the heads of query and key out."""
     heads = dict(num_attention_heads=config.num_attention_heads)
     if not _has_one_key(config):
         heads["num_key_value_heads"] = config.num_key_value_heads
     for name, count in heads.items():
         if count % tp:
             possible = [n for n in range(1, count + 1) if all(x % n == 0 for x in heads.values())]
-            raise ValueError(f"shard_model: tp must divide {name} = {count}, got tp={tp}; possible here: {possible}")
+            raise ValueError(f"{op}: tp must divide {name} = {count}, got tp={tp}; possible here: {possible}")
 
 
 def _check_parts(blocks: list[nn.Module], tp: int) -> None:

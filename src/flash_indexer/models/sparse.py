@@ -38,7 +38,7 @@ from flash_indexer.models.sparse_dense import attend_densely
 from flash_indexer.models.sparse_forward import SparseForward
 from flash_indexer.models.sparse_hooks import FORWARD, SPARSE_ATTENTION, SPARSE_TAP, SparseTap
 from flash_indexer.ops import Selection, SparseSettings, dsa_attention, select_keys, sparse_attention, sparse_indexer_kl
-from flash_indexer.parallel.sparse import context_parallel_dsa_attention
+from flash_indexer.parallel.heads import all_heads, own_heads, shared_dsa_attention
 
 __all__ = ["SparseHandle", "sparse_handle"]
 
@@ -125,12 +125,18 @@ class SparseHandle(IndexerHandle):
         leaves = self._leaves(tap, forward, q)
         wide = (lambda x: x) if q.device.type == "cuda" else at_least_float32
         query, key, value = (wide(x.transpose(1, 2).flatten(0, 1)) for x in (q, k, v))
+        heads = forward.parallel.group("tp") if tap.cache is None else None
+        if heads is not None:
+            query, key, value = (own_heads(x, heads) for x in (query, key, value))
         tensors: tuple[Tensor, Tensor, Tensor | None] = query, key, value
         latent, width, visible = None, None, forward.visible(k.shape[2], window)
         if is_absorbable(tap.module):  # key: latents, value: the rotated part of the keys
             latent, width = absorbed(tap.module, q.shape[1]), key.shape[-1]
+            if heads is not None:
+                latent = Absorbed(*(own_heads(x, heads, 0) for x in latent))
             key = torch.cat([key, value], -1)
-        in_backward = forward.packing is None and self._learns(tap, forward) and torch.is_grad_enabled()
+        is_whole = forward.packing is None and heads is None
+        in_backward = is_whole and self._learns(tap, forward) and torch.is_grad_enabled()
         in_runs = self.keys == "indexer" and in_backward and latent is not None and needs_runs(query, latent)
         if latent is not None and not in_runs:
             latent = latent.to(query.dtype)
@@ -140,7 +146,7 @@ class SparseHandle(IndexerHandle):
             out, kl, selection = self._attend_to_largest(forward, tensors, leaves, visible, form, width, reports)
             if self.on_selection is not None and not torch.is_grad_enabled():
                 self.on_selection(tap.layer, selection)
-        elif forward.packing is not None:
+        elif not is_whole:
             out, kl = self._attend_in_part(tap, forward, tensors, leaves, visible, scale, width, again)
         elif in_backward:
             kl = None if again else leaves[2].new_full((len(query),), torch.nan)
@@ -164,7 +170,8 @@ class SparseHandle(IndexerHandle):
                 kl = self._learn(tap, forward, (tensors[0], key), leaves, selection, scale, lse)
         if kl is not None:
             forward.kl[tap.layer], self._last = kl, (forward.kl, forward.uniform_kl)
-        return (out if latent is None else expanded_output(out, latent.w_v, latent.b_v)).to(q.dtype)
+        out = out if latent is None else expanded_output(out, latent.w_v, latent.b_v)
+        return (out if heads is None else all_heads(out, heads)).to(q.dtype)
 
     def _learns(self, tap: SparseTap, forward: SparseForward) -> bool:
         """Whether the indexers get gradients: generation, which has a cache and no gradients, never trains them."""
@@ -219,11 +226,11 @@ class SparseHandle(IndexerHandle):
         reports: bool,
     ) -> tuple[Tensor, Tensor | None, Selection]:
         """The output over the keys of largest attention, with the KL [T] of the indexer there, if the layer reports."""
-        if forward.packing is not None or form.sinks is not None or self.trains_own:
+        if forward.packing is not None or self.parallel.tp > 1 or form.sinks is not None or self.trains_own:
             raise ValueError(
                 'attach: keys="oracle" must run in one process, without sinks, of fresh indexers, got '
-                f"cp={self.parallel.cp}, sinks {'' if form.sinks is None else 'not '}None, indexers "
-                f"{'own' if self.trains_own else 'fresh'}; leave it out"
+                f"cp={self.parallel.cp}, tp={self.parallel.tp}, sinks {'' if form.sinks is None else 'not '}None, "
+                f"indexers {'own' if self.trains_own else 'fresh'}; leave it out"
             )
         weight = self._token_weights(leaves[2], tensors[0])
         out, kl, selection = attend_to_oracle_keys(
@@ -245,17 +252,15 @@ class SparseHandle(IndexerHandle):
         width: int | None,
         again: bool,
     ) -> tuple[Tensor, Tensor | None]:
-        """The output and the KL of this process's tokens, over the keys of all processes; learns as in one process."""
+        """The output of this process's tokens and heads, and the tokens' KL, over the keys of all processes."""
         learns, with_gradients = self._learns(tap, forward), torch.is_grad_enabled()
-        now = learns and not with_gradients
-        weights, group = self._token_weights(leaves[2], tensors[0]), forward.parallel.group("cp")
-        assert group is not None
+        now, weights = learns and not with_gradients, self._token_weights(leaves[2], tensors[0])
         kl = leaves[2].new_full(weights.shape, torch.nan) if learns and with_gradients and not again else None
         with torch.set_grad_enabled(with_gradients or now):
-            made = context_parallel_dsa_attention(
-                *tensors, *(leaves if learns else (x.detach() for x in leaves)), group=group,
-                layout=forward.parallel.layout, softmax_scale=scale, key_start=visible[0], key_end=visible[1],
-                topk=self.topk, value_dim=width, always=self.always, token_weight=weights,
+            made = shared_dsa_attention(
+                forward.parallel, *tensors, *(leaves if learns else (x.detach() for x in leaves)),
+                softmax_scale=scale, key_start=visible[0], key_end=visible[1], topk=self.topk,
+                value_dim=width, always=self.always, token_weight=weights,
                 kl="forward" if now else "backward", kl_scale=None if now else self.kl_scale, kl_out=kl,
                 deterministic=self.deterministic,
             )  # fmt: skip

@@ -8,6 +8,7 @@ import torch
 
 from flash_indexer.indexer import LightningIndexer
 from flash_indexer.models.handle import IndexerHandle
+from flash_indexer.models.sharding import check_heads
 
 
 def check_fresh(dense: IndexerHandle) -> None:
@@ -28,10 +29,7 @@ def check_sparse(dense: IndexerHandle, topk: int) -> None:
     """Raises ValueError for a K, a target, an attention or a sharing that the sparse stage can't have; may warn."""
     check_topk("attach", topk)
     if dense.parallel.tp > 1:
-        raise ValueError(
-            f"attach: with topk, tp must be 1, got {dense.parallel.tp}: a sparse model's heads are not shared out; "
-            "share the sequence out by cp, and parameters by FSDP"
-        )
+        check_heads("attach", dense.model.config.get_text_config(), dense.parallel.tp)
     if dense.target != "mean":
         raise ValueError(f'attach: with topk, target must be "mean", got {dense.target!r}')
     softcap = getattr(dense.model.config.get_text_config(), "attn_logit_softcapping", None)
@@ -39,10 +37,11 @@ def check_sparse(dense: IndexerHandle, topk: int) -> None:
         raise ValueError(
             f"attach: with topk, attention must have no softcap, got attn_logit_softcapping={softcap}; leave topk out"
         )
-    if dense.parallel.cp > 1 and any(getattr(module, "sinks", None) is not None for _, module in dense.found.callers):
+    shares = dense.parallel.cp * dense.parallel.tp > 1
+    if shares and any(getattr(module, "sinks", None) is not None for _, module in dense.found.callers):
         raise ValueError(
-            f"attach: with topk, cp must be 1 for attention with sinks, got {dense.parallel.cp}; share parameters out "
-            "by FSDP"
+            "attach: with topk, cp and tp must be 1 for attention with sinks, got "
+            f"cp={dense.parallel.cp} and tp={dense.parallel.tp}; share parameters out by FSDP"
         )
     context = getattr(dense.model.config.get_text_config(), "max_position_embeddings", None)
     if context is not None and topk >= context:

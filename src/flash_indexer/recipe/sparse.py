@@ -85,9 +85,9 @@ def train_sparsely(
     Args:
         settings: None where `out` holds a run to resume.
         parallel: how the run is shared out over the processes that torchrun or accelerate launch started: data
-            parallel, cp, fsdp, or these together; tp must be 1. It may change at a resumption, and with it the number
-            of processes: batch_size * accumulation * data-parallel processes, the sequences of an optimizer step,
-            stays as it was, in micro-batches of batch_size at most.
+            parallel, cp, tp (the heads of attention), fsdp, or these together. It may change at a resumption, and with
+            it the number of processes: batch_size * accumulation * data-parallel processes, the sequences of an
+            optimizer step, stays as it was, in micro-batches of batch_size at most.
 
     Returns:
         The handle of the trained model, sparse; with fsdp its parameters are this process's shards.
@@ -102,13 +102,11 @@ def train_sparsely(
     """
     out, parallel = Path(out), replace(parallel or ParallelSettings(), command="sparse")
     check_folder("sparse: --out", out)
-    if parallel.tp > 1:
+    if parallel.cp * parallel.tp > 1 and settings is not None and settings.keys == "oracle":
         raise ValueError(
-            f"sparse: tp must be 1, got {parallel.tp}: the heads of a model that trains are not shared out; share long "
-            "sequences out by --cp, and parameters by --fsdp"
+            f'sparse: keys="oracle" must run with cp=1 and tp=1, got cp={parallel.cp} and tp={parallel.tp}; leave --cp '
+            "and --tp out"
         )
-    if parallel.cp > 1 and settings is not None and settings.keys == "oracle":
-        raise ValueError(f'sparse: keys="oracle" must run with cp=1, got {parallel.cp}; leave --cp out')
     processes = Processes(parallel)
     console = (console or Console()) if processes.is_main else Console(quiet=True)
     say = partial(console.print, highlight=False, soft_wrap=True, markup=False)
@@ -230,16 +228,17 @@ def _prepare(
 
 
 def _dense(model: PreTrainedModel, start: Start, processes: Processes) -> IndexerHandle:
-    """The model, dense, with its indexers attached, on the device or shared out over the processes."""
+    """The model, dense, with its indexers attached, on the device or shared out over the processes, its heads whole."""
+    parallel = replace(processes.parallel, tp=1)
     if processes.device.type == "cuda":
         torch.nn.Module.to(model, torch.bfloat16)
     if processes.shards:
-        shard_model(model, processes.parallel, fsdp=True)
+        shard_model(model, parallel, fsdp=True)
     else:
         torch.nn.Module.to(model, processes.device)
     if start.folder is None:
-        return attach_start(model, start.indexers, parallel=processes.parallel)
-    return load_native(model, start.folder, parallel=processes.parallel)
+        return attach_start(model, start.indexers, parallel=parallel)
+    return load_native(model, start.folder, parallel=parallel)
 
 
 def _chosen_layers(settings: SparseRunSettings, start: Start) -> tuple[int, ...]:

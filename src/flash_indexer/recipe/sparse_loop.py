@@ -120,17 +120,21 @@ class SparseLoop:
                 raise self._interrupted(steps, ended_by)
 
     def _gradients(self, step: int, stop: StopSignals) -> StepLosses:
-        """Gradients of an optimizer step: the model's of nats a label token, the indexers' of KL a token."""
+        """Gradients of an optimizer step: the model's of nats a label token, the indexers' of KL a token.
+
+        Of processes that share heads each has the whole loss, of which its part counts.
+        """
         processes, tokens = self.processes, self.per_step * self.settings.sequence_length
+        part = 1 / processes.parallel.tp
         parts = list(self._parts(step))
         counted = torch.tensor(sum(float((target != -100).sum()) for _, target in parts), dtype=torch.float64)
         count = max(1, int(processes.sum(counted.to(processes.device))))
-        self.handle.token_weight = 1 / tokens
+        self.handle.token_weight = part / tokens
         language, kl = 0.0, dict.fromkeys(self.handle.layers, 0.0)
         for batch, target in parts:
             loss = self._loss(batch, target) / count
             if loss.requires_grad:
-                loss.backward()  # type: ignore[no-untyped-call]
+                (loss * part).backward()  # type: ignore[no-untyped-call]
             language += float(loss.detach())
             found = {layer: loss.kl.to(processes.device) for layer, loss in self.handle.losses().items()}
             for layer, value in zip(found, torch.stack([*found.values()]).tolist() if found else [], strict=True):

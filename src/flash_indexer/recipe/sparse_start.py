@@ -60,10 +60,11 @@ def load_start(
             model that trained with them; a model's own are to be shared out over processes.
     """
     folder, held = held_indexers(settings.init_from)
-    if (held is None or held.config.indexers == "own") and (parallel.cp > 1 or parallel.fsdp):
+    if (held is None or held.config.indexers == "own") and (parallel.cp * parallel.tp > 1 or parallel.fsdp):
         raise ValueError(
-            f"sparse: --cp and --fsdp must be left out where a model's own indexers train, got cp={parallel.cp}, "
-            f"fsdp={parallel.fsdp}: each process holds the whole model then; several processes may share the data"
+            "sparse: --cp, --tp and --fsdp must be left out where a model's own indexers train, got "
+            f"cp={parallel.cp}, tp={parallel.tp}, fsdp={parallel.fsdp}: each process holds the whole model then; "
+            "several processes may share the data"
         )
     if held is None:
         return _own_start(settings, folder, say)
