@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor
+from torch.testing._internal.distributed.fake_pg import FakeStore
 from transformers import (
     AttentionInterface,
     AttentionMaskInterface,
     AutoModelForCausalLM,
     DynamicCache,
     Gemma2Config,
+    GPT2Config,
     GptOssConfig,
+    LlamaConfig,
     PreTrainedModel,
     Qwen3NextConfig,
     StaticCache,
@@ -26,9 +30,10 @@ from transformers.cache_utils import DynamicIndexedLayer
 from flash_indexer import reference
 from flash_indexer.models import absorbed, sparse
 from flash_indexer.models.attach import attach
+from flash_indexer.models.sharding import check_heads, shard_model
 from flash_indexer.models.sparse import SparseHandle
 from flash_indexer.models.sparse_hooks import SPARSE_TAP
-from flash_indexer.parallel.mesh import Parallel
+from flash_indexer.parallel.mesh import Parallel, make_parallel
 from flash_indexer.testing import assert_close
 from flash_indexer.testing.sparse import selection_mask
 
@@ -370,6 +375,32 @@ def test_a_frozen_part_gets_no_gradient(tiny: Tiny) -> None:
     assert len(gradients_of(handle, tokens(1, 21))) == 1 + len(list(handle.indexers.parameters()))
 
 
+@pytest.fixture
+def two_of_heads() -> Iterator[Parallel]:
+    """A process group of two that are not there: what is shared out can be asked, not computed."""
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
+    yield make_parallel("cpu", tp=2)
+    dist.destroy_process_group()
+
+
+def test_a_model_whose_heads_are_shared_out_already_is_refused(tiny: Tiny, two_of_heads: Parallel) -> None:
+    """They would be shared out twice."""
+    model = tiny("llama")
+    shard_model(model, two_of_heads, fsdp=False)
+    with pytest.raises(ValueError, match="with topk and tp=2 each process must hold all heads of the model"):
+        attach(model, parallel=two_of_heads, topk=4)
+
+
+def test_heads_are_those_that_a_config_names() -> None:
+    """GPT-2's has no key heads of its own."""
+    check_heads("attach", GPT2Config(n_head=12), 4)
+    with pytest.raises(ValueError, match="attach: tp must divide num_attention_heads = 12, got tp=5"):
+        check_heads("attach", GPT2Config(n_head=12), 5)
+    check_heads("attach", LlamaConfig(num_attention_heads=8, num_key_value_heads=1), 4)
+    with pytest.raises(ValueError, match=r"tp must divide num_key_value_heads = 2, got tp=4; possible here: \[1, 2\]"):
+        check_heads("attach", LlamaConfig(num_attention_heads=8, num_key_value_heads=2), 4)
+
+
 @pytest.mark.parametrize("topk", [0, -3, 2.5, True, "8"])
 def test_a_k_that_is_none_is_refused(tiny: Tiny, topk: Any) -> None:
     with pytest.raises(ValueError, match=f"attach: topk must be a whole number of keys, 1 or more, got {topk!r}"):
@@ -499,5 +530,5 @@ def test_sinks_are_the_models(layers: list[int] | None) -> None:
     assert all(parameter.grad is not None for parameter in handle.indexers.parameters())
     assert torch.equal(untyped.generate(ids[:, :12], **options), continued)
     handle.remove()
-    with pytest.raises(ValueError, match="cp must be 1 for attention with sinks, got 2; share parameters out by FSDP"):
+    with pytest.raises(ValueError, match="must be 1 for attention with sinks, got cp=2 and tp=1; share parameters out"):
         attach(model, layers=layers, topk=4, parallel=Parallel(cp=2))

@@ -16,7 +16,7 @@ import torch
 from rich.console import Console
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, GptOssConfig
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GptOssConfig
 
 from flash_indexer.models.load import load_model
 from flash_indexer.recipe.processes import ParallelSettings, Processes
@@ -345,6 +345,18 @@ def test_mla_and_experts_train_likewise(
 
 
 @pytest.mark.slow
+def test_one_key_head_is_on_each_process_that_shares_heads(
+    tmp_path: Path, start: Starter, alone: Alone, warmed_up: Any, checkpoint: Path
+) -> None:
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(checkpoint, num_key_value_heads=1))
+    model.save_pretrained(tmp_path / "model")
+    AutoTokenizer.from_pretrained(checkpoint).save_pretrained(tmp_path / "model")
+    ways = [(TP, {}), (TP | FSDP, AGAIN)]
+    assert_all_train_the_same(tmp_path, start, alone, tmp_path / "model", 2, ways, **warmed_up(tmp_path / "model"))
+
+
+@pytest.mark.slow
 def test_sinks_train_likewise(tmp_path: Path, start: Starter, alone: Alone, warmed_up: Any, with_sinks: Path) -> None:
     ways = [(PLAIN, {}), (FSDP, {})]
     assert_all_train_the_same(tmp_path, start, alone, with_sinks, 2, ways, **warmed_up(with_sinks))
@@ -454,8 +466,9 @@ def test_after_a_kill_the_run_goes_on_with_the_same_bits(
         ((2, dict(fsdp=True)), (1, dict())),
         pytest.param((1, dict()), (4, dict(cp=2, fsdp=True)), marks=pytest.mark.slow),
         pytest.param((4, dict(fsdp=True)), (2, dict(cp=2)), marks=pytest.mark.slow),
+        pytest.param((2, dict(tp=2)), (4, dict(tp=2, fsdp=True)), marks=pytest.mark.slow),
     ],
-    ids=["fsdp to one", "one to cp and fsdp", "fsdp to cp"],
+    ids=["fsdp to one", "one to cp and fsdp", "fsdp to cp", "tp to tp and fsdp"],
 )
 def test_a_run_goes_on_under_another_number_of_processes(
     tmp_path: Path, start: Starter, alone: Alone, tied: Path, before: Any, after: Any
@@ -463,7 +476,7 @@ def test_a_run_goes_on_under_another_number_of_processes(
     """Ended by an error in its eleventh step, with a checkpoint of the eighth."""
     out, codes = tmp_path / "run", [STOP] * 4
     (first, parallel), (second, other) = before, after
-    size = 4 // (first // parallel.get("cp", 1))
+    size = 4 // (first // parallel.get("cp", 1) // parallel.get("tp", 1))
     start.runs.finish(start(out, first, parallel=parallel, code=EXACT, codes=codes, batch_size=size), 3)
     start.train(out, second, parallel=other, code=EXACT, batch_size=size)
     assert_same_training(alone(), out, tied)

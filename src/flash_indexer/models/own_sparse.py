@@ -164,12 +164,12 @@ def own_sparse_handle(dense: IndexerHandle, topk: int) -> OwnSparseHandle:
     model, attentions, parallel = dense.model, dict(dense.found.callers), dense.parallel
     wide = [parameter.detach() for parameter in dense.indexers.parameters()]  # remove() rounds to the model's dtype
     dense.remove()
-    check_sparse(dense, topk)
     if parallel.cp * parallel.tp > 1:
         raise ValueError(
             f'attach: with topk and indexers="own" the model must be whole in one process, got cp={parallel.cp}, '
             f"tp={parallel.tp}; leave topk or parallel out"
         )
+    check_sparse(dense, topk)
     if left_out := [layer for layer in indexer_sources(attentions) if layer not in dense.sources]:
         raise ValueError(
             'attach: with topk and indexers="own", every layer that an indexer serves must be chosen, since the model '

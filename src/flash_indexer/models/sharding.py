@@ -15,7 +15,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from transformers import PreTrainedModel
 
-from flash_indexer.models.families import FAMILIES, find_decoder, has_head_projections
+from flash_indexer.models.families import FAMILIES, config_value, find_decoder, has_head_projections
 from flash_indexer.models.layers import decoder_blocks, decoder_layers
 from flash_indexer.models.own_indexers import has_own_indexers, own_indexer
 from flash_indexer.parallel.mesh import Parallel
@@ -99,14 +99,19 @@ def _beside_tp(mesh: DeviceMesh) -> DeviceMesh:
 
 
 def check_heads(op: str, config: Any, tp: int) -> None:
-    """Raises ValueError where tp processes can't share the heads of query and key out."""
-    heads = dict(num_attention_heads=config.num_attention_heads)
-    if not _has_one_key(config):
-        heads["num_key_value_heads"] = config.num_key_value_heads
-    for name, count in heads.items():
+    """Raises ValueError where tp processes can't share the heads of query and key out. One key head is on each."""
+    heads = [("num_attention_heads", count) for count in _counts(config, "num_attention_heads")]
+    heads += [("num_key_value_heads", count) for count in _counts(config, "num_key_value_heads") if count > 1]
+    for name, count in heads:
         if count % tp:
-            possible = [n for n in range(1, count + 1) if all(x % n == 0 for x in heads.values())]
+            possible = [n for n in range(1, count + 1) if all(x % n == 0 for _, x in heads)]
             raise ValueError(f"{op}: tp must divide {name} = {count}, got tp={tp}; possible here: {possible}")
+
+
+def _counts(config: Any, name: str) -> list[int]:
+    """Of a config's layers, where it has the value at all."""
+    found = config_value(config, name)
+    return [count for count in (found if isinstance(found, list) else [found]) if count is not None]
 
 
 def _check_parts(blocks: list[nn.Module], tp: int) -> None:
@@ -121,7 +126,7 @@ def _check_parts(blocks: list[nn.Module], tp: int) -> None:
 
 def _has_one_key(config: Any) -> bool:
     """Multi-query attention, whose one key head every process holds."""
-    return getattr(config, "kv_lora_rank", None) is None and config.num_key_value_heads == 1
+    return getattr(config, "kv_lora_rank", None) is None and set(_counts(config, "num_key_value_heads")) == {1}
 
 
 def _plan(block: nn.Module, one_key: bool) -> dict[str, Any]:

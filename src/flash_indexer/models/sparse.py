@@ -254,7 +254,8 @@ class SparseHandle(IndexerHandle):
     ) -> tuple[Tensor, Tensor | None]:
         """The output of this process's tokens and heads, and the tokens' KL, over the keys of all processes."""
         learns, with_gradients = self._learns(tap, forward), torch.is_grad_enabled()
-        now, weights = learns and not with_gradients, self._token_weights(leaves[2], tensors[0])
+        weights = self._token_weights(leaves[2], tensors[0])
+        now = not with_gradients and tap.cache is None and forward.past == 0  # also where nothing learns
         kl = leaves[2].new_full(weights.shape, torch.nan) if learns and with_gradients and not again else None
         with torch.set_grad_enabled(with_gradients or now):
             made = shared_dsa_attention(
@@ -349,14 +350,15 @@ def sparse_handle(dense: IndexerHandle, topk: int) -> SparseHandle:
 
     Context parallelism: the model is given this process's part of input_ids and position_ids, as for `attach`, every
     process runs forward and backward, and the gradients of the model's and the indexers' parameters are each process's
-    part of one sum. Not for generation.
+    part of one sum. Not for generation. Tensor parallelism: each process has the whole model, the same tokens and the
+    same gradients, and attends with its heads; in a sum over processes each counts 1/tp.
 
     Args:
-        dense: what `attach` returned, without tensor parallelism, target "mean". It is removed.
+        dense: what `attach` returned, target "mean". It is removed.
         topk: K, 1 or more; at or above the model's context nothing is selected away, which warns.
 
     Raises:
-        ValueError: another topk, target or kind of indexer, or heads shared out over processes.
+        ValueError: another topk, target or kind of indexer, heads that tp doesn't divide or `shard_model` shared out.
 
     Source: DeepSeek-V3.2-Exp technical report (2025), section 2.1.
     """

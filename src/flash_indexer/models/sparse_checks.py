@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 
 import torch
+from torch.distributed.tensor import DTensor
 
 from flash_indexer.indexer import LightningIndexer
 from flash_indexer.models.handle import IndexerHandle
@@ -30,6 +31,11 @@ def check_sparse(dense: IndexerHandle, topk: int) -> None:
     check_topk("attach", topk)
     if dense.parallel.tp > 1:
         check_heads("attach", dense.model.config.get_text_config(), dense.parallel.tp)
+        if any("tp" in _mesh_names(parameter) for parameter in dense.model.parameters()):
+            raise ValueError(
+                f"attach: with topk and tp={dense.parallel.tp} each process must hold all heads of the model, got one "
+                "whose heads shard_model shared out; load it again, and share its parameters out by FSDP"
+            )
     if dense.target != "mean":
         raise ValueError(f'attach: with topk, target must be "mean", got {dense.target!r}')
     softcap = getattr(dense.model.config.get_text_config(), "attn_logit_softcapping", None)
@@ -49,6 +55,10 @@ def check_sparse(dense: IndexerHandle, topk: int) -> None:
             f"attach: topk = {topk} covers the model's context of {context} tokens: no key is ever left out",
             stacklevel=4,
         )
+
+
+def _mesh_names(parameter: torch.Tensor) -> tuple[str, ...]:
+    return (parameter.device_mesh.mesh_dim_names or ()) if isinstance(parameter, DTensor) else ()
 
 
 def check_learns() -> None:

@@ -31,7 +31,7 @@ from flash_indexer.models.attach import IndexerHandle
 from flash_indexer.models.layers import spans
 from flash_indexer.models.load import load_model, model_fingerprint
 from flash_indexer.models.own_sparse import make_sparse
-from flash_indexer.models.sharding import shard_for_training, shard_model
+from flash_indexer.models.sharding import check_heads, shard_for_training, shard_model
 from flash_indexer.models.sparse import SparseHandle
 from flash_indexer.recipe.data import (
     PackedDataset,
@@ -177,6 +177,7 @@ def _prepare(
         settings = replace(settings, topk=(topk := keys_of(settings, model, start)))
         layers = _chosen_layers(settings, start)
         check_logits(model.config.get_text_config(), "sparse")
+        check_heads("sparse", model.config.get_text_config(), processes.parallel.tp)
         rows, longest = embedding_rows(model), longest_context(model.config)
         say("reading the text")
         documents, warnings = training_documents(settings.data, settings.column)
