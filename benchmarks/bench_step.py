@@ -50,6 +50,9 @@ WARM_UP = 2
 OURS = "flash_indexer_"
 KERNELS = ("score", "rows", "kl_gradients", "gradient", "finish", "scale", "lse", "attention")
 ATTENTION = ("flash", "sdpa", "fmha")  # torch's
+GPU = torch.profiler.ProfilerActivity.CUDA
+Kernel = tuple[str, float, float]
+"""Name, and milliseconds at which it began and ended."""
 
 
 def main(words: list[str] | None = None) -> None:
@@ -169,11 +172,6 @@ class Watch:
             self.kernels = kernels_of(self._profiler)
 
 
-Kernel = tuple[str, float, float]
-"""Name, and milliseconds at which it began and ended."""
-GPU = torch.profiler.ProfilerActivity.CUDA
-
-
 def profiled(action: Callable[[], None]) -> list[Kernel]:
     """The kernels of an action."""
     torch.cuda.synchronize()
@@ -208,7 +206,8 @@ def overhead(step: float, kernels: Iterable[Kernel], forward: list[Kernel]) -> d
 def shares(kernels: list[Kernel]) -> dict[str, float]:
     """Milliseconds of device time by kernel of ours, of all else, and of the step in which the device had no work.
 
-    Kernels that run side by side count twice, so that the sum can exceed the step."""
+    Kernels that run side by side count twice, so that the sum can exceed the step.
+    """
     found = dict.fromkeys((*KERNELS, "other kernels of ours", "model and others"), 0.0)
     for name, begin, end in kernels:
         own = next((kernel for kernel in KERNELS if name.startswith(OURS + kernel)), "other kernels of ours")

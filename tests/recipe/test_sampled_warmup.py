@@ -284,6 +284,24 @@ def test_the_trainer_draws_anew_for_every_batch_and_goes_on_bit_for_bit(
         assert torch.equal(value, again.handle.state_dict()[name]), name
 
 
+def test_the_trainers_loss_is_over_the_expected_number_of_queries(
+    tmp_path: Path, checkpoint: Path, texts: Path
+) -> None:
+    model, tokenizer = load_model(checkpoint, dtype=torch.float32)
+    packed = pack(load_documents(texts), tokenizer, sequence_length=L, seed=0)
+    handle = attach(model, num_heads=2, head_dim=32)
+    arguments = TrainingArguments(str(tmp_path), use_cpu=True, report_to="none")
+    trainer = IndexerTrainer(handle, queries=0.3, args=arguments, train_dataset=packed)
+    for step in range(4):
+        trainer.state.global_step = step
+        inputs = {name: x[None] for name, x in packed[step].items()}
+        found = trainer.training_step(model, inputs)
+        queries = draw_queries(L, 0.3, seed=arguments.seed, draw=f"step {step} batch 0 process 0")
+        mean = torch.stack([loss.kl for loss in handle.losses().values()]).mean()
+        assert float(found) == pytest.approx(float(mean) * len(queries) / (0.3 * L), rel=1e-5)
+        assert len(queries) != 0.3 * L  # no whole number of blocks
+
+
 def test_a_fraction_that_is_none_is_refused(checkpoint: Path) -> None:
     model, _ = load_model(checkpoint, dtype=torch.float32)
     with pytest.raises(ValueError, match="IndexerTrainer: queries must be above 0 and at most 1"):
