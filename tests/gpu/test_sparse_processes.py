@@ -15,10 +15,10 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 
 from flash_indexer.files.native import save_native
+from flash_indexer.files.tensors import stored_tensors
 from flash_indexer.models.attach import attach
 from flash_indexer.models.load import load_model, model_fingerprint
 
@@ -31,7 +31,7 @@ import io, json, sys
 from pathlib import Path
 import torch
 from rich.console import Console
-from flash_indexer.files.tensors import write_tensors
+from flash_indexer.files.tensors import whole, write_tensors
 from flash_indexer.files.trained import trainable
 from flash_indexer.models.sparse import SparseHandle
 from flash_indexer.ops import bodies, checks
@@ -44,8 +44,9 @@ clip = SparseLoop._clip
 def clip_and_save(self, step):
     if step == 1:
         named = dict(self.handle.indexers.named_parameters()) | trainable(self.handle.model)
-        found = {name: parameter.grad for name, parameter in named.items() if parameter.grad is not None}
-        write_tensors(Path(f"{self.out}.gradients") if self.processes.is_main else None, found)
+        found = {name: whole(parameter.grad) for name, parameter in named.items() if parameter.grad is not None}
+        if self.processes.is_main:
+            write_tensors(self.out.parent, f"{self.out.name}.gradients", found)
     return clip(self, step)
 SparseLoop._clip = clip_and_save
 def run(ways):
@@ -122,13 +123,18 @@ def started_with(folder: Path, checkpoint: Path, heads: int) -> str:
     return str(folder)
 
 
+def tensors(folder: Path, stem: str) -> dict[str, Tensor]:
+    """Of a file, or of the shards of several processes."""
+    with stored_tensors(folder, stem) as stored:
+        return {name: stored.whole(name).double() for name in stored.shapes}
+
+
 def gradients(folder: Path, name: str) -> dict[str, Tensor]:
-    return {key: value.double() for key, value in load_file(folder / f"{name}.gradients").items()}
+    return tensors(folder, f"{name}.gradients")
 
 
 def trained(folder: Path) -> dict[str, Tensor]:
-    files = [folder / "checkpoint" / f"{kind}.safetensors" for kind in ("trained", "indexer")]
-    return {key: value.double() for file in files for key, value in load_file(file).items()}
+    return tensors(folder / "checkpoint", "trained") | tensors(folder / "checkpoint", "indexer")
 
 
 def rows(folder: Path, name: str) -> list[dict[str, Any]]:
@@ -188,7 +194,7 @@ def test_two_gpus_train_what_one_does(
         first = far(gradients(tmp_path, name), gradients(tmp_path, one))
         model, _ = load_model(path, dtype=torch.float64)
         began = {key: value.detach() for key, value in model.named_parameters()}
-        began |= {key: x.double() for key, x in load_file(Path(begins[path]) / "indexer.safetensors").items()}
+        began |= tensors(Path(begins[path]), "indexer")
         moved = far(trained(tmp_path / name), trained(tmp_path / one), began)
         print(f"{name}: after {STEPS} steps {moved:.2e} of how far parameters moved; first gradients {first:.2e}")
         assert first <= near and moved <= near, name

@@ -272,7 +272,7 @@ def test_a_resumed_run_has_the_same_bits(tmp_path: Path, run: Run, changes: Any,
     "where",
     [
         dict(module="recipe.sparse_loop", owner="SparseLoop", name="_set_rates", call=4),
-        dict(module="files", owner="trained", name="write_tensors", call=3),
+        dict(module="files", owner="trained", name="write_tensors", call=4),
         dict(module="files", owner="atomic", name="_sync_tree", call=2),
     ],
     ids=["in a step", "while saving", "before the old checkpoint is replaced"],

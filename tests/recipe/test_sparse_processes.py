@@ -14,11 +14,12 @@ from typing import Any
 import pytest
 import torch
 from rich.console import Console
-from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GptOssConfig
 
+from flash_indexer.files.tensors import stored_tensors
 from flash_indexer.models.load import load_model
+from flash_indexer.recipe.judging import load_trained
 from flash_indexer.recipe.processes import ParallelSettings, Processes
 from flash_indexer.recipe.run_record import read_metrics
 from flash_indexer.recipe.sparse import notes
@@ -53,7 +54,7 @@ import os, sys
 os.environ.update(environment)
 from pathlib import Path
 from rich.console import Console
-from flash_indexer.files.tensors import write_tensors
+from flash_indexer.files.tensors import whole, write_tensors
 from flash_indexer.files.trained import trainable
 from flash_indexer.recipe import sparse as stage
 from flash_indexer.recipe.processes import ParallelSettings, leave
@@ -64,8 +65,9 @@ clip = SparseLoop._clip
 def clip_and_save(self, step):
     if step == 1:
         named = dict(self.handle.indexers.named_parameters()) | trainable(self.handle.model)
-        found = {name: parameter.grad for name, parameter in named.items() if parameter.grad is not None}
-        write_tensors(Path(f"{self.out}.gradients") if self.processes.is_main else None, found)
+        found = {name: whole(parameter.grad) for name, parameter in named.items() if parameter.grad is not None}
+        if self.processes.is_main:
+            write_tensors(self.out.parent, f"{self.out.name}.gradients", found)
     return clip(self, step)
 SparseLoop._clip = clip_and_save
 sys.stderr = open(f"{out}.{environment.get('RANK', 0)}", "a")  # an error that ends the process is read there too
@@ -218,8 +220,14 @@ def alone(tmp_path_factory: pytest.TempPathFactory, start: Starter) -> Alone:
     return Alone(start, tmp_path_factory.mktemp("alone"))
 
 
-def tensors(out: Path, name: str) -> dict[str, Tensor]:
-    return {key: value.double() for key, value in load_file(f"{out}{name}").items()}
+def tensors(folder: Path, stem: str) -> dict[str, Tensor]:
+    """Of a file, or of the shards of several processes."""
+    with stored_tensors(folder, stem) as stored:
+        return {name: stored.whole(name).double() for name in stored.shapes}
+
+
+def gradients(out: Path) -> dict[str, Tensor]:
+    return tensors(out.parent, f"{out.name}.gradients")
 
 
 def rows(out: Path) -> list[dict[str, Any]]:
@@ -234,12 +242,12 @@ def assert_near(found: dict[str, Tensor], truth: dict[str, Tensor], scale: dict[
 
 def assert_same_training(one: Path, other: Path, checkpoint: Path, *, steps: int = STEPS, near: float = 1e-5) -> None:
     """The first gradients, the parameters by how far they moved, and the losses and norms of every step."""
-    truth, found = tensors(one, ".gradients"), tensors(other, ".gradients")
+    truth, found = gradients(one), gradients(other)
     assert_near(found, truth, truth, near)
     model, _ = load_model(checkpoint, dtype=torch.float64)
     began = {name: x.detach() for name, x in model.named_parameters()}
     for kind in ("trained", "indexer"):
-        truth, found = (tensors(out, f"/checkpoint/{kind}.safetensors") for out in (one, other))
+        truth, found = (tensors(out / "checkpoint", kind) for out in (one, other))
         moved = {name: x - began[name] if name in began else x for name, x in truth.items()}
         assert_near(found, truth, moved, near)
     mine, theirs = rows(one), rows(other)
@@ -401,8 +409,8 @@ def test_bfloat16_products_have_the_same_gradients(tmp_path: Path, start: Starte
     """To the rounding of a product of all tokens against two products of half of them."""
     changes = dict(dtype="bfloat16", steps=1)
     out = start.train(tmp_path / "run", 2, parallel=dict(fsdp=True), batch_size=2, **changes)
-    truth = tensors(alone("", **changes), ".gradients")
-    assert_near(tensors(out, ".gradients"), truth, truth, 2e-2)
+    truth = gradients(alone("", **changes))
+    assert_near(gradients(out), truth, truth, 2e-2)
 
 
 DIE = """
@@ -417,7 +425,9 @@ def dying(*args, **options):
 owner.{name} = dying
 """
 IN_A_STEP = DIE.format(module="recipe.sparse_loop", owner="SparseLoop", name="_set_rates", call=11)
-WHILE_SAVING = DIE.format(module="files", owner="tensors", name="whole", call=230)
+WHILE_SAVING = DIE.format(module="files", owner="tensors", name="local", call=270)
+WHILE_SAVING_SHARDS = DIE.format(module="files", owner="tensors", name="local", call=130)
+"""The second of two savings, of some 160 tensors in the main process, 90 in another where FSDP2 shares them out."""
 
 
 @pytest.mark.parametrize(
@@ -427,9 +437,10 @@ WHILE_SAVING = DIE.format(module="files", owner="tensors", name="whole", call=23
         (dict(cp=2), 1, IN_A_STEP, True),
         (dict(fsdp=True), 0, IN_A_STEP, False),
         (dict(cp=2, fsdp=True), 0, WHILE_SAVING, False),
+        (dict(fsdp=True), 1, WHILE_SAVING_SHARDS, False),
         (dict(), 0, WHILE_SAVING, False),
     ],
-    ids=["cp and fsdp, mla", "cp, mla", "fsdp", "cp and fsdp", "data parallel"],
+    ids=["cp and fsdp, mla", "cp, mla", "fsdp", "cp and fsdp", "fsdp, its shards", "data parallel"],
 )
 @pytest.mark.slow
 def test_after_a_kill_the_run_goes_on_with_the_same_bits(
@@ -458,6 +469,47 @@ def test_after_a_kill_the_run_goes_on_with_the_same_bits(
     assert 8 <= len(rows(tmp_path / "cut")) <= 12
     start.train(tmp_path / "cut", 2, **options)
     assert_same_bits(whole, tmp_path / "cut")
+
+
+UNABLE = """
+from flash_indexer.files import {module} as owner
+function, left = owner.{name}, [{call}]
+def unable(*args):
+    left[0] -= 1
+    if left[0] <= 0:
+        {fault}
+    return function(*args)
+owner.{name} = unable
+"""
+FULL = UNABLE.format(module="tensors", name="local", call=130, fault='raise OSError(28, "No space left on device")')
+ELSEWHERE = UNABLE.format(module="trained", name="unfinished_directory", call=2, fault='return Path("/nowhere")')
+
+
+@pytest.mark.parametrize(
+    ("code", "message"),
+    [(FULL, "No space left on device: '{out}/checkpoint'"), (ELSEWHERE, "use a shared disk")],
+    ids=["full disk", "no shared disk"],
+)
+@pytest.mark.slow
+def test_where_one_process_can_not_save_all_end_with_a_message_and_the_last_checkpoint_stays(
+    tmp_path: Path, start: Starter, code: str, message: str
+) -> None:
+    options: dict[str, Any] = dict(parallel=dict(fsdp=True), batch_size=2, steps=12)
+    whole = start.train(tmp_path / "whole", 2, **options)
+    out = tmp_path / "run"
+    started = start(out, 2, codes=["", code], **options)
+    for process in started:
+        process.join(HANG)
+    assert [process.exitcode for process in started] == [2, 1]
+    assert "sparse: process 1 could not save; see its message" in Path(f"{out}.0").read_text()
+    assert message.format(out=out) in Path(f"{out}.1").read_text()
+    assert sorted(path.name for path in out.iterdir()) == ["checkpoint", "metrics.jsonl", "run.json"]
+    assert json.loads((out / "checkpoint" / "training_state.json").read_text()) == {"step": 8}
+    start.train(out, 2, **options)
+    assert_same_bits(whole, out)
+    handle, _, _ = load_trained(out, None, Console(file=io.StringIO()))  # as evaluate and export do
+    own = dict(handle.model.named_parameters())
+    assert all(torch.equal(own[name].double(), x) for name, x in tensors(out / "checkpoint", "trained").items())
 
 
 @pytest.mark.parametrize(

@@ -93,6 +93,11 @@ def named_errors(path: Path) -> Iterator[None]:
         raise OSError(error.errno, error.strerror, str(path)) from error
 
 
+def unfinished_directory(path: str | os.PathLike[str]) -> Path:
+    """The folder that another process's `atomic_directory` of the same path has yielded, while its block runs."""
+    return _siblings(path)[1]
+
+
 def readable_directory(path: str | os.PathLike[str]) -> Path:
     """The folder that holds `path`'s content: `path`, or `.NAME.old` where a kill left only that.
 

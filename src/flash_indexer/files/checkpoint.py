@@ -11,16 +11,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
 from flash_indexer.files.atomic import atomic_directory, named_errors, readable_directory
 from flash_indexer.files.native import load_native, write_native
-from flash_indexer.files.tensors import read_tensors, shared_out
+from flash_indexer.files.tensors import shared_out, stored_tensors, tensor_files
 from flash_indexer.models.attach import IndexerHandle
 
-OPTIMIZER_FILE = "optimizer.safetensors"
+OPTIMIZER = "optimizer"
+OPTIMIZER_FILE = f"{OPTIMIZER}.safetensors"
 STATE_FILE = "training_state.json"
 
 
@@ -71,8 +71,9 @@ def read_step(folder: Path) -> int:
     Raises:
         FileNotFoundError: a file of a training checkpoint is missing. ValueError: it is damaged.
     """
-    for name in (OPTIMIZER_FILE, STATE_FILE):
-        if not (folder / name).is_file():
+    found = {OPTIMIZER_FILE: bool(tensor_files(folder, OPTIMIZER)), STATE_FILE: (folder / STATE_FILE).is_file()}
+    for name, is_there in found.items():
+        if not is_there:
             raise FileNotFoundError(
                 f"load_checkpoint: {folder / name} is missing: no training checkpoint; start a new run elsewhere"
             )
@@ -86,17 +87,21 @@ def load_optimizer(folder: Path, optimizer: torch.optim.Optimizer) -> None:
     """Loads the moments that `optimizer_moments` gave, each shared out as its parameter.
 
     Raises:
-        ValueError: the file is damaged.
+        ValueError: the file is damaged, or of more parameters.
     """
     state: dict[int, dict[str, Tensor]] = {}
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    try:
-        for key, value in read_tensors(folder / OPTIMIZER_FILE):
+    with stored_tensors(folder, OPTIMIZER) as stored:
+        for key, shape in stored.shapes.items():
             index, name = key.split(".", 1)
+            if int(index) >= len(parameters):
+                raise ValueError(
+                    f"load_checkpoint: {OPTIMIZER} in {folder} must hold moments of {len(parameters)} parameters, got "
+                    f"some of number {index}; start a new run"
+                )
             own = parameters[int(index)]
-            state.setdefault(int(index), {})[name] = shared_out(value, own) if value.shape == own.shape else value
-    except (SafetensorError, IndexError) as error:
-        raise ValueError(f"load_checkpoint: {folder / OPTIMIZER_FILE} is damaged ({error})") from error
+            value = shared_out(stored.part(key, own), own) if shape == own.shape else stored.whole(key)
+            state.setdefault(int(index), {})[name] = value
     groups = optimizer.state_dict()["param_groups"]
     optimizer.load_state_dict({"state": state, "param_groups": groups})
 

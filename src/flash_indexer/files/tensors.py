@@ -1,60 +1,177 @@
-"""Tensors by name in a safetensors file, one in memory at a time; whole in the file, however they are shared out.
+"""Tensors by name in safetensors files, of which one is in memory at a time: whole, or each process's rows of them.
 
-A tensor that FSDP2 shares out over processes is a DTensor. It is gathered to be written, and each process takes its
-shard of what it reads, so that a file does not tell how many processes wrote it.
+    STEM.safetensors                   whole tensors
+    STEM-00001-of-00008.safetensors    what the first of 8 processes holds: its rows of the tensors that FSDP2 shares
+                                       out, and the other tensors whole, which the other 7 files leave out
+
+A tensor that FSDP2 shares out is a DTensor, cut along its first dimension. The header of a file says which rows it
+holds, {name: [first row, rows of the whole tensor]} as JSON in the metadata's `rows`. Who reads takes the rows that it
+needs from the files that hold them, however many processes wrote them.
 """
 
 from __future__ import annotations
 
 import json
 import math
+import os
+import re
 from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor
 
 DTYPES = {torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 """What a safetensors file calls them."""
+_SHARD = re.compile(r"-(\d{5})-of-(\d{5})\.safetensors")
+_ROWS = "rows"  # in a header's metadata
 
 
-def write_tensors(file: Path | None, tensors: Mapping[str, Tensor]) -> None:
+class Shard(NamedTuple):
+    """Which of the processes that share tensors out this one is, from 0."""
+
+    rank: int
+    world: int
+
+
+def write_tensors(folder: Path, stem: str, tensors: Mapping[str, Tensor], shard: Shard | None = None) -> None:
     """Writes a safetensors file: the length of a JSON header in 8 bytes, the header, and the tensors' bytes by name.
 
-    Every process that has shards of the tensors calls it with the same names, one of them with a file.
-
     Args:
-        file: None where another process writes.
+        shard: where FSDP2 shares tensors out: every process writes a file of its own, and calls with the same names.
 
     Raises:
         ValueError: a dtype that no checkpoint of ours has.
     """
-    header, end = {}, 0
-    tensors = dict(sorted(tensors.items()))
-    for name, x in tensors.items():
+    header: dict[str, Any] = {}
+    rows: dict[str, tuple[int, int]] = {}
+    parts, end = {}, 0
+    for name, x in sorted(tensors.items()):
         if x.dtype not in DTYPES:
             raise ValueError(f"write_tensors: {name} must be of {[str(d) for d in DTYPES]}, got {x.dtype}")
-        begin, end = end, end + math.prod(x.shape) * x.element_size()
-        header[name] = dict(dtype=DTYPES[x.dtype], shape=list(x.shape), data_offsets=[begin, end])
-    if file is None:
-        for x in tensors.values():
-            whole(x)
-        return
+        if isinstance(x, DTensor):
+            rows[name] = own_rows(x)[0], x.shape[0]
+        elif shard is not None and shard.rank > 0:
+            continue
+        parts[name] = part = local(x)
+        begin, end = end, end + math.prod(part.shape) * part.element_size()
+        header[name] = dict(dtype=DTYPES[x.dtype], shape=list(part.shape), data_offsets=[begin, end])
+    if rows:
+        header["__metadata__"] = {_ROWS: json.dumps(rows)}
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
-    with file.open("wb") as target:
+    with (folder / _file_name(stem, shard)).open("wb") as target:
         target.write(len(text).to_bytes(8, "little") + text)
-        for x in tensors.values():
-            target.write(whole(x).detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+        for x in parts.values():
+            target.write(x.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+        target.flush()
+        os.fsync(target.fileno())
 
 
-def read_tensors(file: Path) -> Iterator[tuple[str, Tensor]]:
-    """Names and whole tensors. SafetensorError where the file is truncated or damaged."""
-    with safe_open(file, framework="pt") as tensors:
-        for name in list(tensors.keys()):
-            yield name, tensors.get_tensor(name)
+def tensor_files(folder: Path, stem: str) -> list[Path]:
+    """The file of whole tensors, or those of all shards in their order; empty where there is none.
+
+    Raises:
+        FileNotFoundError: the file of a shard is missing.
+    """
+    if (file := folder / _file_name(stem, None)).is_file():
+        return [file]
+    found = {
+        Shard(int(match[1]) - 1, int(match[2])): file
+        for file in folder.glob(f"{stem}-*.safetensors")
+        if (match := _SHARD.fullmatch(file.name.removeprefix(stem)))
+    }
+    world = max((shard.world for shard in found), default=0)
+    wanted = [Shard(rank, world) for rank in range(world)]
+    if missing := [_file_name(stem, shard) for shard in wanted if shard not in found]:
+        raise FileNotFoundError(
+            f"tensor_files: {folder} must hold a file of each of {world} processes, got none named {missing[0]}; copy "
+            "the whole checkpoint"
+        )
+    return [found[shard] for shard in wanted]
+
+
+class StoredTensors:
+    """The tensors of open files that `write_tensors` wrote, by name.
+
+    Raises:
+        ValueError: the files together don't hold each row once.
+    """
+
+    def __init__(self, files: list[Any]) -> None:
+        self._parts: dict[str, list[tuple[int, int, Any]]] = {}  # first row, rows, and the file that holds them
+        self.shapes: dict[str, torch.Size] = {}
+        for file in files:
+            rows = json.loads((file.metadata() or {}).get(_ROWS, "{}"))
+            for name in file.keys():  # noqa: SIM118, no dict
+                shape = list(file.get_slice(name).get_shape())
+                first, whole = rows.get(name, [0, shape[0] if shape else 0])
+                self._parts.setdefault(name, []).append((first, shape[0] if shape else 0, file))
+                self.shapes[name] = torch.Size([whole, *shape[1:]] if shape else [])
+        for name, size in self.shapes.items():
+            own = sorted(self._parts[name], key=lambda part: part[:2])
+            ends = [0, *(first + rows for first, rows, _ in own)]
+            if [first for first, _, _ in own] != ends[:-1] or ends[-1] != (size or [0])[0]:
+                spans = ", ".join(f"{first} to {first + rows}" for first, rows, _ in own)
+                raise ValueError(
+                    f"stored_tensors: the files must hold each row of {name} once, got rows {spans} of {size[0]}; "
+                    "copy the whole checkpoint again or use an earlier one"
+                )
+
+    def whole(self, name: str) -> Tensor:
+        """All of a tensor."""
+        shape = self.shapes[name]
+        return self.rows(name, 0, shape[0]) if shape else self._parts[name][0][2].get_tensor(name)
+
+    def rows(self, name: str, begin: int, end: int) -> Tensor:
+        """Those rows of a tensor."""
+        parts = [part for part in self._parts[name] if part[0] < end and begin < part[0] + part[1]]
+        found: list[Tensor] = [
+            file.get_slice(name)[max(begin - first, 0) : min(end - first, rows)]
+            for first, rows, file in parts or self._parts[name][:1]
+        ]
+        return found[0] if len(found) == 1 else torch.cat(found)
+
+    def part(self, name: str, like: Tensor) -> Tensor:
+        """What a process has of a tensor that is shared out as `like` is, of the same shape."""
+        return self.rows(name, *own_rows(like)) if isinstance(like, DTensor) else self.whole(name)
+
+
+@contextmanager
+def stored_tensors(folder: Path, stem: str) -> Iterator[StoredTensors]:
+    """What `write_tensors` wrote, in one file or in shards; no tensor is read yet.
+
+    Raises:
+        ValueError: a file is truncated or damaged, or StoredTensors'. FileNotFoundError: tensor_files'.
+    """
+    with ExitStack() as held:
+        files = []
+        for file in tensor_files(folder, stem):
+            try:
+                files.append(held.enter_context(safe_open(file, framework="pt")))
+            except SafetensorError as error:
+                raise ValueError(
+                    f"stored_tensors: {file} is truncated or damaged ({error}); copy it again or use an earlier "
+                    "checkpoint"
+                ) from error
+        yield StoredTensors(files)
+
+
+def own_rows(x: DTensor) -> tuple[int, int]:
+    """The first row that this process has of x, and the one behind its last; FSDP2 cuts as torch.chunk does."""
+    assert x.device_mesh.ndim == 1 and x.placements[0].is_shard(0)
+    each = -(-x.shape[0] // x.device_mesh.size())
+    begin = min(x.device_mesh.get_local_rank() * each, x.shape[0])
+    return begin, begin + x.to_local().shape[0]
+
+
+def local(x: Tensor) -> Tensor:
+    """What this process has of x."""
+    return x.to_local() if isinstance(x, DTensor) else x
 
 
 def whole(x: Tensor) -> Tensor:
@@ -62,9 +179,15 @@ def whole(x: Tensor) -> Tensor:
     return x.full_tensor() if isinstance(x, DTensor) else x
 
 
-def shared_out(x: Tensor, like: Tensor) -> Tensor:
-    """This process's part of x, which all have whole, as `like` is shared out, on its device."""
-    x = x.to(like.device)
+def shared_out(part: Tensor, like: Tensor) -> Tensor:
+    """A tensor as `like` is shared out, and on its device, of what this process has of it."""
+    part = part.to(like.device)
     if not isinstance(like, DTensor):
-        return x
-    return distribute_tensor(x, like.device_mesh, like.placements, src_data_rank=None)
+        return part
+    return DTensor.from_local(
+        part, like.device_mesh, like.placements, run_check=False, shape=like.shape, stride=like.stride()
+    )
+
+
+def _file_name(stem: str, shard: Shard | None) -> str:
+    return f"{stem}.safetensors" if shard is None else f"{stem}-{shard.rank + 1:05}-of-{shard.world:05}.safetensors"

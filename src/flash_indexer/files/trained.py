@@ -5,7 +5,8 @@
     trained.safetensors                         the model's parameters that trained, by name, float32
     optimizer.safetensors, training_state.json  AdamW's moments, and the step
 
-The tensors are whole in these files, however many processes share them out, and are gathered one by one.
+Where FSDP2 shares parameters out over N processes, trained and optimizer are N files each, with one process's shards
+in a file (`files/tensors.py`). Any number of processes reads them.
 
 An exported sparse model has model/, a Transformers checkpoint, in the place of the last three. Both are written as a
 whole by `atomic_directory`.
@@ -15,26 +16,25 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
-from contextlib import nullcontext
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from flash_indexer.files.atomic import atomic_directory, readable_directory
-from flash_indexer.files.checkpoint import OPTIMIZER_FILE, STATE_FILE, load_optimizer, optimizer_moments, read_step
+from flash_indexer.files.atomic import atomic_directory, named_errors, readable_directory, unfinished_directory
+from flash_indexer.files.checkpoint import OPTIMIZER, STATE_FILE, load_optimizer, optimizer_moments, read_step
 from flash_indexer.files.native import check_replaceable, load_native, read_native, write_native
-from flash_indexer.files.tensors import read_tensors, shared_out, write_tensors
+from flash_indexer.files.tensors import Shard, local, stored_tensors, tensor_files, write_tensors
 from flash_indexer.models.adapters import add_adapters, merge_adapters
 from flash_indexer.models.load import load_model, model_fingerprint, without_bars
 from flash_indexer.models.own_sparse import make_sparse
 from flash_indexer.models.sparse import SparseHandle
 
-TRAINED_FILE, SPARSE_FILE, MODEL_FOLDER = "trained.safetensors", "sparse_config.json", "model"
+TRAINED, SPARSE_FILE, MODEL_FOLDER = "trained", "sparse_config.json", "model"
 
 
 class SparseConfig(NamedTuple):
@@ -42,6 +42,16 @@ class SparseConfig(NamedTuple):
 
     topk: int
     lora: int | None = None
+
+
+class Sharing(NamedTuple):
+    """Which shards a process writes, and how the processes wait for each other.
+
+    together: a block that ends when all processes have ended theirs; where one raises in it, all raise.
+    """
+
+    shard: Shard
+    together: Callable[[], AbstractContextManager[None]]
 
 
 def save_trained(
@@ -52,21 +62,35 @@ def save_trained(
     *,
     lora: int | None,
     base: tuple[str, str],
-    writes: bool = True,
+    sharing: Sharing | None = None,
 ) -> None:
     """Writes indexers, parameters that require gradients, AdamW's moments and the step, replacing what is at `path`.
 
     Args:
         base: name and fingerprint of the model that the run began with.
-        writes: of several processes, which all call where FSDP2 shares the parameters out, one writes.
+        sharing: where FSDP2 shares the parameters out: all processes call, and each writes its shards.
+
+    Raises:
+        OSError: as `atomic_directory` does. FileNotFoundError: the processes don't all see one folder.
     """
-    with atomic_directory(path) if writes else nullcontext() as folder:
-        if folder is not None:
-            write_native(handle, folder, base_name=base[0], base_fingerprint=base[1])
-            write_sparse_config(folder, SparseConfig(handle.topk, lora))
-            (folder / STATE_FILE).write_text(json.dumps({"step": step}) + "\n", encoding="utf-8")
-        write_tensors(None if folder is None else folder / TRAINED_FILE, trainable(handle.model, handle.indexers))
-        write_tensors(None if folder is None else folder / OPTIMIZER_FILE, optimizer_moments(optimizer))
+    shard, together = sharing or Sharing(Shard(0, 1), nullcontext)
+    with ExitStack() as unfinished:
+        with together():
+            if shard.rank == 0:
+                folder = unfinished.enter_context(atomic_directory(path))
+                write_native(handle, folder, base_name=base[0], base_fingerprint=base[1])
+                write_sparse_config(folder, SparseConfig(handle.topk, lora))
+                (folder / STATE_FILE).write_text(json.dumps({"step": step}) + "\n", encoding="utf-8")
+        with together(), named_errors(Path(path)):
+            folder = unfinished_directory(path)
+            if not folder.is_dir():
+                raise FileNotFoundError(
+                    f"save_trained: path must be in one folder that all processes see, got {path}, where process "
+                    f"{shard.rank} does not find what process 0 has made; use a shared disk"
+                )
+            of_all = None if sharing is None else shard
+            write_tensors(folder, TRAINED, trainable(handle.model, handle.indexers), of_all)
+            write_tensors(folder, OPTIMIZER, optimizer_moments(optimizer), of_all)
 
 
 def load_trained_checkpoint(
@@ -91,31 +115,31 @@ def load_trained_parameters(folder: Path, model: nn.Module) -> None:
     Raises:
         FileNotFoundError: there is no such file. ValueError: it is damaged, or its names or shapes are not the model's.
     """
-    file = folder / TRAINED_FILE
-    if not file.is_file():
-        raise FileNotFoundError(f"load_trained_parameters: {file} is missing; copy the whole checkpoint")
+    if not tensor_files(folder, TRAINED):
+        raise FileNotFoundError(
+            f"load_trained_parameters: {folder} must hold {TRAINED}.safetensors; copy the whole checkpoint"
+        )
     own = dict(model.named_parameters())
-    try:
-        for name, value in read_tensors(file):
-            _check_trained(name, value, own.get(name), file)
-        for name, value in read_tensors(file):
+    with stored_tensors(folder, TRAINED) as stored:
+        for name, shape in stored.shapes.items():
+            _check_trained(name, shape, own.get(name), folder)
+        for name in stored.shapes:
+            if not bool(torch.isfinite(stored.part(name, own[name])).all()):
+                raise ValueError(
+                    f"load_trained_parameters: {name} in {folder} holds NaN or infinity; use an earlier checkpoint"
+                )
+        for name in stored.shapes:
             with torch.no_grad():
-                own[name].copy_(shared_out(value, own[name]))
-    except SafetensorError as error:
-        raise ValueError(
-            f"load_trained_parameters: {file} is truncated or damaged ({error}); copy it again or use an earlier one"
-        ) from error
+                local(own[name]).copy_(stored.part(name, own[name]))
 
 
-def _check_trained(name: str, value: Tensor, own: Tensor | None, file: Path) -> None:
-    if own is None or own.shape != value.shape:
+def _check_trained(name: str, shape: torch.Size, own: Tensor | None, folder: Path) -> None:
+    if own is None or own.shape != shape:
         found = "no such parameter" if own is None else list(own.shape)
         raise ValueError(
-            f"load_trained_parameters: {name} of {file} must be {list(value.shape)} in the model, got {found}; "
+            f"load_trained_parameters: {name} of {folder} must be {list(shape)} in the model, got {found}; "
             "load the model that the run began with"
         )
-    if not bool(torch.isfinite(value).all()):
-        raise ValueError(f"load_trained_parameters: {name} of {file} holds NaN or infinity; use an earlier one")
 
 
 def save_sparse(
@@ -190,11 +214,10 @@ def add_trained(model: PreTrainedModel, folder: Path, config: SparseConfig) -> N
 
 def has_trained(folder: Path) -> bool:
     """Whether the checkpoint in `folder` holds parameters of the model that trained with the indexers."""
-    file = folder / TRAINED_FILE
-    if not file.is_file():
+    if not tensor_files(folder, TRAINED):
         return False
-    with safe_open(file, framework="pt") as tensors:
-        return bool(tensors.keys())
+    with stored_tensors(folder, TRAINED) as stored:
+        return bool(stored.shapes)
 
 
 def trainable(model: nn.Module, indexers: nn.Module | None = None) -> dict[str, Tensor]:

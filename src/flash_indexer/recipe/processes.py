@@ -111,8 +111,11 @@ class Processes:
             )
 
     @contextmanager
-    def refusing_together(self) -> Iterator[None]:
+    def refusing_together(self, what: str = "begin") -> Iterator[None]:
         """What is refused in one process ends all, each with a message. The block itself must not communicate.
+
+        Args:
+            what: the processes do in the block.
 
         Raises:
             ValueError: in the processes whose own block ended well; names one whose block didn't.
@@ -126,7 +129,7 @@ class Processes:
         refusals = self._all(0)
         if refusals.any():
             raise ValueError(
-                f"{self.settings.command}: process {int(refusals.nonzero()[0])} could not begin; see its message, in "
+                f"{self.settings.command}: process {int(refusals.nonzero()[0])} could not {what}; see its message, in "
                 "its output"
             )
 

@@ -13,6 +13,7 @@ import signal
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
@@ -22,8 +23,8 @@ from torch import Tensor
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from flash_indexer.files.atomic import named_errors, readable_directory
-from flash_indexer.files.tensors import whole
-from flash_indexer.files.trained import load_trained_checkpoint, save_trained, trainable
+from flash_indexer.files.tensors import Shard, whole
+from flash_indexer.files.trained import Sharing, load_trained_checkpoint, save_trained, trainable
 from flash_indexer.models.sparse import SparseHandle
 from flash_indexer.parallel.gradients import complete_gradients, sum_gradients, unusable_gradient
 from flash_indexer.recipe.data import PackedDataset
@@ -76,7 +77,8 @@ class SparseLoop:
         optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
         done = 0
         if readable_directory(self.out / CHECKPOINT).exists():
-            done = load_trained_checkpoint(self.out / CHECKPOINT, self.handle, optimizer)
+            with self.processes.refusing_together():
+                done = load_trained_checkpoint(self.out / CHECKPOINT, self.handle, optimizer)
         self.processes.agree(self.out, done)
         return optimizer, done
 
@@ -223,12 +225,14 @@ class SparseLoop:
             file.write(json.dumps(row) + "\n")
 
     def _save(self, optimizer: torch.optim.AdamW, step: int) -> None:
-        """In the main process; of a sharded model in all, which gather its parameters."""
-        main = self.processes.is_main
-        if main or self.processes.shards:
+        """In the main process; of a sharded model in all, each its shards."""
+        processes, sharing = self.processes, None
+        if processes.shards:
+            sharing = Sharing(Shard(processes.rank, processes.count), partial(processes.refusing_together, "save"))
+        if processes.is_main or sharing is not None:
             save_trained(
                 self.out / CHECKPOINT, self.handle, optimizer, step, lora=self.settings.lora, base=self.base,
-                writes=main,
+                sharing=sharing,
             )  # fmt: skip
 
     def _interrupted(self, step: int, number: int) -> Interrupted:
