@@ -5,11 +5,12 @@
 
 Every run's model is loaded once and judged with dense attention, and at each K with the keys of its indexers and with
 those of largest attention, on the same sequences. Writes means of nats a token, and of every judgement the difference
-to each run's dense attention, token by token, with its standard error (`flash_indexer.judge.comparison`). Where there
-are runs named dense and oracle-K: how many times as much the indexer's keys cost over the first as the second's do.
+to each run's dense attention, sequence by sequence, with its standard error (the formula of
+`flash_indexer.judge.comparison`). Where there are runs named dense and oracle-K: how many times as much the indexer's
+keys cost over the first as the second's do.
 
-With --keep, the losses of each run lie in a folder and are read from there the next time: runs can be judged by a
-process each, and then compared by one more.
+With --keep, the losses of each run lie in a folder, summed over each sequence, and are read from there the next time:
+runs can be judged by a process each, and compared by one more, on any machine.
 """
 
 from __future__ import annotations
@@ -20,20 +21,31 @@ import json
 import math
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from rich.console import Console
 from torch import Tensor
 
-from flash_indexer.judge.batches import TokenLosses, batch_tensors, token_losses
-from flash_indexer.judge.comparison import paired_difference
+from flash_indexer.judge.batches import batch_tensors, token_losses
 from flash_indexer.models.oracle import KEYS
 from flash_indexer.models.sparse import sparse_handle
 from flash_indexer.recipe.held_out import held_out_batches
 from flash_indexer.recipe.judging import load_trained
 
 DENSE = "dense"
+
+
+class SequenceLosses(NamedTuple):
+    """The sum of -log probability (nats, float64) and the number of predicted tokens of each sequence: [sequences]."""
+
+    nats: Tensor
+    tokens: Tensor
+
+    @property
+    def mean(self) -> float:
+        """Nats a token."""
+        return float(self.nats.sum() / self.tokens.sum())
 
 
 def main() -> None:
@@ -44,33 +56,39 @@ def main() -> None:
     parser.add_argument("--length", type=int, help="tokens of a sequence; default: the run's")
     parser.add_argument("--rows", type=int, default=8, help="sequences of a batch")
     parser.add_argument("--topk", type=int, nargs="+", default=[128])
-    parser.add_argument("--keep", type=Path, help="folder of the runs' losses, NAME.pt")
+    parser.add_argument("--keep", type=Path, help="folder of the runs' losses, NAME.losses.json")
     parser.add_argument("--out", type=Path, required=True)
     arguments = parser.parse_args()
-    found: dict[str, dict[str, TokenLosses]] = {}
+    found: dict[str, dict[str, SequenceLosses]] = {}
     for word in arguments.run:
         name, _, folder = word.partition("=")
         started = time.perf_counter()
         found[name] = kept(name, Path(folder), arguments)
-        shown = {which: round(math.exp(float(x.nats.mean())), 4) for which, x in found[name].items()}
+        shown = {which: round(math.exp(x.mean), 4) for which, x in found[name].items()}
         print(name, shown, f"{time.perf_counter() - started:.1f} s", flush=True)
         arguments.out.write_text(json.dumps(record(found, arguments), indent=1) + "\n", encoding="utf-8")
 
 
-def kept(name: str, folder: Path, arguments: argparse.Namespace) -> dict[str, TokenLosses]:
+def kept(name: str, folder: Path, arguments: argparse.Namespace) -> dict[str, SequenceLosses]:
     """`judged`, read where it was kept, or kept."""
     if arguments.keep is None:
         return judged(folder, arguments)
-    file = arguments.keep / f"{name}.pt"
+    file = arguments.keep / f"{name}.losses.json"
     if not file.exists():
         arguments.keep.mkdir(parents=True, exist_ok=True)
-        found = {which: tuple(x.cpu() for x in own) for which, own in judged(folder, arguments).items()}
-        torch.save(found, file.with_suffix(".part"))
+        found = {
+            which: {field: x.tolist() for field, x in own._asdict().items()}
+            for which, own in judged(folder, arguments).items()
+        }
+        file.with_suffix(".part").write_text(json.dumps(found) + "\n", encoding="utf-8")
         file.with_suffix(".part").replace(file)
-    return {which: TokenLosses(*own) for which, own in torch.load(file, weights_only=True).items()}
+    return {
+        which: SequenceLosses(*(torch.tensor(own[field], dtype=torch.float64) for field in SequenceLosses._fields))
+        for which, own in json.loads(file.read_text(encoding="utf-8")).items()
+    }
 
 
-def judged(folder: Path, arguments: argparse.Namespace) -> dict[str, TokenLosses]:
+def judged(folder: Path, arguments: argparse.Namespace) -> dict[str, SequenceLosses]:
     """Losses by the attention with which they were computed: "dense", "indexer 128", "oracle 128", ..."""
     dense, _, run = load_trained(folder, None, Console(file=io.StringIO()))
     device = next(dense.model.parameters()).device
@@ -80,7 +98,7 @@ def judged(folder: Path, arguments: argparse.Namespace) -> dict[str, TokenLosses
     dense.model.train(False)
     handle = sparse_handle(dense, arguments.topk[0])
     handle.indexers.train(False)
-    found: dict[str, TokenLosses] = {}
+    found: dict[str, SequenceLosses] = {}
     for topk in arguments.topk:
         handle.topk = topk
         for keys in KEYS:
@@ -98,26 +116,27 @@ def batched(batches: list[dict[str, Tensor]], rows: int) -> list[dict[str, Tenso
     ]
 
 
-def losses(model: torch.nn.Module, batches: list[tuple[Tensor, Tensor]]) -> TokenLosses:
-    """Of all batches, their sequences numbered on."""
-    parts, first = [], 0
+def losses(model: torch.nn.Module, batches: list[tuple[Tensor, Tensor]]) -> SequenceLosses:
+    """Of all sequences of all batches."""
+    parts: list[SequenceLosses] = []
     for ids, positions in batches:
-        part = token_losses(model, ids, positions)
-        parts.append(part._replace(sequence=part.sequence + first))
-        first += len(ids)
-    return TokenLosses(*(torch.cat(x) for x in zip(*parts, strict=True)))
+        found, zeros = token_losses(model, ids, positions), torch.zeros(len(ids), dtype=torch.float64)
+        tokens = torch.bincount(found.sequence, minlength=len(ids)).double()
+        parts.append(SequenceLosses(zeros.index_add(0, found.sequence, found.nats.double()), tokens))
+    return SequenceLosses(*(torch.cat(x) for x in zip(*parts, strict=True)))
 
 
-def record(found: dict[str, dict[str, TokenLosses]], arguments: argparse.Namespace) -> dict[str, Any]:
+def record(found: dict[str, dict[str, SequenceLosses]], arguments: argparse.Namespace) -> dict[str, Any]:
     """Of every run and attention: nats, perplexity and tokens, and the difference to each run's dense attention."""
     content: dict[str, Any] = dict(data=Path(arguments.data).name, sequences=arguments.sequences, runs={})
     for name, by_attention in found.items():
         content["runs"][name] = {}
         for which, x in by_attention.items():
-            mean = float(x.nats.mean())
-            row: dict[str, Any] = dict(tokens=len(x.nats), nats=mean, perplexity=math.exp(mean), over_dense_of={})
+            row: dict[str, Any] = dict(
+                tokens=int(x.tokens.sum()), nats=x.mean, perplexity=math.exp(x.mean), over_dense_of={}
+            )
             for other, base in found.items():
-                difference, error = paired_difference(x.nats - base[DENSE].nats, x.sequence)
+                difference, error = paired(x.nats - base[DENSE].nats, x.tokens)
                 row["over_dense_of"][other] = dict(nats=difference, error=error, cost=math.expm1(difference))
             keys, _, topk = which.partition(" ")
             if keys == "indexer" and DENSE in found and f"oracle-{topk}" in found:
@@ -126,17 +145,26 @@ def record(found: dict[str, dict[str, TokenLosses]], arguments: argparse.Namespa
     return content
 
 
-def ratio(x: TokenLosses, oracle: TokenLosses, dense: TokenLosses) -> dict[str, float | None]:
+def paired(difference: Tensor, tokens: Tensor) -> tuple[float, float | None]:
+    """The mean over tokens of `difference`, summed over each sequence, and its standard error over sequences: that of
+    `flash_indexer.judge.comparison.paired_difference`. None where there is one sequence.
+    """
+    count, mean = len(tokens), float(difference.sum() / tokens.sum())
+    spread = float((difference - mean * tokens).square().sum())
+    return mean, None if count < 2 else math.sqrt(count / (count - 1) * spread) / float(tokens.sum())
+
+
+def ratio(x: SequenceLosses, oracle: SequenceLosses, dense: SequenceLosses) -> dict[str, float | None]:
     """(x - dense) / (oracle - dense) of mean losses, and its standard error, linear in both differences.
 
     None where the oracle's keys cost nothing, as where K covers the sequence.
     """
     indexer_cost, oracle_cost = x.nats - dense.nats, oracle.nats - dense.nats
-    of_oracle = float(oracle_cost.mean())
+    of_oracle, _ = paired(oracle_cost, x.tokens)
     if of_oracle == 0:
         return dict(ratio=None, error=None)
-    value = float(indexer_cost.mean()) / of_oracle
-    _, error = paired_difference(indexer_cost - value * oracle_cost, x.sequence)
+    value = paired(indexer_cost, x.tokens)[0] / of_oracle
+    _, error = paired(indexer_cost - value * oracle_cost, x.tokens)
     return dict(ratio=value, error=None if error is None else abs(error / of_oracle))
 
 

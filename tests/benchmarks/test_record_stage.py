@@ -13,6 +13,8 @@ from typing import Any
 import pytest
 import torch
 
+from flash_indexer.judge.comparison import paired_difference
+
 
 def row(nats: float, **bases: float) -> dict[str, Any]:
     over = {name: dict(nats=nats - x, error=0.001, cost=math.expm1(nats - x)) for name, x in bases.items()}
@@ -44,6 +46,7 @@ def test_the_verdict_is_that_of_both_bars(
         math.expm1(indexer - 1.8)
     )
     assert "no control" in page.verdict(found(2.2, 2.1, dense=2.05))[0]
+    assert str(page.Cost(0.0171, None)) == "+1.71%" and str(page.Cost(-0.0171, 0.002)) == "-1.71% ± 0.20%"
     assert at.ratio_error is None and "times" in line and "±" not in line.partition("times")[0].rpartition(":")[2]
     judged = found(indexer, oracle)
     judged["runs"]["indexer-128"]["indexer 128"]["over_oracle"] = dict(ratio=1.0, error=0.123)
@@ -53,26 +56,33 @@ def test_the_verdict_is_that_of_both_bars(
 def test_the_ratio_has_the_error_of_its_spread_over_sequences(scripts: Path) -> None:
     """Against the spread of ratios of problems drawn anew."""
     stage = importlib.import_module("stage")
-    sequence = torch.arange(50).repeat_interleave(20)
+    tokens = torch.full((50,), 20.0, dtype=torch.float64)
 
     def drawn(seed: int) -> dict[str, float]:
         random = torch.Generator().manual_seed(seed)
-        dense, each = torch.rand(1000, generator=random, dtype=torch.float64), torch.randn(2, 50, generator=random)
-        oracle = dense + 0.1 + 0.02 * each[0].double().repeat_interleave(20)
-        indexer = dense + 0.13 + 0.02 * (each[0] + each[1]).double().repeat_interleave(20)
-        parts = (stage.TokenLosses(*fields(x, sequence)) for x in (indexer, oracle, dense))
+        dense = torch.rand(50, 20, generator=random, dtype=torch.float64).sum(1)
+        each = torch.randn(2, 50, generator=random, dtype=torch.float64)
+        oracle, indexer = 0.1 + 0.02 * each[0], 0.13 + 0.02 * (each[0] + each[1])
+        parts = (stage.SequenceLosses(dense + 20 * x, tokens) for x in (indexer, oracle, torch.zeros(50)))
         return stage.ratio(*parts)
 
-    def fields(nats: torch.Tensor, sequence: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        known = dict(nats=nats, sequence=sequence)
-        return tuple(known.get(name, sequence) for name in stage.TokenLosses._fields)
-
-    whole = stage.TokenLosses(*fields(torch.ones(1000, dtype=torch.float64), sequence))
+    whole = stage.SequenceLosses(torch.ones(50, dtype=torch.float64), tokens)
     assert stage.ratio(whole, whole, whole) == dict(ratio=None, error=None)
     found = [drawn(seed) for seed in range(200)]
     spread = torch.tensor([x["ratio"] for x in found]).std()
     assert torch.tensor([x["ratio"] for x in found]).mean() == pytest.approx(1.3, abs=0.01)
     assert torch.tensor([x["error"] for x in found]).mean() == pytest.approx(float(spread), rel=0.15)
+
+
+def test_sums_over_sequences_have_the_error_of_their_tokens(scripts: Path) -> None:
+    """Sequences of unequal length; one alone has no error."""
+    random = torch.Generator().manual_seed(0)
+    sequence = torch.arange(7).repeat_interleave(torch.tensor([3, 9, 1, 4, 8, 2, 6]))
+    difference = torch.randn(33, generator=random, dtype=torch.float64) + sequence
+    sums = torch.zeros(7, dtype=torch.float64).index_add(0, sequence, difference)
+    paired = importlib.import_module("stage").paired
+    assert paired(sums, torch.bincount(sequence).double()) == pytest.approx(paired_difference(difference, sequence))
+    assert paired(sums[:1], torch.tensor([3.0])) == (pytest.approx(float(difference[:3].mean())), None)
 
 
 @pytest.mark.parametrize(
@@ -118,6 +128,7 @@ def test_from_text_to_page(
     (out / "logs").mkdir()
     shutil.copy(first / "logs" / "warm.done", out / "logs")
     commands = call(out, "--until", "runs", "--rates", str(first))
+    shutil.copy(first / "validation-1e-2.json", out)
     shutil.rmtree(first)
     assert len(commands) == 7 and all(" sparse " in line for line in commands[:4])
     assert len(call(out)) == 13 and call(out)[:7] == commands and len(call(out)) == 13
@@ -137,9 +148,17 @@ def test_from_text_to_page(
     page.main()
     text = (tmp_path / "docs" / "sparse.md").read_text()
     assert f"Rates: {rates['lr']} for the model, from an earlier comparison on validation text; for" in text
-    (out / "rates.json").write_text(json.dumps(rates | dict(tried=["1e-4", "1e-2"])))
+    (out / "rates.json").write_text(json.dumps(rates | dict(tried=["1e-2"])))
     found = json.loads((out / "held_out.json").read_text())
-    assert f"{rates['lr']} for the model, of 1e-4, 1e-2 the one of the lowest" in page.page(found, out, tmp_path, "c")
+    found["runs"]["indexer-8"]["indexer 8"]["over_dense_of"]["dense"]["error"] = None
+    again = page.page(found, out, tmp_path, "c", "commit d")
+    assert f"{rates['lr']} for the model, of 1e-2 the one of the lowest" in again
+    judged = json.loads((out / "validation-1e-2.json").read_text())["runs"]["indexer-8"]["indexer 8"]
+    row = next(line for line in again.splitlines() if line.startswith("| 1e-2 |")).split(" | ")
+    assert row[2] == str(page.cost_of(judged["over_dense_of"]["dense"])) and "±" in row[2]
+    assert row[4].startswith(f"{judged['over_oracle']['ratio']:.2f} ± ")
+    assert "errors" not in text.lower().partition("paired, over sequences")[2].partition("\n")[0]
+    assert "those between runs were not kept" in again and "of an earlier record (commit d)" in again
     assert f"chosen on validation text, {rates['indexer_lr']['8']} at K=8." in text
     assert f"echo '{json.dumps({'lr': rates['lr']})}' > runs/rates/rates.json" in text
     printed = next(line for line in text.splitlines() if "record_stage.py" in line).split()
@@ -148,5 +167,8 @@ def test_from_text_to_page(
         assert printed[printed.index(name) + 1] == given[name]
     assert "--rates" in printed
     assert "32 index heads of 128, 3 steps of 16 sequences of 32 tokens" in text
+    kept = tmp_path / "docs" / "sparse_record"
+    assert (kept / "held_out.json").read_bytes() == (out / "held_out.json").read_bytes()
+    assert {"rates.json", "validation-1e-2.json", "validation-indexers.json"} < {file.name for file in kept.iterdir()}
     assert (tmp_path / "docs" / "sparse_k8" / "comparison.md").read_text().startswith("#")
     assert "K=8: the indexer's keys cost" in text and (tmp_path / "docs" / "sparse_costs.png").stat().st_size > 1000
