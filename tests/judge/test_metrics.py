@@ -205,6 +205,27 @@ def test_a_k_below_the_sink_is_refused(make_capture: MakeCapture) -> None:
         layer_sums(make_capture([8]), ks=(2, 0), sink=0)
 
 
+def test_rows_of_which_topk_takes_other_keys_are_counted() -> None:
+    """Scores of three values, so that most rows tie; rows that see from 1 to 40 keys of a second document."""
+    draw = torch.Generator().manual_seed(0)
+    start, end = torch.full((40,), 5), torch.arange(6, 46)
+    scores = torch.randint(3, (40, 45), generator=draw).double()
+    seen = (torch.arange(45) >= 5) & (torch.arange(45) < end[:, None])
+    scores = scores.masked_fill(~seen, -torch.inf)
+    found = block_sums(torch.rand(40, 45).double() * seen, scores, start, end, ks=(8, 16)).ties
+    for k, tie in found.items():
+        otherwise = 0
+        for row, last in zip(scores, end.tolist(), strict=True):
+            ranked = row[5:last].sort(descending=True, stable=True)
+            if last - 5 > k and ranked.values[k - 1] == ranked.values[k]:
+                earliest = set((ranked.indices[:k] + 5).tolist())
+                otherwise += earliest != set(scores[end == last].topk(k).indices[0].tolist())
+        assert tie.queries == 40 - k and 0 < tie.taken_otherwise == otherwise <= tie.tied_rows
+    distinct = torch.rand(40, 45, generator=draw).double().masked_fill(~seen, -torch.inf)
+    again = block_sums(torch.rand(40, 45).double() * seen, distinct, start, end, ks=(8,)).ties[8]
+    assert (again.tied_rows, again.taken_otherwise) == (0, 0)
+
+
 @pytest.mark.parametrize("workspace_bytes", [TINY, 2**29])
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_ties_at_rank_k_are_counted(layout: str, workspace_bytes: int, make_capture: MakeCapture) -> None:
@@ -224,5 +245,6 @@ def test_ties_at_rank_k_are_counted(layout: str, workspace_bytes: int, make_capt
     assert {k: [t.queries, t.tied_rows] for k, t in ties.items()} == dict(sorted(expected.items()))
     if layout == "one document":
         assert ties[16].queries == 67 - 16 and 0 < ties[16].tied_rows < ties[16].queries
+        assert 0 <= ties[16].taken_otherwise <= ties[16].tied_rows
     many = layer_sums(capture, ks=KS, workspace_bytes=workspace_bytes).ties
     assert [t.queries for t in many.values()] == [t.queries for t in ties.values()]

@@ -181,7 +181,7 @@ def test_what_is_silent_otherwise_is_said(tmp_path: Path, make_evaluation: MakeE
         )
         for score in good.layers
     )  # fmt: skip
-    mean = replace(good.mean, ties=(TiesAtK(64, 15000, 30), TiesAtK(128, 6000, 700)))
+    mean = replace(good.mean, ties=(TiesAtK(64, 15000, 30), TiesAtK(128, 6000, 700, 500)))
     evaluation = replace(good, mean=mean, layers=layers, ks=(64, 128, 256), min_visible=300, most_visible=700)
     run = {**RUN, "minutes": 3.0, "ended_by": "time", "warnings": ["--sequence-length 8192 is above 2048"]}
     path = write_report(tmp_path, evaluation=evaluation, metrics_log=make_log(), run=run)
@@ -189,16 +189,18 @@ def test_what_is_silent_otherwise_is_said(tmp_path: Path, make_evaluation: MakeE
     assert "--min-visible 300 is raised to 4k: 512 for k = 128" in text
     assert "k = 256 is not measured: it needs queries that see 1,024 keys, and none sees more than 700" in text
     assert "k = 128 rests on 12 queries in each of 3 layers: too few to tell indexers apart" in text
-    assert table(text, "rank k")["64"] == ["15,000", "30", "0.2%", "0.2% (0)"]
-    assert table(text, "rank k")["128"] == ["6,000", "700", "11.7%", "35.0% (2)"]
+    assert table(text, "rank k")["64"] == ["15,000", "30", "0.2%", "0.2% (0)", ""]
+    assert table(text, "rank k")["128"] == ["6,000", "700", "11.7%", "35.0% (2)", "500"]
     assert "In layer 2, 35.0% of the queries that see more than 128 keys have equal index scores" in text
     assert "Transformers' indexer selects whichever torch.topk takes" in text
     assert "## Warnings\n\n- --sequence-length 8192 is above 2048\n" in text
     assert "The time budget (--minutes 3) ended this run, not its learning" in text
     assert "--resume --steps N" in text and "| ended_by |" not in text and "| warnings |" not in text
     content = json.loads((tmp_path / "report.json").read_text(encoding="utf-8"))
-    assert content["tied_rows"][1] == {"k": 128, "queries": 6000, "tied_rows": 700, "share": 700 / 6000}
-    assert content["evaluation"]["layers"][2]["ties"][1] == {"k": 128, "queries": 2000, "tied_rows": 700}
+    counted = {"k": 128, "queries": 6000, "tied_rows": 700, "taken_otherwise": 500}
+    assert content["tied_rows"][1] == counted | {"share": 700 / 6000}
+    counted = {"k": 128, "queries": 2000, "tied_rows": 700, "taken_otherwise": None}
+    assert content["evaluation"]["layers"][2]["ties"][1] == counted
     assert content["run"] == run
     assert Evaluation.from_dict(content["evaluation"]) == evaluation
 

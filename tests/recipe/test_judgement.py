@@ -28,6 +28,9 @@ def said(*words: object) -> str:
     return done.output
 
 
+TAKEN = "taken_otherwise"
+
+
 def exported(run: Path, *options: object) -> tuple[str, list[str]]:
     """What the command says, and what it warns of."""
     with warnings.catch_warnings(record=True) as caught:
@@ -57,7 +60,10 @@ def test_ties_are_those_of_the_exported_rank_and_weights(few_heads: Path, texts:
     most = ", ".join(f"{n} ({layers[n]:.1%})" for n in sorted(layers, key=lambda n: -layers[n]))
     output, warned = exported(few_heads, "--topk", 8)
     assert share > 0.01
-    assert f"ties at rank 8: {share:.1%} of the queries that see more keys, most in layers {most}\n" in output
+    assert f"ties at rank 8: {share:.1%} of the queries that see more keys, most in layers {most}; torch.topk" in output
+    tied, otherwise = (sum(x["ties"][0][name] for x in report["evaluation"]["layers"]) for name in ("tied_rows", TAKEN))
+    each = ", ".join(f"{x['layer']} ({x['ties'][0][TAKEN]:,})" for x in report["evaluation"]["layers"])
+    assert f"takes other keys for {otherwise:,} of these {tied:,} queries: of layers {each}\n" in output
     assert len(warned) == 1 and f"{share:.1%} of the queries have equal scores at rank 8 and behind it" in warned[0]
 
     for options, k in ((["--topk", 9], 9), ([], 2048)):

@@ -275,10 +275,16 @@ GROUPS: dict[str, tuple[int, list[tuple[dict[str, Any], dict[str, Any]]]]] = {
     "model": (2, [(FSDP, {}), (CP, {}), (BOTH, {}), (TP, {})]),
     "heads": (2, [(TP | FSDP, AGAIN), (TP, ALONE), (TP | FSDP, ALONE), (TP, dict(layers=[1]))]),
     "contiguous": (2, [(CONTIGUOUS, AGAIN), (CONTIGUOUS | FSDP, AGAIN)]),
+    "contiguous, less trains": (2, [(way, less) for way in (CONTIGUOUS, CONTIGUOUS | FSDP) for less in (LORA, ALONE)]),
     "some layers, oracle": (2, [(CP, dict(layers=[1])), (PLAIN, ORACLE), (FSDP, ORACLE)]),
+    "some layers, shards": (2, [(way, dict(layers=[1])) for way in (PLAIN, FSDP, BOTH, TP | FSDP)]),
     "indexers alone": (2, [(way, ALONE) for way in (PLAIN, FSDP, CP, BOTH)]),
-    "adapters": (2, [(PLAIN, LORA), (FSDP, LORA), (CP, LORA | AGAIN), (BOTH, LORA | AGAIN), (TP, LORA)]),
+    "adapters": (
+        2,
+        [(PLAIN, LORA), (FSDP, LORA), (CP, LORA | AGAIN), (BOTH, LORA | AGAIN), (TP, LORA), (TP | FSDP, LORA)],
+    ),
     "four": (4, [(PLAIN, AGAIN), (BOTH, {}), (dict(cp=4), {}), (TP | CP, AGAIN), (TP | BOTH, {}), (TP, {})]),
+    "four, less trains": (4, [(way, less) for way in (TP | CP, TP | BOTH, TP | CONTIGUOUS) for less in (LORA, ALONE)]),
 }
 """Processes, and what is run on them by one start of them: how the run is shared out, and its settings."""
 
@@ -287,9 +293,9 @@ GROUPS: dict[str, tuple[int, list[tuple[dict[str, Any], dict[str, Any]]]]] = {
 def test_many_processes_train_what_one_does(
     tmp_path: Path, start: Starter, alone: Alone, tied: Path, group: str
 ) -> None:
-    if group == "adapters":
-        pytest.importorskip("peft")
     count, ways = GROUPS[group]
+    if any("lora" in changes for _, changes in ways):
+        pytest.importorskip("peft")
     assert_all_train_the_same(tmp_path, start, alone, tied, count, ways)
 
 
@@ -333,10 +339,12 @@ def test_a_models_own_indexers_train_likewise(
 
 MLA: dict[str, tuple[int, list[tuple[dict[str, Any], dict[str, Any]]]]] = {
     "model": (2, [(PLAIN, {}), (FSDP, {}), (CP, {}), (BOTH, AGAIN), (TP, {})]),
-    "heads": (2, [(TP | FSDP, AGAIN), (TP, ALONE), (TP, LORA)]),
+    "heads": (2, [(TP | FSDP, AGAIN), *((way, less) for way in (TP, TP | FSDP) for less in (ALONE, LORA))]),
+    "contiguous": (2, [(way, less) for way in (CONTIGUOUS, CONTIGUOUS | FSDP) for less in ({}, LORA, ALONE)]),
     "indexers alone": (2, [(way, ALONE) for way in (PLAIN, FSDP, CP, BOTH)]),
     "adapters": (2, [(way, LORA) for way in (PLAIN, FSDP, CP, BOTH)]),
-    "four": (4, [(FSDP, AGAIN), (TP | BOTH, {})]),
+    "four": (4, [(FSDP, AGAIN), (TP | BOTH, {}), (TP | CP, {}), (TP | CONTIGUOUS, {})]),
+    "four, less trains": (4, [(way, less) for way in (TP | CP, TP | BOTH) for less in (LORA, ALONE)]),
 }
 
 
@@ -345,9 +353,9 @@ MLA: dict[str, tuple[int, list[tuple[dict[str, Any], dict[str, Any]]]]] = {
 def test_mla_and_experts_train_likewise(
     tmp_path: Path, start: Starter, alone: Alone, warmed_up: Any, mla_checkpoint: Path, group: str
 ) -> None:
-    if group == "adapters":
-        pytest.importorskip("peft")
     count, ways = MLA[group]
+    if any("lora" in changes for _, changes in ways):
+        pytest.importorskip("peft")
     common = warmed_up(mla_checkpoint, num_heads=16)
     assert_all_train_the_same(tmp_path, start, alone, mla_checkpoint, count, ways, **common)
 
@@ -400,8 +408,8 @@ def test_windows_and_layers_without_indexers_see_all_processes_keys(
     tmp_path: Path, start: Starter, alone: Alone, warmed_up: Any, window_checkpoint: Path
 ) -> None:
     changes = dict(**warmed_up(window_checkpoint), layers=[0, 2])
-    out = start.train(tmp_path / "run", 2, parallel=dict(cp=2), code=EXACT, **changes)
-    assert_same_training(alone(**changes), out, window_checkpoint)
+    ways = [(way, {}) for way in (CP, FSDP, BOTH, TP, TP | FSDP, CONTIGUOUS)]
+    assert_all_train_the_same(tmp_path, start, alone, window_checkpoint, 2, ways, **changes)
 
 
 @pytest.mark.slow

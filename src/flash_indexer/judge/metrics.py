@@ -60,13 +60,21 @@ class MassSums:
 
 @dataclass(frozen=True)
 class TieSums:
-    """Of the `queries` queries that see more than k keys, `tied_rows` have equal scores at rank k and at k + 1."""
+    """Of the `queries` queries that see more than k keys, `tied_rows` have equal scores at rank k and at k + 1.
+
+    For `taken_otherwise` of these torch.topk, given the same row, takes other keys than the earlier ones.
+    """
 
     queries: int
     tied_rows: int
+    taken_otherwise: int
 
     def __add__(self, other: TieSums) -> TieSums:
-        return TieSums(self.queries + other.queries, self.tied_rows + other.tied_rows)
+        return TieSums(
+            self.queries + other.queries,
+            self.tied_rows + other.tied_rows,
+            self.taken_otherwise + other.taken_otherwise,
+        )
 
 
 @dataclass(frozen=True)
@@ -163,7 +171,7 @@ def block_sums(
     sums = torch.stack([column.sum(dtype=torch.float64) for column in columns])
     tied_ks = [k for k in sorted(ks) if k < most]
     if tied_ks:
-        sums = torch.cat([sums, _tie_sums(scores, visible, tied_ks).flatten()])
+        sums = torch.cat([sums, _tie_sums(scores, key_start, key_end, tied_ks).flatten()])
     if counted:
         enough = visible >= min(counted.values())
         if not bool(enough.all()):
@@ -172,8 +180,8 @@ def block_sums(
         masses = _mass_sums(p / total[:, None], scores, key_start, key_end, counted, sink)
         sums = torch.cat([sums, masses.flatten()])
     queries, kl, uniform_kl, *rest = sums.tolist()
-    ties = {k: TieSums(int(rest[2 * j]), int(rest[2 * j + 1])) for j, k in enumerate(tied_ks)}
-    rest = rest[2 * len(tied_ks) :]
+    ties = {k: TieSums(*(int(x) for x in rest[3 * j : 3 * j + 3])) for j, k in enumerate(tied_ks)}
+    rest = rest[3 * len(tied_ks) :]
     at_k = {
         k: MassSums(int(rest[5 * j]), least, *rest[5 * j + 1 : 5 * j + 5])
         for j, (k, least) in enumerate(counted.items())
@@ -200,14 +208,18 @@ def _mass_sums(
     return torch.stack(table)
 
 
-def _tie_sums(scores: Tensor, visible: Tensor, ks: Sequence[int]) -> Tensor:
-    """float64 [len(ks), 2]: rows that see more than k keys, and those of them whose k-th score equals the next."""
-    enough = visible > ks[0]
-    values, visible = scores[enough].topk(ks[-1] + 1).values, visible[enough]
-    table = []
+def _tie_sums(scores: Tensor, key_start: Tensor, key_end: Tensor, ks: Sequence[int]) -> Tensor:
+    """float64 [len(ks), 3]: rows that see more than k keys, those of them whose k-th score equals the next, and those
+    of these for which torch.topk takes other keys than `top_keys`."""
+    enough = key_end - key_start > ks[0]
+    scores, key_start, key_end = scores[enough], key_start[enough], key_end[enough]
+    values, table = scores.topk(ks[-1] + 1).values, []
     for k in ks:
-        row = visible > k
-        table.append(torch.stack([row.sum(), (row & (values[:, k - 1] == values[:, k])).sum()]))
+        more = key_end - key_start > k
+        tied = more & (values[:, k - 1] == values[:, k])
+        ours = top_keys(scores[tied], key_start[tied], key_end[tied], k).indices.long().sort().values
+        theirs = scores[tied].topk(k).indices.sort().values
+        table.append(torch.stack([more.sum(), tied.sum(), (ours != theirs).any(-1).sum()]))
     return torch.stack(table).double()
 
 

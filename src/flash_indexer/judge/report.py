@@ -167,13 +167,25 @@ def _ties_lines(evaluation: Evaluation) -> list[str]:
             f"{ties.tied_rows:,}",
             percent(ties.share),
             f"{percent(share)} ({layer})",
+            "" if ties.taken_otherwise is None else f"{ties.taken_otherwise:,}",
         ]
         rows.append(cells)
     note = ties_note(evaluation)
     return [
-        "Queries whose index scores at rank k and k + 1 are equal, so that a convention decides which key is selected.",
+        "Queries whose index scores at rank k and k + 1 are equal, so that a convention decides which key is selected; "
+        "and how many of them torch.topk, given the same rows, takes other keys for.",
         "",
-        *_table(["rank k", "queries × layers that see more keys", "tied", "share", "largest share (layer)"], rows),
+        *_table(
+            [
+                "rank k",
+                "queries × layers that see more keys",
+                "tied",
+                "share",
+                "largest share (layer)",
+                "torch.topk takes others",
+            ],
+            rows,
+        ),
         *(["", note] if note else []),
     ]
 

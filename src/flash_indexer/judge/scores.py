@@ -26,11 +26,15 @@ class MassAtK:
 
 @dataclass(frozen=True)
 class TiesAtK:
-    """Of the `queries` queries that see more than k keys, `tied_rows` have equal scores at rank k and at k + 1."""
+    """Of the `queries` queries that see more than k keys, `tied_rows` have equal scores at rank k and at k + 1.
+
+    taken_otherwise: of these, those for which torch.topk takes other keys; None in reports from before it was counted.
+    """
 
     k: int
     queries: int
     tied_rows: int
+    taken_otherwise: int | None = None
 
     @property
     def share(self) -> float:
@@ -190,7 +194,7 @@ def score(layer: int | None, sums: MetricSums) -> LayerScore:
         )
     n = max(1, sums.queries)
     ratio = sums.kl / sums.uniform_kl if sums.uniform_kl > 0 else None
-    ties = tuple(TiesAtK(k, tie.queries, tie.tied_rows) for k, tie in sums.ties.items())
+    ties = tuple(TiesAtK(k, tie.queries, tie.tied_rows, tie.taken_otherwise) for k, tie in sums.ties.items())
     return LayerScore(layer, sums.queries, sums.kl / n, sums.uniform_kl / n, ratio, tuple(at_k), ties)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shlex
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -11,7 +12,7 @@ from rich.console import Console
 
 from flash_indexer.files.judged import indexer_fingerprint, record_judgement
 from flash_indexer.files.native import read_native
-from flash_indexer.judge.scores import Evaluation
+from flash_indexer.judge.scores import Evaluation, TiesAtK
 from flash_indexer.judge.verdict import arithmetic_name, percent
 from flash_indexer.models.attach import IndexerHandle
 from flash_indexer.recipe.judging import INDEXERS
@@ -92,18 +93,33 @@ def tied_rows(folder: Path, handle: IndexerHandle, topk: int) -> Ties:
         found, why = None, str(error)
     if found is not None:
         judged = found.unserved or found
-        shares = [(x.layer, tie.share) for x in (judged.mean, *judged.layers) for tie in x.ties if tie.k == topk]
-        if shares:
-            said = f"ties at rank {topk}: {percent(shares[0][1])} of the queries that see more keys"
-            most = sorted((x for x in shares[1:] if x[1] > 0), key=lambda x: -x[1])[:MOST]
-            named = ", ".join(f"{layer} ({percent(share)})" for layer, share in most)
-            return Ties(shares[0][1], f"{said}, most in layers {named}" if named else said)
+        ties = [(x.layer, tie) for x in (judged.mean, *judged.layers) for tie in x.ties if tie.k == topk]
+        if ties:
+            (_, of_all), *layers = ties
+            said = f"ties at rank {topk}: {percent(of_all.share)} of the queries that see more keys"
+            most = sorted((x for x in layers if x[1].tied_rows), key=lambda x: -x[1].share)[:MOST]
+            named = ", ".join(f"{layer} ({percent(tie.share)})" for layer, tie in most)
+            said += f", most in layers {named}" if named else ""
+            return Ties(of_all.share, said + _taken_otherwise(of_all, layers))
         ranks = ", ".join(str(tie.k) for tie in judged.mean.ties) or "none"
         why = f"the report in {folder} counts them at these ranks: {ranks}"
     command = shlex.join(["flash-indexer", "evaluate", "--run", str(folder), "--perplexity-k", str(topk)])
     return Ties(
         None,
         f"ties at rank {topk} not counted: {why}; `{command}` counts them, on documents of more than {topk} tokens",
+    )
+
+
+def _taken_otherwise(of_all: TiesAtK, layers: Sequence[tuple[int | None, TiesAtK]]) -> str:
+    """In which layers torch.topk takes other keys than were judged, and for how many queries; where it was counted."""
+    if not of_all.tied_rows or of_all.taken_otherwise is None:
+        return ""
+    if not of_all.taken_otherwise:
+        return "; torch.topk, by which the exported model selects, takes the same keys there"
+    named = ", ".join(f"{layer} ({tie.taken_otherwise:,})" for layer, tie in layers if tie.taken_otherwise)
+    return (
+        f"; torch.topk, by which the exported model selects, takes other keys for {of_all.taken_otherwise:,} of these "
+        f"{of_all.tied_rows:,} queries: of layers {named}"
     )
 
 
