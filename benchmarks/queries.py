@@ -172,15 +172,21 @@ def part(queries: float) -> str:
     return "all" if queries == 1 else f"1/{whole}" if whole * queries == 1 else f"{queries:.4g}"
 
 
+def time_of(step: Record) -> float:
+    """Milliseconds of the loss's kernels in a step."""
+    return sum(step["share"].get(name, 0.0) for name in KERNELS)
+
+
 def kernels(steps: list[Record]) -> list[str]:
-    """A table of the kernels' time in steps of a large model's layers, beside that of all queries."""
-    last = {(step["length"], step["queries"]): step for step in steps if not step["documents"]}
-    times = {key: sum(step["share"].get(name, 0.0) for name in KERNELS) for key, step in last.items()}
+    """A table of the kernels' time in steps of a large model's layers, beside that of all queries of the same build."""
+    alone = [step for step in steps if not step["documents"]]
+    whole = {(step["length"], step["commit"]): time_of(step) for step in alone if step["queries"] == 1}
+    last = {(step["length"], step["queries"]): step for step in alone if (step["length"], step["commit"]) in whole}
     rows = [
-        [f"{length:,}", part(queries), f"{ms:,.1f} ms", f"{ms / times[length, 1.0]:.3f}"]
-        for (length, queries), ms in sorted(times.items(), key=lambda item: (item[0][0], -item[0][1]))
-        if (length, 1.0) in times
-    ]
+        [f"{length:,}", part(queries), f"{time_of(step):,.1f} ms",
+         f"{time_of(step) / whole[length, step['commit']]:.3f}"]
+        for (length, queries), step in sorted(last.items(), key=lambda item: (item[0][0], -item[0][1]))
+    ]  # fmt: skip
     if not rows:
         return []
     one = next(iter(last.values()))

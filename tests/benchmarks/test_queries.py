@@ -85,16 +85,20 @@ def test_the_recommended_part_follows_from_every_recorded_series(queries: Any) -
 
 
 def test_the_kernels_time_is_beside_that_of_all_queries(queries: Any) -> None:
-    def step(length: int, fraction: float, score: float, *, documents: bool = False) -> dict[str, Any]:
+    def step(
+        length: int, fraction: float, score: float, *, documents: bool = False, commit: str = "new"
+    ) -> dict[str, Any]:
         return {
-            "gpu": "GPU", "length": length, "queries": fraction, "documents": documents,
+            "commit": commit, "gpu": "GPU", "length": length, "queries": fraction, "documents": documents,
             "shapes": {"num_hidden_layers": 4}, "indexer": {"num_heads": 16, "head_dim": 128},
             "share": {"score": score, "gradient": score, "attention": 99.0, "idle": 1.0},
         }  # fmt: skip
 
-    older, others = step(64, 1.0, 7.0), [step(64, 1.0, 1.0, documents=True), step(32, 0.5, 1.0)]
-    records = [older, step(64, 0.25, 1.5), step(64, 1.0, 5.0), *others]
+    older = [step(64, 1.0, 7.0), step(64, 1.0, 8.0, commit="old"), step(64, 1 / 8, 2.0, commit="old")]
+    others = [step(64, 1.0, 1.0, documents=True), step(32, 0.5, 1.0), step(64, 0.5, 1.0, commit="alone")]
+    records = [*older, step(64, 0.25, 1.5), step(64, 1.0, 5.0), *others]
     lines = [line for line in queries.kernels(records) if line.startswith(("| 64", "| 32"))]
-    assert lines == ["| 64 | all | 10.0 ms | 1.000 |", "| 64 | 1/4 | 3.0 ms | 0.300 |"]
+    builds = ["| 64 | all | 10.0 ms | 1.000 |", "| 64 | 1/4 | 3.0 ms | 0.300 |", "| 64 | 1/8 | 4.0 ms | 0.250 |"]
+    assert lines == builds, "each part over all queries of its own build"
     assert queries.kernels([]) == []
     assert [queries.part(x) for x in (1.0, 0.5, 1 / 16, 0.3)] == ["all", "1/2", "1/16", "0.3"]

@@ -252,7 +252,9 @@ def test_steps_of_the_warm_up_stand_beside_the_plain_forward(report: ModuleType,
     page = report.page(folder)
     assert "| 32,768 tokens, --queries 1 | 100 ms | 160 ms | 1.60 x | 60 ms | 50 ms | 5.6% | 4 of 9 ms |" in page
     assert "| 32,768 tokens, --queries 0.25 | 100 ms | 120 ms | 1.20 x | 60 ms | 50 ms | 7.5% | 4 of 9 ms |" in page
-    assert page.count("32,768 tokens, --queries") == 2
+    assert page.count("32,768 tokens, --queries") == 2 and "More than a tenth" not in page
+    more = report.page(write(indexer_kl=[record("gqa32")], warmup_step=[*records, step(0.125, 80.0)]))
+    assert "More than a tenth is neither with --queries 0.125 at 32,768 tokens: as many launches" in more
     assert "| 1.60 x its time; 1.20 x with `--queries 0.25` | Qwen3-8B's layer shapes" in report.summary(folder)
 
 

@@ -12,7 +12,13 @@ import torch
 from torch import Tensor
 
 from flash_indexer.recipe import queries
-from flash_indexer.recipe.queries import block_tokens, check_fraction, draw_blocks, draw_queries
+from flash_indexer.recipe.queries import (
+    block_tokens,
+    check_fraction,
+    draw_blocks,
+    draw_queries,
+    fewer_blocks_than_pieces,
+)
 
 
 def every_draw(monkeypatch: pytest.MonkeyPatch, blocks: int, fraction: float) -> Iterator[tuple[int, ...]]:
@@ -98,3 +104,12 @@ def test_fractions_that_are_none_are_refused(fraction: float) -> None:
     for call in (lambda: check_fraction("op", fraction), lambda: draw_queries(9, fraction, seed=0, draw="")):
         with pytest.raises(ValueError, match="queries must be above 0 and at most 1"):
             call()
+
+
+@pytest.mark.parametrize(
+    ("length", "fraction", "pieces", "said"),
+    [(8192, 1 / 8, 16, "draws 8 blocks"), (8192, 1 / 8, 8, None), (8192, 1.0, 16, None), (32, 1 / 8, 1, None)],
+)
+def test_more_pieces_than_blocks_are_told_of(length: int, fraction: float, pieces: int, said: str | None) -> None:
+    told = fewer_blocks_than_pieces(length, fraction, pieces)
+    assert told is None if said is None else said in str(told)

@@ -79,6 +79,13 @@ def test_settings_that_do_nothing_are_said(
     assert [said in warning for warning in warnings] == ([True] if "warmup_steps" in changes else [])
 
 
+def test_queries_that_processes_cannot_share_evenly_are_said(recipe: Any) -> None:
+    settings = recipe.build(queries=0.5, sequence_length=32, steps=2)
+    (said,) = warmup.notes(settings, ParallelSettings(cp=4), 4, False)
+    assert "warmup: --queries 0.5 draws 4 blocks of a sequence of 32 tokens, which is cut into 8 pieces" in said
+    assert warmup.notes(settings, ParallelSettings(cp=4, layout="contiguous"), 4, False) == []
+
+
 def test_each_thing_that_takes_time_is_said_as_it_begins(
     tmp_path: Path, recipe: Any, checkpoint: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

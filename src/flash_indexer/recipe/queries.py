@@ -64,6 +64,18 @@ def block_tokens(length: int, fraction: float) -> int:
     return size
 
 
+def fewer_blocks_than_pieces(length: int, fraction: float, pieces: int) -> str | None:
+    """What to say where processes share a sequence in so many pieces that some may have no query to compute."""
+    blocks = length * fraction / block_tokens(length, fraction)
+    if fraction == 1 or pieces == 1 or blocks >= pieces:
+        return None
+    return (
+        f"--queries {fraction:g} draws {blocks:.0f} blocks of a sequence of {length:,} tokens, which is cut into "
+        f"{pieces} pieces: some processes have more queries than others in a step, or none, and wait; longer "
+        "sequences, more queries or a smaller --cp share them evenly"
+    )
+
+
 def draw_blocks(blocks: int, fraction: float, generator: torch.Generator) -> Tensor:
     """Each of `blocks` with probability `fraction`: int64, ascending, one from each of as many runs of equal length.
 

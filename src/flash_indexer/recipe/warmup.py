@@ -40,7 +40,7 @@ from flash_indexer.recipe.data import (
 )
 from flash_indexer.recipe.loop import TrainingLoop, forward, learning_rate, micro_batches
 from flash_indexer.recipe.processes import ParallelSettings, Processes, restart_warning
-from flash_indexer.recipe.queries import draw_queries
+from flash_indexer.recipe.queries import draw_queries, fewer_blocks_than_pieces
 from flash_indexer.recipe.run_folder import check_folder, check_new, indexer_folder, locked_folder
 from flash_indexer.recipe.run_record import (
     CHECKPOINT,
@@ -271,6 +271,9 @@ def notes(settings: WarmupSettings, parallel: ParallelSettings, processes: int, 
         )
     if parallel.layout != ParallelSettings.layout and parallel.cp == 1:
         said.append(f"warmup: --cp-layout {parallel.layout} does nothing without --cp")
+    pieces = parallel.cp if parallel.cp == 1 or parallel.layout == "contiguous" else 2 * parallel.cp
+    if (uneven := fewer_blocks_than_pieces(settings.sequence_length, settings.queries, pieces)) is not None:
+        said.append(f"warmup: {uneven}")
     if settings.steps is not None and settings.minutes != WarmupSettings.minutes:
         said.append(f"warmup: --minutes {settings.minutes:g} does nothing beside --steps {settings.steps}")
     warning = restart_warning() if resume else None
