@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from flash_indexer.files import atomic
-from flash_indexer.files.atomic import atomic_directory, readable_directory
+from flash_indexer.files.atomic import atomic_directory, readable_directory, shared_directory
 
 FILES = ("a", "sub/b", "c")
 
@@ -265,3 +265,31 @@ def test_a_missing_path_is_returned_as_it_is(tmp_path: Path) -> None:
     assert readable_directory(tmp_path / "missing") == tmp_path / "missing"
     shutil.rmtree(tmp_path)
     assert readable_directory(tmp_path / "missing") == tmp_path / "missing"
+
+
+def test_another_process_writes_into_the_folder_while_it_is_held(tmp_path: Path) -> None:
+    """And says what a person can do where it is not there, or no longer, and where the disk is full."""
+    target = tmp_path / "run"
+    with atomic_directory(target) as folder:
+        (folder / "mine").write_text("1")
+        with shared_directory(target) as seen:
+            (seen / "other").write_text("2")
+        full = f"no space left while writing {target}; .*; free some space"
+        with pytest.raises(OSError, match=full) as raised, shared_directory(target):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        assert raised.value.errno == errno.ENOSPC
+        with pytest.raises(ZeroDivisionError), shared_directory(target):
+            raise ZeroDivisionError
+    assert sorted(path.name for path in target.iterdir()) == ["mine", "other"]
+    message = (
+        f"{target} must be on a disk that all processes see, .* within --timeout; this one does not find {tmp_path}"
+    )
+    with pytest.raises(FileNotFoundError, match=message), shared_directory(target):
+        pass
+    with atomic_directory(target) as folder:
+        (folder / "mine").write_text("1")
+        with pytest.raises(FileNotFoundError, match=message), shared_directory(target) as seen:
+            shutil.rmtree(seen)
+            (seen / "other").write_text("2")
+        folder.mkdir()
+        (folder / "mine").write_text("1")

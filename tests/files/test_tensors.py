@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -31,7 +32,7 @@ def read(folder: Path, stem: str) -> dict[str, Tensor]:
         return {name: stored.whole(name) for name in stored.shapes}
 
 
-def shards(folder: Path, count: int) -> dict[str, Tensor]:
+def shards(folder: Path, count: int, save: str = "one") -> dict[str, Tensor]:
     """As `count` processes write them that share `cut` and `thin` out; `number` is on all of them."""
     draw = torch.Generator().manual_seed(1)
     tensors = {"cut": torch.randn(7, 3, generator=draw), "thin": torch.randn(2, generator=draw)}
@@ -43,8 +44,8 @@ def shards(folder: Path, count: int) -> dict[str, Tensor]:
             rows[name] = [min(rank * each, len(x)), len(x)]
         if rank == 0:
             held["number"] = torch.tensor(4.0)
-        text = str(rows).replace("'", '"')
-        save_file(held, folder / f"state-{rank + 1:05}-of-{count:05}.safetensors", metadata={"rows": text})
+        metadata = {"rows": json.dumps(rows), "save": save}
+        save_file(held, folder / f"state-{rank + 1:05}-of-{count:05}.safetensors", metadata=metadata)
     return tensors | {"number": torch.tensor(4.0)}
 
 
@@ -96,6 +97,51 @@ def test_a_missing_shard_and_one_of_another_writing_are_refused(tmp_path: Path) 
     last.write_bytes(kept)
     middle.unlink()
     with pytest.raises(FileNotFoundError, match="a file of each of 3 processes, got none named state-00002-of-00003"):
+        read(tmp_path, "state")
+
+
+def test_files_of_several_saves_are_refused(tmp_path: Path) -> None:
+    """As a copy over an earlier checkpoint leaves them, of other processes, or of as many."""
+    shards(tmp_path, 2, save="one")
+    kept = (tmp_path / "state-00002-of-00002.safetensors").read_bytes()
+    with stored_tensors(tmp_path, "state", "one") as stored:
+        assert set(stored.shapes) == {"cut", "thin", "number"}
+    refused = r"state-0000{}-of-00002.safetensors must be of the save two, as its checkpoint, got one; copy"
+    with pytest.raises(ValueError, match=refused.format(1)), stored_tensors(tmp_path, "state", "two"):
+        pass
+    shards(tmp_path, 2, save="two")
+    (tmp_path / "state-00002-of-00002.safetensors").write_bytes(kept)
+    with pytest.raises(ValueError, match=refused.format(2)):
+        read(tmp_path, "state")
+    shards(tmp_path, 3)
+    with pytest.raises(
+        ValueError, match=r"got state-\*-of-00002.safetensors and state-\*-of-00003.safetensors; delete"
+    ):
+        tensor_files(tmp_path, "state")
+    for file in tmp_path.glob("*-of-00002*"):
+        file.unlink()
+    write_tensors(tmp_path, "state", some(), save="two")
+    with pytest.raises(ValueError, match=r"got state.safetensors and state-\*-of-00003.safetensors; delete those of"):
+        read(tmp_path, "state")
+
+
+@pytest.mark.parametrize(
+    ("rows", "second", "message"),
+    [
+        ('{"x": [0, 4]', torch.zeros(2, 3), "the rows in the header of .*state-00002-of-00002.safetensors are damaged"),
+        ('{"x": 5}', torch.zeros(2, 3), "the rows in the header of .*state-00002-of-00002.safetensors are damaged"),
+        ("[2]", torch.zeros(2, 3), "the rows in the header of .*state-00002-of-00002.safetensors are damaged"),
+        ('{"x": [2, 4]}', torch.zeros(2, 2), r"x of .*00002.* must be of \[4, 3\] and F32 .*, got \[4, 2\] and F32"),
+        ('{"x": [2, 5]}', torch.zeros(2, 3), r"x of .*00002.* must be of \[4, 3\] and F32 .*, got \[5, 3\] and F32"),
+        ('{"x": [2, 4]}', torch.zeros(2, 3).double(), r"x of .*00002.* must be of .* F32 .*, got \[4, 3\] and F64"),
+        ('{"x": [1, 4]}', torch.zeros(2, 3), "must hold each row of x once, got rows 0 to 2, 1 to 3 of 4; copy"),
+    ],
+)
+def test_shards_that_do_not_fit_together_are_refused(tmp_path: Path, rows: str, second: Tensor, message: str) -> None:
+    first, other = (tmp_path / f"state-0000{n}-of-00002.safetensors" for n in (1, 2))
+    save_file({"x": torch.zeros(2, 3)}, first, metadata={"rows": '{"x": [0, 4]}'})
+    save_file({"x": second}, other, metadata={"rows": rows})
+    with pytest.raises(ValueError, match=message):
         read(tmp_path, "state")
 
 

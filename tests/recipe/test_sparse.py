@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 from rich.console import Console
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
@@ -374,6 +374,18 @@ def test_a_damaged_checkpoint_is_refused(tmp_path: Path, run: Run) -> None:
     with pytest.raises(ValueError, match="trained.safetensors is truncated or damaged"):
         load_trained(out, None, Console(file=io.StringIO()))
     file.write_bytes(whole)
+    held = load_file(file)
+    missing = sorted(held)[0]
+    save_file({name: x for name, x in held.items() if name != missing}, file)
+    with pytest.raises(ValueError, match=f"must hold all parameters that train, got none named {missing}; use"):
+        run(out, resume=True, steps=2)
+    state = out / "checkpoint" / "training_state.json"
+    was = state.read_text()
+    file.write_bytes(whole)
+    state.write_text(json.dumps(json.loads(was) | dict(save="another")))
+    with pytest.raises(ValueError, match="trained.safetensors must be of the save another, as its checkpoint, got"):
+        run(out, resume=True, steps=2)
+    state.write_text(was)
     with pytest.raises(ValueError, match="already holds a run; pass --resume"):
         run(out)
     record = json.loads((out / "run.json").read_text())

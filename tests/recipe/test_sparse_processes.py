@@ -489,35 +489,60 @@ def unable(*args):
     return function(*args)
 owner.{name} = unable
 """
-FULL = UNABLE.format(module="tensors", name="local", call=130, fault='raise OSError(28, "No space left on device")')
-ELSEWHERE = UNABLE.format(module="trained", name="unfinished_directory", call=2, fault='return Path("/nowhere")')
+OUT_OF_SPACE = 'raise OSError(28, "No space left on device")'
+FULL = UNABLE.format(module="tensors", name="local", call=130, fault=OUT_OF_SPACE)
+FULL_AT_THE_END = UNABLE.format(module="atomic", name="_sync_tree", call=2, fault=OUT_OF_SPACE)
+ELSEWHERE = UNABLE.format(module="trained", name="shared_directory", call=2, fault='args = [Path("/nowhere/run")]')
 
 
 @pytest.mark.parametrize(
-    ("code", "message"),
-    [(FULL, "No space left on device: '{out}/checkpoint'"), (ELSEWHERE, "use a shared disk")],
-    ids=["full disk", "no shared disk"],
+    ("unable", "code", "message"),
+    [
+        (1, FULL, "no space left while writing {out}/checkpoint; the unfinished copy was removed"),
+        (1, ELSEWHERE, "must be on a disk that all processes see"),
+        (0, FULL_AT_THE_END, "no space left while writing {out}/checkpoint; the unfinished copy was removed"),
+    ],
+    ids=["full disk", "no shared disk", "full disk at the end"],
 )
 @pytest.mark.slow
 def test_where_one_process_can_not_save_all_end_with_a_message_and_the_last_checkpoint_stays(
-    tmp_path: Path, start: Starter, code: str, message: str
+    tmp_path: Path, start: Starter, unable: int, code: str, message: str
 ) -> None:
     options: dict[str, Any] = dict(parallel=dict(fsdp=True), batch_size=2, steps=12)
     whole = start.train(tmp_path / "whole", 2, **options)
     out = tmp_path / "run"
-    started = start(out, 2, codes=["", code], **options)
+    started = start(out, 2, codes=[code if rank == unable else "" for rank in range(2)], **options)
     for process in started:
         process.join(HANG)
-    assert [process.exitcode for process in started] == [2, 1]
-    assert "sparse: process 1 could not save; see its message" in Path(f"{out}.0").read_text()
-    assert message.format(out=out) in Path(f"{out}.1").read_text()
+    assert [process.exitcode for process in started] == [1 if rank == unable else 2 for rank in range(2)]
+    said = Path(f"{out}.{1 - unable}").read_text()
+    assert f"sparse: process {unable} could not save; see its message, in its output; the checkpoint in {out}" in said
+    assert "checkpoint is intact: start again with --resume when it can" in said
+    assert message.format(out=out) in Path(f"{out}.{unable}").read_text()
     assert sorted(path.name for path in out.iterdir()) == ["checkpoint", "metrics.jsonl", "run.json"]
-    assert json.loads((out / "checkpoint" / "training_state.json").read_text()) == {"step": 8}
+    assert json.loads((out / "checkpoint" / "training_state.json").read_text())["step"] == 8
     start.train(out, 2, **options)
     assert_same_bits(whole, out)
     handle, _, _ = load_trained(out, None, Console(file=io.StringIO()))  # as evaluate and export do
     own = dict(handle.model.named_parameters())
     assert all(torch.equal(own[name].double(), x) for name, x in tensors(out / "checkpoint", "trained").items())
+
+
+UNSEEN = """
+from pathlib import Path
+from flash_indexer.recipe import sparse_loop
+sparse_loop.readable_directory = lambda path: Path("/nowhere")
+"""
+
+
+@pytest.mark.slow
+def test_a_checkpoint_that_one_process_does_not_see_is_refused_by_all(tmp_path: Path, start: Starter) -> None:
+    options: dict[str, Any] = dict(parallel=dict(timeout=20.0), batch_size=2, steps=4)
+    out = start.train(tmp_path / "run", 2, **options)
+    start.runs.finish(start(out, 2, codes=["", UNSEEN], **options), exitcode=2)
+    for rank in range(2):
+        said = Path(f"{out}.{rank}").read_text()
+        assert f"sparse: --out must be one folder that all processes see, got {out}, where process 1" in said
 
 
 @pytest.mark.parametrize(

@@ -68,12 +68,7 @@ def atomic_directory(path: str | os.PathLike[str]) -> Iterator[Path]:
         shutil.rmtree(new, ignore_errors=True)
         if old.exists() and not target.exists():
             os.rename(old, target)
-        if (number := _full_disk(error)) is not None:
-            raise OSError(
-                number,
-                f"{_FULL[number]} while writing {target}; the unfinished copy was removed and an earlier one "
-                "there, if any, is untouched; free some space or choose a path on another disk",
-            ) from error
+        _name_full_disk(error, target)
         raise
     shutil.rmtree(old, ignore_errors=True)
 
@@ -93,9 +88,28 @@ def named_errors(path: Path) -> Iterator[None]:
         raise OSError(error.errno, error.strerror, str(path)) from error
 
 
-def unfinished_directory(path: str | os.PathLike[str]) -> Path:
-    """The folder that another process's `atomic_directory` of the same path has yielded, while its block runs."""
-    return _siblings(path)[1]
+@contextmanager
+def shared_directory(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """Yields the folder that another process's `atomic_directory` of the same path has yielded, and still holds.
+
+    Raises:
+        FileNotFoundError: this process doesn't see it, or it was taken away meanwhile. OSError: as `atomic_directory`.
+    """
+    target, new, _ = _siblings(path)
+    try:
+        if not new.is_dir():
+            raise FileNotFoundError(errno.ENOENT, "No such folder", str(new))
+        yield new
+    except FileNotFoundError as error:
+        raise FileNotFoundError(
+            f"shared_directory: {target} must be on a disk that all processes see, and all must have written their "
+            f"part of it within --timeout; this one does not find {error.filename or new}: the process that made it "
+            "is on another disk, or took it away when it had waited for too long; use a shared disk or a longer "
+            "--timeout"
+        ) from error
+    except BaseException as error:
+        _name_full_disk(error, target)
+        raise
 
 
 def readable_directory(path: str | os.PathLike[str]) -> Path:
@@ -141,6 +155,16 @@ def _sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def _name_full_disk(error: BaseException, target: Path) -> None:
+    """Raises OSError where `error` came of a full disk."""
+    if (number := _full_disk(error)) is not None:
+        raise OSError(
+            number,
+            f"{_FULL[number]} while writing {target}; the unfinished copy was removed and an earlier one "
+            "there, if any, is untouched; free some space or choose a path on another disk",
+        ) from error
 
 
 def _full_disk(error: BaseException) -> int | None:

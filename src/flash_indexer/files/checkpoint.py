@@ -78,9 +78,23 @@ def read_step(folder: Path) -> int:
                 f"load_checkpoint: {folder / name} is missing: no training checkpoint; start a new run elsewhere"
             )
     try:
-        return int(json.loads((folder / STATE_FILE).read_text(encoding="utf-8"))["step"])
+        return int(_state(folder)["step"])
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"load_checkpoint: {folder / STATE_FILE} is damaged ({error!r}); start a new run") from error
+
+
+def read_save(folder: Path) -> str | None:
+    """What tells the checkpoint's files from those of others; None where the checkpoint does not say."""
+    save: str | None = _state(folder).get("save") if (folder / STATE_FILE).is_file() else None
+    return save
+
+
+def _state(folder: Path) -> dict[str, Any]:
+    """Raises ValueError where the file is damaged."""
+    state = json.loads((folder / STATE_FILE).read_text(encoding="utf-8"))
+    if not isinstance(state, dict):
+        raise ValueError(f"load_checkpoint: {folder / STATE_FILE} must hold a JSON object, got {state!r}")
+    return state
 
 
 def load_optimizer(folder: Path, optimizer: torch.optim.Optimizer) -> None:
@@ -91,7 +105,7 @@ def load_optimizer(folder: Path, optimizer: torch.optim.Optimizer) -> None:
     """
     state: dict[int, dict[str, Tensor]] = {}
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    with stored_tensors(folder, OPTIMIZER) as stored:
+    with stored_tensors(folder, OPTIMIZER, read_save(folder)) as stored:
         for key, shape in stored.shapes.items():
             index, name = key.split(".", 1)
             if int(index) >= len(parameters):
@@ -100,8 +114,9 @@ def load_optimizer(folder: Path, optimizer: torch.optim.Optimizer) -> None:
                     f"some of number {index}; start a new run"
                 )
             own = parameters[int(index)]
-            value = shared_out(stored.part(key, own), own) if shape == own.shape else stored.whole(key)
-            state.setdefault(int(index), {})[name] = value
+            is_cut = shape == own.shape
+            value = (stored.part(key, own) if is_cut else stored.whole(key)).clone()  # no view of the file
+            state.setdefault(int(index), {})[name] = shared_out(value, own) if is_cut else value
     groups = optimizer.state_dict()["param_groups"]
     optimizer.load_state_dict({"state": state, "param_groups": groups})
 

@@ -4,9 +4,10 @@
     STEM-00001-of-00008.safetensors    what the first of 8 processes holds: its rows of the tensors that FSDP2 shares
                                        out, and the other tensors whole, which the other 7 files leave out
 
-A tensor that FSDP2 shares out is a DTensor, cut along its first dimension. The header of a file says which rows it
-holds, {name: [first row, rows of the whole tensor]} as JSON in the metadata's `rows`. Who reads takes the rows that it
-needs from the files that hold them, however many processes wrote them.
+A tensor that FSDP2 shares out is a DTensor, cut along its first dimension. The metadata in a file's header says which
+rows it holds (`rows`: {name: [first row, rows of the whole tensor]} as JSON) and which save it belongs to (`save`, the
+same in all its files). Who reads takes the rows that it needs from the files that hold them, however many processes
+wrote them.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from torch.distributed.tensor import DTensor
 DTYPES = {torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 """What a safetensors file calls them."""
 _SHARD = re.compile(r"-(\d{5})-of-(\d{5})\.safetensors")
-_ROWS = "rows"  # in a header's metadata
+_ROWS, _SAVE = "rows", "save"  # in a header's metadata
 
 
 class Shard(NamedTuple):
@@ -38,11 +39,14 @@ class Shard(NamedTuple):
     world: int
 
 
-def write_tensors(folder: Path, stem: str, tensors: Mapping[str, Tensor], shard: Shard | None = None) -> None:
+def write_tensors(
+    folder: Path, stem: str, tensors: Mapping[str, Tensor], shard: Shard | None = None, *, save: str | None = None
+) -> None:
     """Writes a safetensors file: the length of a JSON header in 8 bytes, the header, and the tensors' bytes by name.
 
     Args:
         shard: where FSDP2 shares tensors out: every process writes a file of its own, and calls with the same names.
+        save: what tells this save from others, the same for all its files.
 
     Raises:
         ValueError: a dtype that no checkpoint of ours has.
@@ -60,8 +64,9 @@ def write_tensors(folder: Path, stem: str, tensors: Mapping[str, Tensor], shard:
         parts[name] = part = local(x)
         begin, end = end, end + math.prod(part.shape) * part.element_size()
         header[name] = dict(dtype=DTYPES[x.dtype], shape=list(part.shape), data_offsets=[begin, end])
-    if rows:
-        header["__metadata__"] = {_ROWS: json.dumps(rows)}
+    metadata = ({_ROWS: json.dumps(rows)} if rows else {}) | ({} if save is None else {_SAVE: save})
+    if metadata:
+        header["__metadata__"] = metadata
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
     with (folder / _file_name(stem, shard)).open("wb") as target:
@@ -76,50 +81,64 @@ def tensor_files(folder: Path, stem: str) -> list[Path]:
     """The file of whole tensors, or those of all shards in their order; empty where there is none.
 
     Raises:
-        FileNotFoundError: the file of a shard is missing.
+        FileNotFoundError: the file of a shard is missing. ValueError: there are files of more than one save.
     """
-    if (file := folder / _file_name(stem, None)).is_file():
-        return [file]
-    found = {
+    shards = {
         Shard(int(match[1]) - 1, int(match[2])): file
         for file in folder.glob(f"{stem}-*.safetensors")
         if (match := _SHARD.fullmatch(file.name.removeprefix(stem)))
     }
-    world = max((shard.world for shard in found), default=0)
-    wanted = [Shard(rank, world) for rank in range(world)]
-    if missing := [_file_name(stem, shard) for shard in wanted if shard not in found]:
-        raise FileNotFoundError(
-            f"tensor_files: {folder} must hold a file of each of {world} processes, got none named {missing[0]}; copy "
-            "the whole checkpoint"
+    file, worlds = folder / _file_name(stem, None), sorted({shard.world for shard in shards})
+    kinds = [file.name] * file.is_file() + [f"{stem}-*-of-{world:05}.safetensors" for world in worlds]
+    if len(kinds) > 1:
+        raise ValueError(
+            f"tensor_files: {folder} must hold the files of one save, got {' and '.join(kinds)}; delete those of the "
+            "earlier save, or copy the whole checkpoint into an empty folder"
         )
-    return [found[shard] for shard in wanted]
+    if not worlds:
+        return [file] if kinds else []
+    wanted = [Shard(rank, worlds[0]) for rank in range(worlds[0])]
+    if missing := [_file_name(stem, shard) for shard in wanted if shard not in shards]:
+        raise FileNotFoundError(
+            f"tensor_files: {folder} must hold a file of each of {worlds[0]} processes, got none named {missing[0]}; "
+            "copy the whole checkpoint"
+        )
+    return [shards[shard] for shard in wanted]
 
 
 class StoredTensors:
     """The tensors of open files that `write_tensors` wrote, by name.
 
     Raises:
-        ValueError: the files together don't hold each row once.
+        ValueError: a header is damaged, the files are of several saves, or together don't hold each row once.
     """
 
-    def __init__(self, files: list[Any]) -> None:
+    def __init__(self, files: Mapping[Path, Any], save: str | None = None) -> None:
         self._parts: dict[str, list[tuple[int, int, Any]]] = {}  # first row, rows, and the file that holds them
         self.shapes: dict[str, torch.Size] = {}
-        for file in files:
-            rows = json.loads((file.metadata() or {}).get(_ROWS, "{}"))
-            for name in file.keys():  # noqa: SIM118, no dict
-                shape = list(file.get_slice(name).get_shape())
-                first, whole = rows.get(name, [0, shape[0] if shape else 0])
+        kinds: dict[str, tuple[list[int], str]] = {}
+        for path, file in files.items():
+            metadata = file.metadata() or {}
+            if save is not None and metadata.get(_SAVE, save) != save:
+                raise ValueError(_again(f"{path} must be of the save {save}, as its checkpoint, got {metadata[_SAVE]}"))
+            save = metadata.get(_SAVE, save)
+            for name, (first, whole, x) in _contents(path, file, metadata.get(_ROWS, "{}")).items():
+                shape = list(x.get_shape())
+                size, kind = torch.Size([whole, *shape[1:]] if shape else []), (shape[1:], x.get_dtype())
+                if self.shapes.setdefault(name, size) != size or kinds.setdefault(name, kind) != kind:
+                    raise ValueError(
+                        _again(f"{name} of {path} must be of {list(self.shapes[name])} and {kinds[name][1]} as in the "
+                               f"other files, got {list(size)} and {kind[1]}")
+                    )  # fmt: skip
                 self._parts.setdefault(name, []).append((first, shape[0] if shape else 0, file))
-                self.shapes[name] = torch.Size([whole, *shape[1:]] if shape else [])
         for name, size in self.shapes.items():
             own = sorted(self._parts[name], key=lambda part: part[:2])
             ends = [0, *(first + rows for first, rows, _ in own)]
             if [first for first, _, _ in own] != ends[:-1] or ends[-1] != (size or [0])[0]:
                 spans = ", ".join(f"{first} to {first + rows}" for first, rows, _ in own)
+                where = next(iter(files)).parent
                 raise ValueError(
-                    f"stored_tensors: the files must hold each row of {name} once, got rows {spans} of {size[0]}; "
-                    "copy the whole checkpoint again or use an earlier one"
+                    _again(f"the files in {where} must hold each row of {name} once, got rows {spans} of {size[0]}")
                 )
 
     def whole(self, name: str) -> Tensor:
@@ -141,24 +160,38 @@ class StoredTensors:
         return self.rows(name, *own_rows(like)) if isinstance(like, DTensor) else self.whole(name)
 
 
+def _contents(path: Path, file: Any, rows: str) -> dict[str, tuple[int, int, Any]]:
+    """Of each tensor in a file: its first row, the rows of the whole tensor, and its slice."""
+    slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118, no dict
+    try:
+        cut = {name: (int(first), int(whole)) for name, (first, whole) in json.loads(rows).items()}
+    except (ValueError, TypeError, AttributeError) as error:
+        raise ValueError(_again(f"the rows in the header of {path} are damaged ({error!r})")) from error
+    return {name: (*cut.get(name, (0, (x.get_shape() or [0])[0])), x) for name, x in slices.items()}
+
+
+def _again(fault: str) -> str:
+    return f"stored_tensors: {fault}; copy the whole checkpoint again or use an earlier one"
+
+
 @contextmanager
-def stored_tensors(folder: Path, stem: str) -> Iterator[StoredTensors]:
+def stored_tensors(folder: Path, stem: str, save: str | None = None) -> Iterator[StoredTensors]:
     """What `write_tensors` wrote, in one file or in shards; no tensor is read yet.
 
+    Args:
+        save: that the files must belong to, where they say so; None: to one, whichever.
+
     Raises:
-        ValueError: a file is truncated or damaged, or StoredTensors'. FileNotFoundError: tensor_files'.
+        ValueError: a file is truncated or damaged, StoredTensors' or tensor_files'. FileNotFoundError: tensor_files'.
     """
     with ExitStack() as held:
-        files = []
+        files = {}
         for file in tensor_files(folder, stem):
             try:
-                files.append(held.enter_context(safe_open(file, framework="pt")))
-            except SafetensorError as error:
-                raise ValueError(
-                    f"stored_tensors: {file} is truncated or damaged ({error}); copy it again or use an earlier "
-                    "checkpoint"
-                ) from error
-        yield StoredTensors(files)
+                files[file] = held.enter_context(safe_open(file, framework="pt"))
+            except (SafetensorError, OSError) as error:
+                raise ValueError(_again(f"{file} is truncated or damaged ({error})")) from error
+        yield StoredTensors(files, save)
 
 
 def own_rows(x: DTensor) -> tuple[int, int]:

@@ -16,8 +16,9 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from contextlib import AbstractContextManager, ExitStack, nullcontext
+from hashlib import file_digest
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,9 +26,16 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from flash_indexer.files.atomic import atomic_directory, named_errors, readable_directory, unfinished_directory
-from flash_indexer.files.checkpoint import OPTIMIZER, STATE_FILE, load_optimizer, optimizer_moments, read_step
-from flash_indexer.files.native import check_replaceable, load_native, read_native, write_native
+from flash_indexer.files.atomic import atomic_directory, readable_directory, shared_directory
+from flash_indexer.files.checkpoint import (
+    OPTIMIZER,
+    STATE_FILE,
+    load_optimizer,
+    optimizer_moments,
+    read_save,
+    read_step,
+)
+from flash_indexer.files.native import WEIGHTS_FILE, check_replaceable, load_native, read_native, write_native
 from flash_indexer.files.tensors import Shard, local, stored_tensors, tensor_files, write_tensors
 from flash_indexer.models.adapters import add_adapters, merge_adapters
 from flash_indexer.models.load import load_model, model_fingerprint, without_bars
@@ -71,7 +79,7 @@ def save_trained(
         sharing: where FSDP2 shares the parameters out: all processes call, and each writes its shards.
 
     Raises:
-        OSError: as `atomic_directory` does. FileNotFoundError: the processes don't all see one folder.
+        OSError: as `atomic_directory` and `shared_directory` do; and what `sharing` raises where another process does.
     """
     shard, together = sharing or Sharing(Shard(0, 1), nullcontext)
     with ExitStack() as unfinished:
@@ -80,17 +88,15 @@ def save_trained(
                 folder = unfinished.enter_context(atomic_directory(path))
                 write_native(handle, folder, base_name=base[0], base_fingerprint=base[1])
                 write_sparse_config(folder, SparseConfig(handle.topk, lora))
-                (folder / STATE_FILE).write_text(json.dumps({"step": step}) + "\n", encoding="utf-8")
-        with together(), named_errors(Path(path)):
-            folder = unfinished_directory(path)
-            if not folder.is_dir():
-                raise FileNotFoundError(
-                    f"save_trained: path must be in one folder that all processes see, got {path}, where process "
-                    f"{shard.rank} does not find what process 0 has made; use a shared disk"
-                )
-            of_all = None if sharing is None else shard
-            write_tensors(folder, TRAINED, trainable(handle.model, handle.indexers), of_all)
-            write_tensors(folder, OPTIMIZER, optimizer_moments(optimizer), of_all)
+                with (folder / WEIGHTS_FILE).open("rb") as file:
+                    state = {"step": step, "save": file_digest(file, "sha256").hexdigest()[:16]}
+                (folder / STATE_FILE).write_text(json.dumps(state) + "\n", encoding="utf-8")
+        with together(), shared_directory(path) as folder:
+            save, of_all = read_save(folder), None if sharing is None else shard
+            write_tensors(folder, TRAINED, trainable(handle.model, handle.indexers), of_all, save=save)
+            write_tensors(folder, OPTIMIZER, optimizer_moments(optimizer), of_all, save=save)
+        with together():
+            unfinished.close()
 
 
 def load_trained_checkpoint(
@@ -104,23 +110,33 @@ def load_trained_checkpoint(
     folder = readable_directory(path)
     step = read_step(folder)
     load_native(handle, folder)
-    load_trained_parameters(folder, handle.model)
+    load_trained_parameters(folder, handle.model, trainable(handle.model, handle.indexers))
     load_optimizer(folder, optimizer)
     return step
 
 
-def load_trained_parameters(folder: Path, model: nn.Module) -> None:
-    """Copies the parameters of trained.safetensors into those of the same names.
+def load_trained_parameters(folder: Path, model: nn.Module, wanted: Collection[str] = ()) -> None:
+    """Copies the parameters of trained.safetensors, or of its shards, into those of the same names.
+
+    Args:
+        wanted: names that must be among them.
 
     Raises:
-        FileNotFoundError: there is no such file. ValueError: it is damaged, or its names or shapes are not the model's.
+        FileNotFoundError: there is no such file, or not of every shard. ValueError: one is damaged or of another save
+            than the checkpoint, names or shapes are not the model's, or a name that is wanted is missing.
     """
     if not tensor_files(folder, TRAINED):
         raise FileNotFoundError(
-            f"load_trained_parameters: {folder} must hold {TRAINED}.safetensors; copy the whole checkpoint"
+            f"load_trained_parameters: {folder} must hold {TRAINED}.safetensors or shards of it, got neither; copy the "
+            "whole checkpoint"
         )
     own = dict(model.named_parameters())
-    with stored_tensors(folder, TRAINED) as stored:
+    with stored_tensors(folder, TRAINED, read_save(folder)) as stored:
+        if missing := sorted(set(wanted) - stored.shapes.keys()):
+            raise ValueError(
+                f"load_trained_parameters: {TRAINED} in {folder} must hold all parameters that train, got none named "
+                f"{missing[0]}; use an earlier checkpoint"
+            )
         for name, shape in stored.shapes.items():
             _check_trained(name, shape, own.get(name), folder)
         for name in stored.shapes:

@@ -111,11 +111,11 @@ class Processes:
             )
 
     @contextmanager
-    def refusing_together(self, what: str = "begin") -> Iterator[None]:
+    def refusing_together(self, what: str = "begin", checkpoint: Path | None = None) -> Iterator[None]:
         """What is refused in one process ends all, each with a message. The block itself must not communicate.
 
         Args:
-            what: the processes do in the block.
+            what: the processes do in the block. checkpoint: of the run, whose state is said.
 
         Raises:
             ValueError: in the processes whose own block ended well; names one whose block didn't.
@@ -128,9 +128,10 @@ class Processes:
             raise
         refusals = self._all(0)
         if refusals.any():
+            then = "" if checkpoint is None else f"; {saved_state(checkpoint)}: start again with --resume when it can"
             raise ValueError(
                 f"{self.settings.command}: process {int(refusals.nonzero()[0])} could not {what}; see its message, in "
-                "its output"
+                f"its output{then}"
             )
 
     def _all(self, own: int) -> Tensor:

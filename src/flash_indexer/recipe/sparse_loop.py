@@ -76,8 +76,8 @@ class SparseLoop:
             groups.append(dict(params=own, lr=self.settings.lr, eps=MODEL_EPS))
         optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
         done = 0
-        if readable_directory(self.out / CHECKPOINT).exists():
-            with self.processes.refusing_together():
+        with self.processes.refusing_together():
+            if readable_directory(self.out / CHECKPOINT).exists():
                 done = load_trained_checkpoint(self.out / CHECKPOINT, self.handle, optimizer)
         self.processes.agree(self.out, done)
         return optimizer, done
@@ -228,7 +228,8 @@ class SparseLoop:
         """In the main process; of a sharded model in all, each its shards."""
         processes, sharing = self.processes, None
         if processes.shards:
-            sharing = Sharing(Shard(processes.rank, processes.count), partial(processes.refusing_together, "save"))
+            together = partial(processes.refusing_together, "save", checkpoint=self.out / CHECKPOINT)
+            sharing = Sharing(Shard(processes.rank, processes.count), together)
         if processes.is_main or sharing is not None:
             save_trained(
                 self.out / CHECKPOINT, self.handle, optimizer, step, lora=self.settings.lora, base=self.base,
