@@ -3,12 +3,15 @@
     python benchmarks/handover.py
 
     warm-up       the model of costs.py, on as many GPUs; where they are more than a step's sequences these are shared
-    sparse stage  hours = steps · sequences · (layers · measured step of one · 4/3 + flops that it lacks / rate) / GPUs
+    sparse stage  hours = steps · forwards · (sequence / cp + exchange)
+                  sequence = layers · measured step of one · 4/3 + flops that it lacks / rate
+                  exchange = 12 bytes · parameters · (GPUs - 1) / GPUs / rate of a collective
 
 Of the sparse stage `bench_sparse_step.py` measures forward, backward and AdamW of layers with all their parts (GQA), or
 with attention and its projections alone (MLA). --activation-checkpointing adds a forward, a third of the step. What the
 measured layers lack is counted: the output layer, 6 flops a parameter and token, and of MLA's experts 8, the forward
-that is run again included. What GPUs exchange is left out, and that 64 GPUs share the state of AdamW.
+that is run again included. FSDP2 gathers float32 parameters forwards and backwards and sums their gradients, at the
+rate that two GPUs were measured at, none of it hidden. That 64 GPUs share the state of AdamW is left out.
 """
 
 from __future__ import annotations
@@ -16,7 +19,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import NamedTuple
 
-from costs import CARD, MODELS, Plan, Rates, cost, in_hours, measured
+from costs import CARD, MODELS, Model, Plan, Rates, cost, in_hours, measured
 from report import RESULTS, ROOT, Record, lines_of, rewrite, table
 
 PAGE = ROOT / "docs" / "handover.md"
@@ -25,6 +28,22 @@ GPUS = (1, 8, 64)
 STEPS, WARM_UP_SEQUENCES = 1000, 16
 AGAIN = 4 / 3
 STATE = 16  # bytes of a parameter that trains
+EXCHANGED = 12  # bytes of a parameter that FSDP2 receives for a forward and its backward
+
+
+def glm_lite() -> Model:
+    """GLM-4.7-Flash, which the commands take: MLA of 20 heads; in 46 of 47 layers 64 experts, 4 and 1 to a token.
+
+    Its layers are given the rates of DeepSeek-V3.2's expanded attention.
+    """
+    hidden, H, query, latent, rope, nope, V = 2048, 20, 768, 512, 64, 192, 256
+    attention = hidden * query + query * H * (nope + rope) + hidden * (latent + rope) + latent * H * (nope + V)
+    attention += H * V * hidden
+    dense, expert = 3 * hidden * 10240, 3 * hidden * 1536
+    experts = (46, 65 * expert + 64 * hidden, 5 * expert + 64 * hidden)
+    return Model("GLM-4.7-Flash (30B, MLA)", hidden, H, H, nope + rope, V, 64, 128, attention,
+                 ((1, dense, dense), experts), 4 * (2 * hidden + 3 * 1536), 2 * 154880, query,
+                 "v32_expanded")  # fmt: skip
 
 
 class Sparse(NamedTuple):
@@ -34,6 +53,7 @@ class Sparse(NamedTuple):
     record: str
     measured_layers: int
     layers: int
+    hidden: int
     parameters: float
     output: float
     """Parameters of the output layer."""
@@ -46,11 +66,13 @@ def sparse_models() -> tuple[Sparse, Sparse]:
     """Qwen3-8B, and DeepSeek-V3 with its 58 layers of experts, of which a token passes 9, and 3 dense ones."""
     large, hidden = MODELS["671b"], 4096
     attention, mlp, vocabulary = hidden * 128 * (2 * 32 + 2 * 8), 3 * hidden * 12288, 151936
-    small = Sparse("Qwen3-8B's sizes", "gqa", 4, 36, 36 * (attention + mlp) + 2 * vocabulary * hidden,
+    small = Sparse("Qwen3-8B's sizes", "gqa", 4, 36, hidden, 36 * (attention + mlp) + 2 * vocabulary * hidden,
                    vocabulary * hidden, 0.0, 32)  # fmt: skip
     experts = sum(layers * active for layers, _, active in large.mlps)
     half = large.tables // 2 * large.hidden
-    return small, Sparse("DeepSeek-V3's sizes", "mla", 1, large.layers, large.parameters, half, experts, 32)
+    return small, Sparse(
+        "DeepSeek-V3's sizes", "mla", 1, large.layers, large.hidden, large.parameters, half, experts, 32
+    )
 
 
 def newest(model: str, results: Path) -> Record:
@@ -66,27 +88,33 @@ def seconds(model: Sparse, record: Record, rates: Rates) -> float:
     return model.layers * layer * AGAIN + lacking / rates.product
 
 
-def warm_up_row(name: str, tokens: int, fsdp: bool, rates: Rates) -> list[str]:
-    model = MODELS[name]
-    cells, memory = [], 0.0
-    for gpus in GPUS:
-        plan = Plan(tokens, gpus, max(1, gpus // WARM_UP_SEQUENCES), fsdp and gpus > 1)
-        found = cost(model, plan, rates)
-        cells.append(fitting(found.hours, found.gigabytes))
-        memory = found.gigabytes if gpus == 8 else memory
+def step_hours(model: Sparse, record: Record, rates: Rates, gpus: int) -> float:
+    """Of one optimizer step: each GPU takes a sequence, or its part of one, at a time."""
+    cp = max(1, gpus // model.sequences)
+    exchange = EXCHANGED * model.parameters * (gpus - 1) / gpus / rates.links
+    return model.sequences * cp / gpus * (seconds(model, record, rates) / cp + exchange) / 3600
+
+
+def warm_up_row(model: Model, tokens: int, fsdp: bool, rates: Rates) -> list[str]:
+    plans = [Plan(tokens, gpus, max(1, gpus // WARM_UP_SEQUENCES), fsdp and gpus > 1) for gpus in GPUS]
+    found = [cost(model, plan, rates) for plan in plans]
     total = STEPS * WARM_UP_SEQUENCES * tokens
-    return [f"warm-up, {model.title}", f"{tokens // 1024}K", f"{total / 1e9:.2f}B", *cells, f"{memory:,.0f} GB",
+    return [f"warm-up, {model.title}", f"{tokens // 1024}K", f"{total / 1e9:.2f}B",
+            *(fitting(each.hours, each.gigabytes) for each in found),
+            f"{' / '.join(f'{each.gigabytes:,.0f}' for each in found)} GB",
             f"{2 * model.parameters / 1e9:,.0f} GB"]  # fmt: skip
 
 
 def sparse_row(model: Sparse, results: Path, rates: Rates) -> list[str]:
     record = newest(model.record, results)
-    each, sequences = seconds(model, record, rates), STEPS * model.sequences
-    states = [STATE * model.parameters / gpus / 1e9 for gpus in GPUS]
-    hours = [fitting(sequences * each / gpus / 3600, state) for gpus, state in zip(GPUS, states, strict=True)]
     length = record["length"]
-    return [f"sparse stage, {model.title}", f"{length // 1024}K", f"{sequences * length / 1e9:.2f}B", *hours,
-            f"{states[1]:,.0f} GB and activations", f"{4 * model.parameters / 1e9:,.0f} GB"]  # fmt: skip
+    inputs = [4 * model.hidden * model.layers * length / max(1, gpus // model.sequences) for gpus in GPUS]
+    held = [(STATE * model.parameters / gpus + kept) / 1e9 for gpus, kept in zip(GPUS, inputs, strict=True)]
+    hours = [fitting(STEPS * step_hours(model, record, rates, gpus), memory)
+             for gpus, memory in zip(GPUS, held, strict=True)]  # fmt: skip
+    return [f"sparse stage, {model.title}", f"{length // 1024}K", f"{STEPS * model.sequences * length / 1e9:.2f}B",
+            *hours, f"{' / '.join(f'{memory:,.0f}' for memory in held)} GB and a layer's own",
+            f"{4 * model.parameters / 1e9:,.0f} GB"]  # fmt: skip
 
 
 def fitting(hours: float, gigabytes: float) -> str:
@@ -96,18 +124,20 @@ def fitting(hours: float, gigabytes: float) -> str:
 
 def section(results: Path = RESULTS) -> str:
     rates = measured(results)
-    rows = [warm_up_row("8b", 32768, False, rates), warm_up_row("671b", 32768, True, rates)]
+    warmed = ((MODELS["8b"], False), (glm_lite(), True), (MODELS["671b"], True))
+    rows = [warm_up_row(model, 32768, fsdp, rates) for model, fsdp in warmed]
     small, large = sparse_models()
     rows += [sparse_row(model, results, rates) for model in (small, large)]
     steps = [newest(model.record, results) for model in (small, large)]
     cards = sorted({record["gpu"] for record in (*steps, *rates.kernels.values())})
     measured_steps = [f"{record['sparse']['ms']['p50']:,.0f} ms" for record in steps]
     dense = [f"{record['dense'][record['fastest']]['ms']['p50']:,.0f} ms" for record in steps]
-    titles = "stage | sequence | tokens | 1 GPU | 8 GPUs | 64 GPUs | memory of one of 8 | CPU memory a process"
+    titles = "stage | sequence | tokens | 1 GPU | 8 GPUs | 64 GPUs | memory of one of 1 / 8 / 64 | CPU memory a process"
     return "\n".join([
         f"{STEPS:,} steps of 16 sequences of the warm-up and of 32 of the sparse stage; nothing of this size was run.",
         f"Rates and steps of one {' or '.join(cards)}; in brackets where a GPU would need more than {CARD} GB for",
-        "weights and AdamW's state.",
+        "weights, AdamW's state and, of the sparse stage, the inputs of all layers in float32, which",
+        f"--activation-checkpointing keeps. Exchange at {rates.links / 1e9:.0f} GB/s a GPU.",
         "",
         *table(titles, rows),
         "",

@@ -19,16 +19,21 @@ def handover(scripts: Path) -> ModuleType:
 
 
 def test_a_sequence_takes_its_layers_a_forward_more_and_what_they_lack(handover: ModuleType) -> None:
-    model = handover.Sparse("tiny", "gqa", 2, 6, 1e6, 1e5, 1e4, 32)
+    model = handover.Sparse("tiny", "gqa", 2, 6, 64, 1e6, 1e5, 1e4, 32)
     record = {"length": 1000, "sparse": {"ms": {"p50": 400.0}}}
-    rates = type("Rates", (), {"product": 1e9})
-    assert handover.seconds(model, record, rates) == pytest.approx(6 * 0.2 * 4 / 3 + 1000 * (6e5 + 8e4) / 1e9)
+    rates = type("Rates", (), {"product": 1e9, "links": 1e7})
+    each = 6 * 0.2 * 4 / 3 + 1000 * (6e5 + 8e4) / 1e9
+    assert handover.seconds(model, record, rates) == pytest.approx(each)
+    assert handover.step_hours(model, record, rates, 1) == pytest.approx(32 * each / 3600)
+    assert handover.step_hours(model, record, rates, 8) == pytest.approx(4 * (each + 1.2 * 7 / 8) / 3600)
+    assert handover.step_hours(model, record, rates, 64) == pytest.approx((each / 2 + 1.2 * 63 / 64) / 3600)
 
 
 def test_the_models_are_the_published_ones(handover: ModuleType) -> None:
     small, large = handover.sparse_models()
     assert small.parameters == pytest.approx(8.19e9, rel=0.01) and large.parameters == pytest.approx(671e9, rel=0.01)
     assert large.experts == pytest.approx(24.4e9, rel=0.02)
+    assert handover.glm_lite().parameters == pytest.approx(29.9e9, rel=0.02)
 
 
 def test_what_does_not_fit_is_in_brackets(handover: ModuleType) -> None:
