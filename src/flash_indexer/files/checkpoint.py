@@ -80,21 +80,28 @@ def read_step(folder: Path) -> int:
     try:
         return int(_state(folder)["step"])
     except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"load_checkpoint: {folder / STATE_FILE} is damaged ({error!r}); start a new run") from error
+        raise _damaged(folder, error) from error
 
 
 def read_save(folder: Path) -> str | None:
-    """What tells the checkpoint's files from those of others; None where the checkpoint does not say."""
-    save: str | None = _state(folder).get("save") if (folder / STATE_FILE).is_file() else None
+    """What tells the checkpoint's files from those of others; None where the checkpoint does not say.
+
+    Raises:
+        ValueError: training_state.json is damaged.
+    """
+    try:
+        save: str | None = _state(folder).get("save") if (folder / STATE_FILE).is_file() else None
+    except (ValueError, AttributeError) as error:
+        raise _damaged(folder, error) from error
     return save
 
 
-def _state(folder: Path) -> dict[str, Any]:
-    """Raises ValueError where the file is damaged."""
-    state = json.loads((folder / STATE_FILE).read_text(encoding="utf-8"))
-    if not isinstance(state, dict):
-        raise ValueError(f"load_checkpoint: {folder / STATE_FILE} must hold a JSON object, got {state!r}")
-    return state
+def _state(folder: Path) -> Any:
+    return json.loads((folder / STATE_FILE).read_text(encoding="utf-8"))
+
+
+def _damaged(folder: Path, error: Exception) -> ValueError:
+    return ValueError(f"load_checkpoint: {folder / STATE_FILE} is damaged ({error!r}); start a new run")
 
 
 def load_optimizer(folder: Path, optimizer: torch.optim.Optimizer) -> None:

@@ -217,9 +217,12 @@ def _tie_sums(scores: Tensor, key_start: Tensor, key_end: Tensor, ks: Sequence[i
     for k in ks:
         more = key_end - key_start > k
         tied = more & (values[:, k - 1] == values[:, k])
-        ours = top_keys(scores[tied], key_start[tied], key_end[tied], k).indices.long().sort().values
-        theirs = scores[tied].topk(k).indices.sort().values
-        table.append(torch.stack([more.sum(), tied.sum(), (ours != theirs).any(-1).sum()]))
+        otherwise = torch.zeros_like(more.sum())
+        if bool(tied.any()):
+            ours = top_keys(scores[tied], key_start[tied], key_end[tied], k).indices.long().sort().values
+            theirs = scores[tied].topk(k).indices.sort().values
+            otherwise = (ours != theirs).any(-1).sum()
+        table.append(torch.stack([more.sum(), tied.sum(), otherwise]))
     return torch.stack(table).double()
 
 
