@@ -96,17 +96,13 @@ WAYS: Ways = {
     "cp and fsdp": (dict(cp=2, fsdp=True), TOGETHER | dict(activation_checkpointing=True)),
     "tp": (dict(tp=2), TOGETHER),
 }
-LORA, INDEXERS = dict(lora=4), dict(indexers_alone=True)
-EXACT_ALONE: Ways = {
-    "exact": ({}, ONE_BY_ONE), "exact lora": ({}, ONE_BY_ONE | LORA),
-    "exact indexers": ({}, ONE_BY_ONE | INDEXERS), "exact mla": ({}, ONE_BY_ONE),
-}  # fmt: skip
-EXACT_WAYS: Ways = {f"exact, {name}": way for name, way in WAYS.items()} | {
-    "exact lora, fsdp": (dict(fsdp=True), dict(batch_size=1) | LORA),
-    "exact indexers, cp": (dict(cp=2), TOGETHER | INDEXERS),
-    "exact mla, cp and fsdp": (dict(cp=2, fsdp=True), TOGETHER),
-    "exact mla, tp and fsdp": (dict(tp=2, fsdp=True), TOGETHER),
+EXACT_WAYS: Ways = WAYS | {
+    "contiguous": (dict(cp=2, layout="contiguous"), TOGETHER),
+    "contiguous and fsdp": (dict(cp=2, layout="contiguous", fsdp=True), TOGETHER),
+    "tp and fsdp": (dict(tp=2, fsdp=True), TOGETHER | dict(activation_checkpointing=True)),
 }
+LESS: dict[str, dict[str, Any]] = {"all": {}, "adapters": dict(lora=4), "indexers": dict(indexers_alone=True)}
+NEAR = 1e-5
 
 
 def launch(folder: Path, every: list[Ways], places: list[dict[str, str]]) -> list[subprocess.Popen[str]]:
@@ -149,29 +145,7 @@ def far(found: dict[str, Tensor], truth: dict[str, Tensor], began: dict[str, Ten
     return max(float((found[name] - x).norm() / moved[name].norm().clamp_min(1e-12)) for name, x in truth.items())
 
 
-def test_two_gpus_train_what_one_does(
-    tmp_path: Path, checkpoint: Path, mla_checkpoint: Path, texts: Path, ports: Any
-) -> None:
-    """Data parallel and FSDP2 run the same products as one GPU sequence by sequence; cp and tp others, in bfloat16."""
-    models = {name: (mla_checkpoint, 16) if "mla" in name else (checkpoint, 4) for name in EXACT_ALONE | EXACT_WAYS}
-    begins = {path: started_with(tmp_path / f"warm {heads}", path, heads) for path, heads in {*models.values()}}
-    common: dict[str, Any] = dict(
-        data=str(texts), topk=24, sequence_length=64, save_every=2, lr=1e-3, indexer_lr=1e-3, clip=0.5
-    )
-    settings = common | dict(init_from=begins[checkpoint], steps=4, dtype="bfloat16")
-    exact = common | dict(steps=STEPS, save_every=STEPS, dtype="float32")
-
-    def settled(ways: Ways, exact_ways: Ways) -> list[Ways]:
-        return [
-            {name: (parallel, settings | changes) for name, (parallel, changes) in ways.items()},
-            {
-                name: (parallel, exact | dict(init_from=begins[models[name][0]]) | changes)
-                for name, (parallel, changes) in exact_ways.items()
-            },
-        ]
-
-    started = launch(tmp_path, settled(ALONE, EXACT_ALONE), [{}])
-    started += launch(tmp_path, settled(WAYS, EXACT_WAYS), ports.places(2))
+def finished(started: list[subprocess.Popen[str]]) -> None:
     try:
         for process in started:
             _, said = process.communicate(timeout=HANG)
@@ -179,6 +153,24 @@ def test_two_gpus_train_what_one_does(
     finally:
         for process in started:
             process.kill()
+
+
+def settings_of(texts: Path, begin: str, **changes: Any) -> dict[str, Any]:
+    return dict(
+        data=str(texts), init_from=begin, topk=24, sequence_length=64, save_every=2, lr=1e-3, indexer_lr=1e-3, clip=0.5
+    ) | changes  # fmt: skip
+
+
+def settled(ways: Ways, settings: dict[str, Any]) -> Ways:
+    return {name: (parallel, settings | changes) for name, (parallel, changes) in ways.items()}
+
+
+def test_two_gpus_train_what_one_does(tmp_path: Path, checkpoint: Path, texts: Path, ports: Any) -> None:
+    """Data parallel and FSDP2 run the same products as one GPU sequence by sequence; cp and tp others, in bfloat16."""
+    begin = started_with(tmp_path / "warm", checkpoint, 4)
+    settings = settings_of(texts, begin, steps=4, dtype="bfloat16")
+    started = launch(tmp_path, [settled(ALONE, settings), {}], [{}])
+    finished(started + launch(tmp_path, [settled(WAYS, settings), {}], ports.places(2)))
     truth, other = (gradients(tmp_path, name) for name in ALONE)
     rounding = far(other, truth)
     for name in WAYS:
@@ -189,15 +181,31 @@ def test_two_gpus_train_what_one_does(
     for name in WAYS:
         assert last[name]["step"] == 4 and last[name]["tokens"] == last["together"]["tokens"]
         assert last[name]["loss"] == pytest.approx(last["together"]["loss"], rel=1e-2), name
-    for name in EXACT_WAYS:
-        path, near, one = models[name][0], 1e-5, name.split(",")[0]
+
+
+@pytest.mark.parametrize("less", LESS)
+@pytest.mark.parametrize("mla", [False, True], ids=["gqa", "mla"])
+def test_in_float64_two_gpus_train_what_one_does(
+    tmp_path: Path, checkpoint: Path, mla_checkpoint: Path, texts: Path, ports: Any, mla: bool, less: str
+) -> None:
+    """Twenty steps: the first gradients, how far parameters moved, and all losses."""
+    path, heads = (mla_checkpoint, 16) if mla else (checkpoint, 4)
+    begin = started_with(tmp_path / "warm", path, heads)
+    settings = settings_of(texts, begin, steps=STEPS, dtype="float32") | dict(save_every=STEPS) | LESS[less]
+    ways = EXACT_WAYS | ({} if mla or less != "all" else {
+        "layers, tp and fsdp": (dict(tp=2, fsdp=True), TOGETHER | dict(layers=[1])),
+    })  # fmt: skip
+    alone: Ways = {"alone": ({}, ONE_BY_ONE), "alone, layers": ({}, ONE_BY_ONE | dict(layers=[1]))}
+    started = launch(tmp_path, [{}, settled(alone, settings)], [{}])
+    finished(started + launch(tmp_path, [{}, settled(ways, settings)], ports.places(2)))
+    model, _ = load_model(path, dtype=torch.float64)
+    began = {key: value.detach() for key, value in model.named_parameters()} | tensors(Path(begin), "indexer")
+    for name in ways:
+        one = "alone, layers" if "layers" in name else "alone"
         first = far(gradients(tmp_path, name), gradients(tmp_path, one))
-        model, _ = load_model(path, dtype=torch.float64)
-        began = {key: value.detach() for key, value in model.named_parameters()}
-        began |= tensors(Path(begins[path]), "indexer")
         moved = far(trained(tmp_path / name), trained(tmp_path / one), began)
         print(f"{name}: after {STEPS} steps {moved:.2e} of how far parameters moved; first gradients {first:.2e}")
-        assert first <= near and moved <= near, name
+        assert first <= NEAR and moved <= NEAR, name
         assert len(rows(tmp_path, name)) == STEPS
         for row, same in zip(rows(tmp_path, one), rows(tmp_path, name), strict=True):
-            assert (row["loss"], *row["kl"]) == pytest.approx((same["loss"], *same["kl"]), rel=near), name
+            assert (row["loss"], *row["kl"]) == pytest.approx((same["loss"], *same["kl"]), rel=NEAR), name
