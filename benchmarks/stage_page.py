@@ -168,7 +168,7 @@ def page(found: dict[str, Any], record: Path, out: Path, commit: str, judged_ear
         *training(record), "",
         "This warm-up is larger and longer than the [recorded run of `warmup`](report.md), with whose indexers 128 "
         "keys cost several times as much: behind small warm-ups, and in longer runs at high rates, the indexer's keys "
-        "cost more over the oracle's than here, up to 1.8 times ([journal](../journal.md)).", "",
+        "cost more over the oracle's than here ([journal](../journal.md)).", "",
         f"Rates: {rates['lr']} for the model, {by}; for the indexers, chosen on validation text, {of_indexers}.", "",
         *validated(record, rates), "![Loss by step](sparse_loss.png)", "",
         "## To reproduce", "", f"Recorded at commit {commit[:7]}.", "",

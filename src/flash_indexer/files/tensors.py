@@ -74,7 +74,7 @@ def write_tensors(
         for x in parts.values():
             target.write(x.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
         target.flush()
-        os.fsync(target.fileno())
+        os.fsync(target.fileno())  # the process that moves the folder into place may be on another machine
 
 
 def tensor_files(folder: Path, stem: str) -> list[Path]:
@@ -116,7 +116,7 @@ class StoredTensors:
     def __init__(self, files: Mapping[Path, Any], save: str | None = None) -> None:
         self._parts: dict[str, list[tuple[int, int, Any]]] = {}  # first row, rows, and the file that holds them
         self.shapes: dict[str, torch.Size] = {}
-        kinds: dict[str, tuple[list[int], str]] = {}
+        dtypes: dict[str, str] = {}
         for path, file in files.items():
             metadata = file.metadata() or {}
             if save is not None and metadata.get(_SAVE, save) != save:
@@ -124,11 +124,11 @@ class StoredTensors:
             save = metadata.get(_SAVE, save)
             for name, (first, whole, x) in _contents(path, file, metadata.get(_ROWS, "{}")).items():
                 shape = list(x.get_shape())
-                size, kind = torch.Size([whole, *shape[1:]] if shape else []), (shape[1:], x.get_dtype())
-                if self.shapes.setdefault(name, size) != size or kinds.setdefault(name, kind) != kind:
+                size, dtype = torch.Size([whole, *shape[1:]] if shape else []), x.get_dtype()
+                if self.shapes.setdefault(name, size) != size or dtypes.setdefault(name, dtype) != dtype:
                     raise ValueError(
-                        _again(f"{name} of {path} must be of {list(self.shapes[name])} and {kinds[name][1]} as in the "
-                               f"other files, got {list(size)} and {kind[1]}")
+                        _again(f"{name} of {path} must be of {list(self.shapes[name])} and {dtypes[name]} as in the "
+                               f"other files, got {list(size)} and {dtype}")
                     )  # fmt: skip
                 self._parts.setdefault(name, []).append((first, shape[0] if shape else 0, file))
         for name, size in self.shapes.items():
