@@ -5,8 +5,8 @@
 
 Every run's model is loaded once and judged with dense attention, and at each K with the keys of its indexers and with
 those of largest attention, on the same sequences. Writes means of nats a token, and of every judgement the difference
-to each run's dense attention, sequence by sequence, with its standard error (the formula of
-`flash_indexer.judge.comparison`). Where there are runs named dense and oracle-K: how many times as much the indexer's
+to each run's dense attention, sequence by sequence, with its standard error
+(`flash_indexer.judge.comparison`). Where there are runs named dense and oracle-K: how many times as much the indexer's
 keys cost over the first as the second's do.
 
 With --keep, the losses of each run lie in a folder, summed over each sequence, and are read from there the next time:
@@ -28,6 +28,7 @@ from rich.console import Console
 from torch import Tensor
 
 from flash_indexer.judge.batches import batch_tensors, token_losses
+from flash_indexer.judge.comparison import paired_sums
 from flash_indexer.models.oracle import KEYS
 from flash_indexer.models.sparse import sparse_handle
 from flash_indexer.recipe.held_out import held_out_batches
@@ -136,7 +137,7 @@ def record(found: dict[str, dict[str, SequenceLosses]], arguments: argparse.Name
                 tokens=int(x.tokens.sum()), nats=x.mean, perplexity=math.exp(x.mean), over_dense_of={}
             )
             for other, base in found.items():
-                difference, error = paired(x.nats - base[DENSE].nats, x.tokens)
+                difference, error = paired_sums(x.nats - base[DENSE].nats, x.tokens)
                 row["over_dense_of"][other] = dict(nats=difference, error=error, cost=math.expm1(difference))
             keys, _, topk = which.partition(" ")
             if keys == "indexer" and DENSE in found and f"oracle-{topk}" in found:
@@ -145,26 +146,17 @@ def record(found: dict[str, dict[str, SequenceLosses]], arguments: argparse.Name
     return content
 
 
-def paired(difference: Tensor, tokens: Tensor) -> tuple[float, float | None]:
-    """The mean over tokens of `difference`, summed over each sequence, and its standard error over sequences: that of
-    `flash_indexer.judge.comparison.paired_difference`. None where there is one sequence.
-    """
-    count, mean = len(tokens), float(difference.sum() / tokens.sum())
-    spread = float((difference - mean * tokens).square().sum())
-    return mean, None if count < 2 else math.sqrt(count / (count - 1) * spread) / float(tokens.sum())
-
-
 def ratio(x: SequenceLosses, oracle: SequenceLosses, dense: SequenceLosses) -> dict[str, float | None]:
     """(x - dense) / (oracle - dense) of mean losses, and its standard error, linear in both differences.
 
     None where the oracle's keys cost nothing, as where K covers the sequence.
     """
     indexer_cost, oracle_cost = x.nats - dense.nats, oracle.nats - dense.nats
-    of_oracle, _ = paired(oracle_cost, x.tokens)
+    of_oracle, _ = paired_sums(oracle_cost, x.tokens)
     if of_oracle == 0:
         return dict(ratio=None, error=None)
-    value = paired(indexer_cost, x.tokens)[0] / of_oracle
-    _, error = paired(indexer_cost - value * oracle_cost, x.tokens)
+    value = paired_sums(indexer_cost, x.tokens)[0] / of_oracle
+    _, error = paired_sums(indexer_cost - value * oracle_cost, x.tokens)
     return dict(ratio=value, error=None if error is None else abs(error / of_oracle))
 
 

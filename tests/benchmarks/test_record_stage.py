@@ -13,8 +13,6 @@ from typing import Any
 import pytest
 import torch
 
-from flash_indexer.judge.comparison import paired_difference
-
 
 def row(nats: float, **bases: float) -> dict[str, Any]:
     over = {name: dict(nats=nats - x, error=0.001, cost=math.expm1(nats - x)) for name, x in bases.items()}
@@ -72,17 +70,6 @@ def test_the_ratio_has_the_error_of_its_spread_over_sequences(scripts: Path) -> 
     spread = torch.tensor([x["ratio"] for x in found]).std()
     assert torch.tensor([x["ratio"] for x in found]).mean() == pytest.approx(1.3, abs=0.01)
     assert torch.tensor([x["error"] for x in found]).mean() == pytest.approx(float(spread), rel=0.15)
-
-
-def test_sums_over_sequences_have_the_error_of_their_tokens(scripts: Path) -> None:
-    """Sequences of unequal length; one alone has no error."""
-    random = torch.Generator().manual_seed(0)
-    sequence = torch.arange(7).repeat_interleave(torch.tensor([3, 9, 1, 4, 8, 2, 6]))
-    difference = torch.randn(33, generator=random, dtype=torch.float64) + sequence
-    sums = torch.zeros(7, dtype=torch.float64).index_add(0, sequence, difference)
-    paired = importlib.import_module("stage").paired
-    assert paired(sums, torch.bincount(sequence).double()) == pytest.approx(paired_difference(difference, sequence))
-    assert paired(sums[:1], torch.tensor([3.0])) == (pytest.approx(float(difference[:3].mean())), None)
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,17 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from flash_indexer.judge.batches import TokenLosses
-from flash_indexer.judge.comparison import AFTER, BEFORE, CONTROL, DENSE, Comparison, Measures, compare, measure
+from flash_indexer.judge.comparison import (
+    AFTER,
+    BEFORE,
+    CONTROL,
+    DENSE,
+    Comparison,
+    Measures,
+    compare,
+    measure,
+    paired_difference,
+)
 from flash_indexer.judge.comparison_report import comparison_lines, write_comparison
 from flash_indexer.judge.evaluation import evaluate
 from flash_indexer.models.attach import IndexerHandle, attach
@@ -116,3 +126,15 @@ def test_the_page_the_plot_and_the_lines(tmp_path: Path) -> None:
     assert (tmp_path / "report" / "comparison.png").stat().st_size > 10_000
     numbers = json.loads((tmp_path / "report" / "comparison.json").read_text())
     assert numbers == json.loads(json.dumps(found.to_dict())) and isinstance(found, Comparison)
+
+
+def test_the_error_is_that_of_a_mean_of_clusters_of_tokens() -> None:
+    """Unequal sequences, the third without a token; one sequence alone has no error."""
+    draw = torch.Generator().manual_seed(0)
+    sequence = torch.arange(7).repeat_interleave(torch.tensor([3, 9, 0, 4, 8, 2, 6]))
+    x = torch.randn(32, generator=draw, dtype=torch.float64) + sequence
+    mean = float(x.mean())
+    sums = [float((x[sequence == n] - mean).sum()) ** 2 for n in range(7) if n != 2]
+    expected = (6 / 5 * sum(sums)) ** 0.5 / 32
+    assert paired_difference(x, sequence) == (pytest.approx(mean), pytest.approx(expected))
+    assert paired_difference(x[:3], sequence[:3]) == (pytest.approx(float(x[:3].mean())), None)

@@ -175,11 +175,16 @@ def paired_difference(difference: Tensor, sequence: Tensor) -> tuple[float, floa
     """Mean of `difference` [n] and its standard error, of tokens in the sequences of these numbers [n]; the module's
     formula. None where there is one sequence.
     """
-    tokens, mean, count = len(difference), float(difference.mean()), int(sequence.max()) + 1
-    spread = torch.zeros(count, dtype=torch.float64).index_add_(0, sequence, difference - mean)
-    present = int((torch.bincount(sequence, minlength=count) > 0).sum())
-    error = None if present < 2 else math.sqrt(present / (present - 1) * float(spread.square().sum())) / tokens
-    return mean, error
+    tokens = torch.bincount(sequence).double()
+    return paired_sums(torch.zeros_like(tokens).index_add_(0, sequence, difference.double()), tokens)
+
+
+def paired_sums(sums: Tensor, tokens: Tensor) -> tuple[float, float | None]:
+    """`paired_difference` of differences that are summed over each sequence already: [sequences], with the number of
+    tokens of each. One without tokens doesn't count."""
+    count, mean = int((tokens > 0).sum()), float(sums.sum() / tokens.sum())
+    spread = float((sums - mean * tokens).square().sum())
+    return mean, None if count < 2 else math.sqrt(count / (count - 1) * spread) / float(tokens.sum())
 
 
 def _watched(handle: SparseHandle) -> dict[int, Tensor]:
